@@ -1,0 +1,1 @@
+"""Aligning a student layer with the teacher: weight, shards, and the hook."""

@@ -1,0 +1,1 @@
+"""Text to Megatron's indexed format, and indexed data to batches."""

@@ -1,0 +1,126 @@
+"""GPT datasets and batches, from Megatron's own builders."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_let.config import LETError
+
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Dataset settings from Megatron's arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        full_validation=args.full_validation,
+        multiple_validation_sets=args.multiple_validation_sets,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+def datasets_provider(args: argparse.Namespace) -> Callable[..., Any]:
+    """Return the provider that `pretrain()` calls with (train, validation, test) sample counts."""
+
+    def provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
+        def built_on_this_rank() -> bool:
+            return parallel_state.get_tensor_model_parallel_rank() == 0 and (
+                is_first_or_last_pipeline_stage(vp_stage)
+            )
+
+        kind = MockGPTDataset if args.mock_data else GPTDataset
+        return BlendedMegatronDatasetBuilder(
+            kind, num_samples, built_on_this_rank, dataset_config(args)
+        ).build()
+
+    provider.is_distributed = True  # type: ignore[attr-defined]
+    return provider
+
+
+def get_batch(
+    data_iterator: Any, args: argparse.Namespace, vp_stage: int | None
+) -> dict[str, torch.Tensor | None]:
+    """This rank's share of the next microbatch.
+
+    Returns:
+        `tokens`, `labels`, `loss_mask`, `position_ids` [b, s / cp] and `attention_mask`; None
+        where the stage needs none of them.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(_BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        microbatch = next(data_iterator)
+        for key in _BATCH_KEYS:
+            value = microbatch.get(key)
+            batch[key] = None if value is None else value.cuda(non_blocking=True)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        {key: batch.get(key) for key in _BATCH_KEYS},
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+
+
+def check_data_exists(args: argparse.Namespace) -> None:
+    """Check the indexed data before anything is built.
+
+    Raises:
+        LETError: no data is named, or a prefix has no `.bin` and `.idx`.
+    """
+    from pathlib import Path
+
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in (blend, *(per_split or ())) if b is not None]
+    if not blends:
+        raise LETError("No data is named; give --data-path PREFIX of an indexed data set.")
+    for prefix in (prefix for prefixes, _ in blends for prefix in prefixes):
+        for suffix in (".bin", ".idx"):
+            if not Path(prefix + suffix).is_file():
+                raise LETError(
+                    f"The data file {prefix}{suffix} does not exist; --data-path takes the prefix"
+                    " of an indexed data set, without .bin or .idx."
+                )

@@ -1,0 +1,25 @@
+"""Applying the patches that a host needs."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from megatron_let.host.cpu import CudaDeviceAsCpu, stand_ins
+from megatron_let.host.device import Host
+from megatron_let.patches import PATCHES, PatchSet
+
+
+def apply_host_patches(host: Host) -> PatchSet:
+    """Apply the patches without which Megatron's loop does not run on this host.
+
+    Returns:
+        The applied patches. On a CPU torch calls are redirected for the rest of the process.
+    """
+    patches = PatchSet()
+    if not host.cuda:
+        patches.apply_all(PATCHES, stand_ins())
+        CudaDeviceAsCpu().__enter__()
+    if not files("megatron.core.datasets").joinpath("Makefile").is_file():
+        target = "megatron.core.datasets.utils:compile_helpers"
+        patches.apply(PATCHES[target], lambda original: lambda: None)
+    return patches

@@ -1,0 +1,53 @@
+"""Which device a run uses, and what Megatron must be told for it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Host:
+    """What this machine offers.
+
+    Attributes:
+        cuda: a GPU is usable; otherwise the run is on the CPU with gloo.
+        transformer_engine: Transformer Engine can be imported.
+        fused_gradients: Apex's or Transformer Engine's fused weight-gradient kernel is there.
+    """
+
+    cuda: bool
+    transformer_engine: bool
+    fused_gradients: bool
+
+    def describe(self) -> str:
+        """One line for the user."""
+        device = torch.cuda.get_device_name() if self.cuda else "CPU"
+        backend = "NCCL" if self.cuda else "gloo"
+        layers = "Transformer Engine" if self.transformer_engine else "torch"
+        return f"device {device}, backend {backend}, layers by {layers}"
+
+    def argv(self) -> list[str]:
+        """Megatron flags that this host needs; they go before the recipe's."""
+        flags = []
+        if not self.cuda:
+            flags += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
+        if not self.transformer_engine:
+            flags += ["--transformer-impl", "local", "--no-persist-layer-norm"]
+            flags += ["--no-rope-fusion", "--no-masked-softmax-fusion"]
+        if not self.fused_gradients:
+            flags += ["--no-gradient-accumulation-fusion"]
+        if not self.cuda:
+            flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"]
+            flags += ["--no-bias-dropout-fusion", "--disable-jit-fuser"]
+        return flags
+
+
+def detect_host() -> Host:
+    """Look at this machine; an importable `apex` alone proves nothing, so its kernel is probed."""
+    cuda = torch.cuda.is_available()
+    engine = cuda and importlib.util.find_spec("transformer_engine") is not None
+    fused = cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return Host(cuda=cuda, transformer_engine=engine, fused_gradients=fused)

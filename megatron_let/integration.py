@@ -1,0 +1,102 @@
+"""LET in any Megatron-LM 0.19 training script, in three lines.
+
+    from megatron_let import integration as let
+    args = parse_and_validate_args(extra_args_provider=let.add_arguments, ...)
+    let.enable(args)
+
+The script's own model builder, data provider and forward step stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from megatron.training import get_tokenizer, print_rank_0
+
+from megatron_let.arguments import (
+    add_arguments,
+    check_fits,
+    check_supported,
+    check_vocabulary_size,
+    let_config_from_args,
+)
+from megatron_let.forward_backward import AlignedForwardBackward
+from megatron_let.metrics import MetricsFile, forget_stale_averages
+from megatron_let.patches import PATCHES, PatchSet
+from megatron_let.teacher.folder import inspect_teacher
+from megatron_let.teacher.tokenizer import check_same_tokenizer
+
+__all__ = ["add_arguments", "enable"]
+
+logger = logging.getLogger(__name__)
+
+_TRAINING = "megatron.training.training:"
+
+
+def enable(args: argparse.Namespace) -> PatchSet:
+    """Turn LET and its metrics on for the coming `pretrain()`, as the flags say.
+
+    Args:
+        args: what Megatron's `parse_and_validate_args` returned.
+
+    Returns:
+        The applied patches; `undo()` takes them back.
+
+    Raises:
+        LETError: the request cannot be carried out.
+        PatchError: Megatron is not the version that the patches were made for.
+    """
+    patches = PatchSet()
+    _enable_metrics(args, patches)
+    _enable_alignment(args, patches)
+    if patches.applied:
+        print_rank_0(f"megatron_let: {patches.describe()}")
+    return patches
+
+
+def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
+    if args.let_metrics_path is None:
+        return
+    metrics = MetricsFile(args.let_metrics_path, args.seq_length)
+    patches.apply_all(
+        PATCHES,
+        {
+            _TRAINING + "train_step": metrics.wrap_train_step,
+            _TRAINING + "evaluate": metrics.wrap_evaluate,
+            _TRAINING + "evaluate_and_print_results": metrics.wrap_evaluate_and_print_results,
+        },
+    )
+
+
+def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
+    config = let_config_from_args(args)
+    if not config.enabled:
+        return
+    assert config.teacher is not None
+    check_supported(args)
+    folder = inspect_teacher(config.teacher)
+    check_fits(config, folder, args)
+    tokenizer = get_tokenizer()
+    check_vocabulary_size(folder, tokenizer.vocab_size)
+    if args.tokenizer_type == "NullTokenizer":
+        print_rank_0(
+            "LET: --tokenizer-type NullTokenizer has no tokens to compare with the teacher's; the"
+            " data must be of the teacher's tokenizer"
+        )
+    else:
+        check_same_tokenizer(tokenizer, folder)
+    aligned = AlignedForwardBackward(
+        config, folder, current_step=lambda: args.curr_iteration, report=print_rank_0
+    )
+    patches.apply_all(
+        PATCHES,
+        {
+            _TRAINING + "get_forward_backward_func": aligned.wrap_getter,
+            _TRAINING + "training_log": forget_stale_averages,
+        },
+    )
+    print_rank_0(
+        f"LET: layer {config.layer} learns from {folder.path.name} (width {folder.hidden_size}),"
+        f" weight {config.weight} falling to 0 at step {config.stop_step}"
+    )

@@ -1,0 +1,128 @@
+"""The metrics file: JSON lines, one a training step and one an evaluation."""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.training.utils import is_last_rank
+
+from megatron_let.forward_backward import COSINE_KEY, WEIGHT_KEY
+
+LOSS_KEY = "lm loss"
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU, else resident on the host."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stand in for `training_log`, which would print a cosine of 0 when there is none."""
+
+    @functools.wraps(original)
+    def training_log(loss_dict: Any, total_loss_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if loss_dict:
+            for key in {COSINE_KEY, WEIGHT_KEY} - loss_dict.keys():
+                total_loss_dict.pop(key, None)
+        return original(loss_dict, total_loss_dict, *args, **kwargs)
+
+    return training_log
+
+
+class MetricsFile:
+    """Appends rows to one file, from the rank that holds the loss.
+
+    Rows have `iteration` (1-based), `lm_loss`, `let_cosine`, `let_weight` (both absent once the
+    weight is 0), `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
+    `max_memory_bytes`; evaluation rows have `iteration` and `valid_loss` or `test_loss`. A step
+    that was lost with a killed run and taken again has two rows, and the later one counts.
+    """
+
+    def __init__(self, path: Path, sequence_length: int) -> None:
+        self._path = path
+        self._sequence_length = sequence_length
+        self._evaluation: tuple[int, str] | None = None
+        self._evaluated: set[tuple[int, str]] = set()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if is_last_rank():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def wrap_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand in for `train_step`: time it and write its row."""
+        @functools.wraps(original)
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = original(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            optimizer, iteration = args[3], kwargs["iteration"] + 1
+            if LOSS_KEY in result[0]:
+                self._write(self._step_row(result, optimizer, iteration, seconds))
+            return result
+
+        return train_step
+
+    def _step_row(
+        self, result: tuple[Any, ...], optimizer: Any, iteration: int, seconds: float
+    ) -> dict[str, Any]:
+        losses, grad_norm = result[0], result[5]
+        tokens = get_current_running_global_batch_size() * self._sequence_length
+        row: dict[str, Any] = {"iteration": iteration, "lm_loss": float(losses[LOSS_KEY])}
+        if COSINE_KEY in losses:
+            row["let_cosine"] = float(losses[COSINE_KEY])
+            row["let_weight"] = float(losses[WEIGHT_KEY])
+        if grad_norm is not None:
+            row["grad_norm"] = float(grad_norm)
+        row["learning_rate"] = get_canonical_lr_for_logging(optimizer.param_groups)
+        row["step_seconds"] = seconds
+        row["tokens_per_second"] = tokens / seconds
+        row["max_memory_bytes"] = peak_memory_bytes()
+        return row
+
+    def wrap_evaluate_and_print_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand in for `evaluate_and_print_results`: it knows the iteration and the split."""
+
+        @functools.wraps(original)
+        def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
+            prefix, iteration = args[0], args[4]
+            self._evaluation = (iteration, "test_loss" if "test set" in prefix else "valid_loss")
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._evaluation = None
+
+        return evaluate_and_print_results
+
+    def wrap_evaluate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand in for `evaluate`: it returns the losses."""
+
+        @functools.wraps(original)
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            losses = result[0]
+            # Megatron evaluates once more after the last step; the first row of a step stays.
+            if (
+                self._evaluation is not None
+                and self._evaluation not in self._evaluated
+                and losses
+                and LOSS_KEY in losses
+            ):
+                iteration, name = self._evaluation
+                self._evaluated.add(self._evaluation)
+                self._write({"iteration": iteration, name: float(losses[LOSS_KEY])})
+            return result
+
+        return evaluate

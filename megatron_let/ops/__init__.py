@@ -1,0 +1,6 @@
+"""Interpolation and cosine alignment of hidden states."""
+
+from megatron_let.ops.function import align_hidden_state, interpolated_cosine
+from megatron_let.ops.reference import interpolate
+
+__all__ = ["align_hidden_state", "interpolate", "interpolated_cosine"]

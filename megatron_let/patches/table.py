@@ -1,0 +1,143 @@
+"""The one table of everything that is patched, in Megatron or torch, and why.
+
+`python -m megatron_let.patches` prints it. Hooks come first: what `pretrain()`, its arguments,
+its config container and the layer spec offer is used through them and is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_let.patches.registry import Patch
+
+MEGATRON_VERSIONS = ">=0.19.2,<0.20"
+TORCH_VERSIONS = ">=2.9"
+
+
+def _cpu(
+    target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch"
+) -> Patch:
+    return Patch(
+        target=target,
+        kind="replace",
+        reason=reason,
+        package=package,
+        versions=MEGATRON_VERSIONS if package == "megatron-core" else TORCH_VERSIONS,
+        parameters=None,
+        unnecessary_when="Megatron's training loop runs on a CPU by itself",
+        test="tests/distributed/test_cpu_host.py::test_every_stand_in_is_needed_or_documented",
+    )
+
+
+_CPU_ROWS = (
+    _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is there"),
+    _cpu("torch.cuda:device_count", "0 devices skip initialize_model_parallel"),
+    _cpu("torch.cuda:set_device", "initialize_distributed selects a GPU"),
+    _cpu("torch.cuda:current_device", "tensors are created on the current GPU by number"),
+    _cpu("torch.cuda:get_device_properties", "argument validation reads the capability"),
+    _cpu("torch.cuda:synchronize", "timers synchronise"),
+    _cpu("torch.cuda:get_rng_state", "the RNG tracker and checkpoints save the generator"),
+    _cpu("torch.cuda:manual_seed", "each rank's dropout generator is seeded apart"),
+    _cpu("torch.cuda:Stream", "DDP is built on a side stream"),
+    _cpu("torch.cuda:current_stream", "collectives wait for the current stream"),
+    _cpu("torch.cuda:stream", "DDP is built on a side stream"),
+    _cpu("torch.accelerator:is_available", "DataLoader would pin memory for a GPU"),
+    _cpu("torch:Tensor.cuda", "batches and models are moved to the GPU"),
+    _cpu("torch:Tensor.type", "optimizers accept parameters of type torch.cuda.*Tensor only"),
+    _cpu(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        "the RNG tracker reads a CUDA generator",
+        "megatron-core",
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        "the RNG tracker writes a CUDA generator",
+        "megatron-core",
+    ),
+)
+
+_TRAINING = "megatron.training.training:"
+
+_PIP_ROWS = (
+    Patch(
+        target="megatron.core.datasets.utils:compile_helpers",
+        kind="replace",
+        reason="pip's wheel has the compiled helper but no makefile, and start-up exits with 1",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=(),
+        unnecessary_when="the wheel ships core/datasets/Makefile or the loop does not call make",
+        test="tests/unit/test_patches.py::test_compile_helpers_is_replaced_without_a_makefile",
+    ),
+)
+
+_LET_ROWS = (
+    Patch(
+        target=_TRAINING + "get_forward_backward_func",
+        kind="wrap",
+        reason="the alignment needs a global batch's tokens on the stage that owns layer k, the"
+        " index of each microbatch, and a place before the optimizer step",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=None,
+        unnecessary_when="pretrain() accepts a forward-backward function or a step callback",
+        test="tests/distributed/test_layout_matrix.py::test_layout_matches_one_process",
+    ),
+    Patch(
+        target=_TRAINING + "training_log",
+        kind="wrap",
+        reason="an average that is no longer reported is printed as 0, so the log would show a"
+        " cosine where there is no teacher",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("loss_dict", "total_loss_dict"),
+        unnecessary_when="training_log drops keys that loss_dict no longer has",
+        test="tests/distributed/test_training.py::test_log_shows_no_cosine_after_the_teacher",
+    ),
+)
+
+_METRICS_ROWS = (
+    Patch(
+        target=_TRAINING + "train_step",
+        kind="wrap",
+        reason="one JSON line a step needs the loss, the gradient norm and the time together",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=(
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "config",
+            "forward_backward_func",
+            "iteration",
+        ),
+        unnecessary_when="pretrain() accepts a logger",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+    ),
+    Patch(
+        target=_TRAINING + "evaluate_and_print_results",
+        kind="wrap",
+        reason="evaluate() does not know its iteration nor whether it scores validation or test",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
+        unnecessary_when="pretrain() accepts a logger",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+    ),
+    Patch(
+        target=_TRAINING + "evaluate",
+        kind="wrap",
+        reason="the validation loss is printed but returned to nobody",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("forward_step_func", "data_iterator", "model"),
+        unnecessary_when="pretrain() accepts a logger",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+    ),
+)
+
+PATCHES: dict[str, Patch] = {
+    row.target: row for row in (*_CPU_ROWS, *_PIP_ROWS, *_LET_ROWS, *_METRICS_ROWS)
+}

@@ -1,0 +1,119 @@
+"""A recipe, one YAML file of a complete run, expanded into Megatron's command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be expanded; the message is one sentence for the user."""
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe: sections of settings, flattened to one map from flag name to value.
+
+    Section names only order the file; a setting's name is a flag without the dashes.
+
+    Raises:
+        RecipeError: no such file, no YAML, or a setting that stands twice.
+    """
+    if not path.is_file():
+        raise RecipeError(f"The recipe {path} does not exist; see configs/ for those there are.")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, Mapping) or not all(
+        isinstance(section, Mapping) for section in document.values()
+    ):
+        raise RecipeError(f"The recipe {path} must be sections of `name: value` settings.")
+    settings: dict[str, Any] = {}
+    for section in document.values():
+        for name, value in section.items():
+            if name in settings:
+                raise RecipeError(f"The recipe {path} sets {name} twice.")
+            settings[str(name)] = value
+    return settings
+
+
+def recipe_argv(
+    settings: Mapping[str, Any],
+    parser: argparse.ArgumentParser,
+    command_line: list[str],
+    variables: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """Expand settings to arguments and put the command line after them, so that it wins.
+
+    A flag on the command line takes the recipe's place; `--no-NAME` takes away a switch that the
+    recipe sets. `${NAME}` in a value is an environment variable, needed only if the flag is not
+    on the command line.
+
+    Args:
+        settings: from `load_recipe`.
+        parser: knows every flag.
+        command_line: arguments of the user.
+        variables: for `${NAME}`.
+
+    Returns:
+        The whole argument list.
+
+    Raises:
+        RecipeError: an unknown setting, a value of the wrong kind, or a missing variable.
+    """
+    actions = {option: a for a in parser._actions for option in a.option_strings}
+    given = {token.split("=", 1)[0] for token in command_line if token.startswith("--")}
+    given_dests = {actions[option].dest for option in given if option in actions}
+    argv: list[str] = []
+    dropped: set[str] = set()
+    for name, value in settings.items():
+        option = "--" + name
+        if option not in actions:
+            raise RecipeError(_unknown(name, actions))
+        negative = "--no-" + name
+        if negative in given and negative not in actions:
+            dropped.add(negative)
+        elif actions[option].dest not in given_dests:
+            argv += _expand(option, value, actions[option], variables)
+    return argv + [token for token in command_line if token not in dropped]
+
+
+def _unknown(name: str, actions: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches("--" + name, actions, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0][2:]}?" if near else "."
+    return f"The recipe sets {name}, which is no flag of Megatron or LET{hint}"
+
+
+def _expand(
+    option: str, value: Any, action: argparse.Action, variables: Mapping[str, str]
+) -> list[str]:
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; it is true or false.")
+        if value:
+            return [option]
+        negative = "--no-" + option[2:]
+        return [negative] if negative in action.option_strings else []
+    if isinstance(value, bool) or value is None:
+        raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; it takes a value.")
+    values = value if isinstance(value, list) else [value]
+    return [option, *(_substitute(option, str(item), variables) for item in values)]
+
+
+def _substitute(option: str, value: str, variables: Mapping[str, str]) -> str:
+    for name in _VARIABLE.findall(value):
+        if not variables.get(name):
+            raise RecipeError(
+                f"The recipe needs the environment variable {name} for {option}; export it, or"
+                f" give {option} on the command line."
+            )
+    return _VARIABLE.sub(lambda match: variables[match[1]], value)

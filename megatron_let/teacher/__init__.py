@@ -1,0 +1,1 @@
+"""The small frozen model: its folder, its tokenizer, its hidden state."""

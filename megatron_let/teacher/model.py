@@ -1,0 +1,130 @@
+"""The frozen teacher: a Hugging Face base model, cut off after the tapped layer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+from megatron_let.config import LETConfig, LETError
+from megatron_let.teacher.folder import TeacherFolder
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_PROBE_TOKENS = 8
+
+
+def tapped_layer(teacher_layer: str, num_layers: int) -> int:
+    """1-based number of the tapped layer for `last`, `middle` or a number.
+
+    Raises:
+        LETError: the teacher has fewer layers.
+    """
+    if teacher_layer == "last":
+        return num_layers
+    number = max(1, num_layers // 2) if teacher_layer == "middle" else int(teacher_layer)
+    if number > num_layers:
+        raise LETError(
+            f"--let-teacher-layer is {number} but the teacher has {num_layers} layers; give a"
+            f" number from 1 to {num_layers}."
+        )
+    return number
+
+
+def _layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
+    """The list of transformer layers, whatever the architecture calls it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise LETError(
+        f"The teacher {type(model).__name__} has no list of {num_layers} layers to tap; use a"
+        " decoder such as Llama, GPT-2, OPT or GPT-NeoX."
+    )
+
+
+class Teacher:
+    """A frozen causal model that returns one hidden state.
+
+    Attributes:
+        width: d_T, of the tapped state.
+        num_bytes: of its weights on the device.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_layers: int, tap: int, final_norm: bool) -> None:
+        """
+        Args:
+            model: base model (no LM head).
+            num_layers: of the model.
+            tap: 1-based layer to return.
+            final_norm: return the last layer after the final norm; only for the last layer.
+        """
+        self._model = model.eval().requires_grad_(False)
+        self._tapped: torch.Tensor | None = None
+        layers = _layer_list(model, num_layers)
+        self._after_norm = tap == num_layers and final_norm
+        if not self._after_norm:
+            layers[tap - 1].register_forward_hook(self._keep)
+        # Layers after the tap would only cost time.
+        del layers[tap:]
+        self.width = self._check_causal()
+        self.num_bytes = sum(
+            t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())
+        )
+
+    def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._tapped = output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [b, s] int64 -> tapped state [b, s, d_T]."""
+        output = self._model(input_ids=tokens, use_cache=False)
+        if self._after_norm:
+            return output.last_hidden_state
+        state, self._tapped = self._tapped, None
+        assert state is not None, "the tapped layer did not run"
+        return state
+
+    def _check_causal(self) -> int:
+        """Return the state's width after checking that no token sees a later one.
+
+        Raises:
+            LETError: the teacher is bidirectional, and would leak the answer to the student.
+        """
+        device = self._model.get_input_embeddings().weight.device
+        tokens = torch.arange(_PROBE_TOKENS, device=device)[None]
+        changed = tokens.clone()
+        changed[0, -1] = 0
+        first, second = self.hidden_state(tokens), self.hidden_state(changed)
+        if not torch.allclose(first[:, :-1].float(), second[:, :-1].float(), atol=1e-2, rtol=1e-2):
+            raise LETError(
+                f"The teacher {type(self._model).__name__} is not causal: a later token changes"
+                " the state of an earlier one; use a causal language model."
+            )
+        return first.shape[-1]
+
+
+def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device) -> Teacher:
+    """Load the teacher that `config` names on `device`.
+
+    Raises:
+        LETError: weights are missing from the files, or the model cannot be tapped.
+    """
+    # Building a model draws random numbers, which would change the student's dropout.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model, report = AutoModel.from_pretrained(
+            folder.path,
+            dtype=DTYPES[config.teacher_dtype],
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        raise LETError(
+            f"The teacher {folder.path} has no weight for {sorted(report['missing_keys'])[0]} and "
+            f"{len(report['missing_keys']) - 1} more; its files are of another model."
+        )
+    tap = tapped_layer(config.teacher_layer, folder.num_layers)
+    return Teacher(model.to(device), folder.num_layers, tap, config.teacher_final_norm)
