@@ -45,8 +45,9 @@ class MetricsFile:
 
     Rows have `iteration` (1-based), `lm_loss`, `let_cosine`, `let_weight` (both absent once the
     weight is 0), `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
-    `max_memory_bytes`; evaluation rows have `iteration` and `valid_loss` or `test_loss`. A step
-    that was lost with a killed run and taken again has two rows, and the later one counts.
+    `max_memory_bytes`; evaluation rows have `iteration` and `valid_loss` or `test_loss` (with
+    `_1`, `_2` for further validation sets). A step that was lost with a killed run and taken
+    again has two rows, and the later one counts.
     """
 
     def __init__(self, path: Path, sequence_length: int) -> None:
@@ -54,6 +55,7 @@ class MetricsFile:
         self._sequence_length = sequence_length
         self._evaluation: tuple[int, str] | None = None
         self._evaluated: set[tuple[int, str]] = set()
+        self._num_sets = 0
 
     def _write(self, row: dict[str, Any]) -> None:
         if is_last_rank():
@@ -99,6 +101,7 @@ class MetricsFile:
         def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
             prefix, iteration = args[0], args[4]
             self._evaluation = (iteration, "test_loss" if "test set" in prefix else "valid_loss")
+            self._num_sets = 0
             try:
                 return original(*args, **kwargs)
             finally:
@@ -112,17 +115,19 @@ class MetricsFile:
         @functools.wraps(original)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            losses = result[0]
-            # Megatron evaluates once more after the last step; the first row of a step stays.
-            if (
-                self._evaluation is not None
-                and self._evaluation not in self._evaluated
-                and losses
-                and LOSS_KEY in losses
-            ):
-                iteration, name = self._evaluation
-                self._evaluated.add(self._evaluation)
-                self._write({"iteration": iteration, name: float(losses[LOSS_KEY])})
+            if self._evaluation is not None and result[0] and LOSS_KEY in result[0]:
+                self._write_evaluation(float(result[0][LOSS_KEY]))
             return result
 
         return evaluate
+
+    def _write_evaluation(self, loss: float) -> None:
+        assert self._evaluation is not None
+        iteration, name = self._evaluation
+        if self._num_sets > 0:
+            name = f"{name}_{self._num_sets}"
+        self._num_sets += 1
+        # Megatron evaluates once more after the last step; the first row of a step stays.
+        if (iteration, name) not in self._evaluated:
+            self._evaluated.add((iteration, name))
+            self._write({"iteration": iteration, name: loss})

@@ -7,10 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from megatron_let.config import LETError
-from megatron_let.host.device import Host, detect_host
+from megatron_let.host.device import Host, detect_host, prepare_process
 
 USAGE_ERROR = 2
 
@@ -21,17 +19,16 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: arguments after the program's name; None takes them from the command line.
     """
-    # Megatron chooses at import what it compiles, so the host comes before any of its modules.
+    rank = int(os.environ.get("RANK", "0"))
     host = detect_host()
-    if not host.cuda:
-        torch._dynamo.config.disable = True
+    # Before any module of Megatron, which looks at the environment when it is imported.
+    prepare_process(host, rank)
     from megatron_let.patches import PatchError
     from megatron_let.recipes import RecipeError
 
     try:
         _run(sys.argv[1:] if argv is None else argv, host)
     except (LETError, RecipeError, PatchError) as error:
-        rank = os.environ.get("RANK", "0")
         print(f"megatron_let: error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     return 0
@@ -47,18 +44,21 @@ def _run(argv: list[str], host: Host) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_let import integration
+    from megatron_let.arguments import let_config_from_args
     from megatron_let.data.gpt import check_data_exists, datasets_provider
     from megatron_let.forward_step import make_forward_step
     from megatron_let.host.apply import apply_host_patches
     from megatron_let.host.layer_spec import local_layer_spec
+    from megatron_let.run_folder import claim
 
-    _wandb_offline_unless_asked()
     host_patches = apply_host_patches(host)
     sys.argv = [sys.argv[0], *host.argv(), *_expand_recipe(argv)]
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
     check_data_exists(args)
     integration.enable(args)
+    if args.rank == 0:
+        claim(args, let_config_from_args(args))
     model = gpt_config_from_args(args)
     if args.transformer_impl == "local":
         model.transformer_layer_spec = local_layer_spec
@@ -89,11 +89,6 @@ def _expand_recipe(argv: list[str]) -> list[str]:
         return rest
     parser = _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     return recipe_argv(load_recipe(known.config), parser, rest)
-
-
-def _wandb_offline_unless_asked() -> None:
-    if not os.environ.get("WANDB_API_KEY"):
-        os.environ.setdefault("WANDB_MODE", "offline")
 
 
 if __name__ == "__main__":

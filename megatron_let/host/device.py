@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +53,20 @@ def detect_host() -> Host:
     engine = cuda and importlib.util.find_spec("transformer_engine") is not None
     fused = cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return Host(cuda=cuda, transformer_engine=engine, fused_gradients=fused)
+
+
+def prepare_process(host: Host, rank: int) -> None:
+    """Set what Megatron reads at import or when CUDA starts; call it before importing Megatron."""
+    # Megatron asserts it for TP and CP: one queue keeps communication ahead of compute.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not os.environ.get("WANDB_API_KEY"):
+        os.environ.setdefault("WANDB_MODE", "offline")
+    if not host.cuda:
+        # Megatron decides at import what torch.compile gets; there is no inductor gain on a CPU.
+        torch._dynamo.config.disable = True
+    if rank != 0:
+        warnings.filterwarnings("ignore")
+    if not host.transformer_engine:
+        # A dozen lines a rank that say Transformer Engine and Apex are not there; one line of
+        # ours says it too.
+        warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -1,24 +1,34 @@
 """The torch path: chunked over tokens, exact in fp64, and what a CPU runs."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-# Elements of the wider operand per chunk: a few fp32 work rows that stay in a core's cache.
+# Elements of the wider operand per chunk: its fp32 work rows stay in a core's cache.
 _CHUNK_ELEMENTS = 1 << 18
+
+
+class InterpolationPoints(NamedTuple):
+    """Where each target column reads: `floor u_j`, `floor u_j + 1` and `b_j`, `[d_T]` each."""
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
 
 
 def interpolation_points(
     num_source: int, num_target: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each target column reads the source: `floor u_j`, `floor u_j + 1` and `b_j`, `[d_T]` each.
+) -> InterpolationPoints:
+    """Equation 6: `u_j = j * (d_M - 1) / (d_T - 1)`.
 
-    Equation 6: `u_j = j * (d_M - 1) / (d_T - 1)`. Whole-number arithmetic keeps `b_j` exact to
-    one rounding at any width; the last upper index is clamped, where its weight is zero.
+    Whole-number arithmetic keeps `b_j` exact to one rounding at any width. The last upper index
+    is clamped, where its weight is zero.
     """
     numerator = torch.arange(num_target, device=device) * (num_source - 1)
     lower = numerator // (num_target - 1)
     fraction = (numerator % (num_target - 1)).to(dtype) / (num_target - 1)
-    return lower, (lower + 1).clamp_(max=num_source - 1), fraction
+    return InterpolationPoints(lower, (lower + 1).clamp(max=num_source - 1), fraction)
 
 
 def interpolate(hidden: Tensor, width: int) -> Tensor:
@@ -36,25 +46,25 @@ def interpolate(hidden: Tensor, width: int) -> Tensor:
     """
     if width < 2:
         raise ValueError(f"cannot interpolate to width {width}: equation 6 needs d_T of at least 2")
-    if width == hidden.shape[-1]:
+    points = interpolation_points(hidden.shape[-1], width, hidden.device, hidden.dtype)
+    return _interpolate_at(hidden, points)
+
+
+def _interpolate_at(hidden: Tensor, points: InterpolationPoints) -> Tensor:
+    if hidden.shape[-1] == points.lower.shape[0]:
         return hidden
-    lower, upper, fraction = interpolation_points(
-        hidden.shape[-1], width, hidden.device, hidden.dtype
-    )
-    return torch.lerp(hidden[..., lower], hidden[..., upper], fraction)
+    lower = hidden.index_select(-1, points.lower)
+    return torch.lerp(lower, hidden.index_select(-1, points.upper), points.fraction)
 
 
-def _transpose_interpolate(grad: Tensor, num_source: int) -> Tensor:
+def _transpose_interpolate(grad: Tensor, num_source: int, points: InterpolationPoints) -> Tensor:
     """The transpose of `interpolate`: `[c, d_T]` back to `[c, d_M]`."""
     if grad.shape[-1] == num_source:
         return grad
-    lower, upper, fraction = interpolation_points(
-        num_source, grad.shape[-1], grad.device, grad.dtype
-    )
-    to_upper = grad * fraction
+    to_upper = grad * points.fraction
     result = grad.new_zeros(grad.shape[0], num_source)
-    result.index_add_(1, lower, grad - to_upper)
-    return result.index_add_(1, upper, to_upper)
+    result.index_add_(1, points.lower, grad.sub_(to_upper))
+    return result.index_add_(1, points.upper, to_upper)
 
 
 def _chunks(student: Tensor, teacher: Tensor) -> list[slice]:
@@ -63,7 +73,8 @@ def _chunks(student: Tensor, teacher: Tensor) -> list[slice]:
     return [slice(start, start + tokens) for start in range(0, student.shape[0], tokens)]
 
 
-def _work_dtype(student: Tensor) -> torch.dtype:
+def work_dtype(student: Tensor) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
@@ -80,24 +91,26 @@ def cosine_forward(
         mask: `[N]` bool, True where the token is ignored.
 
     Returns:
-        The cosine `[N]` and `(a, b)` as `[N, 2]`; both zero for a zero vector and an ignored token.
+        The cosine `[N]` and `(a, b)` as `[2, N]`, in fp32 (fp64 for fp64); all zero for a zero
+        vector and for an ignored token.
     """
-    dtype = _work_dtype(student)
-    cosine = torch.zeros(student.shape[0], dtype=dtype, device=student.device)
-    coefficients = torch.zeros(student.shape[0], 2, dtype=dtype, device=student.device)
+    dtype = work_dtype(student)
+    points = interpolation_points(student.shape[1], teacher.shape[1], student.device, dtype)
+    cosine = torch.empty(student.shape[0], dtype=dtype, device=student.device)
+    coefficients = torch.empty(2, student.shape[0], dtype=dtype, device=student.device)
     for tokens in _chunks(student, teacher):
-        interpolated = interpolate(student[tokens].to(dtype), teacher.shape[1])
+        interpolated = _interpolate_at(student[tokens].to(dtype), points)
         target = teacher[tokens].to(dtype)
-        dot = torch.linalg.vecdot(interpolated, target)
-        square = torch.linalg.vecdot(interpolated, interpolated)
-        norms = square.sqrt() * torch.linalg.vecdot(target, target).sqrt()
-        live = norms > 0
+        student_sq = torch.linalg.vecdot(interpolated, interpolated)
+        norms = student_sq.sqrt() * torch.linalg.vecdot(target, target).sqrt()
+        dead = norms == 0  # not `norms > 0` negated: a NaN must show in the cosine
         if mask is not None:
-            live &= ~mask[tokens]
-        inverse = torch.where(live, norms, torch.inf).reciprocal()
+            dead |= mask[tokens]
+        inverse = norms.reciprocal_().masked_fill_(dead, 0)
+        dot = torch.linalg.vecdot(interpolated, target).masked_fill_(dead, 0)
         cosine[tokens] = dot * inverse
-        coefficients[tokens, 0] = inverse
-        coefficients[tokens, 1] = dot * inverse / torch.where(live, square, torch.inf)
+        coefficients[0, tokens] = inverse
+        coefficients[1, tokens] = cosine[tokens] / student_sq.masked_fill_(dead, 1)
     return cosine, coefficients
 
 
@@ -109,16 +122,19 @@ def cosine_backward(
     Args:
         student: `h`, `[N, d_M]`.
         teacher: `t`, `[N, d_T]`.
-        coefficients: `(a, b)` as `[N, 2]`, already times whatever scales the gradient.
+        coefficients: `(a, b)` as `[2, N]`, already times whatever scales the gradient.
         grad_hidden: `[N, d_M]`, the gradient to add to, left as it is; None for zero.
     """
-    dtype = _work_dtype(student)
+    dtype = work_dtype(student)
+    points = interpolation_points(student.shape[1], teacher.shape[1], student.device, dtype)
     result = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     for tokens in _chunks(student, teacher):
-        interpolated = interpolate(student[tokens].to(dtype), teacher.shape[1])
-        a, b = coefficients[tokens].unbind(1)
-        direction = a[:, None] * teacher[tokens] - b[:, None] * interpolated
-        gradient = _transpose_interpolate(direction, student.shape[1])
+        interpolated = _interpolate_at(student[tokens].to(dtype), points)
+        a, b = coefficients[:, tokens, None].unbind()
+        direction = torch.addcmul(a * teacher[tokens].to(dtype), b, interpolated, value=-1)
+        # An ignored token may hold a NaN, which 0 * NaN would let through.
+        direction.masked_fill_(a == 0, 0)
+        gradient = _transpose_interpolate(direction, student.shape[1], points)
         if grad_hidden is not None:
             gradient += grad_hidden[tokens]
         result[tokens] = gradient

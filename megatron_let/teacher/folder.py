@@ -11,11 +11,15 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from megatron_let.config import LETError
+from megatron_let.teacher.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = cache / "teachers" / f"{file.stem}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
         # Every rank of a node comes here; one converts, the others find the folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
@@ -148,13 +152,17 @@ def _convert_gguf(file: Path, cache: Path) -> Path:
 
 
 def _write_gguf_as_folder(file: Path, folder: Path) -> None:
-    import torch
-
-    partial = folder.with_suffix(".partial")
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    names = {"gguf_file": file.name, "local_files_only": True}
+    names: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    # Recent transformers keep GGUF blocks packed, and a packed model cannot be saved.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    dense = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **names)
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.bfloat16, **dense, **names
+            )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **names)
     except Exception as error:  # gguf and transformers raise a dozen kinds for a damaged file
         raise LETError(

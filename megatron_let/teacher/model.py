@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from megatron_let.config import LETConfig, LETError
 from megatron_let.teacher.folder import TeacherFolder
-
-logger = logging.getLogger(__name__)
+from megatron_let.teacher.quiet import quiet_transformers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PROBE_TOKENS = 8
@@ -113,7 +111,7 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
         LETError: weights are missing from the files, or the model cannot be tapped.
     """
     # Building a model draws random numbers, which would change the student's dropout.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_transformers():
         model, report = AutoModel.from_pretrained(
             folder.path,
             dtype=DTYPES[config.teacher_dtype],

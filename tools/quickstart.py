@@ -1,0 +1,340 @@
+"""The quickstart: the same small model trained twice, without and with a real teacher.
+
+Run it by `bash launch/quickstart.sh`, which makes the environment first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_let.config import LETError
+from megatron_let.data.environment_text import environment_text
+from megatron_let.data.indexed import IndexedCounts, write_indexed
+from megatron_let.report import (
+    RunMetrics,
+    aligned_phase_cost,
+    comparison_table,
+    load_metrics,
+    plot_losses,
+    steps_to_reach,
+)
+from megatron_let.teacher.folder import inspect_teacher
+from megatron_let.teacher.package import packaged_teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("baseline", "let")
+SEQUENCE_LENGTH = 128
+TOKENS_PER_STEP = 8 * SEQUENCE_LENGTH
+VALID_TOKENS = 12 * TOKENS_PER_STEP
+BYTES_PER_TOKEN = 3  # of code, and fewer than of prose, so that the text suffices
+POLL_SECONDS = 0.5
+
+
+def main() -> int:
+    """Run all stages; return the exit code."""
+    options = _parse()
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    start = time.monotonic()
+    try:
+        _claim_output(options)
+        console.print(f"[1/4] teacher: {options.teacher or 'SmolLM2-135M from its package'}")
+        folder = inspect_teacher(options.teacher or packaged_teacher())
+        console.print(f"[2/4] text: {_describe_text(options)}")
+        _prepare_data(options, folder.path, console)
+        console.print(f"[3/4] two runs of {options.steps} steps, same seed and data order")
+        for method in METHODS:
+            _train(method, options, folder.path, console)
+    except LETError as error:
+        console.print(f"quickstart: error: {error}", style="red", highlight=False)
+        return 2
+    console.print("[4/4] report")
+    _report(options, console)
+    console.print(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results"
+    )
+    parser.add_argument("--teacher", type=Path, help="Hugging Face folder or .gguf of your own")
+    parser.add_argument("--text", type=Path, nargs="+", help="text files of your own")
+    options = parser.parse_args()
+    if options.steps < 20:
+        parser.error(f"--steps is {options.steps}; give at least 20")
+    options.output = options.output.resolve()
+    return options
+
+
+def _claim_output(options: argparse.Namespace) -> None:
+    """Sign the output folder with the options, or refuse one that another run has signed."""
+    wanted = {
+        "steps": options.steps,
+        "teacher": str(options.teacher.resolve()) if options.teacher else None,
+        "text": [str(path.resolve()) for path in options.text or ()],
+    }
+    signature = options.output / "quickstart.json"
+    if signature.is_file():
+        found = json.loads(signature.read_text())
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise LETError(
+                    f"{options.output} holds another quickstart: --{name} is {found.get(name)}"
+                    f" there and {value} here; give another --output."
+                )
+    elif options.output.is_dir() and any(options.output.iterdir()):
+        raise LETError(f"{options.output} is not empty and no quickstart's; give another --output.")
+    else:
+        options.output.mkdir(parents=True, exist_ok=True)
+        signature.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def _describe_text(options: argparse.Namespace) -> str:
+    if options.text:
+        return ", ".join(str(path) for path in options.text)
+    return "sources and documents of this Python environment"
+
+
+def _documents(options: argparse.Namespace) -> Iterator[str]:
+    needed = (options.steps * TOKENS_PER_STEP + VALID_TOKENS) * BYTES_PER_TOKEN
+    if not options.text:
+        yield from environment_text(max(needed, 1_000_000))
+        return
+    for path in options.text:
+        if not path.is_file():
+            raise LETError(f"The text file {path} does not exist.")
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError as error:
+            raise LETError(f"The text file {path} is no UTF-8 ({error.reason}).") from error
+        # Paragraphs, gathered, so that a part can be held out of a single file too.
+        yield from _pieces(text)
+
+
+def _pieces(text: str, size: int = 4_000) -> Iterator[str]:
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        piece += paragraph + "\n\n"
+        if len(piece) >= size:
+            yield piece
+            piece = ""
+    if piece.strip():
+        yield piece
+
+
+def _prepare_data(options: argparse.Namespace, tokenizer: Path, console: Console) -> None:
+    """Tokenise the text once into a training and a held-out set."""
+    folder = options.output / "data"
+    counts_file = folder / "counts.json"
+    if not counts_file.is_file():
+        from transformers import AutoTokenizer
+
+        hf_tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        held_out, training = _split(list(_documents(options)))
+        counts = {
+            "valid": write_indexed(folder / "valid", held_out, hf_tokenizer),
+            "train": write_indexed(folder / "train", training, hf_tokenizer),
+        }
+        _check_enough(counts)
+        counts_file.write_text(json.dumps({name: vars(c) for name, c in counts.items()}))
+    for name, count in json.loads(counts_file.read_text()).items():
+        console.print(f"      {name}: {count['documents']} documents, {count['tokens']:,} tokens")
+
+
+def _split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Hold out the first documents, up to the validation size but at most a tenth of the text."""
+    budget = min(VALID_TOKENS * BYTES_PER_TOKEN, sum(map(len, documents)) // 10)
+    held_out: list[str] = []
+    while documents and sum(map(len, held_out)) < budget:
+        held_out.append(documents.pop(0)[:budget])
+    return held_out, documents
+
+
+def _check_enough(counts: dict[str, IndexedCounts]) -> None:
+    for name, count in counts.items():
+        if count.tokens <= 8 * SEQUENCE_LENGTH:
+            raise LETError(
+                f"The text gives {count.tokens} tokens for the {name} set and a batch is 8"
+                f" sequences of {SEQUENCE_LENGTH}; give more --text."
+            )
+
+
+def _train(method: str, options: argparse.Namespace, teacher: Path, console: Console) -> None:
+    """Run one recipe in processes of its own, with progress from its metrics file."""
+    output = options.output / method
+    metrics, log = output / "metrics.jsonl", output / "train.log"
+    if _finished(load_metrics(metrics), options.steps):
+        console.print(f"      {method}: already done")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as stream, _progress(console) as progress:
+        process = subprocess.Popen(
+            _command(method, options.steps),
+            cwd=ROOT,
+            env=_environment(options, teacher, output),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _follow(process, progress, method, metrics, options.steps)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode != 0:
+        raise LETError(f"The {method} run failed: {_last_error(log)} (all of it: {log})")
+
+
+def _command(method: str, steps: int) -> list[str]:
+    flags = ["--train-iters", str(steps), "--lr-warmup-iters", str(max(1, steps // 10))]
+    if method == "let":
+        flags += ["--let-stop-step", str(steps // 3)]
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+        "-m", "megatron_let.pretrain", "--config", str(ROOT / f"configs/quickstart_{method}.yaml"),
+        *flags,
+    ]  # fmt: skip
+
+
+def _environment(options: argparse.Namespace, teacher: Path, output: Path) -> dict[str, str]:
+    variables = {"DATA": options.output / "data", "TEACHER": teacher, "OUTPUT": output}
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    return {**threads, **os.environ, **{name: str(path) for name, path in variables.items()}}
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("      {task.description:<8}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _follow(
+    process: subprocess.Popen[bytes], progress: Progress, method: str, metrics: Path, steps: int
+) -> None:
+    task = progress.add_task(method, total=steps, status="starting")
+    printed = 0
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        run = load_metrics(metrics)
+        if not run.steps:
+            continue
+        status = _status(run)
+        progress.update(task, completed=run.last_step, status=status)
+        # A log has no bar that moves: say something at the first step and at each tenth.
+        if not progress.console.is_terminal and run.last_step >= printed:
+            progress.console.print(f"      {method} step {run.last_step}/{steps} {status}")
+            printed = (run.last_step * 10 // steps + 1) * steps // 10
+
+
+def _status(run: RunMetrics) -> str:
+    row = run.steps[run.last_step]
+    parts = [f"loss {row['lm_loss']:.3f}"]
+    if run.final_valid_loss is not None:
+        parts.append(f"held-out {run.final_valid_loss:.3f}")
+    if "let_cosine" in row:
+        parts.append(f"cosine {row['let_cosine']:.3f}")
+    return " ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])
+
+
+def _finished(run: RunMetrics, steps: int) -> bool:
+    return run.last_step >= steps and steps in run.valid_loss
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text().splitlines()
+    errors = [line for line in lines if "megatron_let: error" in line or "Error:" in line]
+    return errors[0].strip() if errors else (lines or ["it printed nothing"])[-1]
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    """Print the table and write report.json and losses.png."""
+    runs = {m: load_metrics(options.output / m / "metrics.jsonl") for m in METHODS}
+    rows = comparison_table(runs["baseline"], runs["let"])
+    console.print(_table(rows))
+    summary = _summary(runs, options.steps)
+    for line in _sentences(summary):
+        console.print(line, highlight=False)
+    plot, report = options.output / "losses.png", options.output / "report.json"
+    plot_losses(runs, plot, "The same student without and with the teacher")
+    report.write_text(json.dumps({"summary": summary, "evaluations": rows}, indent=2) + "\n")
+    for name, path in {"curves": plot, "report": report}.items():
+        console.print(f"{name}: {path}", soft_wrap=True)
+    for method in METHODS:
+        console.print(f"{method}: {options.output / method}", soft_wrap=True)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("step", "baseline", "LET", "difference", "cosine", "weight", title="held-out loss")
+    for row in rows:
+        ours, theirs = row["let_valid_loss"], row["baseline_valid_loss"]
+        cosine, weight = row["let_cosine"], row["let_weight"]
+        table.add_row(
+            str(row["step"]),
+            f"{theirs:.4f}",
+            f"{ours:.4f}",
+            f"{ours - theirs:+.4f}",
+            "" if cosine is None else f"{cosine:.3f}",
+            "" if weight is None else f"{weight:.3f}",
+        )
+    return table
+
+
+def _summary(runs: dict[str, RunMetrics], steps: int) -> dict[str, Any]:
+    target = runs["baseline"].final_valid_loss
+    assert target is not None, "the baseline was never evaluated"
+    seconds = {m: statistics.median(run.step_seconds()) for m, run in runs.items()}
+    totals = {m: sum(r["step_seconds"] for r in run.steps.values()) for m, run in runs.items()}
+    return {
+        "steps": steps,
+        "baseline_final_valid_loss": target,
+        "let_final_valid_loss": runs["let"].final_valid_loss,
+        "let_steps_to_baseline_loss": steps_to_reach(runs["let"].valid_loss, target),
+        "tokens_per_second": {m: TOKENS_PER_STEP / s for m, s in seconds.items()},
+        "training_seconds": totals,
+        "aligned_phase_cost": aligned_phase_cost(runs["let"]),
+        "peak_memory_bytes": {
+            m: max(row["max_memory_bytes"] for row in run.steps.values())
+            for m, run in runs.items()
+        },
+    }
+
+
+def _sentences(summary: dict[str, Any]) -> Iterator[str]:
+    reached, steps = summary["let_steps_to_baseline_loss"], summary["steps"]
+    final = summary["baseline_final_valid_loss"]
+    if reached is None:
+        yield f"LET did not reach the baseline's final held-out loss of {final:.4f}."
+    else:
+        yield (
+            f"LET reached the baseline's final held-out loss of {final:.4f} at step {reached:.0f}"
+            f" of {steps} ({steps / reached:.2f}x)."
+        )
+    rates = summary["tokens_per_second"]
+    yield f"tokens/s (median step): baseline {rates['baseline']:.0f}, LET {rates['let']:.0f}"
+    if summary["aligned_phase_cost"] is not None:
+        yield f"a step with the teacher took {summary['aligned_phase_cost']:.2f}x one without"
+    seconds = summary["training_seconds"]
+    yield f"training time: baseline {seconds['baseline']:.0f} s, LET {seconds['let']:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
