@@ -69,6 +69,17 @@ def let_config_from_args(args: argparse.Namespace) -> LETConfig:
     return config
 
 
+def resumed_step(args: argparse.Namespace) -> int:
+    """0-based step at which the run will begin, from the tracker file of `--load`; 0 if new."""
+    if args.load is None or args.finetune:
+        return 0
+    if args.ckpt_step is not None:
+        return int(args.ckpt_step)
+    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    content = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(content) if content.isdecimal() else 0
+
+
 # Flag value under which LET cannot work -> why, and what to do.
 _REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("cuda_graph_impl", "none", "CUDA graphs bypass the hook on layer k; drop --cuda-graph-impl"),
@@ -141,9 +152,10 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
             f"--seq-length is {args.seq_length} but the teacher was built for "
             f"{folder.max_positions} positions; shorten the sequence or use another teacher."
         )
-    if config.stop_step > args.train_iters:
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    if config.stop_step > steps:
         warnings.warn(
-            f"--let-stop-step {config.stop_step} is beyond the run's {args.train_iters} steps:"
+            f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
             " the weight never reaches 0 and the teacher stays to the end.",
             stacklevel=2,
         )

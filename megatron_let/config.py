@@ -63,9 +63,7 @@ class LETConfig:
             )
         tap = self.teacher_layer
         if tap not in ("last", "middle") and not (tap.isdecimal() and int(tap) >= 1):
-            raise LETError(
-                f"--let-teacher-layer is {tap!r}; give last, middle or a number from 1."
-            )
+            raise LETError(f"--let-teacher-layer is {tap!r}; give last, middle or a number from 1.")
 
     @property
     def enabled(self) -> bool:

@@ -193,9 +193,7 @@ def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | t
     num_microbatches, micro_batch_size, sequence_length = batch.tokens.shape
     if batch.unmasked_tokens is not None:
         replicas = parallel_state.get_data_parallel_world_size()
-        factor = per_token_gradient_factor(
-            batch.unmasked_tokens, batch.tokens.numel() * replicas
-        )
+        factor = per_token_gradient_factor(batch.unmasked_tokens, batch.tokens.numel() * replicas)
     else:
         factor = 1 / gradient_denominator(
             micro_batch_size,

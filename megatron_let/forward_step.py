@@ -36,13 +36,14 @@ def make_forward_step(args: argparse.Namespace) -> Callable[..., Any]:
 
 
 def _loss(
-    args: argparse.Namespace, loss_mask: torch.Tensor, output: torch.Tensor
+    args: argparse.Namespace, loss_mask: torch.Tensor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of token losses, unmasked tokens, and what is reported; equation 1.
 
     Args:
-        loss_mask, output: [b, s / cp] weights and token losses.
+        loss_mask, output: [b, s / cp] weights and token losses; called on the last stage only.
     """
+    assert loss_mask is not None, "the last stage has a loss mask"
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
@@ -57,9 +58,7 @@ def _validate(args: argparse.Namespace, loss: torch.Tensor) -> None:
         checks += [(torch.isnan, "NaN in the local loss", True)]
         checks += [(torch.isinf, "Inf in the local loss", True)]
     if args.check_for_spiky_loss:
-        spiky = partial(
-            machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
-        )
+        spiky = partial(machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss")
         checks += [(spiky, "spiky loss", False)]
     for rejected, message, fatal in checks:
         machine.validate_result(

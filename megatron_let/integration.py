@@ -20,6 +20,7 @@ from megatron_let.arguments import (
     check_supported,
     check_vocabulary_size,
     let_config_from_args,
+    resumed_step,
 )
 from megatron_let.forward_backward import AlignedForwardBackward
 from megatron_let.metrics import MetricsFile, forget_stale_averages
@@ -72,6 +73,10 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
 def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
     config = let_config_from_args(args)
     if not config.enabled:
+        return
+    resumed = resumed_step(args)
+    if resumed >= config.stop_step:
+        print_rank_0(f"LET: resumed at step {resumed}, past --let-stop-step; no teacher is needed")
         return
     assert config.teacher is not None
     check_supported(args)

@@ -65,6 +65,7 @@ class MetricsFile:
 
     def wrap_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Stand in for `train_step`: time it and write its row."""
+
         @functools.wraps(original)
         def train_step(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()

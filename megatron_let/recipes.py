@@ -32,7 +32,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"The recipe {path} is no YAML: {reason}.") from error
     if not isinstance(document, Mapping) or not all(
         isinstance(section, Mapping) for section in document.values()
     ):

@@ -66,7 +66,8 @@ def _check_same(save: Path, ours: dict[str, Any]) -> None:
             flag = "--" + name.replace("_", "-")
             raise LETError(
                 f"The output folder {save} holds another run: {flag} is {theirs.get(name)} there"
-                f" and {ours.get(name)} here; give another --save (and --load {save} to start from it)."
+                f" and {ours.get(name)} here; give another --save (and --load {save} to start"
+                " from it)."
             )
 
 

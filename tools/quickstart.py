@@ -58,7 +58,7 @@ def main() -> int:
         for method in METHODS:
             _train(method, options, folder.path, console)
     except LETError as error:
-        console.print(f"quickstart: error: {error}", style="red", highlight=False)
+        console.print(f"quickstart: error: {error}", style="red", highlight=False, soft_wrap=True)
         return 2
     console.print("[4/4] report")
     _report(options, console)
@@ -214,7 +214,9 @@ def _command(method: str, steps: int) -> list[str]:
 def _environment(options: argparse.Namespace, teacher: Path, output: Path) -> dict[str, str]:
     variables = {"DATA": options.output / "data", "TEACHER": teacher, "OUTPUT": output}
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    return {**threads, **os.environ, **{name: str(path) for name, path in variables.items()}}
+    # All files are local by now; transformers must not look for a network.
+    fixed = {"HF_HUB_OFFLINE": "1", **{name: str(path) for name, path in variables.items()}}
+    return {**threads, **os.environ, **fixed}
 
 
 def _progress(console: Console) -> Progress:
@@ -283,7 +285,8 @@ def _report(options: argparse.Namespace, console: Console) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("step", "baseline", "LET", "difference", "cosine", "weight", title="held-out loss")
+    columns = ("step", "baseline", "LET", "difference", "cosine", "weight")
+    table = Table(*columns, title="held-out loss")
     for row in rows:
         ours, theirs = row["let_valid_loss"], row["baseline_valid_loss"]
         cosine, weight = row["let_cosine"], row["let_weight"]
@@ -312,8 +315,7 @@ def _summary(runs: dict[str, RunMetrics], steps: int) -> dict[str, Any]:
         "training_seconds": totals,
         "aligned_phase_cost": aligned_phase_cost(runs["let"]),
         "peak_memory_bytes": {
-            m: max(row["max_memory_bytes"] for row in run.steps.values())
-            for m, run in runs.items()
+            m: max(row["max_memory_bytes"] for row in run.steps.values()) for m, run in runs.items()
         },
     }
 

@@ -120,7 +120,7 @@ _environment_install() (
     if ! _environment_is_usable "$venv"; then
         [[ -n $python ]] || python="$(_environment_find_python)" || exit 1
         _environment_say "making $venv with $python"
-        if ! output="$("$python" -I -m venv -- "$venv" 2>&1 </dev/null)"; then
+        if ! output="$("$python" -I -m venv "$venv" 2>&1 </dev/null)"; then
             _environment_explain "cannot make $venv with $python" "$output"
             exit 1
         fi
@@ -207,8 +207,9 @@ _environment_candidates() {
         compgen -G "${root:-/nowhere}/versions/3.1[2-9]*/bin/python" || true
     done
     for name in 3.12 3.13 '>=3.12'; do
-        # --system: not the environment that is to be made.
-        UV_PYTHON_DOWNLOADS=never uv python find --system "$name" 2>/dev/null || true
+        # Its own ones only: PATH is done, and a stand-in of pyenv's there makes uv give up.
+        UV_PYTHON_PREFERENCE=only-managed UV_PYTHON_DOWNLOADS=never \
+            uv python find --system "$name" 2>/dev/null || true
     done
 }
 

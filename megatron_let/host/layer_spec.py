@@ -88,9 +88,7 @@ class SDPAttention(MegatronModule):
                 " --window-size and --softmax-type."
             )
         self.softmax_scale = softmax_scale
-        self.dropout = (
-            config.attention_dropout if attention_dropout is None else attention_dropout
-        )
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = (
             pg_collection.cp
             if pg_collection is not None

@@ -17,9 +17,7 @@ from megatron_let.ops import reference
 
 
 @torch.library.custom_op("megatron_let::cosine_forward", mutates_args=())
-def _cosine_forward(
-    student: Tensor, teacher: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _cosine_forward(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return reference.cosine_forward(student, teacher, mask)
 
 
@@ -96,9 +94,7 @@ class _AlignHiddenState(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_hidden: Tensor, grad_cosine: Tensor
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_hidden: Tensor, grad_cosine: Tensor) -> tuple[Tensor, None, None]:
         hidden, teacher, coefficients, gradient_scale = ctx.saved_tensors
         # A new tensor, not a sum in place: autograd gives both inputs of an addition one and the
         # same gradient, so this one may be another branch's too. The bytes moved are equal.

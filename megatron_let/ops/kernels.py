@@ -8,8 +8,8 @@ of equation 6 (target column j reads sources `floor u_j` and `floor u_j + 1`), `
 
 Two pairs, one for each shape that `W` can take:
 
-* block: `W` is block-diagonal with equal blocks of P sources and Q targets, so a thread holds all
-  that it needs and every access is a wide, aligned stream.
+* block: `d_M = r d_T`, `r` 1, 2 or 4, where target j reads sources `r j .. r j + r - 1` only: a
+  thread holds all that it needs, and every access is a wide, aligned stream.
 * gather: any widths. Columns are read where `u_j` falls, neighbours through the L1 cache, and the
   transpose is a gather too: no atomics, so a run repeats to the bit.
 
@@ -97,7 +97,7 @@ def _interpolate_block(
     D_M: tl.constexpr, D_T: tl.constexpr,
     TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`p` and `t`, `[TOKENS, LANES, VECTOR / ratio]`, and `W`'s blocks for the way back."""
+    """`p` and `t`, `[TOKENS, LANES, VECTOR / r]`, and `W`'s blocks `[1, LANES, VECTOR / r, r]`."""
     RATIO: tl.constexpr = D_M // D_T
     MASKED: tl.constexpr = D_M % (LANES * VECTOR) != 0
     lanes = (start + tl.arange(0, LANES))[None, :, None]
@@ -211,7 +211,7 @@ def cosine_forward_gather(
         lanes = tl.arange(0, LANES)[None, :, None]
         target = start + lanes * VECTOR + tl.arange(0, VECTOR)[None, None, :]
         in_row = target < D_T
-        # One column early at the row's end, with weight 1 above, so that `upper` is in the row.
+        # At the row's end one column lower, with weight 1 above it, so that `upper` is in the row.
         lower = tl.maximum(tl.minimum(target * (D_M - 1) // (D_T - 1), D_M - 2), 0)
         upper = lower + min(D_M - 1, 1)
         fraction = _weight((lower + 1) * (D_T - 1) - target * (D_M - 1), D_T, DTYPE)

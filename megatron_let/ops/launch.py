@@ -50,8 +50,14 @@ def _widest_vector(student: Tensor) -> int:
 
 
 def _constants(student: Tensor, num_target: int, tokens: int, vector: int) -> dict[str, Any]:
+    num_source = student.shape[1]
+    if (num_source + _LANES * vector) * (num_target + _LANES * vector) >= 2**31:
+        raise ValueError(
+            f"widths {num_source} and {num_target} overflow the kernel's 32-bit column arithmetic: "
+            "keep their product below 2**31"
+        )
     return {
-        "D_M": student.shape[1],
+        "D_M": num_source,
         "D_T": num_target,
         "TOKENS": tokens,
         "LANES": _LANES,
@@ -91,9 +97,7 @@ def _unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def cosine_forward(
-    student: Tensor, teacher: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def cosine_forward(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`reference.cosine_forward` in one kernel."""
     student, teacher = _unit_stride(student), _unit_stride(teacher)
     num_tokens = student.shape[0]

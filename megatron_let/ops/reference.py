@@ -9,6 +9,11 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 18
 
 
+def work_dtype(tensor: Tensor) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 class InterpolationPoints(NamedTuple):
     """Where each target column reads: `floor u_j`, `floor u_j + 1` and `b_j`, `[d_T]` each."""
 
@@ -39,15 +44,16 @@ def interpolate(hidden: Tensor, width: int) -> Tensor:
         width: `d_T`, at least 2.
 
     Returns:
-        `[..., d_T]` in hidden's dtype; hidden itself where `d_T == d_M`.
+        `[..., d_T]` in hidden's dtype; hidden as it is where `d_T == d_M`.
 
     Raises:
         ValueError: `width` below 2, where equation 6 divides by zero.
     """
     if width < 2:
         raise ValueError(f"cannot interpolate to width {width}: equation 6 needs d_T of at least 2")
-    points = interpolation_points(hidden.shape[-1], width, hidden.device, hidden.dtype)
-    return _interpolate_at(hidden, points)
+    dtype = work_dtype(hidden)
+    points = interpolation_points(hidden.shape[-1], width, hidden.device, dtype)
+    return _interpolate_at(hidden.to(dtype), points).to(hidden.dtype)
 
 
 def _interpolate_at(hidden: Tensor, points: InterpolationPoints) -> Tensor:
@@ -73,14 +79,7 @@ def _chunks(student: Tensor, teacher: Tensor) -> list[slice]:
     return [slice(start, start + tokens) for start in range(0, student.shape[0], tokens)]
 
 
-def work_dtype(student: Tensor) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything narrower."""
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
-def cosine_forward(
-    student: Tensor, teacher: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def cosine_forward(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The cosine of each token and the two numbers its gradient needs.
 
     With `p = interp(h)`: `d cos / d p = a * t - b * p`, `a = 1 / (|p| |t|)`, `b = cos / |p|^2`.

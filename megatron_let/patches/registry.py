@@ -113,7 +113,9 @@ class PatchSet:
         original = getattr(owner, attribute)
         _check_version(patch)
         _check_parameters(patch, original)
-        if any(p.target == patch.target and "replace" in (p.kind, patch.kind) for p in self.applied):
+        if any(
+            p.target == patch.target and "replace" in (p.kind, patch.kind) for p in self.applied
+        ):
             raise PatchError(f"{patch.target} is patched twice and one of the two replaces it.")
         setattr(owner, attribute, make(original))
         self._applied.append((patch, owner, attribute, original))

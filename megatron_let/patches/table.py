@@ -14,9 +14,7 @@ MEGATRON_VERSIONS = ">=0.19.2,<0.20"
 TORCH_VERSIONS = ">=2.9"
 
 
-def _cpu(
-    target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch"
-) -> Patch:
+def _cpu(target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch") -> Patch:
     return Patch(
         target=target,
         kind="replace",

@@ -111,7 +111,8 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
         LETError: weights are missing from the files, or the model cannot be tapped.
     """
     # Building a model draws random numbers, which would change the student's dropout.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_transformers():
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), quiet_transformers():
         model, report = AutoModel.from_pretrained(
             folder.path,
             dtype=DTYPES[config.teacher_dtype],

@@ -49,9 +49,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str | int, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def reference(
-    tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path, weights: Path
-):  # type: ignore[no-untyped-def]
+def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path, weights: Path):  # type: ignore[no-untyped-def]
     """Runs of one process, one for each k and loss mode, made once."""
     runs: dict[tuple[object, ...], Run] = {}
 

@@ -36,9 +36,7 @@ def random_model(architecture: str, width: int = 48) -> PreTrainedModel:
             OPTConfig(**common, **sizes, ffn_dim=2 * width, word_embed_proj_dim=width)
         )
     if architecture == "gpt_neox":
-        return GPTNeoXForCausalLM(
-            GPTNeoXConfig(**common, **sizes, intermediate_size=2 * width)
-        )
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**common, **sizes, intermediate_size=2 * width))
     if architecture == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(

@@ -1,0 +1,37 @@
+"""Run the entry and fail unless the teacher has left the memory after S_stop.
+
+`-m tests.helpers.freed_teacher ARGS`, with the entry's arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+from megatron_let import pretrain
+
+if __name__ == "__main__":
+    references: list[Any] = []
+
+    # The entry imports Megatron itself, after it has looked at the host.
+    def _watch() -> None:
+        from megatron_let import forward_backward
+
+        load = forward_backward.load_teacher
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            teacher = load(*args, **kwargs)
+            references.append(weakref.ref(teacher))
+            references.append(weakref.ref(teacher._model))
+            return teacher
+
+        forward_backward.load_teacher = watched
+
+    host = pretrain.detect_host()
+    pretrain.prepare_process(host, 0)
+    _watch()
+    assert pretrain.main() == 0
+    assert references, "no teacher was loaded"
+    assert all(reference() is None for reference in references), "the teacher is still in memory"
+    sys.exit(0)

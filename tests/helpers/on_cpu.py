@@ -1,0 +1,22 @@
+"""Run a Megatron script as `__main__` on this host: `-m tests.helpers.on_cpu SCRIPT ARGS`.
+
+A user's script runs on GPUs; without one it needs the CPU stand-ins and flags before it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from megatron_let.host.device import detect_host, prepare_process
+
+if __name__ == "__main__":
+    host = detect_host()
+    prepare_process(host, int(os.environ["RANK"]))
+    from megatron_let.host.apply import apply_host_patches
+
+    apply_host_patches(host)
+    script, *arguments = sys.argv[1:]
+    sys.argv = [script, *host.argv(), *arguments]
+    runpy.run_path(script, run_name="__main__")

@@ -1,0 +1,14 @@
+"""Scalars that Megatron itself logs, as float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """{iteration: value} of one scalar in a TensorBoard folder."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}

@@ -1,0 +1,223 @@
+"""The Triton kernels under Triton's interpreter, against the dense fp64 reference.
+
+The interpreter is chosen when Triton is imported, so the tests run in a process of their own: the
+one test that pytest collects here starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.unit.test_ops_reference import (
+    COSINE_ERROR,
+    GRADIENT_ERROR,
+    WIDTHS,
+    exact_cosine,
+    exact_gradient,
+    random_pair,
+    relative_error,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton", reason="Triton is not installed: a CPU build of torch has none")
+if INTERPRETED:
+    from megatron_let.ops import launch
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_a_process_with_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+class InterpretedKernels:
+    """Each test compares `launch`'s two functions with equations 4 and 6 in fp64."""
+
+    @pytest.fixture(autouse=True)
+    def poison(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Outputs start as NaN, so that an element no program writes is found."""
+
+        def poisoned(*args: object, **kwargs: object) -> Tensor:
+            return torch.full(
+                args[0] if isinstance(args[0], torch.Size) else args, torch.nan, **kwargs
+            )
+
+        monkeypatch.setattr(launch.torch, "empty", poisoned)
+
+    @staticmethod
+    def cosine_and_gradient(
+        student: Tensor, teacher: Tensor, weight: Tensor, grad: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The cosine, and `grad + d sum(weight * cos) / d student`."""
+        cosine, coefficients = launch.cosine_forward(student, teacher, mask)
+        scaled = (coefficients * weight).to(coefficients.dtype)
+        return cosine, launch.cosine_backward(student, teacher, scaled, grad)
+
+    def check(
+        self, student: Tensor, teacher: Tensor, grad: Tensor | None, mask: Tensor | None = None
+    ) -> None:
+        weight = torch.randn(student.shape[0], dtype=torch.float64)
+        cosine, gradient = self.cosine_and_gradient(student, teacher, weight, grad, mask)
+        live = torch.ones(len(student), dtype=torch.bool) if mask is None else ~mask
+        expected = torch.zeros(student.shape, dtype=torch.float64)
+        expected[live] = exact_gradient(student[live], teacher[live], weight[live])
+        if grad is not None:
+            expected += grad
+        dtype = student.dtype
+        assert gradient.dtype == dtype and gradient.is_contiguous()
+        error = (cosine[live].double() - exact_cosine(student[live], teacher[live])).abs()
+        assert not len(error) or error.max() < COSINE_ERROR[dtype]
+        assert not cosine[~live].any()
+        scale = max(expected.norm().item(), (weight.norm() / student.double().norm()).item() * 1e-2)
+        assert (gradient.double() - expected).norm() <= GRADIENT_ERROR[dtype] * scale
+
+    @pytest.mark.parametrize("dtype", COSINE_ERROR)
+    @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
+    def test_against_fp64(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
+        student, teacher = random_pair(5, d_m, d_t, dtype, seed=d_m + d_t)
+        self.check(student, teacher, torch.randn(5, d_m).to(dtype))
+
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 9])
+    @pytest.mark.parametrize(("d_m", "d_t"), [(300, 150), (300, 110), (70, 200)])
+    def test_token_counts_around_the_tile(self, d_m: int, d_t: int, num_tokens: int) -> None:
+        student, teacher = random_pair(num_tokens, d_m, d_t, torch.float32)
+        mask = torch.arange(num_tokens) % 3 == 1
+        self.check(student, teacher, None, mask)
+
+    @pytest.mark.parametrize(
+        ("d_m", "d_t"), [(256, 128), (258, 129), (512, 512), (260, 64), (320, 64), (64, 257)]
+    )
+    def test_widths_around_the_tile(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(3, d_m, d_t, torch.bfloat16)
+        self.check(student, teacher, torch.randn(3, d_m).bfloat16())
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(1, 90), st.integers(2, 90), st.integers(1, 6), st.integers(0, 2**16))
+    def test_any_widths(self, d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
+        student, teacher = random_pair(num_tokens, d_m, d_t, torch.float64, seed)
+        self.check(student, teacher, torch.randn_like(student))
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_strided_inputs(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(6, d_m, d_t, torch.float32)
+        grad = torch.randn(6, d_m)
+        weight = torch.randn(6, dtype=torch.float64)
+        expected = self.cosine_and_gradient(student, teacher, weight, grad)
+        layouts = {
+            "rows apart": lambda x: torch.stack([x, torch.full_like(x, 9)], 1)[:, 0],
+            "columns apart": lambda x: x.T.contiguous().T,
+            "shard of a sequence": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9])[6:12],
+        }
+        for layout in layouts.values():
+            result = self.cosine_and_gradient(
+                layout(student), layout(teacher), weight, layout(grad)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_expanded_gradient(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(3, d_m, d_t, torch.float32)
+        self.check(student, teacher, torch.ones(()).expand(3, d_m))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_zero_vectors(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
+        student, teacher = random_pair(4, d_m, d_t, dtype)
+        student[0], teacher[1], student[2], teacher[2] = 0, 0, 0, 0
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(4))
+        assert cosine[:3].tolist() == [0, 0, 0] and cosine[3] != 0
+        assert not gradient[:3].any() and gradient[3].any()
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_ignored_tokens_even_if_they_hold_nan(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(6, d_m, d_t, torch.float32)
+        student[1], teacher[5] = torch.nan, torch.inf
+        mask = torch.tensor([False, True, True, False, False, True])
+        grad = torch.randn(6, d_m)
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(6), grad, mask)
+        assert not cosine[mask].any()
+        assert torch.equal(gradient[mask], grad[mask])
+        clean = self.cosine_and_gradient(
+            student[~mask], teacher[~mask], torch.ones(3), grad[~mask]
+        )
+        assert torch.equal(cosine[~mask], clean[0]) and torch.equal(gradient[~mask], clean[1])
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_nan_in_a_live_token_shows(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(2, d_m, d_t, torch.float32)
+        student[1, -1] = torch.nan
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(2))
+        assert cosine.isnan().tolist() == [False, True]
+        assert gradient[0].isfinite().all() and gradient[1].isnan().all()
+
+    @pytest.mark.parametrize("scale", [1e-4, 1e4])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("d_m", "d_t"), [(260, 130), (321, 130)])
+    def test_small_and_large_rows(
+        self, d_m: int, d_t: int, dtype: torch.dtype, scale: float
+    ) -> None:
+        student, teacher = random_pair(4, d_m, d_t, torch.float64)
+        student, teacher = (student * scale).to(dtype), (teacher * scale).to(dtype)
+        # Scaled as a loss scale would, so that fp16 holds the gradient of large rows.
+        weight = torch.full((4,), scale, dtype=torch.float64)
+        cosine, gradient = self.cosine_and_gradient(student, teacher, weight)
+        assert (cosine - exact_cosine(student, teacher)).abs().max() < 1e-5
+        expected = exact_gradient(student, teacher, weight)
+        assert relative_error(gradient, expected) < GRADIENT_ERROR[dtype]
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(256, 128), (321, 130)])
+    def test_two_runs_and_any_batch_give_the_same_bits(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(7, d_m, d_t, torch.bfloat16)
+        grad, weight = torch.randn(7, d_m).bfloat16(), torch.randn(7)
+        first = self.cosine_and_gradient(student, teacher, weight, grad)
+        again = self.cosine_and_gradient(student, teacher, weight, grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        alone = self.cosine_and_gradient(student[4:5], teacher[4:5], weight[4:5], grad[4:5])
+        assert torch.equal(first[0][4:5], alone[0]) and torch.equal(first[1][4:5], alone[1])
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_the_incoming_gradient_is_left_alone(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(3, d_m, d_t, torch.float32)
+        inputs = [student, teacher, torch.randn(3, d_m)]
+        kept = [x.clone() for x in inputs]
+        self.cosine_and_gradient(inputs[0], inputs[1], torch.ones(3), inputs[2])
+        assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_rows_past_two_to_the_31_elements(self, d_m: int, d_t: int) -> None:
+        apart = 2**30 + 16
+        student, teacher = random_pair(3, d_m, d_t, torch.float32)
+        grad = torch.randn(3, d_m)
+        far = far_apart(student, apart), far_apart(teacher, apart), far_apart(grad, apart)
+        weight = torch.ones(3)
+        expected = self.cosine_and_gradient(student, teacher, weight, grad)
+        result = self.cosine_and_gradient(far[0], far[1], weight, far[2])
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    def test_widths_whose_product_overflows_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="below 2\\*\\*31"):
+            launch.cosine_forward(torch.zeros(1, 50_000), torch.zeros(1, 50_001), None)
+
+
+def far_apart(rows: Tensor, stride: int) -> Tensor:
+    """The rows at a distance of `stride` elements, in memory that is reserved but not touched."""
+    storage = torch.UntypedStorage(((len(rows) - 1) * stride + rows.shape[1]) * rows.element_size())
+    view = torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.shape, (stride, 1))
+    return view.copy_(rows)
+
+
+if INTERPRETED:
+    TestInterpretedKernels = InterpretedKernels

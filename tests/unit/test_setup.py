@@ -1,0 +1,80 @@
+"""setup.py and constraints.txt say the same as the code that they are for."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import megatron_let
+from megatron_let.patches.table import MEGATRON_VERSIONS, TORCH_VERSIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+# Imported under another name than the package's; triton comes with torch, which pins it.
+PACKAGES = {"megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, Any]:
+    captured: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", captured.update)
+        patch.chdir(ROOT)
+        runpy.run_path("setup.py")
+    return captured
+
+
+@pytest.fixture(scope="module")
+def requirements(metadata: dict[str, Any]) -> dict[str, Requirement]:
+    extras = metadata["extras_require"].values()
+    lines = [*metadata["install_requires"], *(line for extra in extras for line in extra)]
+    return {canonicalize_name(parsed.name): parsed for parsed in map(Requirement, lines)}
+
+
+def imported_packages(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module or "")
+    tops = {name.partition(".")[0] for name in names}
+    # A program in tools/ imports its neighbours by their bare names.
+    neighbours = {path.stem for path in folder.rglob("*.py")} if folder.name == "tools" else set()
+    ours = {"megatron_let", "tools"} | neighbours
+    return {PACKAGES.get(top, top) for top in tops - sys.stdlib_module_names - ours}
+
+
+def test_version_is_the_packages(metadata: dict[str, Any]) -> None:
+    assert metadata["version"] == megatron_let.__version__
+
+
+@pytest.mark.parametrize("folder", ["megatron_let", "tools"])
+def test_every_import_is_declared(folder: str, requirements: dict[str, Requirement]) -> None:
+    imports = {canonicalize_name(name) for name in imported_packages(ROOT / folder)}
+    assert imports <= requirements.keys()
+
+
+def test_every_requirement_has_a_tested_version_in_its_range(
+    requirements: dict[str, Requirement],
+) -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    tested = {str(canonicalize_name(pin.name)): str(pin.specifier) for pin in pins}
+    for name, requirement in requirements.items():
+        pin = tested.get(name, "")
+        assert pin.startswith("=="), f"constraints.txt has no exact version of {name}"
+        assert requirement.specifier.contains(pin.removeprefix("==")), f"{requirement}, {pin}"
+
+
+def test_ranges_are_those_of_the_patch_table(requirements: dict[str, Requirement]) -> None:
+    assert requirements["megatron-core"].specifier == Requirement(f"x{MEGATRON_VERSIONS}").specifier
+    assert requirements["torch"].specifier == Requirement(f"x{TORCH_VERSIONS}").specifier
