@@ -21,14 +21,12 @@ from megatron_let.alignment.sharding import (
 )
 from megatron_let.config import LETConfig, LETError
 from megatron_let.global_batch import GlobalBatch, read_ahead, share_tokens
+from megatron_let.metrics import COSINE_KEY, WEIGHT_KEY
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import load_teacher
 from megatron_let.teacher.states import AlignedStageStates
 
 logger = logging.getLogger(__name__)
-
-COSINE_KEY = "let cosine"
-WEIGHT_KEY = "let weight"
 
 
 @dataclass(frozen=True)

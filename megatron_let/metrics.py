@@ -15,9 +15,10 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training.utils import is_last_rank
 
-from megatron_let.forward_backward import COSINE_KEY, WEIGHT_KEY
-
+# Names under which Megatron reports to stdout, TensorBoard and wandb.
 LOSS_KEY = "lm loss"
+COSINE_KEY = "let cosine"
+WEIGHT_KEY = "let weight"
 
 
 def peak_memory_bytes() -> int:

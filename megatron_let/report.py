@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,45 @@ def comparison_table(baseline: RunMetrics, let: RunMetrics) -> list[dict[str, An
             }
         )
     return rows
+
+
+def head_to_head(runs: dict[str, RunMetrics], steps: int, tokens_per_step: int) -> dict[str, Any]:
+    """Figures of a `baseline` and a `let` run of as many steps: speed-up, rates, cost, memory."""
+    target = runs["baseline"].final_valid_loss
+    assert target is not None, "the baseline was never evaluated"
+    seconds = {m: statistics.median(run.step_seconds()) for m, run in runs.items()}
+    totals = {m: sum(r["step_seconds"] for r in run.steps.values()) for m, run in runs.items()}
+    return {
+        "steps": steps,
+        "baseline_final_valid_loss": target,
+        "let_final_valid_loss": runs["let"].final_valid_loss,
+        "let_steps_to_baseline_loss": steps_to_reach(runs["let"].valid_loss, target),
+        "tokens_per_second": {m: tokens_per_step / s for m, s in seconds.items()},
+        "training_seconds": totals,
+        "aligned_phase_cost": aligned_phase_cost(runs["let"]),
+        "peak_memory_bytes": {
+            m: max(row["max_memory_bytes"] for row in run.steps.values()) for m, run in runs.items()
+        },
+    }
+
+
+def sentences(summary: dict[str, Any]) -> Iterator[str]:
+    """What `head_to_head` found, for a reader."""
+    reached, steps = summary["let_steps_to_baseline_loss"], summary["steps"]
+    final = summary["baseline_final_valid_loss"]
+    if reached is None:
+        yield f"LET did not reach the baseline's final held-out loss of {final:.4f}."
+    else:
+        yield (
+            f"LET reached the baseline's final held-out loss of {final:.4f} at step {reached:.0f}"
+            f" of {steps} ({steps / reached:.2f}x)."
+        )
+    rates = summary["tokens_per_second"]
+    yield f"tokens/s (median step): baseline {rates['baseline']:.0f}, LET {rates['let']:.0f}"
+    if summary["aligned_phase_cost"] is not None:
+        yield f"a step with the teacher took {summary['aligned_phase_cost']:.2f}x one without"
+    seconds = summary["training_seconds"]
+    yield f"training time: baseline {seconds['baseline']:.0f} s, LET {seconds['let']:.0f} s"
 
 
 def plot_losses(runs: dict[str, RunMetrics], path: Path, title: str) -> None:

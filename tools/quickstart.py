@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_let.config import LETError
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.indexed import IndexedCounts, write_indexed
+from megatron_let.local_run import train_locally
 from megatron_let.report import (
-    RunMetrics,
-    aligned_phase_cost,
     comparison_table,
+    head_to_head,
     load_metrics,
     plot_losses,
-    steps_to_reach,
+    sentences,
 )
 from megatron_let.teacher.folder import inspect_teacher
 from megatron_let.teacher.package import packaged_teacher
@@ -40,7 +37,6 @@ SEQUENCE_LENGTH = 128
 TOKENS_PER_STEP = 8 * SEQUENCE_LENGTH
 VALID_TOKENS = 12 * TOKENS_PER_STEP
 BYTES_PER_TOKEN = 3  # of code, and fewer than of prose, so that the text suffices
-POLL_SECONDS = 0.5
 
 
 def main() -> int:
@@ -56,7 +52,10 @@ def main() -> int:
         _prepare_data(options, folder.path, console)
         console.print(f"[3/4] two runs of {options.steps} steps, same seed and data order")
         for method in METHODS:
-            _train(method, options, folder.path, console)
+            output = options.output / method
+            environment = _environment(options, folder.path, output)
+            command = _command(method, options.steps)
+            train_locally(method, command, environment, output, options.steps, console)
     except LETError as error:
         console.print(f"quickstart: error: {error}", style="red", highlight=False, soft_wrap=True)
         return 2
@@ -174,32 +173,6 @@ def _check_enough(counts: dict[str, IndexedCounts]) -> None:
             )
 
 
-def _train(method: str, options: argparse.Namespace, teacher: Path, console: Console) -> None:
-    """Run one recipe in processes of its own, with progress from its metrics file."""
-    output = options.output / method
-    metrics, log = output / "metrics.jsonl", output / "train.log"
-    if _finished(load_metrics(metrics), options.steps):
-        console.print(f"      {method}: already done")
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as stream, _progress(console) as progress:
-        process = subprocess.Popen(
-            _command(method, options.steps),
-            cwd=ROOT,
-            env=_environment(options, teacher, output),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _follow(process, progress, method, metrics, options.steps)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode != 0:
-        raise LETError(f"The {method} run failed: {_last_error(log)} (all of it: {log})")
-
-
 def _command(method: str, steps: int) -> list[str]:
     flags = ["--train-iters", str(steps), "--lr-warmup-iters", str(max(1, steps // 10))]
     if method == "let":
@@ -219,61 +192,13 @@ def _environment(options: argparse.Namespace, teacher: Path, output: Path) -> di
     return {**threads, **os.environ, **fixed}
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("      {task.description:<8}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[status]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _follow(
-    process: subprocess.Popen[bytes], progress: Progress, method: str, metrics: Path, steps: int
-) -> None:
-    task = progress.add_task(method, total=steps, status="starting")
-    printed = 0
-    while process.poll() is None:
-        time.sleep(POLL_SECONDS)
-        run = load_metrics(metrics)
-        if not run.steps:
-            continue
-        status = _status(run)
-        progress.update(task, completed=run.last_step, status=status)
-        # A log has no bar that moves: say something at the first step and at each tenth.
-        if not progress.console.is_terminal and run.last_step >= printed:
-            progress.console.print(f"      {method} step {run.last_step}/{steps} {status}")
-            printed = (run.last_step * 10 // steps + 1) * steps // 10
-
-
-def _status(run: RunMetrics) -> str:
-    row = run.steps[run.last_step]
-    parts = [f"loss {row['lm_loss']:.3f}"]
-    if run.final_valid_loss is not None:
-        parts.append(f"held-out {run.final_valid_loss:.3f}")
-    if "let_cosine" in row:
-        parts.append(f"cosine {row['let_cosine']:.3f}")
-    return " ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])
-
-
-def _finished(run: RunMetrics, steps: int) -> bool:
-    return run.last_step >= steps and steps in run.valid_loss
-
-
-def _last_error(log: Path) -> str:
-    lines = log.read_text().splitlines()
-    errors = [line for line in lines if "megatron_let: error" in line or "Error:" in line]
-    return errors[0].strip() if errors else (lines or ["it printed nothing"])[-1]
-
-
 def _report(options: argparse.Namespace, console: Console) -> None:
     """Print the table and write report.json and losses.png."""
     runs = {m: load_metrics(options.output / m / "metrics.jsonl") for m in METHODS}
     rows = comparison_table(runs["baseline"], runs["let"])
     console.print(_table(rows))
-    summary = _summary(runs, options.steps)
-    for line in _sentences(summary):
+    summary = head_to_head(runs, options.steps, TOKENS_PER_STEP)
+    for line in sentences(summary):
         console.print(line, highlight=False)
     plot, report = options.output / "losses.png", options.output / "report.json"
     plot_losses(runs, plot, "The same student without and with the teacher")
@@ -299,43 +224,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             "" if weight is None else f"{weight:.3f}",
         )
     return table
-
-
-def _summary(runs: dict[str, RunMetrics], steps: int) -> dict[str, Any]:
-    target = runs["baseline"].final_valid_loss
-    assert target is not None, "the baseline was never evaluated"
-    seconds = {m: statistics.median(run.step_seconds()) for m, run in runs.items()}
-    totals = {m: sum(r["step_seconds"] for r in run.steps.values()) for m, run in runs.items()}
-    return {
-        "steps": steps,
-        "baseline_final_valid_loss": target,
-        "let_final_valid_loss": runs["let"].final_valid_loss,
-        "let_steps_to_baseline_loss": steps_to_reach(runs["let"].valid_loss, target),
-        "tokens_per_second": {m: TOKENS_PER_STEP / s for m, s in seconds.items()},
-        "training_seconds": totals,
-        "aligned_phase_cost": aligned_phase_cost(runs["let"]),
-        "peak_memory_bytes": {
-            m: max(row["max_memory_bytes"] for row in run.steps.values()) for m, run in runs.items()
-        },
-    }
-
-
-def _sentences(summary: dict[str, Any]) -> Iterator[str]:
-    reached, steps = summary["let_steps_to_baseline_loss"], summary["steps"]
-    final = summary["baseline_final_valid_loss"]
-    if reached is None:
-        yield f"LET did not reach the baseline's final held-out loss of {final:.4f}."
-    else:
-        yield (
-            f"LET reached the baseline's final held-out loss of {final:.4f} at step {reached:.0f}"
-            f" of {steps} ({steps / reached:.2f}x)."
-        )
-    rates = summary["tokens_per_second"]
-    yield f"tokens/s (median step): baseline {rates['baseline']:.0f}, LET {rates['let']:.0f}"
-    if summary["aligned_phase_cost"] is not None:
-        yield f"a step with the teacher took {summary['aligned_phase_cost']:.2f}x one without"
-    seconds = summary["training_seconds"]
-    yield f"training time: baseline {seconds['baseline']:.0f} s, LET {seconds['let']:.0f} s"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ _environment_install() (
     if ! _environment_is_usable "$venv"; then
         python="$(_environment_find_python)" || exit 1
     fi
-    if [[ -d $venv && ! -e $venv/pyvenv.cfg && -n $(_environment_contents "$venv") ]]; then
+    # Our lock comes before any other file, so another caller may be in the midst of making it.
+    if [[ -d $venv && ! -e $venv/pyvenv.cfg && -n $(_environment_contents "$venv") &&
+        ! -e $venv/.let-lock ]]; then
         _environment_say "error: $venv holds files but is no Python environment:" \
             "remove it, or set LET_VENV to another folder"
         exit 1

@@ -67,8 +67,15 @@ def _resolve(target: str) -> tuple[Any, str]:
     return owner, attribute
 
 
+def _installed_version(package: str) -> str:
+    if package == "megatron-core":
+        # A user's checkout shadows pip's package, and pip's metadata would speak of the latter.
+        return str(importlib.import_module("megatron.core.package_info").__version__)
+    return importlib.metadata.version(package)
+
+
 def _check_version(patch: Patch) -> None:
-    installed = importlib.metadata.version(patch.package)
+    installed = _installed_version(patch.package)
     if not SpecifierSet(patch.versions, prereleases=True).contains(installed.split("+")[0]):
         raise PatchError(
             f"Patch of {patch.target} was made for {patch.package}{patch.versions} but "

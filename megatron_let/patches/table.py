@@ -10,7 +10,8 @@ from typing import Literal
 
 from megatron_let.patches.registry import Patch
 
-MEGATRON_VERSIONS = ">=0.19.2,<0.20"
+# pip's is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
+MEGATRON_VERSIONS = ">=0.19.0.dev0,<0.20"
 TORCH_VERSIONS = ">=2.9"
 
 
