@@ -30,10 +30,11 @@ class AlignedStageStates:
         assert self._tokens is not None, "state() outside a step"
         state = self._teacher.hidden_state(self._tokens[microbatch])
         # A sum is NaN or Inf if any element is; looked at once a step, without a stop here.
-        finite = state.sum(dtype=torch.float32).isfinite()
-        self._not_finite[microbatch] = (~finite).float()
-        state = torch.where(finite, state, 0.0)
-        return self.shard.slice(state.transpose(0, 1))
+        not_finite = ~state.sum(dtype=torch.float32).isfinite()
+        self._not_finite[microbatch] = not_finite.float()
+        # Contiguous here, once: the alignment reads it in the forward and in the backward.
+        local = self.shard.slice(state.transpose(0, 1)).contiguous()
+        return local.masked_fill_(not_finite, 0)
 
     def end(self) -> torch.Tensor:
         """Forget the tokens; return [num_microbatches], 1 where a state was NaN or Inf."""

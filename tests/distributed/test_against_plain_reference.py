@@ -216,7 +216,10 @@ class Finished:
         ]
 
 
-@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(c, id=n, marks=pytest.mark.distributed) for n, c in CASES.items()],
+)
 def finished(
     request: pytest.FixtureRequest, documents: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:

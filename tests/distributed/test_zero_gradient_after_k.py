@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tests.helpers.runs import train
 
+pytestmark = pytest.mark.distributed
+
 NUM_LAYERS = 4
 MIDDLE = 2
 

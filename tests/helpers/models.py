@@ -51,11 +51,14 @@ def random_model(architecture: str, width: int = 48) -> PreTrainedModel:
 
 
 def save_teacher(folder: Path, architecture: str = "llama", width: int = 48) -> Path:
-    """Save a random model with weights large enough that its states differ between tokens."""
+    """Save a random model whose states differ between tokens and whose final norm matters."""
     model = random_model(architecture, width)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
+            else:
+                # A norm whose weights are all 1 does not change a cosine.
+                parameter.add_(torch.rand_like(parameter) - 0.5)
     model.save_pretrained(folder)
     return folder

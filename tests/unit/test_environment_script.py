@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -335,6 +336,13 @@ def test_a_folder_that_is_no_environment_is_refused(checkout: Checkout) -> None:
     assert [path.name for path in other.iterdir()] == ["chapter"]
 
 
+def test_a_folder_left_in_the_midst_of_making_it_is_completed(checkout: Checkout) -> None:
+    stub_python(checkout.bin / "python3.12", "3.12.4")
+    (checkout.venv / "bin").mkdir(parents=True)
+    (checkout.venv / ".let-lock").touch()
+    assert checkout.run().returncode == 0
+
+
 def test_let_venv_may_be_relative(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
     code = f'. {SCRIPT}; ensure_environment && echo "$LET_PYTHON"'
@@ -353,7 +361,21 @@ def test_two_callers_at_once_install_once(checkout: Checkout) -> None:
     errors = [caller.communicate(timeout=60)[1].decode() for caller in callers]
     assert [caller.returncode for caller in callers] == [0, 0], errors
     assert len(checkout.installs()) == 1
-    assert any("waiting for another process" in error for error in errors)
+
+
+def test_a_caller_waits_for_the_lock(ready: Checkout) -> None:
+    ready.stamp.unlink()
+    with (ready.venv / ".let-lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        caller = subprocess.Popen(
+            ready.command(), env=ready.environment({}), stderr=subprocess.PIPE, text=True
+        )
+        assert caller.stderr is not None
+        assert "waiting for another process" in caller.stderr.readline()
+        assert len(ready.installs()) == 1
+    _, errors = caller.communicate(timeout=60)
+    assert caller.returncode == 0, errors
+    assert len(ready.installs()) == 2
 
 
 @pytest.mark.parametrize("options", ["", "set -euo pipefail; "], ids=["plain", "strict"])
