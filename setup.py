@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["megatron_let", "megatron_let.*"]),
     python_requires=">=3.12",
     install_requires=[
-        # The range of megatron_let/patches/table.py: every patch names symbols of this release.
+        # Inside the range of megatron_let/patches/table.py, whose patches name symbols of these.
         "megatron-core>=0.19.2,<0.20",
         "torch>=2.9",
         "numpy",

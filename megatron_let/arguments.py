@@ -135,6 +135,36 @@ def check_supported(args: argparse.Namespace) -> None:
             raise LETError(f"--let-method let cannot be used with {flag} {value}: {reason}.")
 
 
+# What the entry's own forward step does not do; a user's script with LET may.
+_NOT_IN_THE_ENTRY = (
+    "sft",
+    "fim_data",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "dataloader_inter_document_masking",
+    "hybrid_context_parallel",
+    "perform_rl_step",
+    "logits_load_dir",
+    "heterogeneous_layers_config_path",
+    "vision_pretraining",
+)
+
+
+def check_entry_supports(args: argparse.Namespace) -> None:
+    """Refuse flags that the entry would read and not act on.
+
+    Raises:
+        LETError: names the flag.
+    """
+    for name in _NOT_IN_THE_ENTRY:
+        if getattr(args, name, None):
+            flag = "--" + name.replace("_", "-")
+            raise LETError(
+                f"{flag} is not part of this entry; use it in a training script of your own with"
+                " the three lines of megatron_let.integration."
+            )
+
+
 def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespace) -> None:
     """Check the teacher and the aligned layers against the student and its data.
 

@@ -44,7 +44,7 @@ def _run(argv: list[str], host: Host) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_let import integration
-    from megatron_let.arguments import let_config_from_args
+    from megatron_let.arguments import check_entry_supports, let_config_from_args
     from megatron_let.data.gpt import check_data_exists, datasets_provider
     from megatron_let.forward_step import make_forward_step
     from megatron_let.host.apply import apply_host_patches
@@ -55,6 +55,7 @@ def _run(argv: list[str], host: Host) -> None:
     sys.argv = [sys.argv[0], *host.argv(), *_expand_recipe(argv)]
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
+    check_entry_supports(args)
     check_data_exists(args)
     integration.enable(args)
     if args.rank == 0:

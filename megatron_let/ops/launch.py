@@ -105,14 +105,12 @@ def cosine_forward(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tup
     cosine = torch.empty(num_tokens, dtype=dtype, device=student.device)
     coefficients = torch.empty(2, num_tokens, dtype=dtype, device=student.device)
     plan = plan_forward(student, teacher.shape[1])
-    if num_tokens:
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(student):
-            plan.kernel[plan.grid(num_tokens)](
-                student, teacher, None if mask is None else mask.contiguous(), cosine,
-                coefficients, num_tokens, student.stride(0), teacher.stride(0),
-                **plan.constants, num_warps=NUM_WARPS,
-            )  # fmt: skip
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(student):
+        plan.kernel[plan.grid(num_tokens)](
+            student, teacher, None if mask is None else mask.contiguous(), cosine, coefficients,
+            num_tokens, student.stride(0), teacher.stride(0), **plan.constants, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return cosine, coefficients
 
 
@@ -125,11 +123,10 @@ def cosine_backward(
     grad = None if grad_hidden is None else _unit_stride(grad_hidden)
     result = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     plan = plan_backward(student, teacher.shape[1])
-    if num_tokens:
-        with torch.cuda.device_of(student):
-            plan.kernel[plan.grid(num_tokens)](
-                student, teacher, coefficients, grad, result, num_tokens, student.stride(0),
-                teacher.stride(0), 0 if grad is None else grad.stride(0),
-                **plan.constants, num_warps=NUM_WARPS,
-            )  # fmt: skip
+    with torch.cuda.device_of(student):
+        plan.kernel[plan.grid(num_tokens)](
+            student, teacher, coefficients, grad, result, num_tokens, student.stride(0),
+            teacher.stride(0), 0 if grad is None else grad.stride(0),
+            **plan.constants, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return result

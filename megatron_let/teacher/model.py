@@ -113,13 +113,19 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
     # Building a model draws random numbers, which would change the student's dropout.
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), quiet_transformers():
-        model, report = AutoModel.from_pretrained(
-            folder.path,
-            dtype=DTYPES[config.teacher_dtype],
-            attn_implementation="sdpa",
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            model, report = AutoModel.from_pretrained(
+                folder.path,
+                dtype=DTYPES[config.teacher_dtype],
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise LETError(
+                f"The teacher {folder.path} cannot be loaded ({str(error).splitlines()[0]}); check"
+                " that config.json and the weight files are of one model."
+            ) from error
     if report["missing_keys"]:
         raise LETError(
             f"The teacher {folder.path} has no weight for {sorted(report['missing_keys'])[0]} and "

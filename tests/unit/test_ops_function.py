@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from megatron_let.ops import align_hidden_state, interpolated_cosine
-from tests.unit.test_ops_reference import exact_cosine, exact_gradient, random_pair, relative_error
+from tests.unit.test_ops_reference import (
+    exact_cosine,
+    exact_gradient,
+    random,
+    random_pair,
+    relative_error,
+)
 
 Scale = float | Tensor
 SCALES: list[Scale] = [-0.25, torch.tensor(-0.25)]
@@ -42,7 +47,7 @@ def test_identity_forward_and_sum_backward(scale: Scale) -> None:
     assert not cosine.requires_grad
     expected = exact_cosine(hidden.flatten(0, 1), teacher.flatten(0, 1)).view(3, 2)
     torch.testing.assert_close(cosine, expected)
-    incoming = torch.randn_like(out)
+    incoming = random(*out.shape)
     out.backward(incoming)
     assert hidden.grad is not None
     torch.testing.assert_close(
@@ -55,11 +60,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
     hidden, teacher = hidden_and_teacher(321, 130, dtype)
     out, cosine = align_hidden_state(hidden, teacher, 3.0)
     assert (out.dtype, cosine.dtype) == (dtype, torch.float32)
-    incoming = torch.randn_like(out) * 1e-3
+    incoming = random(*out.shape).to(dtype) * 1e-3
     out.backward(incoming)
     assert hidden.grad is not None and hidden.grad.dtype == dtype
     expected = expected_gradient(hidden, teacher, incoming, 3.0)
     assert relative_error(hidden.grad, expected) < 1e-2
+    if dtype.itemsize == 2:  # the sum is rounded once, not the direction first and then the sum
+        assert (hidden.grad != expected.to(dtype)).float().mean() < 0.01
 
 
 def test_leading_dimensions_may_be_any() -> None:
@@ -79,9 +86,9 @@ def test_output_is_no_view() -> None:
 
 def test_incoming_gradient_shared_with_another_branch_stays() -> None:
     hidden, teacher = hidden_and_teacher()
-    other = torch.randn_like(hidden, requires_grad=True)
+    other = random(*hidden.shape, seed=3).requires_grad_()
     out, _ = align_hidden_state(hidden, teacher, 5.0)
-    incoming = torch.randn_like(out)
+    incoming = random(*out.shape)
     kept = incoming.clone()
     # The addition hands one gradient tensor to both of its inputs.
     (out + other).backward(incoming)
@@ -100,7 +107,7 @@ def test_incoming_gradient_may_be_expanded() -> None:
 
 def test_scale_zero_changes_no_bit_of_the_gradient() -> None:
     hidden, teacher = hidden_and_teacher(dtype=torch.bfloat16)
-    incoming = torch.randn(3, 2, 24).bfloat16()
+    incoming = random(3, 2, 24).bfloat16()
     align_hidden_state(hidden, teacher, torch.tensor(0.0))[0].backward(incoming)
     assert hidden.grad is not None and torch.equal(hidden.grad, incoming)
 
@@ -150,13 +157,8 @@ def test_sequence_shards_give_the_parts_of_the_whole() -> None:
         assert torch.equal(gradient, whole[start : start + 1])
 
 
-def test_gradcheck_with_alignment_as_a_loss() -> None:
+def test_same_gradient_as_a_loss_of_its_own() -> None:
     hidden, teacher = hidden_and_teacher(7, 5)
-
-    def through_the_gradient(rows: Tensor) -> Tensor:
-        return align_hidden_state(rows, teacher, 0.0)[0] ** 2
-
-    assert gradcheck(through_the_gradient, hidden)
     out, _ = align_hidden_state(hidden, teacher, 0.7)
     (fused,) = torch.autograd.grad(out.square().sum(), hidden)
     cosine = interpolated_cosine(hidden.flatten(0, 1), teacher.flatten(0, 1))
@@ -229,8 +231,8 @@ def test_compile_without_a_graph_break() -> None:
 def test_operators_are_registered_right(mask: Tensor | None) -> None:
     student, teacher = random_pair(3, 12, 7, torch.float32)
     torch.library.opcheck(torch.ops.megatron_let.cosine_forward, (student, teacher, mask))
-    coefficients = torch.rand(2, 3)
-    for grad in (None, torch.randn(3, 12)):
+    coefficients = random(2, 3).float()
+    for grad in (None, random(3, 12).float()):
         torch.library.opcheck(
             torch.ops.megatron_let.cosine_backward, (student, teacher, coefficients, grad)
         )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.unit.test_ops_reference import (
     COSINE_ERROR,
@@ -22,6 +24,8 @@ from tests.unit.test_ops_reference import (
     WIDTHS,
     exact_cosine,
     exact_gradient,
+    gradient_error,
+    random,
     random_pair,
     relative_error,
 )
@@ -69,7 +73,7 @@ class InterpretedKernels:
     def check(
         self, student: Tensor, teacher: Tensor, grad: Tensor | None, mask: Tensor | None = None
     ) -> None:
-        weight = torch.randn(student.shape[0], dtype=torch.float64)
+        weight = random(student.shape[0])
         cosine, gradient = self.cosine_and_gradient(student, teacher, weight, grad, mask)
         live = torch.ones(len(student), dtype=torch.bool) if mask is None else ~mask
         expected = torch.zeros(student.shape, dtype=torch.float64)
@@ -78,17 +82,18 @@ class InterpretedKernels:
             expected += grad
         dtype = student.dtype
         assert gradient.dtype == dtype and gradient.is_contiguous()
-        error = (cosine[live].double() - exact_cosine(student[live], teacher[live])).abs()
-        assert not len(error) or error.max() < COSINE_ERROR[dtype]
+        exact = exact_cosine(student[live], teacher[live])
+        torch.testing.assert_close(cosine[live].double(), exact, rtol=0, atol=COSINE_ERROR[dtype])
         assert not cosine[~live].any()
-        scale = max(expected.norm().item(), (weight.norm() / student.double().norm()).item() * 1e-2)
-        assert (gradient.double() - expected).norm() <= GRADIENT_ERROR[dtype] * scale
+        error = gradient_error(gradient[live], expected[live], student[live], weight[live])
+        assert error < GRADIENT_ERROR[dtype]
+        assert torch.equal(gradient[~live].double(), expected[~live])
 
     @pytest.mark.parametrize("dtype", COSINE_ERROR)
     @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
     def test_against_fp64(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
         student, teacher = random_pair(5, d_m, d_t, dtype, seed=d_m + d_t)
-        self.check(student, teacher, torch.randn(5, d_m).to(dtype))
+        self.check(student, teacher, random(5, d_m).to(dtype))
 
     @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 9])
     @pytest.mark.parametrize(("d_m", "d_t"), [(300, 150), (300, 110), (70, 200)])
@@ -98,34 +103,45 @@ class InterpretedKernels:
         self.check(student, teacher, None, mask)
 
     @pytest.mark.parametrize(
-        ("d_m", "d_t"), [(256, 128), (258, 129), (512, 512), (260, 64), (320, 64), (64, 257)]
+        ("d_m", "d_t"), [(256, 128), (258, 129), (512, 512), (260, 64), (512, 96), (64, 257)]
     )
     def test_widths_around_the_tile(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(3, d_m, d_t, torch.bfloat16)
-        self.check(student, teacher, torch.randn(3, d_m).bfloat16())
+        self.check(student, teacher, random(3, d_m).bfloat16())
 
     @settings(max_examples=40, deadline=None)
     @given(st.integers(1, 90), st.integers(2, 90), st.integers(1, 6), st.integers(0, 2**16))
     def test_any_widths(self, d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
         student, teacher = random_pair(num_tokens, d_m, d_t, torch.float64, seed)
-        self.check(student, teacher, torch.randn_like(student))
+        self.check(student, teacher, random(num_tokens, d_m))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
     def test_strided_inputs(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(6, d_m, d_t, torch.float32)
-        grad = torch.randn(6, d_m)
-        weight = torch.randn(6, dtype=torch.float64)
+        grad = random(6, d_m).float()
+        weight = random(6)
         expected = self.cosine_and_gradient(student, teacher, weight, grad)
         layouts = {
             "rows apart": lambda x: torch.stack([x, torch.full_like(x, 9)], 1)[:, 0],
             "columns apart": lambda x: x.T.contiguous().T,
             "shard of a sequence": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9])[6:12],
         }
-        for layout in layouts.values():
-            result = self.cosine_and_gradient(
-                layout(student), layout(teacher), weight, layout(grad)
-            )
+        inputs = {"student": student, "teacher": teacher, "grad": grad}
+        for layout, name in product(layouts.values(), inputs):
+            strided = {**inputs, name: layout(inputs[name])}
+            result = self.cosine_and_gradient(**strided, weight=weight)
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    @pytest.mark.parametrize(
+        ("d_m", "d_t"), [(48, 24), (256, 64), (40, 15), (512, 96), (15, 40), (1, 4), (320, 64)]
+    )
+    def test_nothing_is_read_beside_the_rows(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(5, d_m, d_t, torch.float32)
+        grad = random(5, d_m).float()
+        expected = self.cosine_and_gradient(student, teacher, random(5), grad)
+        flanked = [F.pad(x, (8, 8, 1, 1), value=torch.nan)[1:-1, 8:-8] for x in (student, teacher)]
+        result = self.cosine_and_gradient(*flanked, random(5), grad)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
     def test_expanded_gradient(self, d_m: int, d_t: int) -> None:
@@ -146,13 +162,11 @@ class InterpretedKernels:
         student, teacher = random_pair(6, d_m, d_t, torch.float32)
         student[1], teacher[5] = torch.nan, torch.inf
         mask = torch.tensor([False, True, True, False, False, True])
-        grad = torch.randn(6, d_m)
+        grad = random(6, d_m).float()
         cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(6), grad, mask)
         assert not cosine[mask].any()
         assert torch.equal(gradient[mask], grad[mask])
-        clean = self.cosine_and_gradient(
-            student[~mask], teacher[~mask], torch.ones(3), grad[~mask]
-        )
+        clean = self.cosine_and_gradient(student[~mask], teacher[~mask], torch.ones(3), grad[~mask])
         assert torch.equal(cosine[~mask], clean[0]) and torch.equal(gradient[~mask], clean[1])
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
@@ -181,7 +195,7 @@ class InterpretedKernels:
     @pytest.mark.parametrize(("d_m", "d_t"), [(256, 128), (321, 130)])
     def test_two_runs_and_any_batch_give_the_same_bits(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(7, d_m, d_t, torch.bfloat16)
-        grad, weight = torch.randn(7, d_m).bfloat16(), torch.randn(7)
+        grad, weight = random(7, d_m).bfloat16(), random(7)
         first = self.cosine_and_gradient(student, teacher, weight, grad)
         again = self.cosine_and_gradient(student, teacher, weight, grad)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -191,7 +205,7 @@ class InterpretedKernels:
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
     def test_the_incoming_gradient_is_left_alone(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
-        inputs = [student, teacher, torch.randn(3, d_m)]
+        inputs = [student, teacher, random(3, d_m).float()]
         kept = [x.clone() for x in inputs]
         self.cosine_and_gradient(inputs[0], inputs[1], torch.ones(3), inputs[2])
         assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
@@ -200,12 +214,18 @@ class InterpretedKernels:
     def test_rows_past_two_to_the_31_elements(self, d_m: int, d_t: int) -> None:
         apart = 2**30 + 16
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
-        grad = torch.randn(3, d_m)
+        grad = random(3, d_m).float()
         far = far_apart(student, apart), far_apart(teacher, apart), far_apart(grad, apart)
         weight = torch.ones(3)
         expected = self.cosine_and_gradient(student, teacher, weight, grad)
         result = self.cosine_and_gradient(far[0], far[1], weight, far[2])
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    def test_which_kernel(self) -> None:
+        block = [(64, 64), (48, 24), (96, 24), (4096, 2048)]
+        gather = [(48, 16), (64, 8), (24, 48), (2048, 576), (2048, 768), (7, 5)]
+        assert all(launch.is_block_diagonal(*widths) for widths in block)
+        assert not any(launch.is_block_diagonal(*widths) for widths in gather)
 
     def test_widths_whose_product_overflows_are_refused(self) -> None:
         with pytest.raises(ValueError, match="below 2\\*\\*31"):

@@ -1,0 +1,301 @@
+"""What the flags may say: LETConfig, the `--let-*` flags, and the checks before training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let import arguments
+from megatron_let.arguments import (
+    add_arguments,
+    check_entry_supports,
+    check_fits,
+    check_supported,
+    check_vocabulary_size,
+    let_config_from_args,
+    resumed_step,
+)
+from megatron_let.config import LETConfig, LETError
+from megatron_let.teacher.folder import TeacherFolder
+
+TEACHER = Path("/models/small")
+FOLDER = TeacherFolder(TEACHER, num_layers=12, hidden_size=64, vocab_size=100, max_positions=2048)
+
+
+def let_config(**values: Any) -> LETConfig:
+    return LETConfig(**{"method": "let", "teacher": TEACHER, **values})
+
+
+def megatron_args(**values: Any) -> argparse.Namespace:
+    common: dict[str, Any] = {
+        "num_layers": 24,
+        "seq_length": 1280,
+        "train_iters": 7629,
+        "train_samples": None,
+        "global_batch_size": 2048,
+        "load": None,
+        "finetune": False,
+        "ckpt_step": None,
+    }
+    return argparse.Namespace(**common | values)
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return add_arguments(argparse.ArgumentParser()).parse_args(flags)
+
+
+def assert_one_sentence(message: str) -> None:
+    assert "\n" not in message and message.endswith("."), message
+
+
+# LETConfig
+
+
+def test_defaults_are_the_papers() -> None:
+    config = LETConfig()
+    assert (config.layer, config.weight, config.stop_step) == (3, 0.1, 1500)
+    assert (config.teacher_layer, config.teacher_final_norm) == ("last", True)
+    assert config.method == "none" and not config.enabled
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"method": "kd"}, "--let-method is 'kd'; choose one of none, let"),
+        ({"teacher": None}, "--let-method let needs --let-teacher"),
+        ({"layer": 0}, "--let-layer is 0; layers are counted from 1"),
+        ({"layer": -2}, "--let-layer is -2"),
+        ({"weight": -0.1}, "--let-weight is -0.1; give a finite weight of at least 0"),
+        ({"weight": float("nan")}, "--let-weight is nan"),
+        ({"weight": float("inf")}, "--let-weight is inf"),
+        ({"stop_step": 0}, "--let-stop-step is 0; give the step, at least 1"),
+        ({"stop_step": -5}, "--let-stop-step is -5"),
+        ({"teacher_layer": "0"}, "--let-teacher-layer is '0'; give last, middle or a number"),
+        ({"teacher_layer": "-1"}, "--let-teacher-layer is '-1'"),
+        ({"teacher_layer": "first"}, "--let-teacher-layer is 'first'"),
+        ({"teacher_layer": "2.5"}, "--let-teacher-layer is '2.5'"),
+        ({"teacher_layer": ""}, "--let-teacher-layer is ''"),
+    ],
+)
+def test_value_out_of_range_is_named_in_one_sentence(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(LETError) as error:
+        let_config(**values)
+    assert expected in str(error.value)
+    assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("tap", ["last", "middle", "1", "12"])
+def test_teacher_layers_that_are_accepted(tap: str) -> None:
+    assert let_config(teacher_layer=tap).teacher_layer == tap
+
+
+def test_weight_0_is_accepted_and_is_off() -> None:
+    assert let_config().enabled
+    assert not let_config(weight=0.0).enabled
+
+
+def test_config_cannot_change_after_its_checks() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        let_config().weight = -1.0  # type: ignore[misc]
+
+
+# Flags
+
+
+def test_every_setting_has_a_flag_and_the_flag_reaches_it() -> None:
+    flags = [
+        "--let-method", "let", "--let-teacher", "/t", "--let-layer", "5", "--let-weight", "0.5",
+        "--let-stop-step", "7", "--let-teacher-layer", "middle", "--no-let-teacher-final-norm",
+        "--let-teacher-dtype", "fp32",
+    ]  # fmt: skip
+    expected = LETConfig("let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32")
+    assert let_config_from_args(parse(*flags)) == expected
+    default = LETConfig()
+    unset = [n for n, v in dataclasses.asdict(expected).items() if v == getattr(default, n)]
+    assert not unset, "this test sets each of them to something else than the default"
+
+
+def test_no_flags_are_method_none_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert let_config_from_args(parse()) == LETConfig()
+        assert let_config_from_args(parse("--let-metrics-path", "m")) == LETConfig()
+
+
+def test_flags_with_method_none_warn_and_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"--let-layer, --let-stop-step .*--let-method none"):
+        config = let_config_from_args(parse("--let-layer", "2", "--let-stop-step", "5"))
+    assert not config.enabled
+
+
+def test_a_default_that_is_written_out_warns_too() -> None:
+    with pytest.warns(UserWarning, match="--let-teacher-final-norm"):
+        let_config_from_args(parse("--let-method", "none", "--let-teacher-final-norm"))
+
+
+@pytest.mark.parametrize("flag", ["--let-method=kd", "--let-layer=x", "--let-teacher-dtype=fp64"])
+def test_value_of_the_wrong_kind_is_refused_by_the_parser(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(flag)
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+# What of Megatron bypasses the hook
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cuda_graph_impl", "local"),
+        ("cuda_graph_impl", "full_iteration"),
+        ("overlap_moe_expert_parallel_comm", True),
+        ("moe_expert_rank_capacity_factor", 1.0),
+        ("hybrid_layer_pattern", "*-*-"),
+        ("use_megatron_fsdp", True),
+        ("use_torch_fsdp2", True),
+        ("sft", True),
+        ("reset_attention_mask", True),
+        ("reset_position_ids", True),
+        ("dataloader_inter_document_masking", True),
+        ("hybrid_context_parallel", True),
+        ("perform_rl_step", True),
+        ("gtp_weight_remat_size", 2),
+    ],
+)
+def test_flag_that_bypasses_the_hook_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(LETError, match="--let-method let cannot be used with --") as error:
+        check_supported(argparse.Namespace(**{name: value}))
+    assert_one_sentence(str(error.value))
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """The parser of Megatron and LET together."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return add_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+
+
+def assert_flags_exist(message: str, parser: argparse.ArgumentParser) -> None:
+    for flag in re.findall(r"--[a-z][\w-]+", message):
+        assert flag in parser._option_string_actions, f"Megatron has no {flag}"
+
+
+def test_megatrons_defaults_are_supported(parser: argparse.ArgumentParser) -> None:
+    defaults = parser.parse_args([])
+    check_supported(defaults)
+    check_entry_supports(defaults)
+
+
+@pytest.mark.parametrize("row", arguments._REFUSED, ids=lambda row: row[0])
+def test_refused_flag_is_one_that_a_user_can_give(
+    row: tuple[str, Any, str], parser: argparse.ArgumentParser
+) -> None:
+    name, allowed, _ = row
+    with pytest.raises(LETError) as error:
+        check_supported(argparse.Namespace(**{name: "local" if allowed == "none" else 2}))
+    assert_flags_exist(str(error.value), parser)
+
+
+@pytest.mark.parametrize("name", arguments._NOT_IN_THE_ENTRY)
+def test_flag_that_the_entry_would_ignore_is_refused_by_name(
+    name: str, parser: argparse.ArgumentParser
+) -> None:
+    with pytest.raises(LETError, match="is not part of this entry") as error:
+        check_entry_supports(argparse.Namespace(**{name: True}))
+    assert_one_sentence(str(error.value))
+    assert_flags_exist(str(error.value), parser)
+
+
+# Teacher, student and run together
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "expected"),
+    [
+        ({"layer": 25}, {}, "--let-layer is 25 but the student has 24 layers"),
+        ({"teacher_layer": "13"}, {}, "--let-teacher-layer is 13 but the teacher has 12 layers"),
+        ({}, {"seq_length": 2049}, "--seq-length is 2049 but the teacher was built for 2048"),
+    ],
+)
+def test_what_does_not_fit_names_both_sizes(
+    config: dict[str, Any], args: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(LETError) as error:
+        check_fits(let_config(**config), FOLDER, megatron_args(**args))
+    assert expected in str(error.value)
+    assert_one_sentence(str(error.value))
+
+
+def test_the_largest_values_that_fit_are_accepted() -> None:
+    config = let_config(layer=24, teacher_layer="12", stop_step=7629)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_fits(config, FOLDER, megatron_args(seq_length=2048))
+
+
+def test_teacher_without_a_limit_of_positions_takes_any_sequence() -> None:
+    unlimited = dataclasses.replace(FOLDER, max_positions=None)
+    check_fits(let_config(), unlimited, megatron_args(seq_length=10**6))
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"train_iters": 100}, {"train_iters": None, "train_samples": 100 * 2048}],
+    ids=["iterations", "samples"],
+)
+def test_stop_step_beyond_the_run_warns(length: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="--let-stop-step 101 is beyond the run's 100 steps"):
+        check_fits(let_config(stop_step=101), FOLDER, megatron_args(**length))
+
+
+def test_run_of_no_steps_is_not_a_crash() -> None:
+    """`--train-iters 0` evaluates a checkpoint."""
+    with pytest.warns(UserWarning, match="beyond the run's 0 steps"):
+        check_fits(let_config(), FOLDER, megatron_args(train_iters=0))
+
+
+def test_vocabulary_must_not_exceed_the_teachers() -> None:
+    check_vocabulary_size(FOLDER, 100)
+    with pytest.raises(LETError, match="tokenizer has 101 tokens but the teacher knows 100"):
+        check_vocabulary_size(FOLDER, 101)
+
+
+# Where a run resumes
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 40),
+        ({"finetune": True}, 0),
+        ({"load": None}, 0),
+        ({"ckpt_step": 20}, 20),
+    ],
+)
+def test_step_of_a_resumed_run(checkpoints: Path, values: dict[str, Any], expected: int) -> None:
+    args = megatron_args(**{"load": str(checkpoints), **values})
+    assert resumed_step(args) == expected
+
+
+@pytest.mark.parametrize("content", [None, "release", ""])
+def test_a_folder_without_an_iteration_starts_at_0(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(content)
+    assert resumed_step(megatron_args(load=str(tmp_path))) == 0

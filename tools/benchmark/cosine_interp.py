@@ -1,0 +1,327 @@
+"""Time and memory of the interpolated cosine against other ways to write it.
+
+    python tools/benchmark/cosine_interp.py                  # on a GPU: the paper's shapes
+    python tools/benchmark/cosine_interp.py --tokens 2048    # on a CPU: the torch path against naive
+
+Each provider passes a hidden state on and aligns it: forward gives the hidden state and the cosine,
+backward takes the hidden state's incoming gradient and gives its sum with the alignment's.
+
+    fused     megatron_let.ops: the Triton kernels on a GPU, the chunked torch path on a CPU
+    eager     F.interpolate and F.cosine_similarity in fp32
+    compiled  eager under torch.compile
+    modelopt  nvidia-modelopt's HiddenStateCosineLoss with its linear projection, if installed
+
+Rows are appended to tools/benchmark/results/cosine_interp.csv. A GPU's bandwidth counts the fewest
+bytes a pass can move (`minimal_bytes`), and is put next to a device-to-device copy of as many bytes
+measured in the same run. Inputs are random and several sets are rotated, so that no cache serves
+them. Every provider but modelopt, whose projection is another function, is first compared with the
+tests' fp64 reference. The gradient of modelopt's projection itself is left out of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import importlib.metadata
+import itertools
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tools" / "benchmark" / "results" / "cosine_interp.csv"
+sys.path.insert(0, str(ROOT))
+
+from megatron_let.ops import align_hidden_state  # noqa: E402
+from tests.unit.test_ops_reference import (  # noqa: E402
+    exact_cosine,
+    exact_gradient,
+    relative_error,
+)
+from tools.kernel_report import SHAPES, minimal_bytes  # noqa: E402
+
+Provider = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PASSES = ("forward", "backward", "both")
+QUANTILES = (0.2, 0.5, 0.8)
+# d(sum over tokens of -cos * SCALE): the sum is what the backward adds.
+SCALE = 0.1
+CHECKED_TOKENS = 64
+
+
+@dataclass
+class Inputs:
+    """One set: a student that wants a gradient, the gradient that arrives, a teacher."""
+
+    student: Tensor
+    teacher: Tensor
+    incoming: Tensor
+
+
+def fused(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return align_hidden_state(student, teacher, SCALE)
+
+
+def eager(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    wide = F.interpolate(
+        student.float()[:, None], size=teacher.shape[1], mode="linear", align_corners=True
+    )
+    return student, F.cosine_similarity(wide[:, 0], teacher.float(), dim=-1)
+
+
+def modelopt_provider(d_m: int, d_t: int, dtype: torch.dtype, device: str) -> Provider | None:
+    """ModelOpt's loss over a projection of the same dtype, or None with a printed reason."""
+    try:
+        from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss
+    except ImportError as error:
+        print(f"modelopt skipped: {error}; pip install nvidia-modelopt to include it")
+        return None
+    projection = nn.Linear(d_m, d_t, device=device, dtype=dtype)
+    config = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False)
+    loss = HiddenStateCosineLoss(config, projection_layer=projection)
+
+    def provider(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss(student[:, None], teacher[:, None])[0]
+        return student, 1 - value[0]
+
+    return provider
+
+
+def make_provider(
+    name: str, d_m: int, d_t: int, dtype: torch.dtype, device: str
+) -> Provider | None:
+    if name == "modelopt":
+        return modelopt_provider(d_m, d_t, dtype, device)
+    return {"fused": fused, "eager": eager, "compiled": torch.compile(eager)}[name]
+
+
+def make_inputs(
+    tokens: int, d_m: int, d_t: int, dtype: torch.dtype, device: str, seed: int
+) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(width: int) -> Tensor:
+        return torch.randn(tokens, width, device=device, generator=generator).to(dtype)
+
+    return Inputs(random(d_m).requires_grad_(), random(d_t), random(d_m))
+
+
+def gradient(outputs: tuple[Tensor, Tensor], inputs: Inputs) -> Tensor:
+    """The gradient of the hidden state with everything that reaches it, kept for another run."""
+    hidden, cosine = outputs
+    roots, gradients = [hidden], [inputs.incoming]
+    if cosine.requires_grad:
+        roots.append(cosine)
+        gradients.append(torch.full_like(cosine, -SCALE))
+    if hidden is inputs.student:  # the other branch: what the next layer sends back
+        roots[0] = hidden.view_as(hidden)
+    return torch.autograd.grad(roots, inputs.student, gradients, retain_graph=True)[0]
+
+
+def make_pass(name: str, provider: Provider, sets: Sequence[Inputs]) -> Callable[[], Any]:
+    """A function that runs one pass over the next set of inputs."""
+    turn = itertools.cycle(range(len(sets)))
+    if name == "forward":
+        return lambda: provider(sets[i := next(turn)].student, sets[i].teacher)
+    if name == "both":
+
+        def both() -> Tensor:
+            inputs = sets[next(turn)]
+            return gradient(provider(inputs.student, inputs.teacher), inputs)
+
+        return both
+    outputs = [provider(inputs.student, inputs.teacher) for inputs in sets]
+    return lambda: gradient(outputs[i := next(turn)], sets[i])
+
+
+def errors(provider: Provider, inputs: Inputs) -> tuple[float, float]:
+    """Largest cosine error, and the gradient's relative error, against fp64 on a few tokens."""
+    rows = slice(CHECKED_TOKENS)
+    few = Inputs(
+        inputs.student.detach()[rows].requires_grad_(), inputs.teacher[rows], inputs.incoming[rows]
+    )
+    outputs = provider(few.student, few.teacher)
+    student, teacher = few.student.detach().cpu(), few.teacher.cpu()
+    weight = torch.full((len(student),), -SCALE, dtype=torch.float64)
+    expected = few.incoming.cpu().double() + exact_gradient(student, teacher, weight)
+    difference = (outputs[1].detach().cpu().double() - exact_cosine(student, teacher)).abs()
+    return float(difference.max()), relative_error(gradient(outputs, few).cpu(), expected)
+
+
+def time_on_gpu(function: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds at `QUANTILES`, by device events."""
+    from triton.testing import do_bench
+
+    result = do_bench(
+        function, warmup=int(seconds * 250), rep=int(seconds * 1e3), quantiles=list(QUANTILES)
+    )
+    return list(result)
+
+
+def time_on_cpu(function: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds at `QUANTILES`, by the wall clock, of at least five runs."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1e3)
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return [cuts[round(q * 10) - 1] for q in QUANTILES]
+
+
+def peak_on_gpu(function: Callable[[], Any]) -> int:
+    """Bytes allocated at the peak of a run beyond those before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = function()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def peak_on_cpu(function: Callable[[], Any]) -> int:
+    """Resident bytes at the peak of a run beyond those before it (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status_bytes("VmRSS:")
+    kept = function()
+    peak = _status_bytes("VmHWM:")
+    del kept
+    return max(0, peak - before)
+
+
+def copy_bandwidth(size: int, seconds: float) -> float:
+    """GB/s of a device-to-device copy that reads and writes `size` bytes together."""
+    source = torch.randint(0, 255, (size // 2,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return size / time_on_gpu(lambda: target.copy_(source), seconds)[1] / 1e6
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    models = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    name = models[0] if models else platform.processor()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def rows_of_shape(
+    arguments: argparse.Namespace, tokens: int, d_m: int, d_t: int, dtype: str
+) -> list[dict[str, Any]]:
+    """Measure every provider and pass of one shape."""
+    device, seconds = arguments.device, arguments.seconds
+    itemsize = DTYPES[dtype].itemsize
+    set_bytes = tokens * (2 * d_m + d_t) * itemsize
+    num_sets = 2
+    if device == "cuda":
+        num_sets += 2 * torch.cuda.get_device_properties(0).L2_cache_size // set_bytes
+    sets = [make_inputs(tokens, d_m, d_t, DTYPES[dtype], device, seed) for seed in range(num_sets)]
+    minimum = minimal_bytes(tokens, d_m, d_t, itemsize)
+    copies = {p: copy_bandwidth(minimum[p], seconds) if device == "cuda" else 0.0 for p in PASSES}
+    measure, peak = (time_on_gpu, peak_on_gpu) if device == "cuda" else (time_on_cpu, peak_on_cpu)
+    rows = []
+    for name in arguments.providers:
+        provider = make_provider(name, d_m, d_t, DTYPES[dtype], device)
+        if provider is None:
+            continue
+        wrong = (None, None) if name == "modelopt" else errors(provider, sets[0])
+        for which in PASSES:
+            function = make_pass(which, provider, sets)
+            low, middle, high = measure(function, seconds)
+            result = tokens * d_m * itemsize if which != "forward" else 0
+            extra = max(0, peak(function) - result)
+            rate = minimum[which] / middle / 1e6
+            rows.append({
+                "tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": dtype, "pass": which,
+                "provider": name, "p20_ms": round(low, 4), "p50_ms": round(middle, 4),
+                "p80_ms": round(high, 4), "gb_per_s": round(rate, 1),
+                "fraction_of_copy": round(rate / copies[which], 3) if copies[which] else None,
+                "peak_extra_bytes": extra, "peak_extra_of_inputs": round(extra / set_bytes, 4),
+                "cosine_error": wrong[0], "gradient_error": wrong[1],
+            })  # fmt: skip
+            print({key: value for key, value in rows[-1].items() if value is not None}, flush=True)
+    return rows
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add the rows to the file, under a header if it is new."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows -> {path}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    providers = ["fused", "eager", "compiled", "modelopt"] if gpu else ["fused", "eager"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--tokens", type=int, help="replace each shape's number of tokens")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument(
+        "--providers", nargs="+", default=providers,
+        choices=["fused", "eager", "compiled", "modelopt"],
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring per number")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # The backward alone is run again and again over one graph, which keeps its buffers.
+    torch._functorch.config.donated_buffer = False
+    if arguments.device == "cpu":
+        # Give freed tensors back to the system at once, or the peak hides in the heap.
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    stamp = {
+        "machine": machine(arguments.device), "torch": torch.__version__,
+        "triton": version("triton"), "modelopt": version("nvidia-modelopt"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
+    shapes = {(arguments.tokens or tokens, d_m, d_t) for tokens, d_m, d_t in SHAPES}
+    for shape in sorted(shapes):
+        for dtype in arguments.dtypes:
+            rows = rows_of_shape(arguments, *shape, dtype)
+            append(arguments.csv, [{**row, **stamp} for row in rows])
+
+
+if __name__ == "__main__":
+    main()

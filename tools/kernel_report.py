@@ -1,0 +1,210 @@
+"""Resources and memory floor of the cosine kernels, compiled ahead of time: needs no GPU.
+
+    python tools/kernel_report.py
+
+Compiles each kernel for sm_80 (A100) and sm_90 (H100) with the tiles that a launch would take and
+reads the machine code: registers, spills, shared memory, widths of loads and stores, instructions.
+Writes `cosine_interp_resources.csv`, and the time that the bytes alone take on each GPU to
+`cosine_interp_roofline.csv`, in tools/benchmark/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tools" / "benchmark" / "results"
+sys.path.insert(0, str(ROOT))
+
+from megatron_let.ops import launch  # noqa: E402
+
+# (d_M, d_T): the paper's pairs; an equal and a half width; a ratio below 2; a wider teacher.
+WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (576, 2048)]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ARCHITECTURES = [80, 90]
+# Peak device-memory bandwidth in bytes a second, from NVIDIA's data sheets.
+BANDWIDTH = {"A100 SXM 80 GB": 2.039e12, "H100 SXM": 3.35e12}
+# (tokens, d_M, d_T) of the benchmark.
+SHAPES = [(20_480, 2048, 576), (5_120, 4096, 2048), (65_536, 4096, 2048)]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes of a GPU of compute capability `sm / 10`."""
+
+    kernel: str
+    d_m: int
+    d_t: int
+    dtype: str
+    sm: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    loads: int
+    loads_16_byte: int
+    stores: int
+    stores_16_byte: int
+    instructions: int
+    warp_instructions_per_token: float
+
+
+def compile_kernel(plan: launch.KernelPlan, dtype: str, sm: int) -> bytes:
+    """The cubin of a plan for aligned tensors of `dtype`, without a token mask."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, name in enumerate(plan.kernel.arg_names):
+        if name in plan.constants or name == "mask_ptr":
+            signature[name] = "constexpr"
+            constants[(index,)] = plan.constants.get(name)
+            continue
+        work = name in ("cosine_ptr", "coefficient_ptr")
+        pointer = "*fp32" if work else f"*{dtype}"
+        signature[name] = pointer if name.endswith("_ptr") else "i32"
+        if name != "num_tokens":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(plan.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", sm, 32),
+        options={"num_warps": launch.NUM_WARPS},
+    ).asm["cubin"]
+
+
+def _disassemble(cubin: bytes) -> tuple[str, list[str]]:
+    """cuobjdump's resource line, and the instructions with their labels."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+            for tool, option in (
+                (knobs.nvidia.cuobjdump.path, "-res-usage"),
+                (knobs.nvidia.nvdisasm.path, "-c"),
+            )
+        )
+    lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in code.stdout.splitlines()]
+    return usage.stdout, [line for line in lines if line.endswith((";", ":"))]
+
+
+def _executed(lines: list[str], loads_in_loop: int) -> float:
+    """Instructions a warp issues, a loop's counted once for each of its trips."""
+    labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
+    last = max(index for index, line in enumerate(lines) if re.search(r"\bEXIT\b", line))
+    total = sum(line.endswith(";") for line in lines[: last + 1])
+    for index, line in enumerate(lines[:last]):
+        target = re.search(r"\bBRA\b.*`\((.+)\)", line)
+        start = labels.get(target[1], index) if target else index
+        if start < index:
+            body = [line for line in lines[start:index] if line.endswith(";")]
+            trips = loads_in_loop / sum("LDG" in line for line in body)
+            total += len(body) * (trips - 1)
+    return total
+
+
+def _loads_in_loop(plan: launch.KernelPlan, dtype: str) -> int:
+    """Load instructions of all trips of a program's loop, if its machine code has one."""
+    c = plan.constants
+    if "TARGETS" in c:
+        return c["TARGETS"] * c["TOKENS"] * c["VECTOR"]
+    if plan.kernel is launch.kernels.cosine_forward_block:
+        student = c["VECTOR"] * DTYPES[dtype].itemsize // 16
+        return triton.cdiv(c["D_M"], c["LANES"] * c["VECTOR"]) * c["TOKENS"] * (student + 1)
+    return triton.cdiv(c["D_T"], c["LANES"] * c["VECTOR"]) * c["TOKENS"] * (1 + 2 * c["VECTOR"])
+
+
+def measure(plan: launch.KernelPlan, dtype: str, sm: int) -> Resources:
+    """Compile a plan and read its machine code."""
+    usage, lines = _disassemble(compile_kernel(plan, dtype, sm))
+    registers, stack, shared, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1])  # type: ignore[index]
+        for name in ("REG", "STACK", "SHARED", "LOCAL")
+    )
+    code = [line for line in lines if line.endswith(";")]
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in code)
+
+    spilled = stack + local + count(r"\b(LDL|STL)\b")
+    issued = _executed(lines, _loads_in_loop(plan, dtype)) * plan.tiles_per_row
+    return Resources(
+        kernel=plan.kernel.__name__, d_m=plan.constants["D_M"], d_t=plan.constants["D_T"],
+        dtype=dtype, sm=sm, registers=registers, spill_bytes=spilled, shared_bytes=shared,
+        loads=count(r"\bLDG"), loads_16_byte=count(r"\bLDG\.\S*128"),
+        stores=count(r"\bSTG"), stores_16_byte=count(r"\bSTG\.\S*128"), instructions=len(code),
+        warp_instructions_per_token=round(issued / plan.constants["TOKENS"], 1),
+    )  # fmt: skip
+
+
+def resources() -> Iterable[Resources]:
+    """Every kernel of `WIDTHS` in every dtype on every architecture."""
+    for d_m, d_t in WIDTHS:
+        for dtype, torch_dtype in DTYPES.items():
+            student = torch.empty(1, d_m, dtype=torch_dtype, device="meta")
+            for plan in (launch.plan_forward(student, d_t), launch.plan_backward(student, d_t)):
+                yield from (measure(plan, dtype, sm) for sm in ARCHITECTURES)
+
+
+def minimal_bytes(tokens: int, d_m: int, d_t: int, itemsize: int) -> dict[str, int]:
+    """Bytes that each pass must move: inputs once, outputs once, the fp32 numbers a token.
+
+    Forward: student and teacher in; cosine and two coefficients out. Backward: student, teacher,
+    incoming gradient and the coefficients in; the sum out.
+    """
+    forward = tokens * ((d_m + d_t) * itemsize + 3 * 4)
+    backward = tokens * ((3 * d_m + d_t) * itemsize + 2 * 4)
+    return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def roofline() -> Iterable[dict[str, Any]]:
+    """Milliseconds of `minimal_bytes` at each GPU's peak bandwidth, bf16."""
+    for tokens, d_m, d_t in SHAPES:
+        for name, size in minimal_bytes(tokens, d_m, d_t, 2).items():
+            times = {f"{gpu} ms": round(size / rate * 1e3, 4) for gpu, rate in BANDWIDTH.items()}
+            yield {
+                "tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": "bf16", "pass": name,
+                "bytes": size, **times,
+            }  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows under their keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows -> {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the CSV files go")
+    folder = parser.parse_args().folder
+    stamp = {
+        "triton": triton.__version__,
+        "ptxas": knobs.nvidia.ptxas.version,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    rows = [{**asdict(row), **stamp} for row in resources()]
+    write(folder / "cosine_interp_resources.csv", rows)
+    write(folder / "cosine_interp_roofline.csv", list(roofline()))
+
+
+if __name__ == "__main__":
+    main()
