@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +147,32 @@ def sentences(summary: dict[str, Any]) -> Iterator[str]:
     yield f"training time: baseline {seconds['baseline']:.0f} s, LET {seconds['let']:.0f} s"
 
 
+def provenance(command: str) -> dict[str, str]:
+    """What a number in a document must come with: command, date, machine and versions."""
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    versions = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    return {
+        "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "processor": f"{processor}, {len(os.sched_getaffinity(0))} cores",
+        **versions,
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], source: dict[str, str]) -> None:
+    """Write rows, each with its provenance, in one step."""
+    partial = path.with_name("partial-" + path.name)
+    with partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], *source])
+        writer.writeheader()
+        writer.writerows([{**row, **source} for row in rows])
+    partial.replace(path)
+
+
 def plot_losses(runs: dict[str, RunMetrics], path: Path, title: str) -> None:
     """Draw validation loss (and the cosine, where there is one) against steps into a PNG."""
     import matplotlib
@@ -161,6 +192,10 @@ def plot_losses(runs: dict[str, RunMetrics], path: Path, title: str) -> None:
             cosines.plot(*_curve(cosine), color=line.get_color())
             losses.axvline(max(cosine), color="grey", linestyle=":", linewidth=1)
             cosines.axvline(max(cosine), color="grey", linestyle=":", linewidth=1)
+    held_out = [loss for run in runs.values() for loss in run.valid_loss.values()]
+    if held_out:
+        # The first steps fall from ln(vocabulary) and would flatten everything after them.
+        losses.set_ylim(min(held_out) - 0.5, max(held_out) + 0.2)
     losses.set_ylabel("held-out loss (faint: training)")
     losses.set_title(title)
     losses.legend()

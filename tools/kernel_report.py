@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,16 +32,31 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 
-from megatron_let.ops import launch  # noqa: E402
+from megatron_let.ops import kernels, launch  # noqa: E402
 
 # (d_M, d_T): the paper's pairs; an equal and a half width; a ratio below 2; a wider teacher.
 WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (576, 2048)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ARCHITECTURES = [80, 90]
-# Peak device-memory bandwidth in bytes a second, from NVIDIA's data sheets.
-BANDWIDTH = {"A100 SXM 80 GB": 2.039e12, "H100 SXM": 3.35e12}
 # (tokens, d_M, d_T) of the benchmark.
 SHAPES = [(20_480, 2048, 576), (5_120, 4096, 2048), (65_536, 4096, 2048)]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """NVIDIA's data-sheet figures; `sm` is ten times the compute capability."""
+
+    name: str
+    sm: int
+    bytes_per_second: float
+    multiprocessors: int
+
+    @property
+    def warp_instructions_per_second(self) -> float:
+        """Four a cycle and multiprocessor, at a clock that both GPUs hold under load."""
+        return 4 * self.multiprocessors * 1.4e9
+
+
+GPUS = [Gpu("A100 SXM 80 GB", 80, 2.039e12, 108), Gpu("H100 SXM", 90, 3.35e12, 132)]
 
 
 @dataclass(frozen=True)
@@ -64,18 +79,20 @@ class Resources:
     warp_instructions_per_token: float
 
 
-def compile_kernel(plan: launch.KernelPlan, dtype: str, sm: int) -> bytes:
-    """The cubin of a plan for aligned tensors of `dtype`, without a token mask."""
+def compile_kernel(
+    plan: launch.KernelPlan, dtype: str, sm: int, without: Collection[str] = ("mask_ptr",)
+) -> bytes:
+    """The cubin of a plan for aligned tensors of `dtype`; arguments in `without` are None."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(plan.kernel.arg_names):
-        if name in plan.constants or name == "mask_ptr":
+        if name in plan.constants or name in without:
             signature[name] = "constexpr"
             constants[(index,)] = plan.constants.get(name)
             continue
-        work = name in ("cosine_ptr", "coefficient_ptr")
-        pointer = "*fp32" if work else f"*{dtype}"
+        work = name in ("cosine_ptr", "coefficient_ptr") and dtype != "fp64"
+        pointer = "*i1" if name == "mask_ptr" else "*fp32" if work else f"*{dtype}"
         signature[name] = pointer if name.endswith("_ptr") else "i32"
         if name != "num_tokens":
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -106,7 +123,7 @@ def _executed(lines: list[str], loads_in_loop: int) -> float:
     """Instructions a warp issues, a loop's counted once for each of its trips."""
     labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
     last = max(index for index, line in enumerate(lines) if re.search(r"\bEXIT\b", line))
-    total = sum(line.endswith(";") for line in lines[: last + 1])
+    total: float = sum(line.endswith(";") for line in lines[: last + 1])
     for index, line in enumerate(lines[:last]):
         target = re.search(r"\bBRA\b.*`\((.+)\)", line)
         start = labels.get(target[1], index) if target else index
@@ -122,7 +139,7 @@ def _loads_in_loop(plan: launch.KernelPlan, dtype: str) -> int:
     c = plan.constants
     if "TARGETS" in c:
         return c["TARGETS"] * c["TOKENS"] * c["VECTOR"]
-    if plan.kernel is launch.kernels.cosine_forward_block:
+    if plan.kernel is kernels.cosine_forward_block:
         student = c["VECTOR"] * DTYPES[dtype].itemsize // 16
         return triton.cdiv(c["D_M"], c["LANES"] * c["VECTOR"]) * c["TOKENS"] * (student + 1)
     return triton.cdiv(c["D_T"], c["LANES"] * c["VECTOR"]) * c["TOKENS"] * (1 + 2 * c["VECTOR"])
@@ -157,7 +174,7 @@ def resources() -> Iterable[Resources]:
         for dtype, torch_dtype in DTYPES.items():
             student = torch.empty(1, d_m, dtype=torch_dtype, device="meta")
             for plan in (launch.plan_forward(student, d_t), launch.plan_backward(student, d_t)):
-                yield from (measure(plan, dtype, sm) for sm in ARCHITECTURES)
+                yield from (measure(plan, dtype, gpu.sm) for gpu in GPUS)
 
 
 def minimal_bytes(tokens: int, d_m: int, d_t: int, itemsize: int) -> dict[str, int]:
@@ -171,15 +188,28 @@ def minimal_bytes(tokens: int, d_m: int, d_t: int, itemsize: int) -> dict[str, i
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def roofline() -> Iterable[dict[str, Any]]:
-    """Milliseconds of `minimal_bytes` at each GPU's peak bandwidth, bf16."""
+def roofline(measured: Sequence[Resources]) -> Iterable[dict[str, Any]]:
+    """Each pass's `minimal_bytes` at peak bandwidth, in bf16, and its instructions next to that.
+
+    The fraction is the time to issue the kernel's instructions over the time to move the bytes:
+    below 1, memory sets the pace.
+    """
     for tokens, d_m, d_t in SHAPES:
-        for name, size in minimal_bytes(tokens, d_m, d_t, 2).items():
-            times = {f"{gpu} ms": round(size / rate * 1e3, 4) for gpu, rate in BANDWIDTH.items()}
-            yield {
-                "tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": "bf16", "pass": name,
-                "bytes": size, **times,
-            }  # fmt: skip
+        for name, size in list(minimal_bytes(tokens, d_m, d_t, 2).items())[:2]:
+            row = {"tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": "bf16", "pass": name}
+            row["bytes"] = size
+            for gpu in GPUS:
+                (issued,) = (
+                    r.warp_instructions_per_token
+                    for r in measured
+                    if (r.d_m, r.d_t, r.dtype, r.sm) == (d_m, d_t, "bf16", gpu.sm)
+                    and name in r.kernel
+                )
+                seconds = size / gpu.bytes_per_second
+                row[f"{gpu.name} ms"] = round(seconds * 1e3, 4)
+                issue_seconds = tokens * issued / gpu.warp_instructions_per_second
+                row[f"{gpu.name} issue fraction"] = round(issue_seconds / seconds, 2)
+            yield row
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -201,9 +231,10 @@ def main() -> None:
         "ptxas": knobs.nvidia.ptxas.version,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    rows = [{**asdict(row), **stamp} for row in resources()]
+    measured = list(resources())
+    rows = [{**asdict(row), **stamp} for row in measured]
     write(folder / "cosine_interp_resources.csv", rows)
-    write(folder / "cosine_interp_roofline.csv", list(roofline()))
+    write(folder / "cosine_interp_roofline.csv", list(roofline(measured)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from megatron_let.report import (
     head_to_head,
     load_metrics,
     plot_losses,
+    provenance,
     sentences,
+    write_csv,
 )
 from megatron_let.teacher.folder import inspect_teacher
 from megatron_let.teacher.package import packaged_teacher
@@ -35,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("baseline", "let")
 SEQUENCE_LENGTH = 128
 TOKENS_PER_STEP = 8 * SEQUENCE_LENGTH
-VALID_TOKENS = 12 * TOKENS_PER_STEP
+VALID_TOKENS = 8 * TOKENS_PER_STEP
 BYTES_PER_TOKEN = 3  # of code, and fewer than of prose, so that the text suffices
 
 
@@ -67,7 +69,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
+    parser.add_argument("--steps", type=int, default=240, help="of each run (default: 240)")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results"
     )
@@ -200,11 +202,14 @@ def _report(options: argparse.Namespace, console: Console) -> None:
     summary = head_to_head(runs, options.steps, TOKENS_PER_STEP)
     for line in sentences(summary):
         console.print(line, highlight=False)
-    plot, report = options.output / "losses.png", options.output / "report.json"
-    plot_losses(runs, plot, "The same student without and with the teacher")
-    report.write_text(json.dumps({"summary": summary, "evaluations": rows}, indent=2) + "\n")
-    for name, path in {"curves": plot, "report": report}.items():
-        console.print(f"{name}: {path}", soft_wrap=True)
+    source = provenance(" ".join(["bash launch/quickstart.sh", *sys.argv[1:]]))
+    files = {name: options.output / name for name in ("losses.png", "losses.csv", "report.json")}
+    curves = {"baseline": runs["baseline"], "LET": runs["let"]}
+    plot_losses(curves, files["losses.png"], "The same student without and with the teacher")
+    write_csv(files["losses.csv"], rows, source)
+    files["report.json"].write_text(json.dumps(summary | source, indent=2) + "\n")
+    for path in files.values():
+        console.print(f"written: {path}", soft_wrap=True)
     for method in METHODS:
         console.print(f"{method}: {options.output / method}", soft_wrap=True)
 

@@ -49,7 +49,8 @@ def evaluate(file: MetricsFile, iteration: int, prefix: str, *losses: float) -> 
 
     def run_all(*args: Any, **kwargs: Any) -> None:
         for loss in losses:
-            file.wrap_evaluate(lambda *a, **k: ({LOSS_KEY: torch.tensor(loss)}, None, False))()
+            result = ({LOSS_KEY: torch.tensor(loss)}, None, False)
+            file.wrap_evaluate(lambda result=result: result)()
 
     file.wrap_evaluate_and_print_results(run_all)(prefix, None, None, None, iteration)
 

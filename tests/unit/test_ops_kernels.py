@@ -53,12 +53,8 @@ class InterpretedKernels:
     def poison(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Outputs start as NaN, so that an element no program writes is found."""
 
-        def poisoned(*args: object, **kwargs: object) -> Tensor:
-            return torch.full(
-                args[0] if isinstance(args[0], torch.Size) else args, torch.nan, **kwargs
-            )
-
-        monkeypatch.setattr(launch.torch, "empty", poisoned)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
     @staticmethod
     def cosine_and_gradient(

@@ -103,7 +103,7 @@ def test_other_parameters_are_an_error_that_shows_both(
     module: ModuleType, parameters: tuple[str, ...]
 ) -> None:
     original = module.function
-    with pytest.raises(PatchError, match="has parameters .*'first'.* where .* were expected"):
+    with pytest.raises(PatchError, match=r"has parameters .*'first'.* where .* were expected"):
         PatchSet().apply(row(parameters=parameters), identity)
     assert module.function is original
 
@@ -126,7 +126,7 @@ def test_version_is_that_of_the_megatron_that_is_imported(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron.core.package_info.__version__", "0.20.1")
-    with pytest.raises(PatchError, match="0.20.1 is installed"):
+    with pytest.raises(PatchError, match=r"0\.20\.1 is installed"):
         PatchSet().apply(row(package="megatron-core", versions="<0.20"), identity)
 
 
@@ -203,8 +203,9 @@ def test_every_target_exists_as_the_table_says(all_rows_applied: PatchSet) -> No
 
 
 def test_no_target_has_two_rows() -> None:
-    rows = [*table._CPU_ROWS, *table._PIP_ROWS, *table._LET_ROWS, *table._METRICS_ROWS]
-    assert sorted(patch.target for patch in rows) == sorted(PATCHES)
+    groups = [group for group in vars(table).values() if isinstance(group, tuple)]
+    rows = [row for group in groups for row in group if isinstance(row, Patch)]
+    assert sorted(row.target for row in rows) == sorted(PATCHES)
 
 
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=lambda patch: patch.target)
@@ -273,7 +274,8 @@ def undo() -> Iterator[Callable[[PatchSet], PatchSet]]:
 def test_compile_helpers_is_replaced_without_a_makefile(
     undo: Callable[[PatchSet], PatchSet], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
+    # The makefile is missing, or make itself.
+    with pytest.raises((SystemExit, FileNotFoundError)):
         megatron.core.datasets.utils.compile_helpers()
     capfd.readouterr()
     patches = undo(apply.apply_host_patches(GPU))

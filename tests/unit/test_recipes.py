@@ -72,7 +72,7 @@ def test_megatrons_parser_takes_every_setting(path: Path, parser: argparse.Argum
             assert found == (action.const if value else action.default), name
         elif isinstance(value, str) and "$" in value:
             for variable, content in VARIABLES.items():
-                value = value.replace("${%s}" % variable, content)
+                value = value.replace("${" + variable + "}", content)
             assert str(found) in (value, f"['{value}']"), name
         else:
             assert str(found) == str(value), name
@@ -237,7 +237,9 @@ def test_missing_variable_is_named_with_its_flag(
     assert_one_sentence(error)
 
 
-def test_variable_of_an_overridden_flag_is_not_needed(small_parser: argparse.ArgumentParser) -> None:
+def test_variable_of_an_overridden_flag_is_not_needed(
+    small_parser: argparse.ArgumentParser,
+) -> None:
     argv = recipe_argv({"data-path": "${A}"}, small_parser, ["--data-path", "/b"], {})
     assert argv == ["--data-path", "/b"]
 

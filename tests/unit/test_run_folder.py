@@ -87,7 +87,9 @@ def test_same_run_continues(trained: Path) -> None:
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_steps_batch_and_layout_may_change_on_resume(trained: Path, changed: dict[str, Any]) -> None:
+def test_steps_batch_and_layout_may_change_on_resume(
+    trained: Path, changed: dict[str, Any]
+) -> None:
     claim(run_args(trained, **changed), LET)
 
 
@@ -130,9 +132,7 @@ def test_finetuning_does_not_start_over_where_it_loads_from(trained: Path) -> No
 
 def test_stock_megatrons_folder_is_refused_unless_continued(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("7")
-    assert_refused(
-        tmp_path, run_args(tmp_path, load=None), LET, "holds another run at iteration 7"
-    )
+    assert_refused(tmp_path, run_args(tmp_path, load=None), LET, "holds another run at iteration 7")
     claim(run_args(tmp_path), LET)
 
 

@@ -1,7 +1,7 @@
 """Time and memory of the interpolated cosine against other ways to write it.
 
-    python tools/benchmark/cosine_interp.py                  # on a GPU: the paper's shapes
-    python tools/benchmark/cosine_interp.py --tokens 2048    # on a CPU: the torch path against naive
+    python tools/benchmark/cosine_interp.py                 # on a GPU: the paper's shapes
+    python tools/benchmark/cosine_interp.py --tokens 4096   # on a CPU: the torch path and naive
 
 Each provider passes a hidden state on and aligns it: forward gives the hidden state and the cosine,
 backward takes the hidden state's incoming gradient and gives its sum with the alignment's.
@@ -29,21 +29,26 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "cosine_interp.csv"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from kernel_report import SHAPES, minimal_bytes  # noqa: E402
 
 from megatron_let.ops import align_hidden_state  # noqa: E402
 from tests.unit.test_ops_reference import (  # noqa: E402
@@ -51,7 +56,9 @@ from tests.unit.test_ops_reference import (  # noqa: E402
     exact_gradient,
     relative_error,
 )
-from tools.kernel_report import SHAPES, minimal_bytes  # noqa: E402
+
+# The backward alone is run again and again over one graph, which keeps its buffers.
+torch._functorch.config.donated_buffer = False
 
 Provider = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -105,7 +112,10 @@ def make_provider(
 ) -> Provider | None:
     if name == "modelopt":
         return modelopt_provider(d_m, d_t, dtype, device)
-    return {"fused": fused, "eager": eager, "compiled": torch.compile(eager)}[name]
+    if name == "compiled":
+        torch._dynamo.reset()  # or the shapes before would make it give up, or go dynamic
+        return torch.compile(eager, dynamic=False)
+    return {"fused": fused, "eager": eager}[name]
 
 
 def make_inputs(
@@ -172,14 +182,17 @@ def time_on_gpu(function: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def time_on_cpu(function: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds at `QUANTILES`, by the wall clock, of at least five runs."""
+    """Milliseconds of CPU time, which other work on the machine leaves alone, of five runs or more.
+
+    The same quantiles; the threads' times are summed.
+    """
     function()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((time.process_time() - start) * 1e3)
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     return [cuts[round(q * 10) - 1] for q in QUANTILES]
 
@@ -236,42 +249,90 @@ def version(package: str) -> str:
         return ""
 
 
-def rows_of_shape(
-    arguments: argparse.Namespace, tokens: int, d_m: int, d_t: int, dtype: str
-) -> list[dict[str, Any]]:
-    """Measure every provider and pass of one shape."""
-    device, seconds = arguments.device, arguments.seconds
-    itemsize = DTYPES[dtype].itemsize
-    set_bytes = tokens * (2 * d_m + d_t) * itemsize
-    num_sets = 2
+@dataclass
+class Case:
+    """One pass of one provider over one shape."""
+
+    key: dict[str, Any]
+    run: Callable[[], Any]
+    provider: Provider
+    inputs: Inputs
+    input_bytes: int
+    minimal_bytes: int
+    result_bytes: int
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Every case that the arguments ask for, its inputs drawn anew."""
+    device = arguments.device
+    shapes = {(arguments.tokens or tokens, d_m, d_t) for tokens, d_m, d_t in SHAPES}
+    for (tokens, d_m, d_t), dtype in itertools.product(sorted(shapes), arguments.dtypes):
+        itemsize = DTYPES[dtype].itemsize
+        input_bytes = tokens * (2 * d_m + d_t) * itemsize
+        num_sets = 2
+        if device == "cuda":
+            num_sets += 2 * torch.cuda.get_device_properties(0).L2_cache_size // input_bytes
+        sets = [
+            make_inputs(tokens, d_m, d_t, DTYPES[dtype], device, seed) for seed in range(num_sets)
+        ]
+        for name in arguments.providers:
+            provider = make_provider(name, d_m, d_t, DTYPES[dtype], device)
+            if provider is None:
+                continue
+            for which in PASSES:
+                yield Case(
+                    key={"tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": dtype, "pass": which,
+                         "provider": name},
+                    run=make_pass(which, provider, sets),
+                    provider=provider,
+                    inputs=sets[0],
+                    input_bytes=input_bytes,
+                    minimal_bytes=minimal_bytes(tokens, d_m, d_t, itemsize)[which],
+                    result_bytes=tokens * d_m * itemsize if which != "forward" else 0,
+                )  # fmt: skip
+
+
+def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """Columns of the case's speed and correctness."""
+    wrong = (
+        (None, None) if case.key["provider"] == "modelopt" else errors(case.provider, case.inputs)
+    )
+    fraction = None
     if device == "cuda":
-        num_sets += 2 * torch.cuda.get_device_properties(0).L2_cache_size // set_bytes
-    sets = [make_inputs(tokens, d_m, d_t, DTYPES[dtype], device, seed) for seed in range(num_sets)]
-    minimum = minimal_bytes(tokens, d_m, d_t, itemsize)
-    copies = {p: copy_bandwidth(minimum[p], seconds) if device == "cuda" else 0.0 for p in PASSES}
-    measure, peak = (time_on_gpu, peak_on_gpu) if device == "cuda" else (time_on_cpu, peak_on_cpu)
-    rows = []
-    for name in arguments.providers:
-        provider = make_provider(name, d_m, d_t, DTYPES[dtype], device)
-        if provider is None:
-            continue
-        wrong = (None, None) if name == "modelopt" else errors(provider, sets[0])
-        for which in PASSES:
-            function = make_pass(which, provider, sets)
-            low, middle, high = measure(function, seconds)
-            result = tokens * d_m * itemsize if which != "forward" else 0
-            extra = max(0, peak(function) - result)
-            rate = minimum[which] / middle / 1e6
-            rows.append({
-                "tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": dtype, "pass": which,
-                "provider": name, "p20_ms": round(low, 4), "p50_ms": round(middle, 4),
-                "p80_ms": round(high, 4), "gb_per_s": round(rate, 1),
-                "fraction_of_copy": round(rate / copies[which], 3) if copies[which] else None,
-                "peak_extra_bytes": extra, "peak_extra_of_inputs": round(extra / set_bytes, 4),
-                "cosine_error": wrong[0], "gradient_error": wrong[1],
-            })  # fmt: skip
-            print({key: value for key, value in rows[-1].items() if value is not None}, flush=True)
-    return rows
+        low, middle, high = time_on_gpu(case.run, seconds)
+        copied = copy_bandwidth(case.minimal_bytes, seconds)
+        fraction = round(case.minimal_bytes / middle / 1e6 / copied, 3)
+    else:
+        low, middle, high = time_on_cpu(case.run, seconds)
+    return {
+        "p20_ms": round(low, 4), "p50_ms": round(middle, 4), "p80_ms": round(high, 4),
+        "gb_per_s": round(case.minimal_bytes / middle / 1e6, 1), "fraction_of_copy": fraction,
+        "cosine_error": wrong[0], "gradient_error": wrong[1],
+    }  # fmt: skip
+
+
+def memory_of_case(case: Case, device: str) -> dict[str, Any]:
+    """Columns of the case's memory beyond its inputs and the gradient that it returns."""
+    case.run()  # what a first run compiles and loads does not count
+    peak = peak_on_gpu(case.run) if device == "cuda" else peak_on_cpu(case.run)
+    extra = max(0, peak - case.result_bytes)
+    return {"extra_bytes": extra, "extra_of_inputs": round(extra / case.input_bytes, 4)}
+
+
+def memory_in_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """`memory_of_case` of every case, in order."""
+    if arguments.device == "cpu":
+        # Freed tensors go back to the system at once, or a peak would hide in the heap.
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    return [memory_of_case(case, arguments.device) for case in cases(arguments)]
+
+
+def memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same; on a CPU in a fresh process, whose heap holds nothing from the timing."""
+    if arguments.device == "cuda":
+        return memory_in_process(arguments)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(memory_in_process, arguments).result()
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -306,21 +367,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    # The backward alone is run again and again over one graph, which keeps its buffers.
-    torch._functorch.config.donated_buffer = False
-    if arguments.device == "cpu":
-        # Give freed tensors back to the system at once, or the peak hides in the heap.
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     stamp = {
         "machine": machine(arguments.device), "torch": torch.__version__,
         "triton": version("triton"), "modelopt": version("nvidia-modelopt"),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
-    shapes = {(arguments.tokens or tokens, d_m, d_t) for tokens, d_m, d_t in SHAPES}
-    for shape in sorted(shapes):
-        for dtype in arguments.dtypes:
-            rows = rows_of_shape(arguments, *shape, dtype)
-            append(arguments.csv, [{**row, **stamp} for row in rows])
+    rows = []
+    for case in cases(arguments):
+        speed = time_case(case, arguments.device, arguments.seconds)
+        rows.append({**case.key, **speed})
+        print({name: value for name, value in rows[-1].items() if value is not None}, flush=True)
+    for row, memory in zip(rows, memory_rows(arguments), strict=True):
+        row |= memory | stamp
+    append(arguments.csv, rows)
 
 
 if __name__ == "__main__":
