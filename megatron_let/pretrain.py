@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
+
+import torch
 
 from megatron_let.config import LETError
 from megatron_let.host.device import Host, detect_host, prepare_process
@@ -29,9 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(sys.argv[1:] if argv is None else argv, host)
     except (LETError, RecipeError, PatchError) as error:
-        print(f"megatron_let: error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        if _speaks(error, rank):
+            print(f"megatron_let: error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     return 0
+
+
+def _speaks(error: Exception, rank: int) -> bool:
+    """Whether this rank prints an error: once a node at the start, where all ranks meet it."""
+    if torch.distributed.is_initialized():
+        return rank == 0 or not getattr(error, "collective", False)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _run(argv: list[str], host: Host) -> None:
@@ -43,21 +54,23 @@ def _run(argv: list[str], host: Host) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_let import integration
-    from megatron_let.arguments import check_entry_supports, let_config_from_args
-    from megatron_let.data.gpt import check_data_exists, datasets_provider
+    from megatron_let import control, integration
+    from megatron_let.arguments import let_config_from_args
+    from megatron_let.data.gpt import check_data, datasets_provider
     from megatron_let.forward_step import make_forward_step
     from megatron_let.host.apply import apply_host_patches
-    from megatron_let.host.layer_spec import local_layer_spec
+    from megatron_let.host.layer_spec import check_local_layers, local_layer_spec
     from megatron_let.run_folder import claim
 
     host_patches = apply_host_patches(host)
     sys.argv = [sys.argv[0], *host.argv(), *_expand_recipe(argv)]
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
-    check_entry_supports(args)
-    check_data_exists(args)
+    if args.transformer_impl == "local":
+        check_local_layers(args)
+    check_data(args)
     integration.enable(args)
+    control.enable(args)
     if args.rank == 0:
         claim(args, let_config_from_args(args))
     model = gpt_config_from_args(args)
@@ -69,6 +82,8 @@ def _run(argv: list[str], host: Host) -> None:
         ModelType.encoder_or_decoder,
         make_forward_step(args),
     )
+    if args.rank == 0:
+        control.mark_done(args)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -81,15 +96,29 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     """Replace `--config FILE` by the recipe's arguments."""
     from megatron.training.arguments import add_megatron_arguments
 
+    from megatron_let.arguments import check_entry_supports, check_supported
     from megatron_let.recipes import load_recipe, recipe_argv
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)
     known, rest = own.parse_known_args(argv)
-    if known.config is None:
-        return rest
     parser = _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    return recipe_argv(load_recipe(known.config), parser, rest)
+    if known.config is not None:
+        rest = recipe_argv(load_recipe(known.config), parser, rest)
+    _escape_percent_signs(parser)
+    # Before Megatron's own validation, whose assertions would speak of other flags.
+    args = parser.parse_args(rest)
+    if args.let_method == "let":
+        check_supported(args)
+    check_entry_supports(args)
+    return rest
+
+
+def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
+    # 0.19.2 has a bare "10%)" in a help text, on which argparse's --help fails.
+    for action in parser._actions:
+        if action.help and re.search(r"%(?![(%])", action.help):
+            action.help = re.sub(r"%(?![(%])", "%%", action.help)
 
 
 if __name__ == "__main__":

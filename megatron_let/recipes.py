@@ -19,6 +19,22 @@ class RecipeError(ValueError):
     """A recipe that cannot be expanded; the message is one sentence for the user."""
 
 
+class _DuplicateKeyError(Exception):
+    """A key that stands twice in one mapping; its message is the key."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _DuplicateKeyError(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe: sections of settings, flattened to one map from flag name to value.
 
@@ -30,8 +46,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"The recipe {path} does not exist; see configs/ for those there are.")
     try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except _DuplicateKeyError as error:
+        raise RecipeError(f"The recipe {path} sets {error} twice.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"The recipe {path} is no YAML: {reason}.") from error
     if not isinstance(document, Mapping) or not all(
@@ -104,10 +122,28 @@ def _expand(
             return [option]
         negative = "--no-" + option[2:]
         return [negative] if negative in action.option_strings else []
-    if isinstance(value, bool) or value is None:
-        raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; it takes a value.")
     values = value if isinstance(value, list) else [value]
-    return [option, *(_substitute(option, str(item), variables) for item in values)]
+    if isinstance(value, list) and action.nargs in (None, "?"):
+        raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; it takes one value.")
+    texts = []
+    for item in values:
+        if isinstance(item, bool | dict | list) or item is None:
+            raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; it takes a value.")
+        texts.append(_substitute(option, str(item), variables))
+        _check_value(option, value, texts[-1], action)
+    return [option, *texts]
+
+
+def _check_value(option: str, value: Any, text: str, action: argparse.Action) -> None:
+    """Refuse what argparse would refuse with a page of usage."""
+    try:
+        converted = action.type(text) if callable(action.type) else text
+    except (ValueError, TypeError, argparse.ArgumentTypeError, KeyError) as error:
+        kind = getattr(action.type, "__name__", str(action.type))
+        raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; it takes {kind}.") from error
+    if action.choices is not None and converted not in action.choices:
+        choices = ", ".join(map(str, action.choices))
+        raise RecipeError(f"The recipe sets {option[2:]} to {value!r}; choose one of {choices}.")
 
 
 def _substitute(option: str, value: str, variables: Mapping[str, str]) -> str:

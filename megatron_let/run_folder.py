@@ -13,6 +13,7 @@ from megatron_let.config import LETConfig, LETError
 
 FILE_NAME = "run.json"
 _TRACKER = "latest_checkpointed_iteration.txt"
+_METRICS = "let_metrics_path"
 
 # What makes two runs different runs; steps, batch and layout may change on resume.
 _IDENTITY = (
@@ -48,21 +49,36 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
             be started over.
     """
     save = Path(args.save) if args.save else None
-    signature = save / FILE_NAME if save else None
-    known = signature is not None and signature.is_file()
+    metrics = args.let_metrics_path.resolve() if args.let_metrics_path else None
+    theirs = _read_signature(save)
     if save is not None:
-        if known:
-            _check_same(save, identity(args, config))
-        _check_not_started_over(save, args, known)
-    _check_metrics(args.let_metrics_path, continues=known)
+        if theirs is not None and _has_begun(save, theirs):
+            _check_same(save, theirs, identity(args, config))
+        _check_not_started_over(save, args, known=theirs is not None)
+    _check_metrics(metrics, theirs)
     if save is not None:
-        _sign(save, identity(args, config))
+        _sign(save, identity(args, config) | {_METRICS: str(metrics)})
 
 
-def _check_same(save: Path, ours: dict[str, Any]) -> None:
-    theirs = json.loads((save / FILE_NAME).read_text())
+def _read_signature(save: Path | None) -> dict[str, Any] | None:
+    if save is None or not (save / FILE_NAME).is_file():
+        return None
+    values: dict[str, Any] = json.loads((save / FILE_NAME).read_text())
+    return values
+
+
+def _not_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _has_begun(save: Path, theirs: dict[str, Any]) -> bool:
+    """Whether the signed run took a step; one that was refused after signing may be corrected."""
+    return (save / _TRACKER).is_file() or _not_empty(Path(theirs[_METRICS]))
+
+
+def _check_same(save: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name in ours | theirs:
-        if theirs.get(name) != ours.get(name):
+        if name != _METRICS and theirs.get(name) != ours.get(name):
             flag = "--" + name.replace("_", "-")
             raise LETError(
                 f"The output folder {save} holds another run: {flag} is {theirs.get(name)} there"
@@ -85,8 +101,9 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
     )
 
 
-def _check_metrics(path: Path | None, continues: bool) -> None:
-    if path is not None and not continues and path.is_file() and path.stat().st_size > 0:
+def _check_metrics(path: Path | None, theirs: dict[str, Any] | None) -> None:
+    continues = theirs is not None and theirs[_METRICS] == str(path)
+    if path is not None and not continues and _not_empty(path):
         raise LETError(
             f"The metrics file {path} holds another run; give another --let-metrics-path or move"
             " it away."

@@ -33,7 +33,7 @@ shopt -s nullglob
 typed=(megatron_let)
 scripts=(tools/*.py tools/*/*.py)
 [[ ${#scripts[@]} == 0 ]] || typed+=(tools)
-shell_files=(launch/*.sh launch/lib/*.sh tests/run.sh .ci/run)
+shell_files=(launch/*.sh launch/*/*.sh tests/run.sh .ci/run)
 
 phase ruff ruff check .
 phase mypy mypy "${typed[@]}"

@@ -45,6 +45,8 @@ def _files() -> list[Path]:
         str(path.relative_to(root)): path
         for root in sorted(roots)
         for path in root.rglob("*")
-        if path.suffix in _SUFFIXES and _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES
+        if path.suffix in _SUFFIXES
+        and path.is_file()
+        and _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES
     }
     return [files[n] for n in sorted(files, key=lambda n: hashlib.sha256(n.encode()).digest())]

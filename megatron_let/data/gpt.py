@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -103,24 +107,53 @@ def get_batch(
     )
 
 
-def check_data_exists(args: argparse.Namespace) -> None:
+def check_data(args: argparse.Namespace) -> None:
     """Check the indexed data before anything is built.
 
     Raises:
-        LETError: no data is named, or a prefix has no `.bin` and `.idx`.
+        LETError: no data is named, a file is missing, or a split that the run samples holds less
+            than one sequence (Megatron would repeat it without end, or fail to open it).
     """
-    from pathlib import Path
-
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [b for b in (blend, *(per_split or ())) if b is not None]
-    if not blends:
+    if blend is None and per_split is None:
         raise LETError("No data is named; give --data-path PREFIX of an indexed data set.")
-    for prefix in (prefix for prefixes, _ in blends for prefix in prefixes):
-        for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
-                raise LETError(
-                    f"The data file {prefix}{suffix} does not exist; --data-path takes the prefix"
-                    " of an indexed data set, without .bin or .idx."
-                )
+    samples = {"train": True, "validation": args.eval_iters != 0, "test": args.eval_iters != 0}
+    if blend is not None:
+        weights = [float(weight) for weight in re.split("[,/]", args.split)]
+        weights = [*weights, 0.0, 0.0][:3]
+        for prefix in blend[0]:
+            _check_prefix(prefix, weights, samples, args.seq_length)
+        return
+    for index, (name, part) in enumerate(zip(samples, per_split, strict=True)):
+        for prefix in part[0] if part is not None else ():
+            whole = [1.0 if i == index else 0.0 for i in range(3)]
+            _check_prefix(prefix, whole, {**samples, name: True}, args.seq_length)
+
+
+def _check_prefix(
+    prefix: str, weights: list[float], samples: dict[str, bool], sequence_length: int
+) -> None:
+    for suffix in (".bin", ".idx"):
+        if not Path(prefix + suffix).is_file():
+            raise LETError(
+                f"The data file {prefix}{suffix} does not exist; --data-path takes the prefix of"
+                " an indexed data set, without .bin or .idx."
+            )
+    if not Path(prefix + ".bin").stat().st_size:
+        raise LETError(f"The data set {prefix} is empty; prepare it from text again.")
+    dataset = IndexedDataset(prefix)  # kept: its arrays are views into a file it maps
+    lengths = dataset.sequence_lengths
+    bounds = np.cumsum([0.0, *weights]) / sum(weights) * len(lengths)
+    for (name, sampled), start, end in zip(samples.items(), bounds[:-1], bounds[1:], strict=True):
+        documents = lengths[round(start) : round(end)]
+        if not sampled or end == start:
+            continue
+        # A few documents mostly suffice; the whole file is read only if they do not.
+        if documents[:10_000].sum() <= sequence_length and documents.sum() <= sequence_length:
+            raise LETError(
+                f"The {name} split of {prefix} has {int(documents.sum())} tokens, less than one"
+                f" sequence of --seq-length {sequence_length} and its label; give more text or"
+                " another --split."
+            )

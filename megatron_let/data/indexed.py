@@ -1,9 +1,8 @@
-"""Documents to Megatron's indexed format."""
+"""Documents in memory to Megatron's indexed format."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_let.config import LETError
+from megatron_let.data.counts import Tally
+from megatron_let.data.files import partial_path, publish
+from megatron_let.data.fingerprint import fingerprint, write_side_file
+from megatron_let.data.text_tokenizer import HuggingFaceText
 
-@dataclass
-class IndexedCounts:
-    """What was written: documents, tokens with end-of-document, and bytes of text."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+# What was written: documents, tokens with end-of-document, and bytes of text.
+IndexedCounts = Tally
 
 
 def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> IndexedCounts:
@@ -29,23 +28,29 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Ind
     Args:
         prefix: path without suffix.
         documents: texts; empty ones are not written.
-        tokenizer: Hugging Face tokenizer with an EOS token.
+        tokenizer: fast Hugging Face tokenizer with an EOS token.
+
+    Raises:
+        LETError: there is no text; nothing is written.
     """
-    counts = IndexedCounts()
-    partial = {s: prefix.with_name(prefix.name + s + ".partial") for s in (".bin", ".idx")}
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    dtype = DType.optimal_dtype(len(tokenizer))
-    builder = IndexedDatasetBuilder(str(partial[".bin"]), dtype=dtype)
+    text_tokenizer = HuggingFaceText(tokenizer)
+    bin_path, idx_path = (prefix.with_name(prefix.name + s) for s in (".bin", ".idx"))
+    dtype = DType.optimal_dtype(text_tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(partial_path(bin_path)), dtype=dtype)
+    counts = IndexedCounts()
     for text in documents:
-        tokens = tokenizer(text, add_special_tokens=False).input_ids
-        if not tokens:
+        ids = text_tokenizer.encode([text])[0]
+        if not len(ids):
             continue
-        tokens.append(tokenizer.eos_token_id)
-        builder.add_document(torch.from_numpy(np.asarray(tokens, dtype=dtype)), [len(tokens)])
-        counts.documents += 1
-        counts.tokens += len(tokens)
-        counts.text_bytes += len(text.encode())
-    builder.finalize(str(partial[".idx"]))
-    for suffix, path in partial.items():
-        path.rename(f"{prefix}{suffix}")
+        ended = np.append(ids, text_tokenizer.eod).astype(dtype)
+        builder.add_document(torch.from_numpy(ended), [len(ended)])
+        counts.add(Tally(1, len(ended), len(text.encode())))
+    if not counts.documents:
+        partial_path(bin_path).unlink()
+        raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
+    builder.finalize(str(partial_path(idx_path)))
+    publish(bin_path)
+    publish(idx_path)
+    write_side_file(prefix, fingerprint(text_tokenizer), Path(tokenizer.name_or_path).name)
     return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from megatron_let.host import torch_optimizer
 from megatron_let.host.cpu import CudaDeviceAsCpu, stand_ins
 from megatron_let.host.device import Host
 from megatron_let.patches import PATCHES, PatchSet
@@ -22,4 +23,12 @@ def apply_host_patches(host: Host) -> PatchSet:
     if not files("megatron.core.datasets").joinpath("Makefile").is_file():
         target = "megatron.core.datasets.utils:compile_helpers"
         patches.apply(PATCHES[target], lambda original: lambda: None)
+    if _adam_is_torchs():
+        patches.apply_all(PATCHES, torch_optimizer.wrappers())
     return patches
+
+
+def _adam_is_torchs() -> bool:
+    from megatron.core.optimizer import distrib_optimizer
+
+    return not distrib_optimizer.HAVE_APEX_OR_TE

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 
+_WRITER = "megatron.core.dist_checkpointing.strategies.async_utils:"
+
 
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
@@ -80,6 +82,15 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
     return tensor_type
 
 
+def write_checkpoints(*args: Any, **kwargs: Any) -> None:
+    """Stand in for the loop of the asynchronous checkpoint writer, a process without patches."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    for name in ("device_count", "set_device", "synchronize"):
+        setattr(torch.cuda, name, stand_ins()[f"torch.cuda:{name}"](None))
+    PersistentAsyncCaller.async_loop(*args, **kwargs)
+
+
 def _replace_by(function: Any) -> Callable[[Any], Any]:
     return lambda original: function
 
@@ -108,4 +119,6 @@ def stand_ins() -> dict[str, Callable[[Any], Any]]:
         rng + "_set_cuda_rng_state": _replace_by(
             lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
         ),
+        # By its name in this module, under which the writer's process finds it.
+        _WRITER + "PersistentAsyncCaller.async_loop": _replace_by(staticmethod(write_checkpoints)),
     }

@@ -6,6 +6,7 @@ attention, and materialises [b, heads, s, s] scores. The two modules here do nei
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,6 +27,8 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import GPTModelConfig
+
+from megatron_let.config import LETError
 
 
 class RMSNorm(torch.nn.Module):
@@ -82,11 +88,6 @@ class SDPAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"SDPAttention is causal only, not {attn_mask_type}.")
-        if config.window_size is not None or config.softmax_type != "vanilla":
-            raise ValueError(
-                "Sliding windows and softmax offsets need Transformer Engine; install it or drop"
-                " --window-size and --softmax-type."
-            )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = (
@@ -114,21 +115,61 @@ class SDPAttention(MegatronModule):
             key, value = self._gather(key), self._gather(value)
             local = positions.view(self.cp_group.size(), -1)[self.cp_group.rank()]
             mask = local[:, None] >= positions[None, :]
-        context = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != query.shape[2],
-        )
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_generator(dropout):
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[2] != query.shape[2],
+            )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        # As Megatron's attention: tensor-parallel ranks hold different heads and must not share
+        # one mask; under sequence parallelism their default generators differ by themselves.
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[s/cp, b, groups, d] -> [s, b, groups, d]; the backward is a reduce-scatter."""
         return gather_from_sequence_parallel_region(tensor, group=self.cp_group)
+
+
+# Setting of the model -> the only value that torch's layers have here.
+_LOCAL_LAYERS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "num_moe_experts": None,
+    "num_experts": None,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "reset_attention_mask": False,
+}
+
+
+def check_local_layers(settings: Any) -> None:
+    """Check that a model can be built without Transformer Engine.
+
+    Args:
+        settings: Megatron's arguments or a `TransformerConfig`.
+
+    Raises:
+        LETError: names the flag, its value and the value that is possible.
+    """
+    for name, possible in _LOCAL_LAYERS.items():
+        value = getattr(settings, name, possible)
+        if value != possible:
+            flag = "--" + name.replace("_moe", "").replace("_", "-")
+            remedy = f"give {flag} {possible}" if possible else f"drop {flag}"
+            raise LETError(
+                f"Without Transformer Engine there is no {flag} {value}; {remedy}, or install"
+                " Transformer Engine."
+            )
 
 
 def local_layer_spec(
@@ -137,14 +178,10 @@ def local_layer_spec(
     """Layer spec for `GPTModelConfig.transformer_layer_spec` (dense Llama-style models).
 
     Raises:
-        ValueError: the model is not of RMSNorm and dense layers.
+        LETError: the model needs Transformer Engine.
     """
     transformer = config.transformer
-    if transformer.normalization != "RMSNorm" or transformer.num_moe_experts is not None:
-        raise ValueError(
-            "Without Transformer Engine only dense models with --normalization RMSNorm are built, "
-            f"not {transformer.normalization} with {transformer.num_moe_experts} experts."
-        )
+    check_local_layers(transformer)
     layer: ModuleSpec = get_gpt_layer_local_spec(
         qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
     )

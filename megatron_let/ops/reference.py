@@ -64,7 +64,7 @@ def _interpolate_at(hidden: Tensor, points: InterpolationPoints) -> Tensor:
 
 
 def _transpose_interpolate(grad: Tensor, num_source: int, points: InterpolationPoints) -> Tensor:
-    """The transpose of `interpolate`: `[c, d_T]` back to `[c, d_M]`."""
+    """The transpose of `interpolate`: `[c, d_T]`, which is used up, back to `[c, d_M]`."""
     if grad.shape[-1] == num_source:
         return grad
     to_upper = grad * points.fraction

@@ -20,6 +20,9 @@ from packaging.specifiers import SpecifierSet
 logger = logging.getLogger(__name__)
 
 
+_INHERITED = object()
+
+
 class PatchError(RuntimeError):
     """A patch does not fit what is installed, or clashes with another patch."""
 
@@ -124,8 +127,10 @@ class PatchSet:
             p.target == patch.target and "replace" in (p.kind, patch.kind) for p in self.applied
         ):
             raise PatchError(f"{patch.target} is patched twice and one of the two replaces it.")
+        # As it stands in the owner itself: static methods keep their wrapper, inherited ones go.
+        raw = vars(owner).get(attribute, _INHERITED)
         setattr(owner, attribute, make(original))
-        self._applied.append((patch, owner, attribute, original))
+        self._applied.append((patch, owner, attribute, raw))
         logger.debug("patched %s (%s): %s", patch.target, patch.kind, patch.reason)
 
     def apply_all(
@@ -149,5 +154,8 @@ class PatchSet:
     def undo(self) -> None:
         """Restore every original."""
         while self._applied:
-            _, owner, attribute, original = self._applied.pop()
-            setattr(owner, attribute, original)
+            _, owner, attribute, raw = self._applied.pop()
+            if raw is _INHERITED:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, raw)

@@ -53,6 +53,11 @@ _CPU_ROWS = (
         "the RNG tracker writes a CUDA generator",
         "megatron-core",
     ),
+    _cpu(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
+        "the asynchronous checkpoint writer selects a GPU and dies, and training waits for it",
+        "megatron-core",
+    ),
 )
 
 _TRAINING = "megatron.training.training:"
@@ -67,6 +72,33 @@ _PIP_ROWS = (
         parameters=(),
         unnecessary_when="the wheel ships core/datasets/Makefile or the loop does not call make",
         test="tests/unit/test_patches.py::test_compile_helpers_is_replaced_without_a_makefile",
+    ),
+)
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
+
+_TORCH_OPTIMIZER_ROWS = (
+    Patch(
+        target=_OPTIMIZER + "state_dict",
+        kind="wrap",
+        reason="with torch's Adam it asserts that a step was taken, and no checkpoint can be"
+        " loaded",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("self",),
+        unnecessary_when="state_dict() of a new optimizer over torch's Adam returns step 0",
+        test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
+    ),
+    Patch(
+        target=_OPTIMIZER + "load_state_dict",
+        kind="wrap",
+        reason="with torch's Adam the step counter is 0 after a resume, so the bias correction starts"
+        " over, and fp32 parameters cannot be loaded",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("self", "state_dict"),
+        unnecessary_when="load_state_dict() restores the step of torch's Adam",
+        test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
     ),
 )
 
@@ -137,6 +169,36 @@ _METRICS_ROWS = (
     ),
 )
 
+_CONTROL_ROWS = (
+    Patch(
+        target=_TRAINING + "checkpoint_and_decide_exit",
+        kind="wrap",
+        reason="a file that asks to stop or to save now must be looked at between two steps, where"
+        " the model, the optimizer and the data iterator are at hand",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=(
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "iteration",
+            "num_floating_point_operations_so_far",
+            "checkpointing_context",
+            "train_data_iterator",
+        ),
+        unnecessary_when="pretrain() accepts a step callback that can save and exit",
+        test="tests/distributed/test_control.py::test_stop_saves_and_ends_the_run",
+    ),
+)
+
 PATCHES: dict[str, Patch] = {
-    row.target: row for row in (*_CPU_ROWS, *_PIP_ROWS, *_LET_ROWS, *_METRICS_ROWS)
+    row.target: row
+    for row in (
+        *_CPU_ROWS,
+        *_PIP_ROWS,
+        *_TORCH_OPTIMIZER_ROWS,
+        *_LET_ROWS,
+        *_METRICS_ROWS,
+        *_CONTROL_ROWS,
+    )
 }

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
-from megatron_let.config import LETError
+from megatron_let.config import LETError, first_line
 from megatron_let.teacher.quiet import quiet_transformers
 
 
@@ -75,12 +78,19 @@ def _read_config(folder: Path) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # transformers raises a dozen kinds for a config of no use
         raise LETError(
             f"The teacher {folder} has a config.json that is of no known model "
-            f"({str(error).splitlines()[0]})."
+            f"({first_line(error)})."
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+    bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    if (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or config.is_encoder_decoder
+        or bidirectional
+    ):
         raise LETError(
             f"The teacher {folder} is a {config.model_type} model, which is no causal language"
             " model; give one such as Llama, GPT-2, OPT or GPT-NeoX."
@@ -94,29 +104,37 @@ def check_weight_files(folder: Path) -> None:
     Raises:
         LETError: none is there, one is missing, or one is shorter than its header says.
     """
-    names = _indexed_files(folder)
-    files = (
-        [folder / name for name in names]
-        if names is not None
-        else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    )
+    files = _weight_files(folder)
     if not files:
         raise LETError(f"The teacher {folder} has no weight file (*.safetensors or *.bin).")
     for file in files:
         if not file.is_file():
             raise LETError(f"The teacher's weight file {file} is missing; copy the folder again.")
-        if not (_safetensors_whole(file) if file.suffix == ".safetensors" else _zip_whole(file)):
+        if not (_safetensors_whole(file) if file.suffix == ".safetensors" else _torch_whole(file)):
             raise LETError(
                 f"The teacher's weight file {file} is cut short or damaged at "
                 f"{file.stat().st_size} bytes; copy it again."
             )
 
 
-def _indexed_files(folder: Path) -> list[str] | None:
-    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load, in its order of preference."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            return sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-    return None
+            return [folder / name]
+        if index.is_file():
+            return [folder / shard for shard in _shards(index)]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LETError(
+            f"The teacher's weight index {index} is damaged ({first_line(error)}); copy it again."
+        ) from error
 
 
 def _safetensors_whole(file: Path) -> bool:
@@ -124,15 +142,24 @@ def _safetensors_whole(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             (header_length,) = struct.unpack("<Q", stream.read(8))
+            if header_length > file.stat().st_size:
+                return False
             header = json.loads(stream.read(header_length))
-    except (struct.error, ValueError, MemoryError, OverflowError):
+        ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+        return bool(file.stat().st_size == 8 + header_length + max(ends, default=0))
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return False
-    end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
-    return file.stat().st_size == 8 + header_length + end
 
 
-def _zip_whole(file: Path) -> bool:
-    return zipfile.is_zipfile(file)
+def _torch_whole(file: Path) -> bool:
+    """Whether a pickle by torch opens: a zip has its directory at the end, older ones are read."""
+    if zipfile.is_zipfile(file):
+        return True
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except Exception:  # a cut pickle raises whatever the byte after the cut means
+        return False
+    return True
 
 
 def _convert_gguf(file: Path, cache: Path) -> Path:
@@ -166,7 +193,7 @@ def _write_gguf_as_folder(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **names)
     except Exception as error:  # gguf and transformers raise a dozen kinds for a damaged file
         raise LETError(
-            f"The teacher {file} cannot be read as GGUF ({str(error).splitlines()[0]}); "
+            f"The teacher {file} cannot be read as GGUF ({first_line(error)}); "
             "copy the file again, or install gguf and accelerate."
         ) from error
     # Else the folder would claim to be quantised, and would not load.

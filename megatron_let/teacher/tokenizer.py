@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from megatron_let.config import LETError
+from megatron_let.config import LETError, first_line
 from megatron_let.teacher.folder import TeacherFolder
 
 # Merges, spaces, digits and bytes, which two vocabularies can split apart though they are equal.
@@ -25,15 +25,16 @@ def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
     """
     try:
         teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a missing or damaged tokenizer raises many kinds
         raise LETError(
-            f"The teacher {folder.path} has no tokenizer to compare with the student's; copy its"
-            " tokenizer files beside the model."
+            f"The teacher {folder.path} has no tokenizer to compare with the student's "
+            f"({first_line(error)}); copy its tokenizer files beside the model."
         ) from error
     check_same_vocabulary(_student_vocabulary(student), _teacher_vocabulary(teacher))
-    student_ids = student.tokenize(_PROBE_TEXT)
+    ids = student.tokenize(_PROBE_TEXT)
     teacher_ids = teacher(_PROBE_TEXT, add_special_tokens=False).input_ids
-    if student_ids != teacher_ids and student_ids[1:] != teacher_ids:
+    # A tokenizer may put a begin- or end-of-document token around the text.
+    if teacher_ids not in (ids, ids[1:], ids[:-1], ids[1:-1]):
         raise LETError(
             "The teacher's tokenizer has the student's vocabulary but splits text differently;"
             " use one tokenizer for both."
@@ -46,7 +47,7 @@ def check_same_vocabulary(student: dict[int, str], teacher: dict[int, str]) -> N
     Raises:
         LETError: names the first id whose token differs.
     """
-    for index in range(max(len(student), len(teacher))):
+    for index in sorted(student.keys() | teacher.keys()):
         ours, theirs = student.get(index), teacher.get(index)
         if ours != theirs:
             raise LETError(
@@ -57,7 +58,13 @@ def check_same_vocabulary(student: dict[int, str], teacher: dict[int, str]) -> N
 
 
 def _student_vocabulary(tokenizer: Any) -> dict[int, str]:
-    return dict(enumerate(tokenizer.vocab))
+    # Megatron's `inv_vocab` is {id: token} for Hugging Face and {token: id} for others.
+    pairs = tokenizer.inv_vocab.items()
+    return (
+        {k: v for k, v in pairs}
+        if all(isinstance(k, int) for k, _ in pairs)
+        else dict(enumerate(tokenizer.vocab))
+    )
 
 
 def _teacher_vocabulary(tokenizer: Any) -> dict[int, str]:

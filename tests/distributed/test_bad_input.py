@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
     "reinforcement learning": (RL, "--perform-rl-step"),
     # The student, where layers are torch's
     "LayerNorm": (("--normalization", "LayerNorm"), "--normalization RMSNorm"),
-    "experts": (("--num-experts", 4), "4 experts"),
+    "experts": (("--num-experts", 4), "no --num-experts 4"),
     "window": (("--window-size", "4,0"), "--window-size"),
     # The data
     "data missing": (("--data-path", "{nowhere}"), "The data file {nowhere}.bin does not exist"),

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_let.config import LETError
 from megatron_let.data import environment_text
-from megatron_let.data.gpt import check_data_exists
+from megatron_let.data.gpt import check_data
 from megatron_let.data.indexed import write_indexed
 
 
@@ -186,7 +186,8 @@ def data_args(**values: Any) -> argparse.Namespace:
         ["data_path", "data_args_path", "per_split_data_args_path", "train_data_path",
          "valid_data_path", "test_data_path"]
     )  # fmt: skip
-    return argparse.Namespace(**common | {"mock_data": False} | values)
+    run = {"mock_data": False, "split": "1,0,0", "eval_iters": 1, "seq_length": 1}
+    return argparse.Namespace(**common | run | values)
 
 
 @pytest.fixture
@@ -196,10 +197,29 @@ def prefix(tmp_path: Path, tokenizer: Any) -> str:
 
 
 def test_data_that_exists_passes(prefix: str) -> None:
-    check_data_exists(data_args(data_path=[prefix]))
-    check_data_exists(data_args(data_path=["0.3", prefix, "0.7", prefix]))
-    check_data_exists(data_args(train_data_path=[prefix], valid_data_path=[prefix]))
-    check_data_exists(data_args(mock_data=True))
+    check_data(data_args(data_path=[prefix]))
+    check_data(data_args(data_path=["0.3", prefix, "0.7", prefix]))
+    check_data(data_args(train_data_path=[prefix], valid_data_path=[prefix]))
+    check_data(data_args(mock_data=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"seq_length": 8}, r"The train split of .* has \d tokens, less than one"),
+        ({"split": "1,1,0"}, "The .* split of .* has 0 tokens"),
+        ({"split": "0,1,0", "eval_iters": 0, "seq_length": 8}, None),
+    ],
+)
+def test_split_shorter_than_a_sequence_is_refused(
+    values: dict[str, Any], expected: str | None, prefix: str
+) -> None:
+    args = data_args(data_path=[prefix], **values)
+    if expected is None:
+        check_data(args)
+        return
+    with pytest.raises(LETError, match=expected):
+        check_data(args)
 
 
 @pytest.mark.parametrize("where", ["data_path", "train_data_path", "valid_data_path"])
@@ -208,15 +228,15 @@ def test_missing_file_of_data_is_named(where: str, prefix: str) -> None:
     if where == "data_path":
         named = {where: ["0.5", prefix, "0.5", "/no/data"]}
     with pytest.raises(LETError, match=r"The data file /no/data\.bin does not exist"):
-        check_data_exists(data_args(**named))
+        check_data(data_args(**named))
 
 
 def test_missing_index_is_named(prefix: str) -> None:
     Path(prefix + ".idx").unlink()
     with pytest.raises(LETError, match=r"text\.idx does not exist"):
-        check_data_exists(data_args(data_path=[prefix]))
+        check_data(data_args(data_path=[prefix]))
 
 
 def test_run_without_data_is_refused() -> None:
     with pytest.raises(LETError, match="No data is named; give --data-path"):
-        check_data_exists(data_args())
+        check_data(data_args())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import warnings
@@ -21,11 +22,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config import LETError
+from megatron_let.host import layer_spec
 from megatron_let.host.cpu import CudaDeviceAsCpu, stand_ins
 from megatron_let.host.device import Host, detect_host, prepare_process
 from megatron_let.host.layer_spec import (
     RMSNorm,
     SDPAttention,
+    check_local_layers,
     local_layer_spec,
     zigzag_positions,
 )
@@ -275,13 +278,24 @@ def test_attention_default_scale_is_one_over_root_of_the_head() -> None:
     torch.testing.assert_close(default, explicit(query, key, value, None))
 
 
-def test_dropout_is_off_in_evaluation() -> None:
+def test_dropout_is_off_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    forks: list[str] = []
+
+    @contextlib.contextmanager
+    def fork() -> Iterator[None]:
+        forks.append("model-parallel-rng")
+        yield
+
+    tracker = SimpleNamespace(fork=fork)
+    monkeypatch.setattr(layer_spec, "get_cuda_rng_tracker", lambda: tracker)
     config = transformer_config(attention_dropout=0.5)
     core = attention(SDPAttention, config)
     query, key, value = heads(config, 6)
     assert not torch.equal(core(query, key, value, None), core(query, key, value, None))
+    assert len(forks) == 2, "tensor-parallel ranks would share one mask"
     core.eval()
     assert torch.equal(core(query, key, value, None), core(query, key, value, None))
+    assert len(forks) == 2
 
 
 # What the torch layers cannot do
@@ -290,8 +304,8 @@ def test_dropout_is_off_in_evaluation() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"normalization": "LayerNorm"}, "--normalization RMSNorm .* not LayerNorm"),
-        ({"normalization": "RMSNorm", "num_moe_experts": 4}, "4 experts"),
+        ({"normalization": "LayerNorm"}, "no --normalization LayerNorm; give --normalization RMS"),
+        ({"normalization": "RMSNorm", "num_moe_experts": 4}, "no --num-experts 4"),
     ],
 )
 def test_model_that_cannot_be_built_is_refused_in_a_sentence(
@@ -304,4 +318,4 @@ def test_model_that_cannot_be_built_is_refused_in_a_sentence(
 
 def test_window_is_refused_in_a_sentence() -> None:
     with pytest.raises(LETError, match="--window-size"):
-        attention(SDPAttention, transformer_config(window_size=(4, 0)))
+        check_local_layers(transformer_config(normalization="RMSNorm", window_size=(4, 0)))

@@ -46,19 +46,34 @@ def tested() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pins}
 
 
+class Imports(ast.NodeVisitor):
+    """Collects the top-level names of what a module cannot do without."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.names.update(alias.name.partition(".")[0] for alias in node.names)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module and node.level == 0:
+            self.names.add(node.module.partition(".")[0])
+
+    def visit_Try(self, node: ast.Try) -> None:
+        caught = {ast.unparse(handler.type) for handler in node.handlers if handler.type}
+        optional = bool(caught & {"ImportError", "ModuleNotFoundError"})
+        for statement in [*([] if optional else node.body), *node.handlers, *node.orelse]:
+            self.visit(statement)
+
+
 def imported_packages(folder: Path) -> set[str]:
-    names: set[str] = set()
+    imports = Imports()
     for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names.add(node.module or "")
-    tops = {name.partition(".")[0] for name in names}
+        imports.visit(ast.parse(path.read_text(encoding="utf-8")))
     # A program in tools/ imports its neighbours by their bare names.
     neighbours = {path.stem for path in folder.rglob("*.py")} if folder.name == "tools" else set()
-    ours = {"megatron_let", "tools"} | neighbours
-    return {PACKAGES.get(top, top) for top in tops - sys.stdlib_module_names - ours}
+    ours = {"megatron_let", "tests", "tools"} | neighbours
+    return {PACKAGES.get(name, name) for name in imports.names - sys.stdlib_module_names - ours}
 
 
 def test_version_is_the_packages(metadata: dict[str, Any]) -> None:

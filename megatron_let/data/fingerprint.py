@@ -1,0 +1,153 @@
+"""Which tokenizer made a data set, in a side file, and the check that training makes of it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_let.config import LETError
+from megatron_let.data.files import write_json
+from megatron_let.data.text_tokenizer import TextTokenizer
+
+# Spaces, case, digits, code, scripts and bytes, which two tokenizers of one vocabulary can split
+# apart though their vocabularies are equal. Changing it makes every data set look foreign.
+_PROBE_TEXT = (
+    "The quick brown fox jumped; it's 1234567890 o'clock (isn't it?).\n\n  Late to Early\tTraining"
+    "\r\n    def f(x_1: int) -> str:\n        return f'{x_1 + 0x1F:>10,.2f}'  # naïve café\n"
+    "Größe, año, Łódź, ελληνικά, русский, עברית, العربية, हिन्दी, ไทย, 東京タワー, 한국어, e\u0301, "
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467, \u00a0\u2003\ufeff, \u2212\u2264\u222b,"
+    ' http://example.org/?a=b&c=%20d, $\\frac{a^{2}}{\\sqrt{b}}$, <tag attr="v">, ALLCAPS camelCase'
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFingerprint:
+    """What two tokenizers must share to be the same.
+
+    Attributes:
+        vocabulary: hash of every id and its token.
+        splitting: hash of the ids of a fixed text, no special token added.
+    """
+
+    vocab_size: int
+    eod: int
+    vocabulary: str
+    splitting: str
+
+
+def fingerprint(tokenizer: TextTokenizer) -> TokenizerFingerprint:
+    """Fingerprint of a tokenizer that preprocessing uses."""
+    return TokenizerFingerprint(
+        tokenizer.vocab_size,
+        tokenizer.eod,
+        _vocabulary_hash(tokenizer.vocabulary()),
+        _ids_hash(tokenizer.encode([_PROBE_TEXT])[0]),
+    )
+
+
+def side_file(prefix: str | Path) -> Path:
+    """Path of the side file of an indexed data set."""
+    return Path(f"{prefix}.tokenizer.json")
+
+
+def write_side_file(prefix: str | Path, made_with: TokenizerFingerprint, name: str) -> None:
+    """Write down which tokenizer made a data set.
+
+    Args:
+        name: of the tokenizer, for people.
+    """
+    write_json(side_file(prefix), {"tokenizer": name, **asdict(made_with)})
+
+
+def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Check that the run's tokenizer made its data; data without a side file passes.
+
+    Args:
+        args: Megatron's arguments.
+        tokenizer: Megatron's tokenizer, from `get_tokenizer()`.
+
+    Raises:
+        LETError: a data set was made with another tokenizer.
+    """
+    # Here, because preprocessing fingerprints too and needs no training loop.
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    prefixes = [p for b in (blend, *(per_split or ())) if b is not None for p in b[0]]
+    made = {p: json.loads(side_file(p).read_text()) for p in prefixes if side_file(p).is_file()}
+    if not made:
+        return
+    if args.tokenizer_type == "NullTokenizer":
+        _check_ids_fit(made, args.vocab_size)
+        return
+    ours = _of_megatron(tokenizer)
+    for prefix, values in made.items():
+        difference = _difference(values, *ours)
+        if difference:
+            raise LETError(
+                f"The data {prefix} was made with another tokenizer ({values['tokenizer']}):"
+                f" {difference}; give --tokenizer-model that one, or build the data again with"
+                " tools/preprocess_data.py."
+            )
+
+
+def _check_ids_fit(made: dict[str, dict[str, Any]], vocab_size: int | None) -> None:
+    for prefix, values in made.items():
+        if vocab_size is None or vocab_size < values["vocab_size"]:
+            raise LETError(
+                f"The data {prefix} has ids of a vocabulary of {values['vocab_size']} and"
+                f" --vocab-size is {vocab_size} under NullTokenizer; give at least that size."
+            )
+
+
+def _difference(
+    made: dict[str, Any], tokenizer: dict[str, Any], splittings: Sequence[str]
+) -> str | None:
+    """The first thing that differs, in words."""
+    if made["vocab_size"] != tokenizer["vocab_size"]:
+        return f"{made['vocab_size']} tokens there, {tokenizer['vocab_size']} in this run"
+    if made["vocabulary"] != tokenizer["vocabulary"]:
+        return f"another vocabulary, though both have {made['vocab_size']} tokens"
+    if made["eod"] != tokenizer["eod"]:
+        return f"documents end with token {made['eod']} there, {tokenizer['eod']} in this run"
+    if made["splitting"] not in splittings:
+        return "the same vocabulary, but text is split differently"
+    return None
+
+
+def _of_megatron(tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
+    """Vocabulary and end of document of Megatron's tokenizer, and its possible splittings."""
+    ids = list(tokenizer.tokenize(_PROBE_TEXT))
+    # Megatron's wrapper may add a token at either end.
+    possible = [_ids_hash(part) for part in (ids, ids[1:], ids[:-1], ids[1:-1])]
+    values = {
+        "vocab_size": tokenizer.vocab_size,
+        "eod": _end_of_document(tokenizer),
+        "vocabulary": _vocabulary_hash(tokenizer.inv_vocab),
+    }
+    return values, possible
+
+
+def _end_of_document(tokenizer: Any) -> int:
+    try:
+        return int(tokenizer.eod)
+    except (AttributeError, NotImplementedError, TypeError):
+        return int(tokenizer.eos_id)
+
+
+def _vocabulary_hash(vocabulary: dict[int, str]) -> str:
+    digest = hashlib.sha256()
+    for index in sorted(vocabulary):
+        digest.update(f"{index} {vocabulary[index]!r}\n".encode())
+    return digest.hexdigest()
+
+
+def _ids_hash(ids: Iterable[int]) -> str:
+    return hashlib.sha256(" ".join(str(int(i)) for i in ids).encode()).hexdigest()

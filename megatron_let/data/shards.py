@@ -1,0 +1,236 @@
+"""One unit of work to one shard: a small data set of Megatron's, and a record of what it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_let.config import LETError
+from megatron_let.data.counts import NO_SUBSET, Counts, Tally
+from megatron_let.data.files import partial_path, publish, write_json
+from megatron_let.data.inputs import Source, Unit
+from megatron_let.data.records import Record, Rejection, decode_text, lookup, read_records
+from megatron_let.data.selection import Selection
+from megatron_let.data.text_tokenizer import TextTokenizer
+
+# Enough text to be worth a call, little enough that its encodings stay small.
+_BATCH_BYTES = 512 * 1024
+_MAX_OUTPUTS = 500
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text on its way to a data set."""
+
+    origin: Rejection
+    output: str
+    subset: str
+    text: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a run, in one folder."""
+
+    folder: Path
+
+    def record(self, name: str) -> Path:
+        """A shard's record; the shard is whole once it is there."""
+        return self.folder / f"{name}.json"
+
+    def prefix(self, name: str) -> Path:
+        """A shard's `.bin` and `.idx`, without suffix."""
+        return self.folder / name
+
+    def outputs(self, name: str) -> Path:
+        """Number of each document's data set, in the order of the record's names."""
+        return self.folder / f"{name}.outputs.npy"
+
+    def rejections(self, name: str) -> Path:
+        """The documents that could not be used, as JSON lines."""
+        return self.folder / f"{name}.rejected.jsonl"
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A shard's record."""
+        return json.loads(self.record(name).read_text())
+
+
+class ShardWriter:
+    """Turns units into shards; the same unit gives the same bytes, in any process."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        sources: list[Source],
+        tokenizer: TextTokenizer,
+        selection: Selection,
+        max_document_bytes: int,
+        strict: bool,
+    ) -> None:
+        self._shards = shards
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._selection = selection
+        self._max_document_bytes = max_document_bytes
+        self._strict = strict
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+
+    def __call__(self, unit: Unit) -> tuple[Unit, Counts]:
+        """Write the shard of a unit; return the unit without its lines, and its counts.
+
+        Raises:
+            LETError: a document cannot be used, under `--strict`.
+            OSError: the disk is full.
+        """
+        bin_path = self._shards.prefix(unit.name).with_suffix(".bin")
+        idx_path = bin_path.with_suffix(".idx")
+        rejected_path = self._shards.rejections(unit.name)
+        try:
+            builder = IndexedDatasetBuilder(str(partial_path(bin_path)), dtype=self._dtype)
+            counts, outputs, rejected = self._write_documents(unit, builder)
+            builder.finalize(str(partial_path(idx_path)))
+            names = list(dict.fromkeys(outputs))
+            if len(names) > 1:
+                self._write_outputs(unit, names, outputs)
+            lines = "".join(json.dumps(asdict(r)) + "\n" for r in rejected)
+            partial_path(rejected_path).write_text(lines)
+            for path in (bin_path, idx_path, rejected_path):
+                publish(path)
+            counts.check()
+            record = {"outputs": names, "counts": counts.to_json()}
+            write_json(self._shards.record(unit.name), record)
+        except BaseException:
+            # On a full disk every byte counts.
+            for path in self._shards.folder.glob(f"{unit.name}.*.partial"):
+                with suppress(OSError):
+                    path.unlink()
+            raise
+        return Unit(unit.source, unit.block, input_bytes=unit.input_bytes), counts
+
+    def _write_documents(
+        self, unit: Unit, builder: IndexedDatasetBuilder
+    ) -> tuple[Counts, list[str], list[Rejection]]:
+        counts, outputs, rejected = Counts(), [], []
+        for item in self._encoded(self._batches(unit, counts)):
+            if isinstance(item, Rejection):
+                if self._strict:
+                    raise LETError(
+                        f"{item.file}, line {item.line}: {item.detail} ({item.reason}); correct"
+                        " it, or leave out --strict to report such documents and go on."
+                    )
+                rejected.append(item)
+                counts.rejected[item.reason] += 1
+                continue
+            document, ids = item
+            builder.add_document(torch.from_numpy(ids), [len(ids)])
+            outputs.append(document.output)
+            counts.add_document(
+                document.output, document.subset, Tally(1, len(ids), document.num_bytes)
+            )
+        return counts, outputs, rejected
+
+    def _encoded(
+        self, batches: Iterator[list[Document | Rejection]]
+    ) -> Iterator[tuple[Document, np.ndarray[Any, Any]] | Rejection]:
+        end = [self._tokenizer.eod] if self._selection.append_eod else []
+        for batch in batches:
+            texts = [item.text for item in batch if isinstance(item, Document)]
+            encoded = iter(self._tokenizer.encode(texts))
+            for item in batch:
+                if isinstance(item, Rejection):
+                    yield item
+                    continue
+                ids = next(encoded)
+                if len(ids):
+                    yield item, np.append(ids, end).astype(self._dtype)
+                else:
+                    origin = item.origin
+                    yield Rejection(origin.file, origin.line, "empty", "the text has no token")
+
+    def _batches(self, unit: Unit, counts: Counts) -> Iterator[list[Document | Rejection]]:
+        batch: list[Document | Rejection] = []
+        size = 0
+        for item in self._documents(unit, counts):
+            num_bytes = item.num_bytes if isinstance(item, Document) else 0
+            if batch and size + num_bytes > _BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += num_bytes
+        yield batch
+
+    def _documents(self, unit: Unit, counts: Counts) -> Iterator[Document | Rejection]:
+        """Every document of a unit, filtered ones counted and left out."""
+        selection, source = self._selection, self._sources[unit.source]
+        columns = (*selection.json_keys, selection.subset_key)
+        for record in read_records(source, unit, columns, self._max_document_bytes):
+            for key in selection.json_keys:
+                counts.documents_in += 1
+                if isinstance(record, Rejection):
+                    yield record
+                    continue
+                item = self._document(record, key)
+                if isinstance(item, str):
+                    counts.filtered[item] += 1
+                else:
+                    yield item
+
+    def _document(self, record: Record, key: str) -> Document | Rejection | str:
+        """A document, why there is none, or the subset for which it is left out."""
+        selection = self._selection
+        subset = _subset(record, selection.subset_key)
+        if subset is None:
+            if selection.filters or selection.per_subset:
+                return _reject(record, "missing_key", f"no text at {selection.subset_key}")
+            subset = NO_SUBSET
+        if not selection.writes(subset):
+            return subset
+        value = lookup(record.fields, key)
+        if value is None:
+            return _reject(record, "missing_key", f"no value at {key}")
+        text, size = decode_text(value)
+        if isinstance(size, str):
+            return _reject(record, text, size)
+        if size > self._max_document_bytes:
+            limit = self._max_document_bytes
+            return _reject(record, "too_long", f"longer than {limit} bytes; cut it in parts")
+        if not text:
+            return _reject(record, "empty", "the text is empty")
+        output = selection.output(key, subset, text)
+        origin = Rejection(record.file, record.line, "", "")
+        return Document(origin, output, subset, text, size)
+
+    def _write_outputs(self, unit: Unit, names: list[str], outputs: list[str]) -> None:
+        if len(names) > _MAX_OUTPUTS:
+            raise LETError(
+                f"{self._selection.subset_key} has more than {_MAX_OUTPUTS} values, each of which"
+                " would be a data set; leave out --per-subset, or give another --subset-key."
+            )
+        numbers = {name: number for number, name in enumerate(names)}
+        path = self._shards.outputs(unit.name)
+        with partial_path(path).open("wb") as file:
+            np.save(file, np.array([numbers[name] for name in outputs], dtype=np.uint16))
+        publish(path)
+
+
+def _subset(record: Record, key: str) -> str | None:
+    value = lookup(record.fields, key)
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if not isinstance(value, str) or not value:
+        return None
+    # A half surrogate can stand in no report.
+    return value.encode(errors="replace").decode()
+
+
+def _reject(record: Record, reason: str, detail: str) -> Rejection:
+    return Rejection(record.file, record.line, reason, detail)

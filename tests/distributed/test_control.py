@@ -1,0 +1,82 @@
+"""An operator's files steer a run, and what it leaves can be resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_let.control import DONE, SAVE_NOW, STOP
+from tests.helpers.runs import Run, largest_difference, train
+
+pytestmark = pytest.mark.distributed
+
+# What the paper's recipes save with; two ranks, so that the optimizer's state is in shards.
+RECIPE = ("--use-distributed-optimizer", "--ckpt-format", "torch_dist", "--async-save",
+          "--use-persistent-ckpt-worker", "--async-strategy", "mcore",
+          "--eval-interval", 1000)  # fmt: skip
+
+
+def run_with(folder: Path, teacher: Path, data: Path, *flags: object) -> Run:
+    checkpoints = folder / "checkpoints"
+    return train(
+        folder, "--data-path", data, "--save", checkpoints, "--load", checkpoints,
+        "--save-interval", 1000, *RECIPE, *flags, ranks=2, TEACHER=str(teacher),
+    )  # fmt: skip
+
+
+def last_checkpoint(folder: Path) -> int:
+    return int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path
+) -> tuple[Run, Path]:
+    """A run with a request to save, and its folder."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / SAVE_NOW).touch()
+    return run_with(folder, teacher, data), folder
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path
+) -> tuple[Run, Path]:
+    """A run that finds a request to stop after its first step, and its folder."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / STOP).touch()
+    return run_with(folder, teacher, data), folder
+
+
+def test_save_now_saves_once_and_training_goes_on(uninterrupted: tuple[Run, Path]) -> None:
+    run, folder = uninterrupted
+    saved = sorted(path.name for path in (folder / "checkpoints").glob("iter_*"))
+    assert saved == ["iter_0000001", "iter_0000010"]
+    assert [row["iteration"] for row in run.steps] == list(range(1, 11))
+    assert not (folder / "checkpoints" / SAVE_NOW).exists()
+
+
+def test_finished_run_is_marked(uninterrupted: tuple[Run, Path]) -> None:
+    assert (uninterrupted[1] / "checkpoints" / DONE).read_text() == "10\n"
+
+
+def test_stop_saves_and_ends_the_run(stopped: tuple[Run, Path]) -> None:
+    run, folder = stopped
+    assert [row["iteration"] for row in run.steps] == [1]
+    assert last_checkpoint(folder) == 1
+    assert (folder / "checkpoints" / STOP).exists(), "a launcher must see it too"
+    assert not (folder / "checkpoints" / DONE).exists()
+
+
+def test_stopped_run_resumes_with_the_same_losses(
+    uninterrupted: tuple[Run, Path], stopped: tuple[Run, Path], teacher: Path, data: Path
+) -> None:
+    _, folder = stopped
+    (folder / "checkpoints" / STOP).unlink()
+    resumed = run_with(folder, teacher, data)
+    assert [row["iteration"] for row in resumed.steps] == list(range(1, 11))
+    for key in ("lm_loss", "grad_norm"):
+        assert largest_difference(resumed, uninterrupted[0], key) == 0.0, key

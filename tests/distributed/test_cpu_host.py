@@ -1,0 +1,43 @@
+"""Every stand-in of the CPU host is there because a run fails without it, or says why else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_let.host.cpu import stand_ins
+from tests.helpers.runs import ROOT, command, environment
+
+# Stand-ins without which this small run still ends -> what they are for.
+SILENT = {
+    "torch.cuda:manual_seed": "without it every rank draws the same dropout",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state": (
+        "torch would queue the call until CUDA starts, and tensor-parallel ranks share a mask"
+    ),
+    "torch.cuda:get_device_properties": "asked for with sequence or context parallelism only",
+    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop": (
+        "runs with --async-save only"
+    ),
+}
+
+
+@pytest.mark.distributed
+def test_every_stand_in_is_needed_or_documented(tmp_path: Path, teacher: Path, data: Path) -> None:
+    result = tmp_path / "codes.json"
+    process = subprocess.run(
+        [*command(1, "tests.helpers.without_stand_ins"), str(result),
+         "--config", str(ROOT / "configs/tiny.yaml"), "--data-path", str(data),
+         "--train-iters", "3", "--save-interval", "2", "--eval-interval", "2",
+         "--hidden-dropout", "0.1", "--attention-dropout", "0.1"],
+        cwd=tmp_path, env=environment(TEACHER=str(teacher)), capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    codes = json.loads(result.read_text())
+    assert codes.pop("None") == 0, "the run fails with all of them"
+    assert codes.keys() == stand_ins().keys()
+    silent = {target for target, code in codes.items() if code == 0}
+    assert silent == set(SILENT)

@@ -1,0 +1,88 @@
+"""tools/make_corpus.py: real text, each document once, with a manifest that tells it again."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from tests.helpers.text_data import run, save_hugging_face_tokenizer
+from tools import make_corpus
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    with zstandard.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_environment_is_reproducible_and_can_be_preprocessed(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert make_corpus.main(["--output", str(tmp_path / name), "--megabytes", "1"]) == 0
+    one, two = (tmp_path / n / "environment.jsonl.zst" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    entry = json.loads((tmp_path / "one/manifest.json").read_text())["sources"]["environment"]
+    lines = lines_of(one)
+    assert entry["documents"] == len(lines) == len({line["text"] for line in lines})
+    assert entry["text_bytes"] == sum(len(line["text"].encode()) for line in lines) >= 1_000_000
+    assert entry["file_sha256"] == hashlib.sha256(one.read_bytes()).hexdigest()
+    tokenizer = save_hugging_face_tokenizer(tmp_path / "tokenizer")
+    report = run([one], tmp_path / "out", tokenizer, include_subsets=("environment",))
+    assert report["written"]["documents"] == len(lines)
+
+
+def test_a_corpus_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert make_corpus.main(["--output", str(tmp_path)]) == 2
+    assert "holds a corpus already" in capsys.readouterr().err
+
+
+def test_html() -> None:
+    page = (
+        "<html><head><title>no</title><style>p {}</style></head><body><h1>Head</h1>"
+        "<p>One &amp;  two</p><script>no()</script><ul><li>a</li><li>b</li></ul></body></html>"
+    )
+    assert make_corpus.html_text(page) == "Head\n\nOne & two\n\na\n\nb"
+
+
+@pytest.mark.parametrize("name", make_corpus.PACKAGES)
+def test_package_of_each_kind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The readers on files such as the packages hold, without a download."""
+    long = "A sentence that says something. " * 20
+
+    def fetch(_: str, folder: Path) -> dict[str, str]:
+        files = folder / "files" / "usr"
+        files.mkdir(parents=True)
+        (files / "a.html").write_text(f"<p>{long}</p>")
+        (files / "b.html").write_text(f"<p>{long}</p>")
+        (files / "c.pod").write_text("=head1 C\n\n" + long)
+        (files / "d.rst.gz").write_bytes(gzip.compress(long.encode()))
+        (files / "e.dict.dz").write_bytes(gzip.compress(f"word\n  {long}\nother\n  x".encode()))
+        return {"package": "x.deb", "sha256": "0"}
+
+    monkeypatch.setattr(make_corpus, "fetch_package", fetch)
+    manifest = make_corpus.make_corpus(tmp_path, [name], 1_000_000)
+    [line] = lines_of(tmp_path / f"{name}.jsonl.zst")
+    assert "A sentence that says something." in line["text"]
+    assert line["meta"] == {"pile_set_name": name}
+    assert manifest["sources"][name]["package"] == "x.deb"
+
+
+def test_missing_package_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = subprocess.CompletedProcess([], 100, b"", b"E: Unable to locate package anarchism\n")
+    monkeypatch.setattr(make_corpus.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/true")
+    arguments = ["--output", str(tmp_path), "--sources", "anarchism"]
+    assert make_corpus.main(arguments) == 2
+    assert "Unable to locate package anarchism); run apt-get update" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert make_corpus.main(arguments) == 2
+    assert "apt is not here" in capsys.readouterr().err
