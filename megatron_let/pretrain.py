@@ -47,7 +47,7 @@ def _speaks(error: Exception, rank: int) -> bool:
 
 def _run(argv: list[str], host: Host) -> None:
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, print_rank_0
+    from megatron.training import get_tokenizer, pretrain, print_rank_0
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
@@ -56,6 +56,7 @@ def _run(argv: list[str], host: Host) -> None:
 
     from megatron_let import control, integration
     from megatron_let.arguments import let_config_from_args
+    from megatron_let.data.fingerprint import check_data_tokenizer
     from megatron_let.data.gpt import check_data, datasets_provider
     from megatron_let.forward_step import make_forward_step
     from megatron_let.host.apply import apply_host_patches
@@ -69,6 +70,7 @@ def _run(argv: list[str], host: Host) -> None:
     if args.transformer_impl == "local":
         check_local_layers(args)
     check_data(args)
+    check_data_tokenizer(args, get_tokenizer())
     integration.enable(args)
     control.enable(args)
     if args.rank == 0:

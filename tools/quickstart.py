@@ -69,7 +69,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=240, help="of each run (default: 240)")
+    parser.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results"
     )

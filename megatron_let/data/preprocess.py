@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron.core.datasets.indexed_dataset import DType
 from rich.console import Console
@@ -48,6 +48,7 @@ _FORMAT = 1
 BLOCK_BYTES = 32 * 1024 * 1024
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
 _EXAMPLES = 20
+_LOCK_SECONDS = 10.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -354,16 +355,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LETError(
-                f"Another run is writing {folder}; wait until it ends, or give another"
-                " --output-prefix."
-            ) from None
+        # The kernel needs a moment to end the workers of a run that was just killed.
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                raise LETError(
+                    f"Another run is writing {folder}; wait until it ends, or give another"
+                    " --output-prefix."
+                )
+            time.sleep(0.05)
         yield
 
 

@@ -92,8 +92,8 @@ _TORCH_OPTIMIZER_ROWS = (
     Patch(
         target=_OPTIMIZER + "load_state_dict",
         kind="wrap",
-        reason="with torch's Adam the step counter is 0 after a resume, so the bias correction starts"
-        " over, and fp32 parameters cannot be loaded",
+        reason="with torch's Adam the step counter is 0 after a resume, so the bias correction"
+        " starts over, and fp32 parameters cannot be loaded",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("self", "state_dict"),
