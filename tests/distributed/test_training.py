@@ -259,6 +259,15 @@ def test_fp16_gradients_do_not_depend_on_the_loss_scale(
         assert largest_difference(runs[0], runs[1], key) < 1e-3, key
 
 
+def test_help_lists_the_flags() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "megatron_let.pretrain", "--help"],
+        capture_output=True, text=True, env=environment(), timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-500:]
+    assert "--let-method {none,let}" in result.stdout
+
+
 def test_quickstart_refuses_a_folder_of_other_files(tmp_path: Path) -> None:
     shutil.copy(__file__, tmp_path)
     result = subprocess.run(
