@@ -11,6 +11,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 SECONDS=0
 ensure_environment dev
+bash tests/launch/install_slurm.sh
 echo "environment: ${SECONDS} s"
 SECONDS=0
 PATH="$(dirname -- "$LET_PYTHON"):$PATH"
@@ -33,7 +34,7 @@ shopt -s nullglob
 typed=(megatron_let)
 scripts=(tools/*.py tools/*/*.py)
 [[ ${#scripts[@]} == 0 ]] || typed+=(tools)
-shell_files=(launch/*.sh launch/*/*.sh tests/run.sh .ci/run)
+shell_files=(launch/*.sh launch/*/*.sh tests/run.sh tests/*/*.sh .ci/run)
 
 phase ruff ruff check .
 phase mypy mypy "${typed[@]}"

@@ -6,5 +6,5 @@ export NCCL_IB_HCA="${NCCL_IB_HCA:-mlx5}"
 export NCCL_IB_GID_INDEX="${NCCL_IB_GID_INDEX:-3}"
 # Switches give the lossless queue to this traffic class only; ask who runs them.
 export NCCL_IB_TC="${NCCL_IB_TC:-106}"
-# The default of about 1 s per retry ends a run for a short link flap; 2^22 x 4 us is about 17 s.
-export NCCL_IB_TIMEOUT=22
+# The default of 2^20 x 4 us a retry ends a run for a short link flap; this waits 4x as long.
+export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"

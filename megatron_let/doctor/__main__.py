@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -10,7 +11,8 @@ import warnings
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.doctor.machine import Check, as_json, check_machine
+from megatron_let.doctor.check import Check
+from megatron_let.doctor.machine import as_json, check_machine
 from megatron_let.host.device import detect_host, prepare_process
 
 
@@ -20,9 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    host = detect_host()
-    prepare_process(host, 0)
-    checks = check_machine(host)
+    # Packages that print when they are imported must not print into the JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        host = detect_host()
+        prepare_process(host, 0)
+        checks = check_machine(host)
     if arguments.json:
         print(json.dumps(as_json(checks), indent=2))
     else:

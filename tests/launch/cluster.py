@@ -147,9 +147,15 @@ class Cluster:
         self._kill_leftovers()
 
     def _kill_leftovers(self) -> None:
-        """Whatever a broken test left: only what was started here has our configuration."""
-        ours = self.environment["SLURM_CONF"]
-        for process in psutil.process_iter():
+        """Whatever a broken test left, and nothing that was not started here."""
+        for process in psutil.process_iter(["name"]):
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURM_CONF") == ours:
+                if self._is_ours(process):
                     process.kill()
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        # A step's daemon writes its title over its environment, but has a log of ours open.
+        if process.info["name"] == "slurmstepd":
+            folder = f"{self.folder}/"
+            return any(file.path.startswith(folder) for file in process.open_files())
+        return process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]

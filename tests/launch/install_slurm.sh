@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
 # Slurm for tests/launch, from Debian's packages; without root or apt those tests skip.
 set -euo pipefail
-command -v slurmctld >/dev/null && command -v munged >/dev/null && exit 0
-if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
-    echo "install_slurm: needs root and apt-get; tests/launch will skip" >&2
+
+skip() {
+    echo "install_slurm: $*; tests/launch will skip" >&2
     exit 0
-fi
+}
+
+command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && exit 0
+[[ $EUID == 0 ]] || skip "needs root"
+command -v apt-get >/dev/null || skip "needs apt-get"
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null ||
-    echo "install_slurm: apt-get could not install slurm-wlm and munge; tests/launch will skip" >&2
+# Another install may hold apt's lock, and a package server may not answer.
+apt=(timeout 300 apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=2
+    -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20)
+"${apt[@]}" update >/dev/null || skip "apt-get update failed"
+"${apt[@]}" install -y --no-install-recommends slurm-wlm munge >/dev/null ||
+    skip "apt-get could not install slurm-wlm and munge"

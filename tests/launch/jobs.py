@@ -94,6 +94,7 @@ class Job:
         """As a user would."""
         self._cluster.command("scancel", self.number)
         self.wait()
+        self.until_nodes_are_free()
 
     def rank(self, number: int) -> psutil.Process:
         """The Python process of one rank."""
@@ -108,13 +109,16 @@ class Job:
                         return process
         raise AssertionError(f"rank {number} of job {self.number} does not run")
 
-    def freeze(self) -> None:
-        """Stop all processes of the ranks at once, children first."""
-        for number in range(2):
-            rank = self.rank(number)
-            for process in [*rank.children(recursive=True), rank]:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signal.SIGSTOP)
+    def writers(self) -> list[psutil.Process]:
+        """The processes in which the ranks of two nodes write checkpoints."""
+        return [p for number in range(2) for p in self.rank(number).children(recursive=True)]
+
+    def until_nodes_are_free(self, timeout: float = 60) -> None:
+        """Wait until nothing of the job runs or is cleaned up."""
+        deadline = time.monotonic() + timeout
+        while self._cluster.command("squeue", "-h", "-t", "R,CG", "-j", self.number):
+            assert time.monotonic() < deadline, f"the nodes are not free after {timeout} s"
+            time.sleep(0.1)
 
 
 class Launcher:
