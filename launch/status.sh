@@ -1,5 +1,12 @@
 #!/usr/bin/env bash
-# How a run stands: bash launch/status.sh RUN_FOLDER
+# How a run stands: bash launch/status.sh RUN, its name or its folder
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-exec "${LET_PYTHON:-$root/.venv/bin/python}" "$root/tools/run_status.py" "$@"
+run="${1:?which run: its name under LET_RUNS, or its folder}"
+site="${LET_SITE:-$root/launch/site.sh}"
+if [[ ! -d $run && -r $site ]]; then
+    # shellcheck source=launch/site.example.sh
+    . "$site"
+    run="$LET_RUNS/$run"
+fi
+exec "${LET_PYTHON:-$root/.venv/bin/python}" "$root/tools/run_status.py" "$run"

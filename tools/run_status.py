@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_let.control import DONE, SAVE_NOW, STOP
 from megatron_let.recipes import RecipeError, load_recipe
 from megatron_let.report import RunMetrics, load_metrics
+from megatron_let.run_folder import DONE, SAVE_NOW, STOP
 
 # Enough steps to be steady, few enough to be of now.
 _RECENT_STEPS = 20

@@ -17,8 +17,9 @@ finish_attempt() {
         tail -qn 5 -- "$OUTPUT"/logs/node_*.log 2>/dev/null | sed 's/^/    /'
     fi
     ((code == 0)) || _show_disk
+    # A full disk, of which was spoken, has no place for it.
     printf '%s\t%s\t%s\t%s\n' "$(date +%s)" "$code" "$rank" "$(iteration)" \
-        >"$ATTEMPT/result.tsv" || true
+        2>/dev/null >"$ATTEMPT/result.tsv" || true
     if [[ -e $CHECKPOINTS/DONE ]]; then
         _show_wandb
         end 0 "run $RUN is done at iteration $(iteration)"

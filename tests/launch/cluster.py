@@ -42,6 +42,8 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
+# Other programs may keep this machine's cores busy.
+MessageTimeout=60
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
 CPUs=64 RealMemory=4000 Gres=gpu:a100:8 State=UNKNOWN
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP
@@ -135,7 +137,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End all jobs, then the daemons."""
-        self.command("scancel", "--state=PENDING,RUNNING,SUSPENDED", "--user=root")
+        self.command("scancel", "--user=root")
         deadline = time.monotonic() + 30
         while self.command("squeue", "-h") and time.monotonic() < deadline:
             time.sleep(0.3)

@@ -70,7 +70,7 @@ class Job:
         text = self._cluster.command("scontrol", "show", "job", "-o", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def until(self, condition: Callable[[], Any], what: str, timeout: float = 120) -> None:
+    def until(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> None:
         """Wait; fail with the job's output if it takes too long or the job ends before."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -80,7 +80,7 @@ class Job:
                 raise AssertionError(f"{state} before {what}:\n{self.output[-6000:]}")
             time.sleep(0.05)
 
-    def wait(self, timeout: float = 120) -> dict[str, str]:
+    def wait(self, timeout: float = 300) -> dict[str, str]:
         """Wait for the job's end."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.until(lambda: self.details()["JobState"] in ends, "its end", timeout)
@@ -130,7 +130,8 @@ class Launcher:
         self.runs.mkdir()
         self.site = folder / "site.sh"
         self.site.write_text(
-            f"DATA={data} TEACHER={teacher} LET_PYTHON={sys.executable} LET_FABRIC=ethernet\n"
+            f"DATA={data} TEACHER={teacher} LET_FABRIC=ethernet\n"
+            f': "${{LET_PYTHON:={sys.executable}}}"\n'
             f': "${{LET_RUNS:={self.runs}}}" "${{LET_DISK_GIB:=0}}"\n'
             ': "${LET_GPUS_PER_NODE:=0}" "${LET_RANKS_PER_NODE:=1}" "${LET_PREFLIGHT:=off}"\n'
             "export GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=1\n"
