@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_let.recipes import RecipeError, load_recipe
@@ -23,16 +24,16 @@ _RECENT_STEPS = 20
 
 def num_steps(run: Path) -> int | None:
     """`--train-iters` of the last attempt: of its command line, else of its recipe."""
-    attempts = sorted((run / "attempts").glob("[0-9]*"))
-    if not attempts:
+    records = sorted((run / "attempts").glob("[0-9]*"))
+    if not records:
         return None
-    command = attempts[-1] / "command.txt"
+    command = records[-1] / "command.txt"
     words = shlex.split(command.read_text()) if command.exists() else []
     for word, value in itertools.pairwise(words):
         if word == "--train-iters":
             return int(value)
     try:
-        return int(load_recipe(attempts[-1] / "recipe.yaml")["train-iters"])
+        return int(load_recipe(records[-1] / "recipe.yaml")["train-iters"])
     except (RecipeError, KeyError):
         return None
 
@@ -46,11 +47,10 @@ def checkpoint(run: Path) -> tuple[int, float] | None:
 
 def attempts(run: Path) -> list[list[str]]:
     """Rows of attempts.tsv: number, job, first iteration, time, nodes."""
-    path = run / "attempts.tsv"
-    return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
+    return [line.split("\t") for line in (run / "attempts.tsv").read_text().splitlines()]
 
 
-def state(run: Path, job: str | None) -> str:
+def state(run: Path, job: str) -> str:
     """One word or two about the run."""
     checkpoints = run / "checkpoints"
     if (checkpoints / DONE).exists():
@@ -66,39 +66,39 @@ def state(run: Path, job: str | None) -> str:
 
 def speed(metrics: RunMetrics) -> tuple[float, float] | None:
     """Median tokens/s and seconds a step of the last steps."""
-    rows = [metrics.steps[step] for step in sorted(metrics.steps)[-_RECENT_STEPS:]]
-    if not rows:
+    recent = [metrics.steps[step] for step in sorted(metrics.steps)[-_RECENT_STEPS:]]
+    if not recent:
         return None
-    tokens = statistics.median(row["tokens_per_second"] for row in rows)
-    return tokens, statistics.median(row["step_seconds"] for row in rows)
+    tokens = statistics.median(step["tokens_per_second"] for step in recent)
+    return tokens, statistics.median(step["step_seconds"] for step in recent)
 
 
-def rows(run: Path) -> list[tuple[str, str]]:
-    """What is printed, line by line."""
-    metrics, tries = load_metrics(run / "metrics.jsonl"), attempts(run)
-    total, step = num_steps(run), metrics.last_step
-    found = [("state", state(run, tries[-1][1] if tries else None))]
-    share = f" of {total} ({100 * step / total:.1f} %)" if total else ""
-    found.append(("step", f"{step}{share}"))
+def progress(run: Path) -> Iterator[tuple[str, str]]:
+    """How far training is, how fast, and how long it will take."""
+    metrics, total = load_metrics(run / "metrics.jsonl"), num_steps(run)
+    step = metrics.last_step
+    yield "step", f"{step} of {total} ({100 * step / total:.1f} %)" if total else str(step)
     if step:
-        row = metrics.steps[step]
-        found.append(("loss", f"{row['lm_loss']:.4f}"))
+        yield "loss", f"{metrics.steps[step]['lm_loss']:.4f}"
     recent = speed(metrics)
     if recent:
+        yield "speed", f"{recent[0]:,.0f} tokens/s, {recent[1]:.2f} s a step"
         left = _duration((total - step) * recent[1]) if total else "unknown"
-        found.append(("speed", f"{recent[0]:,.0f} tokens/s, {recent[1]:.2f} s a step"))
-        found.append(("time left", f"{left} of training"))
+        yield "time left", f"{left} of training"
+
+
+def rows(run: Path) -> Iterator[tuple[str, str]]:
+    """What is printed, line by line."""
+    tries = attempts(run)
+    yield "state", state(run, tries[-1][1])
+    yield from progress(run)
     last = checkpoint(run)
-    found.append(("checkpoint", f"step {last[0]}, {_duration(last[1])} ago" if last else "none"))
-    if tries:
-        found.append(
-            ("attempts", f"{len(tries)}, the last as job {tries[-1][1]} on {tries[-1][4]}")
-        )
-        found.append(("last end", _last_end(run)))
-    found.append(("stop, save", f"touch {run}/checkpoints/{STOP} or {SAVE_NOW}"))
+    yield "checkpoint", f"step {last[0]}, {_duration(last[1])} ago" if last else "none"
+    yield "attempts", f"{len(tries)}, the last as job {tries[-1][1]} on {tries[-1][4]}"
+    yield "last end", _last_end(run)
+    yield "stop, save", f"touch {run}/checkpoints/{STOP} or {SAVE_NOW}"
     if list(run.glob("wandb/offline-run-*")):
-        found.append(("wandb", f"wandb sync {run}/wandb/offline-run-*"))
-    return found
+        yield "wandb", f"wandb sync {run}/wandb/offline-run-*"
 
 
 def _last_end(run: Path) -> str:

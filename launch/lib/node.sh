@@ -14,9 +14,13 @@ shift
 # Named variables only: the whole environment would hold keys and passwords.
 readonly RECORDED='^(SLURM_JOB_(ID|NAME|NODELIST|NUM_NODES|PARTITION)|(NCCL|GLOO|UCX|FI|TORCH_NCCL|TORCH_FR)_[A-Z0-9_]+|PYTORCH_[A-Z_]*ALLOC_CONF|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|OMP_NUM_THREADS|TRITON_CACHE_DIR|DATA|TEACHER|TOKENIZER|OUTPUT)='
 
+named_variables() {
+    env | grep -E "$RECORDED" | sort
+}
+
 # What only the place where Python runs knows; job.sh recorded the rest.
 record() {
-    env | grep -E "$RECORDED" | sort >"$LET_RECORD_DIR/environment.txt"
+    named_variables >"$LET_RECORD_DIR/environment.txt"
     printf '%q ' "$@" >"$LET_RECORD_DIR/command.txt"
     "$LET_PYTHON" -c 'import importlib.metadata as m, sys
 print(f"python=={sys.version.split()[0]}")
@@ -36,6 +40,8 @@ if [[ -n ${LET_SHOW:-} ]]; then
     printf '%s ' "${launcher[@]}"
     printf '%q ' "${rank[@]}"
     echo
+    echo "# with"
+    named_variables | sed 's/^/#   /'
     exit
 fi
 

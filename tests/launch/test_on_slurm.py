@@ -42,6 +42,9 @@ def test_warned_run_goes_on_as_if_nothing_had_been(launcher: Launcher) -> None:
     assert whole.wait()["ExitCode"] == "0:0", whole.output[-6000:]
     warned = launcher.submit("warned", *flags)
     warned.until(lambda: warned.iteration >= 5, "iteration 5")
+    again = launcher.submit("warned", *flags)
+    waiting = again.details()
+    assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "Dependency"), "one at a time"
     warned.signal("URG")
     details = warned.wait()
     assert (details["JobState"], details["Restarts"]) == ("COMPLETED", "1"), warned.output[-6000:]
@@ -55,9 +58,11 @@ def test_warned_run_goes_on_as_if_nothing_had_been(launcher: Launcher) -> None:
     for key in ("lm_loss", "grad_norm", "learning_rate"):
         assert largest_difference(warned.run, whole.run, key) == 0.0, key
     assert (warned.folder / "checkpoints" / DONE).exists()
+    for rank in ("rank_0000.log", "rank_0001.log"):
+        log = (warned.folder / "logs" / rank).read_text()
+        assert "==== attempt 1, job" in log and "==== attempt 2, job" in log, "appended"
     _check_record(whole)
     _check_status(launcher, warned)
-    again = launcher.submit("warned", *flags)
     assert again.wait()["ExitCode"] == "0:0"
     assert "run warned is done (iteration 30)" in again.output
 
@@ -75,8 +80,6 @@ def _check_record(job: Job) -> None:
     command = (attempt / "command.txt").read_text()
     assert "torch.distributed.run" in command and "--train-iters 30" in command
     assert f"wandb sync {job.folder}/wandb/offline-run-" in job.output
-    for rank in ("rank_0000.log", "rank_0001.log"):
-        assert "==== attempt 1, job" in (job.folder / "logs" / rank).read_text()
     # Rank 0's and the last rank's, which prints the losses.
     assert "lm loss:" in job.output and "megatron_let: device CPU" in job.output
 
@@ -276,11 +279,20 @@ def test_full_disk_is_named_and_the_last_checkpoint_stays(
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_distrusted_result_runs_again_on_another_node(launcher: Launcher) -> None:
+@pytest.mark.slow
+def test_distrusted_result_runs_again_on_another_node(launcher: Launcher, tmp_path: Path) -> None:
     """Megatron's own injected error: exit code 16, all ranks one node on, then its verdict, 17."""
+    # By the host's name it knows whether another GPU was tried.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "machine = os.uname()\n"
+        "name = os.environ.get('SLURMD_NODENAME', machine.nodename)\n"
+        "os.uname = lambda: os.uname_result((machine.sysname, name, *machine[2:]))\n"
+    )
     job = launcher.submit(
         "distrusted", "--train-iters", NEVER, "--save-interval", NEVER,
         "--error-injection-rate", 5, "--error-injection-type", "persistent_error",
+        PYTHONPATH=f"{tmp_path}:{launcher.cluster.environment.get('PYTHONPATH', '')}",
     )  # fmt: skip
     details = job.wait()
     assert "exit code 16" in job.output, job.output[-6000:]

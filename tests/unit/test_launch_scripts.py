@@ -51,6 +51,7 @@ def test_dry_run_shows_job_and_command(script: Path, site: Path) -> None:
         "#SBATCH --nodes=4", "#SBATCH --gpus-per-node=8", "#SBATCH --signal=URG@600",
         f"configs/{method}_{size}.yaml", "--nproc-per-node 8", "--exit-signal SIGURG",
         "torch.distributed.run", "--train-iters 5 --lr 1e-4", f"runs/{method}_{size}",
+        "#   DATA=/d/pile", "#   TEACHER=/models/SmolLM2-", "#   CUDA_DEVICE_MAX_CONNECTIONS=1",
     ):  # fmt: skip
         assert expected in shown, expected
 
@@ -244,6 +245,15 @@ def test_rank_that_lost_its_peer_did_not_fail_first(tmp_path: Path) -> None:
     (tmp_path / "exits/1").write_text("1000.9 1 1 n2\n")
     code, shown = end_attempt(tmp_path, 1)
     assert code == 4 and "rank 1 on node n2 failed first" in shown and "out of memory" in shown
+
+
+def test_end_before_any_rank_shows_what_the_nodes_said(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/node_n2.log").write_text("address already in use\n")
+    (tmp_path / "attempts.tsv").write_text("1\t7\t0\t0\tn1\n")
+    code, shown = end_attempt(tmp_path, 1)
+    assert code == 0 and "no rank said how it ended; the step ended with code 1" in shown
+    assert "    address already in use" in shown and "requeueing run run at iteration 0" in shown
 
 
 def test_rerun_elsewhere_moves_the_ranks(tmp_path: Path) -> None:
