@@ -135,12 +135,16 @@ class Cluster:
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return result.stdout.strip()
 
+    def cancel_all(self) -> None:
+        """End all jobs, and wait until nothing of them runs."""
+        deadline = time.monotonic() + 60
+        while self.command("squeue", "-h") and time.monotonic() < deadline:
+            self.command("scancel", "--user=root")
+            time.sleep(0.2)
+
     def stop(self) -> None:
         """End all jobs, then the daemons."""
-        self.command("scancel", "--user=root")
-        deadline = time.monotonic() + 30
-        while self.command("squeue", "-h") and time.monotonic() < deadline:
-            time.sleep(0.3)
+        self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:

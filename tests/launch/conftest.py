@@ -24,6 +24,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(cluster: Cluster) -> Iterator[None]:
+    """A test that fails leaves its job, which would hold the nodes of the next one."""
+    yield
+    cluster.cancel_all()
+
+
 @pytest.fixture(scope="session")
 def launcher(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, data: Path, teacher: Path

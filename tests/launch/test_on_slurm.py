@@ -315,7 +315,7 @@ def test_time_limit_requeues_the_run(limit: tuple[str, ...], said: str, launcher
     """By Slurm's own clock, and by Megatron's where the warning is missed."""
     name = f"limited_{limit[0][-1]}"
     job = launcher.submit(
-        name, "--train-iters", 10**6, "--save-interval", 10**6, options=("--nodes=2", *limit)
+        name, "--train-iters", NEVER, "--save-interval", NEVER, options=("--nodes=2", *limit)
     )
     job.until(lambda: f"launch: run {name}, attempt 2," in job.output, "a requeue", timeout=300)
     assert said in job.output
