@@ -41,10 +41,11 @@ phase mypy mypy "${typed[@]}"
 phase shellcheck shellcheck --external-sources "${shell_files[@]}"
 echo "before pytest: ${#failed[@]} of 3 checks failed${failed[*]:+ (${failed[*]})}"
 
+# Two files at a time: a test that starts ranks leaves a core idle while they load.
 # pytest comes last because its closing line is read as the result. SIGINT lets it write that line;
 # in a terminal Ctrl-C has to reach it too.
 foreground=()
 [[ ! -t 0 ]] || foreground=(--foreground)
 timeout "${foreground[@]}" --signal=INT --kill-after=60 "$((LIMIT_SECONDS - SECONDS))" \
-    python -m pytest -q --durations=15 "$@" </dev/null || failed+=(pytest)
+    python -m pytest -q --durations=15 --numprocesses 2 --dist loadfile "$@" </dev/null || failed+=(pytest)
 [[ ${#failed[@]} == 0 ]]

@@ -7,18 +7,15 @@ packages of Debian, fetched with apt where it is there and not installed.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import importlib.metadata
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +24,11 @@ import zstandard
 from megatron_let.config import LETError
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.files import partial_path, publish, write_json
+from megatron_let.data.packaged_text import PACKAGES
 
 USAGE_ERROR = 2
 ENVIRONMENT = "environment"
 _MIN_CHARACTERS = 200
-_ENTRIES_PER_DOCUMENT = 50
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,75 +100,6 @@ def fetch_package(name: str, folder: Path) -> dict[str, str]:
     subprocess.run(["dpkg-deb", "-x", str(files[0]), str(folder / "files")], check=True)
     with files[0].open("rb") as file:
         return {"package": files[0].name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def html_text(html: str) -> str:
-    """Text of an HTML page, one block a line."""
-    parser = _TextOfHtml()
-    parser.feed(html)
-    parser.close()
-    lines = (re.sub(r"[^\S\n]+", " ", line).strip() for line in "".join(parser.parts).split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-class _TextOfHtml(HTMLParser):
-    _SILENT = frozenset({"head", "script", "style"})
-    _BLOCKS = frozenset(
-        {"p", "div", "br", "li", "tr", "pre", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "dd"}
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self._silent = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._silent += tag in self._SILENT
-        if tag in self._BLOCKS:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent -= tag in self._SILENT and self._silent > 0
-        if tag in self._BLOCKS:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._silent:
-            self.parts.append(data)
-
-
-def _html_pages(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.html")):
-        yield html_text(path.read_text(errors="replace"))
-
-
-def _gzipped(suffix: str) -> Callable[[Path], Iterator[str]]:
-    def read(folder: Path) -> Iterator[str]:
-        for path in sorted(folder.rglob(f"*{suffix}")):
-            # Links among the documents can lead out of the package.
-            if path.is_file():
-                opener = gzip.open if suffix.endswith(".gz") else open
-                with opener(path, "rt", errors="replace") as file:
-                    yield file.read()
-
-    return read
-
-
-def _dictionary(folder: Path) -> Iterator[str]:
-    [path] = folder.rglob("*.dict.dz")
-    with gzip.open(path, "rt", errors="replace") as file:
-        entries = re.split(r"\n(?=\S)", file.read())
-    for start in range(0, len(entries), _ENTRIES_PER_DOCUMENT):
-        yield "\n".join(entries[start : start + _ENTRIES_PER_DOCUMENT])
-
-
-PACKAGES: dict[str, Callable[[Path], Iterator[str]]] = {
-    "anarchism": _html_pages,
-    "dict-gcide": _dictionary,
-    "linux-doc-6.12": _gzipped(".rst.gz"),
-    "perl-doc": _gzipped(".pod"),
-    "postgresql-doc-15": _html_pages,
-}
 
 
 def _write(output: Path, name: str, texts: Iterator[str], budget_bytes: int) -> dict[str, Any]:

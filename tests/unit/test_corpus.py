@@ -6,13 +6,16 @@ import gzip
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
+from megatron_let.data import packaged_text
 from tests.helpers.text_data import run, save_hugging_face_tokenizer
 from tools import make_corpus
 
@@ -20,6 +23,16 @@ from tools import make_corpus
 def lines_of(path: Path) -> list[dict[str, Any]]:
     with zstandard.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def r_record(strings: list[str | None], form: bytes = b"X\n", kind: int = 16) -> bytes:
+    """A character vector as R's lazy-load database keeps it, versions and encoding included."""
+    record = form + struct.pack(">iiii5s", 3, 0x40201, 0x30500, 5, b"UTF-8")
+    record += struct.pack(">ii", kind, len(strings))
+    for string in strings:
+        encoded = b"" if string is None else string.encode()
+        record += struct.pack(">ii", 0x40009, -1 if string is None else len(encoded)) + encoded
+    return struct.pack(">I", len(record)) + zlib.compress(record)
 
 
 def test_environment_is_reproducible_and_can_be_preprocessed(tmp_path: Path) -> None:
@@ -48,10 +61,19 @@ def test_html() -> None:
         "<html><head><title>no</title><style>p {}</style></head><body><h1>Head</h1>"
         "<p>One &amp;  two</p><script>no()</script><ul><li>a</li><li>b</li></ul></body></html>"
     )
-    assert make_corpus.html_text(page) == "Head\n\nOne & two\n\na\n\nb"
+    assert packaged_text.html_text(page) == "Head\n\nOne & two\n\na\n\nb"
 
 
-@pytest.mark.parametrize("name", make_corpus.PACKAGES)
+def test_r_database() -> None:
+    first, second = ["one", "", "zwölf", None], ["x" * 70_000]
+    vectors = list(packaged_text.r_string_vectors(r_record(first) + r_record(second)))
+    assert vectors == [["one", "", "zwölf", ""], second]
+    for damaged in (r_record(["a"], kind=13), r_record(["a"], form=b"A\n")):
+        with pytest.raises(ValueError, match="no character vector"):
+            list(packaged_text.r_string_vectors(damaged))
+
+
+@pytest.mark.parametrize("name", packaged_text.PACKAGES)
 def test_package_of_each_kind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The readers on files such as the packages hold, without a download."""
     long = "A sentence that says something. " * 20
@@ -63,6 +85,8 @@ def test_package_of_each_kind(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         (files / "b.html").write_text(f"<p>{long}</p>")
         (files / "c.pod").write_text("=head1 C\n\n" + long)
         (files / "d.rst.gz").write_bytes(gzip.compress(long.encode()))
+        (files / "data").mkdir()
+        (files / "data/Rdata.rdb").write_bytes(r_record(["EMMA", "Chapter 1", long, "é"]))
         (files / "e.dict.dz").write_bytes(gzip.compress(f"word\n  {long}\nother\n  x".encode()))
         return {"package": "x.deb", "sha256": "0"}
 

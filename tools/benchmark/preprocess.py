@@ -3,7 +3,7 @@
 Needs datatrove and orjson besides (pip install datatrove orjson). Both sides read JSON lines, end
 each document with the same token, and write uint16 to the same disk; ours also merges its shards.
 Each measurement is a forked process with the tokenizer loaded before; the sides take turns, so that
-a load from elsewhere meets both.
+a load from elsewhere meets both. What is measured per core is held to one core, reader included.
 """
 
 from __future__ import annotations
@@ -48,11 +48,17 @@ def main() -> int:
         folder = Path(name)
         num_bytes = _write_corpus(folder / "corpus", options.megabytes * 1_000_000)
         jobs = _jobs(options, folder / "corpus")
+        per_core = {name for name in jobs if not name.endswith("workers")}
         samples: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
+        cores = sorted(os.sched_getaffinity(0))
         for repeat in range(options.repeats):
+            # Turns on each core: a neighbour's load on one must not weigh on one side.
+            single = {cores[repeat % len(cores)]}
             names = list(jobs) if repeat % 2 == 0 else list(jobs)[::-1]
             for job in names:
-                samples[job].append(_measure(jobs[job], folder / "out"))
+                samples[job].append(
+                    _measure(jobs[job], folder / "out", single if job in per_core else set(cores))
+                )
                 shutil.rmtree(folder / "out", ignore_errors=True)
     rows = _rows(samples, num_bytes, _baselines(options))
     _print(rows)
@@ -153,13 +159,14 @@ def _convert_sentence_piece(model: Path, folder: Path) -> None:
     LlamaTokenizer.from_pretrained(str(model.parent), vocab_file=str(model)).save_pretrained(folder)
 
 
-def _measure(job: Job, out: Path) -> dict[str, float]:
-    """Seconds on the clock and of CPU, in a process of its own."""
+def _measure(job: Job, out: Path, cores: set[int]) -> dict[str, float]:
+    """Seconds on the clock and of CPU, in a process of its own on some cores."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
     def target() -> None:
         out.mkdir()
+        os.sched_setaffinity(0, cores)
         start, cpu = time.perf_counter(), _cpu_seconds()
         job(out)
         theirs.send({"seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu})
