@@ -117,12 +117,14 @@ class Cluster:
 
     def _spawn(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}.out").open("ab")
-        # A session of its own, so that Ctrl-C in the tests leaves us to end it in order.
+        # A session of its own, so that Ctrl-C in the tests leaves us to end it in order; and an end
+        # with us where we are killed.
         self._daemons.append(
             subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                ("setpriv", "--pdeathsig", "TERM", *command),
+                env=self.environment, stdout=log, stderr=log, start_new_session=True,
             )
-        )
+        )  # fmt: skip
 
     def _wait_for(self, condition: object, what: str) -> None:
         deadline = time.monotonic() + 60

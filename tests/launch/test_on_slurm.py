@@ -246,6 +246,7 @@ def _stop_writers_within_a_save(job: Job, interval: int) -> int:
     job.until(lambda: job.iteration >= begun + 2, "two more steps")
     cut = job.checkpoint + interval
     job.until((job.folder / f"checkpoints/iter_{cut:07d}").exists, "the begin of a checkpoint")
+    job.until(lambda: job.iteration > cut, "a step while it is written, for it is asynchronous")
     return cut
 
 
