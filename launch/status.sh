@@ -9,4 +9,5 @@ if [[ ! -d $run && -r $site ]]; then
     . "$site"
     run="$LET_RUNS/$run"
 fi
-exec "${LET_PYTHON:-$root/.venv/bin/python}" "$root/tools/run_status.py" "$run"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${LET_PYTHON:-$root/.venv/bin/python}" \
+    "$root/tools/run_status.py" "$run"
