@@ -30,6 +30,9 @@ SMALL = (
     "--save-retain-interval", 10000,
 )  # fmt: skip
 
+# Any other state, such as REQUEUED or SIGNALING, passes.
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
 
 class Job:
     """One submitted run."""
@@ -75,15 +78,13 @@ class Job:
         deadline = time.monotonic() + timeout
         while not condition():
             state = self.details()["JobState"]
-            ended = state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
-            if (ended and not condition()) or time.monotonic() > deadline:
+            if (state in ENDS and not condition()) or time.monotonic() > deadline:
                 raise AssertionError(f"{state} before {what}:\n{self.output[-6000:]}")
             time.sleep(0.05)
 
     def wait(self, timeout: float = 300) -> dict[str, str]:
         """Wait for the job's end."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.until(lambda: self.details()["JobState"] in ends, "its end", timeout)
+        self.until(lambda: self.details()["JobState"] in ENDS, "its end", timeout)
         return self.details()
 
     def signal(self, name: str) -> None:
