@@ -57,10 +57,10 @@ class Job:
     def iteration(self) -> int:
         """Last iteration in the metrics; 0 for none."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        with contextlib.suppress(IndexError, json.JSONDecodeError):
-            return int(json.loads(lines[-1])["iteration"])
-        return 0
+        text = path.read_text() if path.exists() else ""
+        # The last line may be half written.
+        *_, last = ["{}", *text[: text.rfind("\n") + 1].splitlines()]
+        return int(json.loads(last).get("iteration", 0))
 
     @property
     def checkpoint(self) -> int:
