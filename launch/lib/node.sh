@@ -36,7 +36,7 @@ compose_launcher() {
 
 rank=(bash "$here/rank.sh" "$LET_PYTHON" -u -m "$@")
 if [[ -n ${LET_SHOW:-} ]]; then
-    compose_launcher "\$SLURM_NNODES" "\$SLURM_NODEID" first-node 20000+job
+    compose_launcher "\$SLURM_NNODES" "\$SLURM_NODEID" first-node 20000+job+attempt
     printf '%s ' "${launcher[@]}"
     printf '%q ' "${rank[@]}"
     echo

@@ -59,7 +59,9 @@ set_rendezvous() {
     first="${hosts[(${#hosts[@]} - LET_NODE_SHIFT) % ${#hosts[@]}]}"
     # The address and not the name, which need not resolve on the other nodes.
     LET_MASTER_ADDR="$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
-    export LET_NODE_SHIFT LET_MASTER_ADDR LET_MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    # Another one in each attempt, so that a port that is taken costs one of them.
+    export LET_NODE_SHIFT LET_MASTER_ADDR
+    export LET_MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * LET_ATTEMPT) % 10000))
 }
 
 # Seconds to the time limit, less $1; 0, which `timeout` takes for never, if there is none.
