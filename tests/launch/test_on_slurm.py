@@ -81,6 +81,7 @@ def _check_record(job: Job) -> None:
     assert "torch.distributed.run" in command and "--train-iters 30" in command
     assert f"wandb sync {job.folder}/wandb/offline-run-" in job.output
     # Rank 0's and the last rank's, which prints the losses.
+    assert "scheduled an async checkpoint save at iteration" in job.output
     assert "lm loss:" in job.output and "megatron_let: device CPU" in job.output
 
 
@@ -246,7 +247,6 @@ def _stop_writers_within_a_save(job: Job, interval: int) -> int:
     job.until(lambda: job.iteration >= begun + 2, "two more steps")
     cut = job.checkpoint + interval
     job.until((job.folder / f"checkpoints/iter_{cut:07d}").exists, "the begin of a checkpoint")
-    job.until(lambda: job.iteration > cut, "a step while it is written, for it is asynchronous")
     return cut
 
 
