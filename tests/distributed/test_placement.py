@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,58 @@ def test_placement_matches_one_process(
         "--let-placement", placement, ranks=ranks,
     )  # fmt: skip
     _assert_same(run, reference(layer, *common))
+
+
+# A step run twice, evaluation in between, a skipped iteration, a growing batch, and S_stop.
+EVENTFUL = (
+    "--train-iters", 7, "--let-stop-step", 6, "--iterations-to-skip", 4,
+    "--eval-interval", 2, "--eval-iters", 1, "--step-batch-size-schedule", "0:4 8:8",
+)  # fmt: skip
+
+
+def test_an_eventful_run_matches_one_process(
+    tmp_path: Path, teacher: Path, data: Path, weights: Path
+) -> None:
+    common = (teacher, data, weights, "--let-layer", 1)
+    expected = _run(tmp_path / "one", *common, *EVENTFUL)
+    run = _run(
+        tmp_path / "two", *common, *EVENTFUL, *PP2, "--micro-batch-size", 1,
+        "--let-placement", "bubble", "--rerun-mode", "report_stats", ranks=2,
+    )  # fmt: skip
+    assert "the teacher is freed" in run.log
+    assert [row["iteration"] for row in run.steps] == [1, 2, 3, 5, 6, 7]
+    _assert_same(run, expected)
+    for ours, theirs in zip(_evaluations(run), _evaluations(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def _evaluations(run: Run) -> list[float]:
+    losses = [row["valid_loss"] for row in run.rows if "valid_loss" in row]
+    assert losses
+    return losses
+
+
+def test_placements_are_bitwise_equal_and_a_resumed_run_too(
+    tmp_path: Path, teacher: Path, data: Path, weights: Path
+) -> None:
+    """The look-ahead is read again after the resume: the data go on where stock's would."""
+
+    def run(name: str, *flags: str | int | Path) -> Run:
+        return train(
+            tmp_path / name, "--data-path", data, *PP2, "--micro-batch-size", 1, "--let-layer", 1,
+            "--let-weight", 0.5, "--let-stop-step", 20, *flags, ranks=2, module=FIXED,
+            TEACHER=str(teacher),
+        )  # fmt: skip
+
+    saved = tmp_path / "saved"
+    spread = run("spread", "--let-placement", "spread", "--let-max-prefetch", 2)
+    checkpoint = ("--save", saved, "--load", saved, "--save-interval", 5)
+    bubble = run("bubble", "--let-placement", "bubble", *checkpoint)
+    assert re.search(r"[1-9] of 8 microbatches one batch ahead", bubble.log)
+    shutil.rmtree(saved / "iter_0000010")
+    (saved / "latest_checkpointed_iteration.txt").write_text("5")
+    resumed = run("resumed", "--let-placement", "bubble", *checkpoint)
+    assert [row["iteration"] for row in resumed.steps] == [6, 7, 8, 9, 10]
+    for key in KEYS:
+        assert [row[key] for row in spread.steps] == [row[key] for row in bubble.steps]
+        assert [row[key] for row in resumed.steps] == [row[key] for row in bubble.steps[5:]]
