@@ -23,7 +23,14 @@ from rich.table import Table
 from megatron_let.config import LETError
 from megatron_let.host.device import detect_host, prepare_process
 from megatron_let.placement.choose import steady_timeline
-from megatron_let.planner.estimate import GPUS, Estimate, Request, estimate, share_of_training
+from megatron_let.planner.estimate import (
+    GPUS,
+    Estimate,
+    Request,
+    estimate,
+    fits,
+    share_of_training,
+)
 from megatron_let.planner.memory import Layout
 from megatron_let.planner.sizes import TEACHERS, student_size, teacher_size
 from megatron_let.recipes import RecipeError, load_recipe, recipe_argv
@@ -180,6 +187,7 @@ def _sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estima
         estimate(request, layout)
         for layout in _layouts(args, gpus)
         if _does_not_divide(layout, args.num_layers, args.num_attention_heads) is None
+        and fits(request, layout)
     )
     return sorted((e for e in estimates if e.fits), key=lambda e: e.best_seconds)
 
@@ -187,7 +195,7 @@ def _sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estima
 def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
     sizes = (1, 2, 4, 8)
     for tp, pp, vpp, b, recompute in itertools.product(
-        sizes, (*sizes, 16), (1, 2, 4), (1, 2, 4, 8, 16), ("none", "full")
+        sizes, sizes, (1, 2), (1, 2, 4, 8, 16), ("none", "full")
     ):
         cp = args.context_parallel_size
         dp, left = divmod(gpus, tp * pp * cp)

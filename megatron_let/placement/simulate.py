@@ -135,12 +135,13 @@ def _program(
     pipeline: Pipeline, owner: Owner, stage: int, plan: StagePlan
 ) -> list[Pass | _Teacher]:
     """Everything that a stage does, in its order."""
+    at_forward = set(plan.at_forward)
     program: list[Pass | _Teacher] = [_Teacher(m) for m in plan.before]
     num_forwards = 0
     for work in pipeline.passes(stage):
         if work.kind == "forward":
             at_owner = Owner(stage, work.chunk) == owner
-            if at_owner and work.microbatch in plan.at_forward:
+            if at_owner and work.microbatch in at_forward:
                 program.append(_Teacher(work.microbatch))
             num_forwards += 1
         program.append(work)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_let.placement.choose import fastest, steady_timeline
+from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.plan import PLACEMENTS, Placement, samples_split
+from megatron_let.placement.schedule import Pipeline
 from megatron_let.placement.simulate import Costs, Owner, simulate
 from megatron_let.planner.memory import (
     Layout,
@@ -16,6 +18,9 @@ from megatron_let.planner.memory import (
     teacher_work,
 )
 from megatron_let.planner.sizes import TransformerSize
+
+# Microbatches a stage from which on a longer global batch only repeats its steady state.
+_LONG = 8
 
 
 @dataclass(frozen=True)
@@ -116,20 +121,53 @@ def estimate(request: Request, layout: Layout) -> Estimate:
     """Memory and times of a layout whose sizes divide."""
     owner = owner_of(request.layer, request.student.num_layers, layout)
     costs = stage_costs(request, layout)
-    baseline = simulate(layout.pipeline, costs, owner).duration
+    baseline = _in_long_batches(
+        layout.pipeline, lambda pipeline: simulate(pipeline, costs, owner).duration
+    )
     seconds: dict[Placement, float] = {}
     placement: Placement | None = None
     if request.teacher is not None:
-        prefetch = request.prefetch(layout)
-        seconds = {
-            name: steady_timeline(name, layout.pipeline, costs, owner, prefetch).duration
-            for name in PLACEMENTS
-        }
-        placement = fastest(layout.pipeline, costs, owner, prefetch)
+        seconds = {name: _seconds(name, request, layout, costs, owner) for name in PLACEMENTS}
+        placement = _best(seconds)
     memory = tuple(_memory(request, layout, stage, owner, placement) for stage in range(layout.pp))
+    return Estimate(
+        layout, memory, baseline, seconds, placement, costs, owner, fits(request, layout, placement)
+    )
+
+
+def fits(request: Request, layout: Layout, placement: Placement | None = "aligned-stage") -> bool:
+    """Whether every stage leaves the reserve free."""
+    owner = owner_of(request.layer, request.student.num_layers, layout)
     limit = request.gpu.memory * (1 - request.reserve)
-    fits = all(stage.total <= limit for stage in memory)
-    return Estimate(layout, memory, baseline, seconds, placement, costs, owner, fits)
+    stages = range(layout.pp)
+    return all(_memory(request, layout, s, owner, placement).total <= limit for s in stages)
+
+
+def _best(seconds: dict[Placement, float]) -> Placement:
+    """The fastest; of those within 0.1 % the one with the least memory."""
+    limit = min(seconds.values()) * 1.001
+    return next(name for name in PLACEMENTS if seconds[name] <= limit)
+
+
+def _seconds(
+    placement: Placement, request: Request, layout: Layout, costs: Costs, owner: Owner
+) -> float:
+    """Of one step's passes under a placement."""
+
+    def simulated(pipeline: Pipeline) -> float:
+        prefetch = min(request.prefetch(layout), pipeline.num_microbatches)
+        return steady_timeline(placement, pipeline, costs, owner, prefetch).duration
+
+    return _in_long_batches(layout.pipeline, simulated)
+
+
+def _in_long_batches(pipeline: Pipeline, duration: Callable[[Pipeline], float]) -> float:
+    """`duration`, by its slope where the global batch is long: its middle repeats itself."""
+    unit = _LONG * pipeline.num_stages
+    if pipeline.num_microbatches <= 2 * unit:
+        return duration(pipeline)
+    short, long = (duration(replace(pipeline, num_microbatches=n)) for n in (unit, 2 * unit))
+    return short + (long - short) * (pipeline.num_microbatches - unit) / unit
 
 
 def stage_costs(request: Request, layout: Layout) -> Costs:

@@ -34,7 +34,6 @@ LAYOUTS_OF_PIPELINES: dict[str, tuple[int, int, Flags, Flags]] = {
     "pp2-block": (2, 1, (*PP2, *BLOCK, "--recompute-num-layers", 1), ()),
     "pp2-odd-microbatches": (2, 1, (*PP2, "--global-batch-size", 10), ("--global-batch-size", 10)),
     "vpp2-eight": (2, 3, (*PP2, *VPP2, "--micro-batch-size", 1), ("--micro-batch-size", 1)),
-    "vpp2-no-overlap": (2, 3, (*PP2, *VPP2, "--no-overlap-p2p-communication"), ()),
     "vpp2-full-first": (2, 1, (*PP2, *VPP2, *FULL, "--recompute-num-layers", 1), ()),
 }  # fmt: skip
 IN_THE_DEFAULT_SUITE = [
