@@ -232,11 +232,16 @@ def _as_json(request: Request, found: Estimate) -> dict[str, Any]:
     }
 
 
+def _console() -> Console:
+    # Away from a terminal, the 80 columns that rich assumes would break the tables.
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
 def _print_one(request: Request, found: Estimate, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(_as_json(request, found), indent=2))
         return
-    console = Console()
+    console = _console()
     table = Table(
         title=f"{options.config.stem}: {_name(found.layout)} on {options.gpu}, GiB a rank"
     )
@@ -296,7 +301,7 @@ def _print_sweep(request: Request, found: list[Estimate], options: argparse.Name
             f"{each.best_seconds / each.baseline_seconds:.3f}",
             f"{_tokens_per_second(request, each):,.0f}",
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def _plot(request: Request, found: Estimate, path: Path) -> None:

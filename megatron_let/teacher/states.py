@@ -100,7 +100,7 @@ class PlacedStates:
         """
         sources = plan.sources()
         if len(sources) == len(tokens):
-            self._forget_next()
+            self.forget_ahead()
         batch, self._next = self._next or self._new_batch(tokens), None
         batch.tokens = tokens
         self._expect(batch, sources)
@@ -158,7 +158,7 @@ class PlacedStates:
 
     def close(self) -> None:
         """Let go of what is under way and of the process groups."""
-        self._forget_next()
+        self.forget_ahead()
         if self._transfer is not None:
             self._transfer.close()
         if self._samples is not None:
@@ -198,7 +198,8 @@ class PlacedStates:
             buffer, tag = torch.empty_like(self._like, device=self._device), batch.tag(microbatch)
             batch.states[microbatch] = self._transfer.receive(buffer, stage, tag)
 
-    def _forget_next(self) -> None:
+    def forget_ahead(self) -> None:
+        """Drop the states that were computed for the coming global batch."""
         if self._next is not None:
             self._next.finish()
             self._next = None

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.test_layout_matrix import BLOCK, CP2, FULL, LAYOUTS, PP2, SP, TP2, VPP2
 from tests.distributed.test_layout_matrix import PER_TOKEN as PER_TOKEN_FLAGS
-from tests.helpers.runs import Run, largest_difference, train
+from tests.helpers.runs import ROOT, Run, largest_difference, train
 
 pytestmark = pytest.mark.distributed
 
@@ -46,12 +46,19 @@ ALL = [(p, n) for p in ("aligned-stage", "spread", "bubble", "auto") for n in LA
 
 
 def _run(
-    folder: Path, teacher: Path, data: Path, weights: Path, *flags: str | int | Path, ranks: int = 1
+    folder: Path,
+    teacher: Path,
+    data: Path,
+    weights: Path,
+    *flags: str | int | Path,
+    ranks: int = 1,
+    config: str = "configs/tiny.yaml",
 ) -> Run:
     return train(
         folder, "--data-path", data, "--load", weights, "--finetune", "--no-load-optim",
         "--no-load-rng", "--train-iters", 5, "--eval-iters", 0, "--let-weight", 0.5,
-        "--let-stop-step", 10, *flags, ranks=ranks, module=FIXED, TEACHER=str(teacher),
+        "--let-stop-step", 10, *flags,
+        ranks=ranks, config=config, module=FIXED, TEACHER=str(teacher),
     )  # fmt: skip
 
 
@@ -104,11 +111,16 @@ EVENTFUL = (
 def test_an_eventful_run_matches_one_process(
     tmp_path: Path, teacher: Path, data: Path, weights: Path
 ) -> None:
+    # The schedule of batch sizes refuses a fixed size beside it.
+    recipe = tmp_path / "growing.yaml"
+    tiny = (ROOT / "configs" / "tiny.yaml").read_text()
+    recipe.write_text(tiny.replace("  global-batch-size: 8\n", ""))
     common = (teacher, data, weights, "--let-layer", 1)
-    expected = _run(tmp_path / "one", *common, *EVENTFUL)
+    expected = _run(tmp_path / "one", *common, *EVENTFUL, config=str(recipe))
     run = _run(
         tmp_path / "two", *common, *EVENTFUL, *PP2, "--micro-batch-size", 1,
-        "--let-placement", "bubble", "--rerun-mode", "report_stats", ranks=2,
+        "--let-placement", "bubble", "--rerun-mode", "report_stats",
+        ranks=2, config=str(recipe),
     )  # fmt: skip
     assert "the teacher is freed" in run.log
     assert [row["iteration"] for row in run.steps] == [1, 2, 3, 5, 6, 7]
