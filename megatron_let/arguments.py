@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import METHODS, LETConfig, LETError
+from megatron_let.config import METHODS, PLACEMENTS, LETConfig, LETError
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import tapped_layer
 
@@ -42,6 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "teacher-dtype",
         f"precision of the teacher (default: {default.teacher_dtype})",
         choices=("bf16", "fp32"),
+    )
+    add(
+        "teacher-compile",
+        "compile the teacher with torch.compile; no effect on a CPU (default: no)",
+        action="store_true",
+    )
+    add(
+        "placement",
+        "where in the pipeline the teacher runs; no effect on the numbers"
+        f" (default: {default.placement})",
+        choices=PLACEMENTS,
+    )
+    add(
+        "max-prefetch",
+        "microbatches whose teacher states the stage of layer k may hold before their backward"
+        " (default: those of a global batch)",
+        type=int,
     )
     group.add_argument(
         "--let-metrics-path", type=Path, default=None, help="JSON lines file, one a step"
@@ -185,15 +202,20 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
             f"--seq-length is {args.seq_length} but the teacher was built for "
             f"{folder.max_positions} positions; shorten the sequence or use another teacher."
         )
-    steps = args.train_iters
-    if steps is None:
-        steps = args.train_samples // args.global_batch_size
+    steps = num_steps(args)
     if config.stop_step > steps:
         warnings.warn(
             f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
             " the weight never reaches 0 and the teacher stays to the end.",
             stacklevel=2,
         )
+
+
+def num_steps(args: argparse.Namespace) -> int:
+    """Training steps of the run."""
+    if args.train_iters is not None:
+        return int(args.train_iters)
+    return int(args.train_samples // args.global_batch_size)
 
 
 def check_vocabulary_size(folder: TeacherFolder, vocab_size: int) -> None:

@@ -9,6 +9,8 @@ from typing import Literal
 
 Method = Literal["none", "let"]
 METHODS: tuple[Method, ...] = ("none", "let")
+Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
+PLACEMENTS: tuple[Placement, ...] = ("aligned-stage", "spread", "bubble", "auto")
 
 
 class LETError(ValueError):
@@ -40,7 +42,12 @@ class LETConfig:
         stop_step: S_stop, the 0-based step at which the weight has decayed to 0.
         teacher_layer: `last`, `middle` (half of the layers, rounded down) or a 1-based number.
         teacher_final_norm: whether the teacher's final norm is applied to its last layer.
-        teacher_dtype: precision of the teacher's weights and forward pass.
+        teacher_dtype: precision of the teacher's weights, forward pass and exchanged states.
+        teacher_compile: whether the teacher goes through `torch.compile`.
+        placement: where in the pipeline the teacher runs; `auto` measures the first steps and
+            takes the fastest. It does not change the numbers.
+        max_prefetch: microbatches whose teacher states the stage of layer k may hold before their
+            backward; None for those of a global batch.
 
     Raises:
         LETError: a value is out of range.
@@ -54,6 +61,9 @@ class LETConfig:
     teacher_layer: str = "last"
     teacher_final_norm: bool = True
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
+    teacher_compile: bool = False
+    placement: Placement = "auto"
+    max_prefetch: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -73,6 +83,15 @@ class LETConfig:
             raise LETError(
                 f"--let-stop-step is {self.stop_step}; give the step, at least 1, at which the"
                 " weight reaches 0, or --let-method none for a run without a teacher."
+            )
+        if self.placement not in PLACEMENTS:
+            raise LETError(
+                f"--let-placement is {self.placement!r}; choose one of {', '.join(PLACEMENTS)}."
+            )
+        if self.max_prefetch is not None and self.max_prefetch < 1:
+            raise LETError(
+                f"--let-max-prefetch is {self.max_prefetch}; the stage of layer k holds at least 1"
+                " microbatch's states."
             )
         tap = self.teacher_layer
         if tap not in ("last", "middle") and not (tap.isdecimal() and int(tap) >= 1):

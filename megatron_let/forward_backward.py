@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 
-from megatron_let.alignment.hook import AlignmentHook
 from megatron_let.alignment.schedule import alignment_weight
-from megatron_let.alignment.sharding import (
-    SequenceShard,
-    gradient_denominator,
-    per_token_gradient_factor,
-)
+from megatron_let.alignment.sharding import gradient_denominator, per_token_gradient_factor
+from megatron_let.attachment import Attachment, attach
 from megatron_let.config import LETConfig, LETError
-from megatron_let.global_batch import GlobalBatch, read_ahead, share_tokens
+from megatron_let.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.metrics import COSINE_KEY, WEIGHT_KEY
+from megatron_let.placement.plan import Plan
 from megatron_let.teacher.folder import TeacherFolder
-from megatron_let.teacher.model import load_teacher
-from megatron_let.teacher.states import AlignedStageStates
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Attachment:
-    """The teacher and the hook, on a rank whose stage owns layer k."""
-
-    hook: AlignmentHook
-    states: AlignedStageStates
-
-
-def owned_layer(model: list[torch.nn.Module], layer_number: int) -> torch.nn.Module | None:
-    """The transformer layer with this global 1-based number, or None on another stage."""
-    for chunk in unwrap_model(model):
-        for layer in chunk.decoder.layers:
-            if layer.layer_number == layer_number:
-                return layer
-    return None
+from megatron_let.teacher.placer import PassTimes
+from megatron_let.teacher.states import PlacedStates
 
 
 class AlignedForwardBackward:
@@ -58,6 +35,7 @@ class AlignedForwardBackward:
         config: LETConfig,
         folder: TeacherFolder,
         current_step: Callable[[], int],
+        num_steps: int,
         report: Callable[[str], None],
     ) -> None:
         """
@@ -65,14 +43,15 @@ class AlignedForwardBackward:
             config: with `method` other than none.
             folder: the teacher's, already checked.
             current_step: 0-based training step.
+            num_steps: of the run.
             report: prints one line on one rank.
         """
         self._config = config
         self._folder = folder
         self._current_step = current_step
         self._report = report
-        self._started = False
-        self._attachment: _Attachment | None = None
+        self._num_steps = num_steps
+        self._attachment: Attachment | None = None
 
     def wrap_getter(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Stand in for `get_forward_backward_func`."""
@@ -88,64 +67,72 @@ class AlignedForwardBackward:
         if kwargs["forward_only"]:
             return forward_backward(**kwargs)
         step = self._current_step()
-        weight = alignment_weight(step, self._config.weight, self._config.stop_step)
+        weight = self._weight(step)
         if weight == 0:
             self._release(step)
             return forward_backward(**kwargs)
         return self._run_aligned(forward_backward, weight, kwargs)
+
+    def _is_aligned(self, step: int) -> bool:
+        """Whether the run takes this step, and with a weight above 0."""
+        return step < self._num_steps and self._weight(step) > 0
+
+    def _weight(self, step: int) -> float:
+        return alignment_weight(step, self._config.weight, self._config.stop_step)
 
     def _run_aligned(
         self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
     ) -> Any:
         model, num_microbatches = kwargs["model"], kwargs["num_microbatches"]
         shape = (kwargs["micro_batch_size"], kwargs["seq_length"])
-        device = next(model[0].parameters()).device
-        if not self._started:
-            self._attach(model, device)
-        kwargs["data_iterator"], microbatches = read_ahead(
-            kwargs["data_iterator"], num_microbatches
+        if self._attachment is None:
+            self._attachment = attach(self._config, self._folder, model, shape, self._report)
+        attachment = self._attachment
+        batch = self._read(attachment, (num_microbatches, *shape), kwargs)
+        plan = _begin(attachment, batch)
+        config = get_model_config(model[0])
+        if attachment.hook is not None:
+            scale = _gradient_scale(config, weight, batch)
+            attachment.hook.open_step(attachment.states, scale, batch.tokens.device)
+        timer = attachment.placer.timer(batch.tokens.device)
+        _before_schedule(attachment, plan, model, timer)
+        kwargs["forward_step_func"] = _counted(
+            kwargs["forward_step_func"], attachment.states, timer
         )
-        per_token = get_model_config(model[0]).calculate_per_token_loss
-        batch = share_tokens(
-            microbatches, num_microbatches, shape, self._folder.vocab_size, device, per_token
-        )
-        if self._attachment is not None:
-            scale = _gradient_scale(get_model_config(model[0]), weight, batch)
-            self._attachment.states.begin(batch.tokens)
-            self._attachment.hook.open_step(self._attachment.states.state, scale, device)
-        losses = forward_backward(**kwargs)
-        cosine = self._close(num_microbatches, device)
+        with _before_finalizing(config, attachment.states.after_backward):
+            losses = forward_backward(**kwargs)
+        cosine = self._close(attachment, num_microbatches, batch.tokens.device)
+        attachment.placer.end_step(timer, attachment.stage, num_microbatches)
         return _with_metrics(losses, cosine, weight)
 
-    def _attach(self, model: list[torch.nn.Module], device: torch.device) -> None:
-        self._started = True
-        layer = owned_layer(model, self._config.layer)
-        if layer is None:
-            return
-        teacher = load_teacher(self._folder, self._config, device)
-        self._attachment = _Attachment(
-            AlignmentHook(layer), AlignedStageStates(teacher, _this_rank(layer.config))
-        )
-        logger.info(
-            "LET: teacher %s (%.0f MiB) on the stage of layer %d",
-            self._folder.path,
-            teacher.num_bytes / 2**20,
-            self._config.layer,
+    def _read(
+        self, attachment: Attachment, shape: tuple[int, int, int], kwargs: dict[str, Any]
+    ) -> GlobalBatch:
+        """Take the global batch from the data, and look at what the plan needs of the next one."""
+        iterators, num_microbatches = kwargs["data_iterator"], shape[0]
+        kwargs["data_iterator"], microbatches = read_ahead(iterators, num_microbatches)
+        num_ahead = 0
+        if self._is_aligned(self._current_step() + 1):
+            num_ahead = attachment.placer.plan(num_microbatches, 0, True).num_ahead
+        per_token = get_model_config(kwargs["model"][0]).calculate_per_token_loss
+        return attachment.tokens.share(
+            microbatches, peek(iterators, num_ahead), shape, num_ahead, per_token
         )
 
-    def _close(self, num_microbatches: int, device: torch.device) -> torch.Tensor:
+    def _close(
+        self, attachment: Attachment, num_microbatches: int, device: torch.device
+    ) -> torch.Tensor:
         """Return [cosine sum, tokens] of this replica on all of its ranks.
 
         Raises:
             LETError: the teacher gave NaN or Inf; raised before the optimizer's step.
         """
         totals = torch.zeros(2 + num_microbatches, device=device)
-        if self._attachment is not None:
-            cosine_sum, num_tokens = self._attachment.hook.close_step()
-            not_finite = self._attachment.states.end()
-            if _counts_tokens(self._attachment):
+        if attachment.hook is not None:
+            cosine_sum, num_tokens = attachment.hook.close_step()
+            if attachment.counts_tokens:
                 totals[0], totals[1] = cosine_sum, num_tokens
-            totals[2:] = not_finite
+        totals[2:] = attachment.states.end()
         group = parallel_state.get_model_parallel_group()
         if group.size() > 1:
             torch.distributed.all_reduce(totals, group=group)
@@ -167,30 +154,86 @@ class AlignedForwardBackward:
 
     def _release(self, step: int) -> None:
         """Free the teacher and its buffers."""
-        if self._attachment is not None:
-            self._attachment.hook.remove()
-            self._attachment = None
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-        if self._started:
-            self._report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
-            self._started = False
+        if self._attachment is None:
+            return
+        self._attachment.close()
+        self._attachment = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
 
 
-def _this_rank(config: Any) -> SequenceShard:
-    return SequenceShard(
-        cp_size=parallel_state.get_context_parallel_world_size(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        sp_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
-        sp_rank=parallel_state.get_tensor_model_parallel_rank() if config.sequence_parallel else 0,
-    )
+def _begin(attachment: Attachment, batch: GlobalBatch) -> Plan:
+    """Hand the tokens to the states, with a plan of what is still to be computed."""
+    states, placer = attachment.states, attachment.placer
+    num_microbatches = len(batch.tokens)
+    num_ready = states.num_computed_ahead if batch.begins_with_shared else 0
+    plan = placer.plan(num_microbatches, num_ready, batch.next_tokens is not None)
+    states.begin(batch.tokens, plan, placer.max_prefetch(num_microbatches), batch.next_tokens)
+    return plan
 
 
-def _counts_tokens(attachment: _Attachment) -> bool:
-    # Without sequence parallelism every tensor-parallel rank holds the same tokens.
-    return attachment.states.shard.sp_size > 1 or (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-    )
+def _before_schedule(
+    attachment: Attachment, plan: Plan, model: list[torch.nn.Module], timer: PassTimes | None
+) -> None:
+    """Run the teacher's work that comes before the schedule."""
+    num_microbatches = len(plan.stages[attachment.stage].before)
+    if num_microbatches:
+        _start_param_gather(model[0])
+    if timer is None:
+        attachment.states.before_schedule()
+    else:
+        timer.time_teacher(attachment.states.before_schedule, num_microbatches)
+
+
+def _start_param_gather(chunk: Any) -> None:
+    """Let the parameters of the first layers be gathered while the teacher runs.
+
+    Megatron starts it (`--overlap-param-gather`) in the first forward pass, which waits for it.
+    """
+    # Without these hooks, as in the first step, nobody would wait for it.
+    if not getattr(chunk, "remove_forward_pre_hook_handles", None):
+        return
+    if chunk.overlap_param_gather_with_optimizer_step or not chunk.bucket_groups:
+        return
+    first = chunk.bucket_groups[-1]
+    if not first.param_gather_dispatched:
+        first.start_param_sync()
+
+
+def _counted(
+    forward_step: Callable[..., Any], states: PlacedStates, timer: PassTimes | None
+) -> Callable[..., Any]:
+    """A forward step that tells the states when it has run."""
+
+    @functools.wraps(forward_step)
+    def counted(*args: Any) -> Any:
+        result = timer.time_forward(forward_step, *args) if timer else forward_step(*args)
+        states.after_forward()
+        return result
+
+    return counted
+
+
+@contextmanager
+def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
+    """Run `work` after the schedule's last backward and before the gradients are finalized."""
+    finalize = config.finalize_model_grads_func
+    if finalize is None:
+        yield
+        work()
+        return
+
+    @functools.wraps(finalize)
+    def work_and_finalize(*args: Any, **kwargs: Any) -> Any:
+        work()
+        return finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = work_and_finalize
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
 
 
 def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | torch.Tensor:

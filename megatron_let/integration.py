@@ -20,6 +20,7 @@ from megatron_let.arguments import (
     check_supported,
     check_vocabulary_size,
     let_config_from_args,
+    num_steps,
     resumed_step,
 )
 from megatron_let.forward_backward import AlignedForwardBackward
@@ -96,7 +97,11 @@ def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
     else:
         check_same_tokenizer(tokenizer, folder)
     aligned = AlignedForwardBackward(
-        config, folder, current_step=lambda: args.curr_iteration, report=print_rank_0
+        config,
+        folder,
+        current_step=lambda: args.curr_iteration,
+        num_steps=num_steps(args),
+        report=print_rank_0,
     )
     patches.apply_all(
         PATCHES,

@@ -1,15 +1,15 @@
-"""The forward hook on the student's layer k, where the alignment enters as a gradient."""
+"""The hook on the student's layer k, where the alignment enters the backward as a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_let.ops import align_hidden_state
+from megatron_let.ops import align_hidden_state_in_backward
 
 
 def _in_backward() -> bool:
@@ -17,16 +17,31 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class TeacherStates(Protocol):
+    """Where the hook takes the teacher's states from."""
+
+    def before_forward(self, microbatch: int) -> None:
+        """Hear that a microbatch is in its forward pass."""
+
+    def state(self, microbatch: int) -> torch.Tensor:
+        """The teacher's [s_local, b, d_T]; called once a microbatch, in its backward pass."""
+
+
 @dataclass
 class _OpenStep:
     """State of one global batch."""
 
-    teacher_state: Callable[[int], torch.Tensor]
+    teacher: TeacherStates
     gradient_scale: float | torch.Tensor
     cosine_sum: torch.Tensor
     num_tokens: int = 0
     num_forward: int = 0
     num_recomputed: int = 0
+
+    def count(self, cosine: torch.Tensor) -> None:
+        """Add the cosines of a microbatch, [s_local, b]."""
+        self.cosine_sum += cosine.sum()
+        self.num_tokens += cosine.numel()
 
 
 class AlignmentHook:
@@ -41,20 +56,20 @@ class AlignmentHook:
 
     def open_step(
         self,
-        teacher_state: Callable[[int], torch.Tensor],
+        teacher: TeacherStates,
         gradient_scale: float | torch.Tensor,
         device: torch.device,
     ) -> None:
         """Begin a global batch.
 
         Args:
-            teacher_state: from the microbatch's index to the teacher's [s_local, b, d_T].
+            teacher: gives the states of this global batch.
             gradient_scale: factor of d(-sum of local cosines)/dh; a 0-dim tensor stays on its
                 device (the loss scale of fp16).
             device: of the hidden states.
         """
         zero = torch.zeros((), dtype=torch.float32, device=device)
-        self._step = _OpenStep(teacher_state, gradient_scale, zero)
+        self._step = _OpenStep(teacher, gradient_scale, zero)
 
     def close_step(self) -> tuple[torch.Tensor, int]:
         """End the global batch; return the sum of local cosines and the number of local tokens."""
@@ -73,6 +88,7 @@ class AlignmentHook:
             step.num_recomputed += 1
             return step.num_recomputed - 1
         step.num_forward += 1
+        step.teacher.before_forward(step.num_forward - 1)
         return step.num_forward - 1
 
     def _on_output(self, layer: torch.nn.Module, inputs: Any, output: Any) -> Any:
@@ -85,11 +101,8 @@ class AlignmentHook:
             # counts.
             return None
         hidden, *rest = output if isinstance(output, tuple) else (output,)
-        hidden, cosine = align_hidden_state(
-            hidden, step.teacher_state(microbatch), step.gradient_scale
-        )
-        step.cosine_sum += cosine.sum()
-        step.num_tokens += cosine.numel()
+        state = partial(step.teacher.state, microbatch)
+        hidden = align_hidden_state_in_backward(hidden, state, step.gradient_scale, step.count)
         # The pipeline frees a stage's output and asserts that it is no view.
         hidden = make_viewless_tensor(hidden, requires_grad=True, keep_graph=True)
         return (hidden, *rest) if isinstance(output, tuple) else hidden

@@ -52,6 +52,10 @@ class SequenceShard:
                 ranges.append((start + offset, end + offset))
         return ranges
 
+    def num_local(self, length: int) -> int:
+        """Tokens of a sequence of this length that the rank holds."""
+        return sum(end - start for start, end in self.ranges(length))
+
     def slice(self, states: torch.Tensor) -> torch.Tensor:
         """[s, b, d] of the whole sequence -> [s / cp / sp, b, d] of this rank."""
         parts = [states[start:end] for start, end in self.ranges(states.shape[0])]

@@ -7,6 +7,7 @@ an autograd Function around them because an operator may not return its input, a
 the hidden state has to.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +105,35 @@ class _AlignHiddenState(torch.autograd.Function):
         return gradient.view(hidden.shape), None, None
 
 
+class _AlignInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        teacher: Callable[[], Tensor],
+        gradient_scale: Tensor,
+        report: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, gradient_scale)
+        ctx.teacher, ctx.report = teacher, report
+        # detach, not view_as: the pipeline schedule frees a stage's output only if it is no view.
+        return hidden.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden, gradient_scale = ctx.saved_tensors
+        teacher = ctx.teacher()
+        _check_inputs(hidden, teacher)
+        student, target = _rows(hidden), _rows(teacher)
+        cosine, coefficients = _cosine_forward(student, target, None)
+        ctx.report(cosine.view(hidden.shape[:-1]))
+        gradient = _cosine_backward(
+            student, target, coefficients * -gradient_scale, _rows(grad_hidden)
+        )
+        return gradient.view(hidden.shape), None, None, None
+
+
 def _check_inputs(student: Tensor, teacher: Tensor) -> None:
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -168,10 +198,37 @@ def align_hidden_state(
         ValueError: shapes that do not match, or `d_T` below 2.
     """
     _check_inputs(hidden, teacher)
+    return _AlignHiddenState.apply(hidden, teacher, _scalar(gradient_scale))
+
+
+def align_hidden_state_in_backward(
+    hidden: Tensor,
+    teacher: Callable[[], Tensor],
+    gradient_scale: float | Tensor,
+    report: Callable[[Tensor], None],
+) -> Tensor:
+    """`align_hidden_state` with a teacher's state that need not be there before the backward.
+
+    Args:
+        hidden: `h_M`, `[..., d_M]`, as in `align_hidden_state`.
+        teacher: called once, in the backward; returns `h_T`, `[..., d_T]`.
+        gradient_scale: as in `align_hidden_state`.
+        report: called in the backward with the cosine, `[...]` in fp32 (fp64 for fp64).
+
+    Returns:
+        hidden's values, `[..., d_M]`, in a tensor that is no view.
+
+    Raises:
+        ValueError: shapes that do not match (in the backward), or a scale that is no number.
+    """
+    return _AlignInBackward.apply(hidden, teacher, _scalar(gradient_scale), report)
+
+
+def _scalar(gradient_scale: float | Tensor) -> Tensor:
     if not isinstance(gradient_scale, Tensor):
-        gradient_scale = torch.tensor(gradient_scale, dtype=torch.float64)
-    elif gradient_scale.dim() != 0:
+        return torch.tensor(gradient_scale, dtype=torch.float64)
+    if gradient_scale.dim() != 0:
         raise ValueError(
             f"gradient_scale is {tuple(gradient_scale.shape)}: give a number or a 0-dim tensor"
         )
-    return _AlignHiddenState.apply(hidden, teacher, gradient_scale)
+    return gradient_scale

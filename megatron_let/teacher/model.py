@@ -72,6 +72,10 @@ class Teacher:
             t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())
         )
 
+    def compile(self) -> None:
+        """Let `torch.compile` make kernels for the shapes to come."""
+        self._model.compile()
+
     def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._tapped = output[0] if isinstance(output, tuple) else output
 
@@ -127,7 +131,10 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
             f"{len(report['missing_keys']) - 1} more; its files are of another model."
         )
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
-    return Teacher(model.to(device), folder.num_layers, tap, config.teacher_final_norm)
+    teacher = Teacher(model.to(device), folder.num_layers, tap, config.teacher_final_norm)
+    if config.teacher_compile:
+        teacher.compile()
+    return teacher
 
 
 def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -16,9 +16,9 @@ if __name__ == "__main__":
 
     # The entry imports Megatron itself, after it has looked at the host.
     def _watch() -> None:
-        from megatron_let import forward_backward
+        from megatron_let import attachment
 
-        load = forward_backward.load_teacher
+        load = attachment.load_teacher
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             teacher = load(*args, **kwargs)
@@ -26,7 +26,7 @@ if __name__ == "__main__":
             references.append(weakref.ref(teacher._model))
             return teacher
 
-        forward_backward.load_teacher = watched
+        attachment.load_teacher = watched
 
     host = pretrain.detect_host()
     pretrain.prepare_process(host, 0)

@@ -1,0 +1,139 @@
+"""The teacher, the hook on layer k and the plan, put together for one rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config, unwrap_model
+
+from megatron_let.alignment.hook import AlignmentHook
+from megatron_let.alignment.sharding import SequenceShard
+from megatron_let.config import LETConfig
+from megatron_let.global_batch import TokenSharing
+from megatron_let.placement.schedule import Pipeline
+from megatron_let.placement.simulate import Owner
+from megatron_let.teacher.folder import TeacherFolder
+from megatron_let.teacher.model import DTYPES, load_teacher
+from megatron_let.teacher.placer import Placer
+from megatron_let.teacher.samples import SharedSamples
+from megatron_let.teacher.states import PlacedStates
+from megatron_let.teacher.transfer import Transfer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What LET keeps on one rank while the weight is above 0.
+
+    Attributes:
+        hook: on layer k; None on a stage without it.
+        counts_tokens: this rank's cosines are no repetition of another rank's.
+    """
+
+    hook: AlignmentHook | None
+    states: PlacedStates
+    tokens: TokenSharing
+    placer: Placer
+    stage: int
+    counts_tokens: bool
+
+    def close(self) -> None:
+        """Take everything away again."""
+        if self.hook is not None:
+            self.hook.remove()
+        self.states.close()
+
+
+def owned_layer(
+    model: list[torch.nn.Module], layer_number: int
+) -> tuple[int, torch.nn.Module] | None:
+    """Model chunk and transformer layer with this global 1-based number; None on other stages."""
+    for index, chunk in enumerate(unwrap_model(model)):
+        for layer in chunk.decoder.layers:
+            if layer.layer_number == layer_number:
+                return index, layer
+    return None
+
+
+def attach(
+    config: LETConfig,
+    folder: TeacherFolder,
+    model: list[torch.nn.Module],
+    shape: tuple[int, int],
+    report: Callable[[str], None],
+) -> Attachment:
+    """Load the teacher where it will run, and set the hook where layer k is.
+
+    Args:
+        config, folder: of the teacher.
+        model: this rank's model chunks.
+        shape: (b, s) of a microbatch.
+        report: prints one line on one rank.
+    """
+    device = next(model[0].parameters()).device
+    model_config = get_model_config(model[0])
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    found = owned_layer(model, config.layer)
+    owner = _owner(None if found is None else Owner(stage, found[0]), device)
+    placer = Placer(
+        config.placement, config.max_prefetch, _pipeline(model_config, len(model)), owner, report
+    )
+    shard = _this_rank(model_config)
+    samples = None
+    if placer.needs_teacher_everywhere or found is not None:
+        teacher = load_teacher(folder, config, device)
+        samples = SharedSamples(teacher, shard, shape[0])
+        logger.info(
+            "LET: teacher %s (%.0f MiB) on stage %d", folder.path, teacher.num_bytes / 2**20, stage
+        )
+    width = folder.hidden_size if samples is None else samples.width
+    transfer = Transfer(owner.stage, device) if placer.needs_teacher_everywhere else None
+    like = torch.empty(
+        shard.num_local(shape[1]),
+        shape[0],
+        width,
+        dtype=DTYPES[config.teacher_dtype],
+        device="meta",
+    )
+    return Attachment(
+        hook=None if found is None else AlignmentHook(found[1]),
+        states=PlacedStates(samples, transfer, stage, owner.stage, like, device),
+        tokens=TokenSharing(folder.vocab_size, device),
+        placer=placer,
+        stage=stage,
+        # Without sequence parallelism every tensor-parallel rank holds the same tokens.
+        counts_tokens=shard.sp_size > 1 or parallel_state.get_tensor_model_parallel_rank() == 0,
+    )
+
+
+def _owner(mine: Owner | None, device: torch.device) -> Owner:
+    """Stage and model chunk of layer k, on every rank."""
+    place = torch.tensor(mine or (-1, -1), device=device)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.all_reduce(place, op=torch.distributed.ReduceOp.MAX, group=group)
+    return Owner(*place.tolist())
+
+
+def _pipeline(config: Any, num_chunks: int) -> Pipeline:
+    return Pipeline(
+        num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
+        num_microbatches=0,
+        num_chunks=num_chunks,
+        group_size=config.microbatch_group_size_per_vp_stage or 0,
+        overlap_p2p=config.overlap_p2p_comm,
+    )
+
+
+def _this_rank(config: Any) -> SequenceShard:
+    return SequenceShard(
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        sp_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        sp_rank=parallel_state.get_tensor_model_parallel_rank() if config.sequence_parallel else 0,
+    )

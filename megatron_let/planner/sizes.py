@@ -1,0 +1,118 @@
+"""Parameters and floating-point operations of a transformer, from its sizes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from megatron_let.config import LETError
+
+
+@dataclass(frozen=True)
+class TransformerSize:
+    """Sizes of a decoder-only transformer.
+
+    Attributes:
+        num_kv_heads: key and value heads (query groups).
+        head_dim: of one attention head.
+        gated: the MLP has a gate (SwiGLU): three matrices instead of two.
+        vocab_size: padded rows of the embedding.
+        tied: the output layer is the embedding.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gated: bool
+    vocab_size: int
+    tied: bool = False
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer, its two norms included."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = (3 if self.gated else 2) * self.hidden_size * self.ffn_hidden_size
+        return attention + mlp + 2 * self.hidden_size
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the embedding, and of an output layer of its own."""
+        return self.vocab_size * self.hidden_size
+
+    def layer_forward_flops(self, seq_length: int) -> int:
+        """Operations of one layer for one token, whole attention matrix (no causal half)."""
+        scores = 4 * seq_length * self.num_heads * self.head_dim
+        return 2 * self.layer_params + scores
+
+    @property
+    def logits_forward_flops(self) -> int:
+        """Operations of the output layer for one token."""
+        return 2 * self.embedding_params
+
+    def forward_flops(self, seq_length: int, logits: bool) -> int:
+        """Operations of all layers for one token."""
+        layers = self.num_layers * self.layer_forward_flops(seq_length)
+        return layers + (self.logits_forward_flops if logits else 0)
+
+
+# Small models that the paper and this repository teach with, for planning without their files.
+TEACHERS = {
+    "smollm2-135m": TransformerSize(30, 576, 1536, 9, 3, 64, True, 49152, True),
+    "smollm2-1.7b": TransformerSize(24, 2048, 8192, 32, 32, 64, True, 49152, True),
+    "llama-3.2-1b": TransformerSize(16, 2048, 8192, 32, 8, 64, True, 128256, True),
+    "opt-125m": TransformerSize(12, 768, 3072, 12, 12, 64, False, 50272, True),
+    "pythia-160m": TransformerSize(12, 768, 3072, 12, 12, 64, False, 50304, False),
+}
+
+
+def teacher_size(name: str) -> TransformerSize:
+    """Of a name in `TEACHERS`, or of a Hugging Face folder.
+
+    Raises:
+        LETError: it is neither.
+    """
+    if name.lower() in TEACHERS:
+        return TEACHERS[name.lower()]
+    if not (Path(name) / "config.json").is_file():
+        raise LETError(
+            f"The teacher {name} is no folder of a model and none of {', '.join(TEACHERS)}; give"
+            " --teacher one of them."
+        )
+    config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    inner = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
+    return TransformerSize(
+        num_layers=config.num_hidden_layers,
+        hidden_size=hidden,
+        ffn_hidden_size=next((size for size in inner if size), 4 * hidden),
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        gated=getattr(config, "hidden_act", "") == "silu",
+        vocab_size=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> TransformerSize:
+    """Of Megatron's arguments, its vocabulary padded as Megatron pads it."""
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    multiple = args.make_vocab_size_divisible_by * tp
+    default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden
+    return TransformerSize(
+        num_layers=args.num_layers,
+        hidden_size=hidden,
+        ffn_hidden_size=args.ffn_hidden_size or default,
+        num_heads=heads,
+        num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or hidden // heads,
+        gated=args.swiglu,
+        vocab_size=-(-vocab_size // multiple) * multiple,
+        tied=not args.untie_embeddings_and_output_weights,
+    )

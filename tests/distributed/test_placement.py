@@ -1,0 +1,161 @@
+"""Wherever in the pipeline the teacher runs, the numbers are those of one process (fp32)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_layout_matrix import BLOCK, CP2, FULL, LAYOUTS, PP2, SP, TP2, VPP2
+from tests.distributed.test_layout_matrix import PER_TOKEN as PER_TOKEN_FLAGS
+from tests.helpers.runs import ROOT, Run, largest_difference, train
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-5
+KEYS = ("lm_loss", "let_cosine", "grad_norm")
+# The plan of measured costs would be another on each machine.
+FIXED = "tests.helpers.fixed_costs"
+
+PER_TOKEN = (*PER_TOKEN_FLAGS, "--vocab-size", 250)
+PP4 = ("--pipeline-model-parallel-size", 4)
+Flags = tuple[str | int, ...]
+
+# name -> (ranks, layer k, flags, flags of the reference)
+LAYOUTS_OF_PIPELINES: dict[str, tuple[int, int, Flags, Flags]] = {
+    **{name: (*layout, ()) for name, layout in LAYOUTS.items()},
+    "pp4": (4, 1, PP4, ()),
+    "pp4-third-stage": (4, 3, PP4, ()),
+    "cp2-pp2": (4, 1, (*CP2, *PP2), ()),
+    "dp2-pp2-per-token": (4, 3, (*PP2, *PER_TOKEN), PER_TOKEN),
+    "tp2-pp2-sp-split": (4, 1, (*TP2, *PP2, *SP), ()),
+    "pp2-block": (2, 1, (*PP2, *BLOCK, "--recompute-num-layers", 1), ()),
+    "pp2-odd-microbatches": (2, 1, (*PP2, "--global-batch-size", 10), ("--global-batch-size", 10)),
+    "vpp2-eight": (2, 3, (*PP2, *VPP2, "--micro-batch-size", 1), ("--micro-batch-size", 1)),
+    "vpp2-full-first": (2, 1, (*PP2, *VPP2, *FULL, "--recompute-num-layers", 1), ()),
+}  # fmt: skip
+IN_THE_DEFAULT_SUITE = [
+    ("bubble", "pp2-first-stage"),
+    ("bubble", "tp2-pp2-sp-split"),
+    ("bubble", "vpp2-full-first"),
+    ("spread", "dp2-pp2-per-token"),
+]
+ALL = [(p, n) for p in ("aligned-stage", "spread", "bubble", "auto") for n in LAYOUTS_OF_PIPELINES]
+
+
+def _run(
+    folder: Path,
+    teacher: Path,
+    data: Path,
+    weights: Path,
+    *flags: str | int | Path,
+    ranks: int = 1,
+    config: str = "configs/tiny.yaml",
+) -> Run:
+    return train(
+        folder, "--data-path", data, "--load", weights, "--finetune", "--no-load-optim",
+        "--no-load-rng", "--train-iters", 5, "--eval-iters", 0, "--let-weight", 0.5,
+        "--let-stop-step", 10, *flags,
+        ranks=ranks, config=config, module=FIXED, TEACHER=str(teacher),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path, weights: Path):  # type: ignore[no-untyped-def]
+    """Runs of one process, one for each k and set of flags, made once."""
+    runs: dict[tuple[object, ...], Run] = {}
+
+    def get(layer: int, *flags: str | int) -> Run:
+        key = (layer, *flags)
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("reference")
+            runs[key] = _run(folder, teacher, data, weights, "--let-layer", layer, *flags)
+        return runs[key]
+
+    return get
+
+
+def _assert_same(run: Run, reference: Run) -> None:
+    differences = {key: largest_difference(run, reference, key) for key in KEYS}
+    print(differences)
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.parametrize(
+    ("placement", "name"),
+    [
+        pytest.param(*case, marks=() if case in IN_THE_DEFAULT_SUITE else pytest.mark.slow)
+        for case in sorted(ALL)
+    ],
+)
+def test_placement_matches_one_process(
+    placement: str, name: str, tmp_path: Path, teacher: Path, data: Path, weights: Path, reference
+) -> None:  # type: ignore[no-untyped-def]
+    ranks, layer, flags, common = LAYOUTS_OF_PIPELINES[name]
+    run = _run(
+        tmp_path, teacher, data, weights, "--let-layer", layer, *flags,
+        "--let-placement", placement, ranks=ranks,
+    )  # fmt: skip
+    _assert_same(run, reference(layer, *common))
+
+
+# A step run twice, evaluation in between, a skipped iteration, a growing batch, and S_stop.
+EVENTFUL = (
+    "--train-iters", 7, "--let-stop-step", 6, "--iterations-to-skip", 4,
+    "--eval-interval", 2, "--eval-iters", 1, "--step-batch-size-schedule", "0:4 8:8",
+)  # fmt: skip
+
+
+def test_an_eventful_run_matches_one_process(
+    tmp_path: Path, teacher: Path, data: Path, weights: Path
+) -> None:
+    # The schedule of batch sizes refuses a fixed size beside it.
+    recipe = tmp_path / "growing.yaml"
+    tiny = (ROOT / "configs" / "tiny.yaml").read_text()
+    recipe.write_text(tiny.replace("  global-batch-size: 8\n", ""))
+    common = (teacher, data, weights, "--let-layer", 1)
+    expected = _run(tmp_path / "one", *common, *EVENTFUL, config=str(recipe))
+    run = _run(
+        tmp_path / "two", *common, *EVENTFUL, *PP2, "--micro-batch-size", 1,
+        "--let-placement", "bubble", "--rerun-mode", "report_stats",
+        ranks=2, config=str(recipe),
+    )  # fmt: skip
+    assert "the teacher is freed" in run.log
+    assert [row["iteration"] for row in run.steps] == [1, 2, 3, 5, 6, 7]
+    _assert_same(run, expected)
+    for ours, theirs in zip(_evaluations(run), _evaluations(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def _evaluations(run: Run) -> list[float]:
+    losses = [row["valid_loss"] for row in run.rows if "valid_loss" in row]
+    assert losses
+    return losses
+
+
+def test_placements_are_bitwise_equal_and_a_resumed_run_too(
+    tmp_path: Path, teacher: Path, data: Path, weights: Path
+) -> None:
+    """The look-ahead is read again after the resume: the data go on where stock's would."""
+
+    def run(name: str, *flags: str | int | Path) -> Run:
+        return train(
+            tmp_path / name, "--data-path", data, *PP2, "--micro-batch-size", 1, "--let-layer", 1,
+            "--let-weight", 0.5, "--let-stop-step", 20, *flags, ranks=2, module=FIXED,
+            TEACHER=str(teacher),
+        )  # fmt: skip
+
+    saved = tmp_path / "saved"
+    spread = run("spread", "--let-placement", "spread", "--let-max-prefetch", 2)
+    checkpoint = ("--save", saved, "--load", saved, "--save-interval", 5)
+    bubble = run("bubble", "--let-placement", "bubble", *checkpoint)
+    assert re.search(r"[1-9] of 8 microbatches one batch ahead", bubble.log)
+    shutil.rmtree(saved / "iter_0000010")
+    (saved / "latest_checkpointed_iteration.txt").write_text("5")
+    resumed = run("resumed", "--let-placement", "bubble", *checkpoint)
+    assert [row["iteration"] for row in resumed.steps] == [6, 7, 8, 9, 10]
+    for key in KEYS:
+        assert [row[key] for row in spread.steps] == [row[key] for row in bubble.steps]
+        assert [row[key] for row in resumed.steps] == [row[key] for row in bubble.steps[5:]]

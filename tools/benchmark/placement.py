@@ -1,0 +1,279 @@
+"""Step time by placement of the teacher, in real pipelines, against the simulation.
+
+    python tools/benchmark/placement.py [--stages 2] [--emulate] [--cycles 8]
+
+One run of the entry takes the variants in turn, step by step: no teacher, `aligned-stage`,
+`spread`, `bubble` (its first step, which has nothing computed ahead, is not counted). A ratio
+compares steps of one cycle. The teacher costs what 1.7B parameters cost beside a 7B student: 8.25 %
+of the student's training FLOPs. The simulation gets the costs that the run itself measured.
+
+`--emulate` lets every pass sleep its cost beside the tiny student's own work, so that more stages
+than cores still overlap; the schedule, the exchange and the teacher's calls are the real ones.
+Without it there should be a core (or, with NCCL, a GPU) for each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tools" / "benchmark" / "results" / "placement.csv"
+CYCLE = ("baseline", "aligned-stage", "spread", "first bubble", "bubble")
+# Steps before the first cycle: the placer measures in the second one.
+WARMUP = 3
+TEACHER_SHARE = 0.0825
+# Seconds that an emulated forward pass sleeps; a backward takes two.
+EMULATED_FORWARD = 0.05
+COSTS = re.compile(r"stages forward (\S+), backward (\S+), teacher (\S+)\)")
+VOCAB = 256
+
+
+def main() -> int:
+    """Run, compare, print and write the CSV; or be one rank of the run."""
+    if len(sys.argv) > 1 and sys.argv[1] == "--worker":
+        return _worker(sys.argv[2:])
+    options = _parse()
+    rows = []
+    for stages in options.stages:
+        with tempfile.TemporaryDirectory() as name:
+            log, steps = _train(Path(name), stages, options)
+        rows += _rows(stages, log, steps, options)
+    _print(rows)
+    _write(rows)
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2])
+    parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--cycles", type=int, default=8, help="measured cycles of the variants")
+    parser.add_argument("--emulate", action="store_true", help="passes sleep in place of working")
+    parser.add_argument("--teacher-ffn", type=int, default=384, help="to tune the teacher's cost")
+    return parser.parse_args()
+
+
+# One rank of the run
+
+
+def _worker(argv: list[str]) -> int:
+    """The entry, with the variants in turn."""
+    from megatron_let import pretrain
+    from megatron_let.host.device import detect_host, prepare_process
+
+    prepare_process(detect_host(), int(os.environ["RANK"]))
+    from megatron_let.forward_backward import AlignedForwardBackward
+
+    if os.environ.get("EMULATE_STAGES"):
+        _emulate(int(os.environ["EMULATE_STAGES"]))
+    AlignedForwardBackward.run = _in_turn(AlignedForwardBackward.run)  # type: ignore[method-assign]
+    return pretrain.main(argv)
+
+
+def _in_turn(original: Any) -> Any:
+    @functools.wraps(original)
+    def run(self: Any, forward_backward: Any, **kwargs: Any) -> Any:
+        step = self._current_step()
+        if os.environ.get("EMULATE_STAGES"):
+            kwargs["forward_step_func"] = _slow(kwargs["forward_step_func"], EMULATED_FORWARD)
+        if step < WARMUP:
+            return original(self, forward_backward, **kwargs)
+        variant = CYCLE[(step - WARMUP) % len(CYCLE)]
+        if variant != "bubble":
+            self._attachment.states.forget_ahead()
+        if variant == "baseline":
+            return forward_backward(**kwargs)
+        self._attachment.placer._asked = variant.removeprefix("first ")
+        return original(self, forward_backward, **kwargs)
+
+    return run
+
+
+def _emulate(stages: int) -> None:
+    """Let backward passes and the teacher sleep; forward passes do from step to step."""
+    from megatron.core.pipeline_parallel import schedules
+
+    from megatron_let.teacher.model import Teacher
+
+    schedules.backward_step = _slow(schedules.backward_step, 2 * EMULATED_FORWARD)
+    teacher = TEACHER_SHARE * 3 * stages * EMULATED_FORWARD
+    Teacher.hidden_state = _slow(Teacher.hidden_state, teacher)  # type: ignore[method-assign]
+
+
+def _slow(work: Any, seconds: float) -> Any:
+    @functools.wraps(work)
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return work(*args, **kwargs)
+
+    return slowed
+
+
+# The run
+
+
+def _train(
+    folder: Path, stages: int, options: argparse.Namespace
+) -> tuple[str, list[dict[str, Any]]]:
+    """Its log, and the rows of its metrics file."""
+    _save_teacher(folder / "teacher", 48 if options.emulate else options.teacher_ffn)
+    steps = WARMUP + len(CYCLE) * options.cycles
+    size, seq_length = ((64, 64), 64) if options.emulate else ((192, 512), 256)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(stages), __file__, "--worker",
+        "--config", str(ROOT / "configs" / "tiny.yaml"), "--mock-data",
+        "--pipeline-model-parallel-size", str(stages), "--num-layers", str(4 * stages),
+        "--hidden-size", str(size[0]), "--ffn-hidden-size", str(size[1]),
+        "--seq-length", str(seq_length), "--max-position-embeddings", str(seq_length),
+        "--micro-batch-size", "1", "--global-batch-size", str(options.microbatches),
+        "--train-iters", str(steps), "--eval-iters", "0", "--let-stop-step", str(10 * steps),
+        "--let-layer", "3", "--let-placement", "bubble",
+        "--let-metrics-path", str(folder / "metrics.jsonl"),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TEACHER": str(folder / "teacher"),
+        "EMULATE_STAGES": str(stages) if options.emulate else "",
+    }
+    run = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if run.returncode:
+        sys.exit(run.stdout[-4000:])
+    return run.stdout, [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def _save_teacher(folder: Path, ffn: int) -> None:
+    """A random Llama of two layers, as wide as the student."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=192,
+        intermediate_size=ffn,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+# Figures
+
+
+def _rows(
+    stages: int, log: str, steps: list[dict[str, Any]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    from megatron_let.placement.choose import step_time_ratio
+    from megatron_let.placement.plan import PLACEMENTS
+    from megatron_let.placement.schedule import Pipeline
+    from megatron_let.placement.simulate import Costs, Owner
+
+    measured = COSTS.search(log)
+    assert measured is not None, "the run has not reported its costs"
+    forward, backward = (tuple(map(float, text.split("/"))) for text in measured.groups()[:2])
+    costs = Costs(forward, backward, float(measured[3]))
+    seconds: dict[str, list[float]] = {name: [] for name in CYCLE}
+    for step in steps:
+        index = step["iteration"] - 1 - WARMUP
+        if index >= 0:
+            seconds[CYCLE[index % len(CYCLE)]].append(step["step_seconds"])
+    pipeline = Pipeline(stages, options.microbatches)
+    rows = []
+    for name in PLACEMENTS:
+        ratios = [a / b for a, b in zip(seconds[name], seconds["baseline"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows.append(
+            {
+                "stages": stages,
+                "microbatches": options.microbatches,
+                "passes": "emulated" if options.emulate else "computed",
+                "placement": name,
+                "ratio": round(middle, 4),
+                "ratio_q25": round(low, 4),
+                "ratio_q75": round(high, 4),
+                "simulated": round(
+                    step_time_ratio(name, pipeline, costs, Owner(0), options.microbatches), 4
+                ),
+                "baseline_seconds": round(statistics.median(seconds["baseline"]), 4),
+                "cycles": len(ratios),
+                "teacher_over_forward": round(costs.teacher / statistics.mean(forward), 3),
+                "backward_over_forward": round(sum(backward) / sum(forward), 3),
+                **_provenance(),
+            }
+        )
+    return rows
+
+
+def _provenance() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+            break
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{cpu}, {os.cpu_count()} cores",
+        "torch": importlib.metadata.version("torch"),
+        "megatron_core": importlib.metadata.version("megatron-core"),
+        "command": "python tools/benchmark/placement.py " + " ".join(sys.argv[1:]),
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="step time over the baseline's")
+    columns = [
+        *("stages", "microbatches", "passes", "placement", "ratio", "ratio_q25", "ratio_q75"),
+        *("simulated", "teacher_over_forward"),
+    ]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    """Rows of the same stages and kind of passes take the place of older ones."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in ("stages", "microbatches", "passes", "placement"))
+
+    kept = {}
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as stream:
+            kept = {key(row): row for row in csv.DictReader(stream)}
+    kept |= {key(row): row for row in rows}
+    temporary = RESULTS.with_suffix(".tmp")
+    with temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept[name] for name in sorted(kept))
+    temporary.replace(RESULTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
