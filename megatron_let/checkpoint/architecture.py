@@ -108,7 +108,10 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
         hidden_size=int(args["hidden_size"]),
         ffn_size=int(args["ffn_hidden_size"]),
         num_heads=heads,
-        num_query_groups=int(args.get("num_query_groups") or heads),
+        # Without group-query attention Megatron's parser leaves the number at 1.
+        num_query_groups=int(args["num_query_groups"])
+        if args.get("group_query_attention")
+        else heads,
         head_size=int(args.get("kv_channels") or args["hidden_size"] // heads),
         vocab_size=vocab_size,
         max_positions=int(args.get("max_position_embeddings") or args["seq_length"]),
@@ -235,7 +238,9 @@ def _rope_of_hugging_face(config: Mapping[str, Any]) -> tuple[float, str, float]
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if base != int(base):
-        raise LETError(f"The model's rope_theta is {base}; Megatron's --rotary-base is a whole one.")
+        raise LETError(
+            f"The model's rope_theta is {base}; Megatron's --rotary-base is a whole one."
+        )
     if kind == "default":
         return base, kind, 1.0
     factor = float(rope.get("factor", 1.0))
@@ -297,7 +302,7 @@ def check_layout(llama: Llama, tensor_parallel: int, pipeline_parallel: int) -> 
         ("layers", llama.num_layers, pipeline_parallel, "pipeline"),
     )
     for what, count, ranks, kind in sizes:
-        # Megatron replicates a query group on several ranks where there are fewer groups than ranks.
+        # Megatron replicates a query group where there are fewer groups than ranks.
         divides = count % ranks == 0 or (what == "query groups" and ranks % count == 0)
         if not divides:
             raise LETError(
@@ -344,6 +349,7 @@ def first_difference(run: Llama, checkpoint: Llama) -> tuple[str, Any, Any] | No
     Returns:
         Flag, the run's value, the checkpoint's value; None where there is no difference.
     """
+
     def value(llama: Llama, name: str) -> Any:
         # The flag says the opposite of the field.
         return not llama.tied if name == "tied" else getattr(llama, name)
@@ -353,5 +359,3 @@ def first_difference(run: Llama, checkpoint: Llama) -> tuple[str, Any, Any] | No
         if not _same(ours, theirs):
             return flag, ours, theirs
     return None
-
-

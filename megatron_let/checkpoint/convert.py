@@ -6,7 +6,6 @@ import argparse
 import functools
 import json
 import shutil
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,8 @@ def _special_tokens(tokenizer: Path) -> dict[str, Any]:
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except Exception as error:  # a dozen kinds for a damaged tokenizer
-        raise LETError(f"The tokenizer {tokenizer} cannot be read ({first_line(error)}).") from error
+        reason = first_line(error)
+        raise LETError(f"The tokenizer {tokenizer} cannot be read ({reason}).") from error
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: value for name in names if (value := getattr(loaded, name)) is not None}
 
@@ -147,7 +147,7 @@ def to_megatron_checkpoint(
     args = _release_arguments(weights, dtype, layout)
     shards = [_shard(weights, b, dtype, args.padded_vocab_size) for b in blocks(weights.llama)]
     objects: dict[str, Any] = {COMMON_STATE: [_common_state(args)]}
-    objects |= dict.fromkeys(_extra_states(weights.llama.num_layers), [None])
+    objects |= {name: [None] for name in _extra_states(weights.llama.num_layers)}
     with whole_folder(output, force) as folder:
         write_torch_dist(folder / "release", shards, objects)
         (folder / TRACKER).write_text("release\n")
@@ -220,5 +220,3 @@ def _common_state(args: argparse.Namespace) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-
-

@@ -62,7 +62,9 @@ def _layer_blocks(llama: Llama, index: int) -> list[Block]:
     keys = llama.num_query_groups * llama.head_size
     theirs, ours = f"model.layers.{index}.", "decoder.layers."
 
-    def block(kind: Kind, megatron: tuple[str, ...], *tensors: tuple[str, tuple[int, ...]]) -> Block:
+    def block(
+        kind: Kind, megatron: tuple[str, ...], *tensors: tuple[str, tuple[int, ...]]
+    ) -> Block:
         names = tuple(ours + name for name in megatron)
         return Block(kind, names, index, tuple((theirs + n + ".weight", s) for n, s in tensors))
 

@@ -43,8 +43,9 @@ def read_legacy(folder: Path) -> tuple[LegacyTensors, Mapping[str, Any]]:
     files = legacy_files(folder)
     if len(files) != 1:
         raise LETError(
-            f"The checkpoint {folder} is split over {len(files)} ranks in the old format; convert it"
-            " first with Megatron: --load it with its layout and --ckpt-convert-format torch_dist."
+            f"The checkpoint {folder} is split over {len(files)} ranks in the old format;"
+            " convert it first with Megatron: --load it with its layout and --ckpt-convert-format"
+            " torch_dist."
         )
     try:
         state = torch.load(files[0], map_location="cpu", weights_only=False)

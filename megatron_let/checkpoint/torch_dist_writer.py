@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_let.checkpoint.torch_dist import FORMAT
 
@@ -64,7 +66,7 @@ class Shard:
         )
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Reads each part when torch's writer asks for it, and holds none."""
 
     def __init__(self, shards: Sequence[Shard], objects: Mapping[str, Any]) -> None:
@@ -103,9 +105,9 @@ def write_torch_dist(folder: Path, shards: Sequence[Shard], objects: Mapping[str
         folder: empty or not there yet.
         objects: what is not a tensor, by its name in the index.
     """
-    metadata = dcp.save(
+    metadata = save(
         {},
-        storage_writer=dcp.FileSystemWriter(folder),
+        storage_writer=FileSystemWriter(folder),
         planner=_Planner(shards, objects),
         no_dist=True,
     )
