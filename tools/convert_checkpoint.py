@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -83,7 +84,9 @@ def _add_export(commands: Any) -> None:
     parser = _add_conversion(
         commands, "megatron-to-hf", _export, "a torch_dist checkpoint to a Hugging Face folder"
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", help="of a weight file (default: 5GB)"
+    )
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -136,6 +139,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise ValueError
     return value
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]B", text):
+        raise ValueError
+    return text
 
 
 def _dtype(given: argparse.Namespace) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,14 @@ def save_llama(folder: Path, shard_bytes: int | None = None, **changes: Any) -> 
 
 def with_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
     """Put a trained tokenizer beside a model."""
+    shutil.copytree(_tokenizer(vocab_size), folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _tokenizer(vocab_size: int) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     return save_hugging_face_tokenizer(folder, vocab_size)
 
 
