@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_let.config import LETError
 from megatron_let.data.files import write_json
 from megatron_let.evaluation.models import checkpoint_hash, load_model, load_tokenizer
-from megatron_let.evaluation.tasks import Task, data_fingerprint, specification
+from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
 
 _ACCURACIES = ("acc", "acc_norm")
 
@@ -124,8 +126,8 @@ def _run(
     check_installed()
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    wanted = [specification(task, data) for task in tasks]
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     model = HFLM(
         pretrained=load_model(weights, dtype, device),
@@ -133,16 +135,32 @@ def _run(
         batch_size=batch_size,
         device=device,
     )
-    found = simple_evaluate(
-        model=model,
-        tasks=wanted,
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        bootstrap_iters=100,
-        log_samples=True,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = simple_evaluate(
+            model=model,
+            tasks=[_specification(task, data, Path(folder)) for task in tasks],
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            bootstrap_iters=100,
+            log_samples=True,
+            # Reading lm-eval's 13,000 other tasks takes a minute.
+            task_manager=TaskManager(include_defaults=False),
+        )
     assert found is not None
     return [_result(task, found) for task in tasks]
+
+
+def _specification(task: Task, data: Path | None, folder: Path) -> str:
+    """The file of a task for lm-eval: its own, or one that includes it and reads local data."""
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent / task.file
+    if data is None:
+        return str(own)
+    path = folder / f"{task.name}.yaml"
+    settings = {"include": str(own), "task": task.name, **local_data(task, data)}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
 
 
 def _result(task: Task, found: Any) -> Result:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.config import LETError
+from megatron_let.data.fingerprint import check_same_fingerprint
+from megatron_let.data.text_tokenizer import HuggingFaceText
 from megatron_let.data.windows import open_indexed
 
 
@@ -95,6 +97,8 @@ def perplexity(
     Raises:
         LETError: there is nothing to predict, or a token that the model does not know.
     """
+    if tokenizer is not None and getattr(tokenizer, "is_fast", False):
+        check_same_fingerprint(prefix, HuggingFaceText(tokenizer))
     loss, tokens = 0.0, 0
     vocab_size = model.config.vocab_size
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):

@@ -19,25 +19,27 @@ class Task:
     Attributes:
         column: the paper's heading.
         name: lm-eval's.
+        file: its definition among lm-eval's.
         metric: the accuracy that goes into the table; the paper does not name it. Its values of
             OpenBookQA are those of the normalised accuracy, all others of the plain one.
     """
 
     column: str
     name: str
+    file: str
     metric: str = "acc"
 
 
 TASKS = (
-    Task("ARC-c", "arc_challenge"),
-    Task("ARC-e", "arc_easy"),
-    Task("HS", "hellaswag"),
-    Task("LAMB", "lambada_openai"),
-    Task("OBQA", "openbookqa", "acc_norm"),
-    Task("PIQA", "piqa"),
-    Task("SciQ", "sciq"),
-    Task("Wino.", "winogrande"),
-    Task("BoolQ", "boolq"),
+    Task("ARC-c", "arc_challenge", "arc/arc_challenge.yaml"),
+    Task("ARC-e", "arc_easy", "arc/arc_easy.yaml"),
+    Task("HS", "hellaswag", "hellaswag/hellaswag.yaml"),
+    Task("LAMB", "lambada_openai", "lambada/lambada_openai.yaml"),
+    Task("OBQA", "openbookqa", "openbookqa/openbookqa.yaml", "acc_norm"),
+    Task("PIQA", "piqa", "piqa/piqa.yaml"),
+    Task("SciQ", "sciq", "sciq/sciq.yaml"),
+    Task("Wino.", "winogrande", "winogrande/default.yaml"),
+    Task("BoolQ", "boolq", "super_glue/boolq/default.yaml"),
 )
 
 
@@ -54,17 +56,15 @@ def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
     return tuple(known[name] for name in names) if names else TASKS
 
 
-def specification(task: Task, data: Path | None) -> str | dict[str, Any]:
-    """What lm-eval is asked for: its own task by name, or the same over local files.
+def local_data(task: Task, data: Path) -> dict[str, Any]:
+    """Settings that turn lm-eval's own task into the same over local files.
 
     Args:
-        data: folder with `NAME/SPLIT.jsonl`; None for the hub's data.
+        data: folder with `NAME/SPLIT.jsonl`.
 
     Raises:
         LETError: the folder lacks the task.
     """
-    if data is None:
-        return task.name
     files = {split: data / task.name / f"{split}.jsonl" for split in SPLITS}
     there = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
     if not there.keys() & {"validation", "test"}:
@@ -74,7 +74,6 @@ def specification(task: Task, data: Path | None) -> str | dict[str, Any]:
         )
     splits = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
     return {
-        "task": task.name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": there},

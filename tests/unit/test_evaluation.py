@@ -15,7 +15,7 @@ from megatron_let.evaluation import harness
 from megatron_let.evaluation.harness import Result, Settings, evaluate
 from megatron_let.evaluation.models import checkpoint_hash
 from megatron_let.evaluation.table import Row, csv_rows, plot_average, write_results_json
-from megatron_let.evaluation.tasks import TASKS, specification, tasks_named
+from megatron_let.evaluation.tasks import TASKS, local_data, tasks_named
 from megatron_let.evaluation.watch import finished_checkpoints, new_checkpoints
 from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
 from tools.evaluate import main
@@ -100,14 +100,13 @@ def test_unknown_task_and_missing_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(LETError, match="'mmlu' is none of"):
         tasks_named(["mmlu"])
     with pytest.raises(LETError, match="no arc_challenge/validation"):
-        specification(TASKS[0], tmp_path)
+        local_data(TASKS[0], tmp_path)
 
 
 def test_local_splits_take_the_hubs_place(data: Path) -> None:
     (task,) = tasks_named(["arc_easy"])
-    assert specification(task, None) == "arc_easy"
-    found = specification(task, data)
-    assert isinstance(found, dict) and found["dataset_path"] == "json"
+    found = local_data(task, data)
+    assert found["dataset_path"] == "json"
     assert found["validation_split"] == "validation"
     assert found["training_split"] is None and found["test_split"] is None
 

@@ -97,7 +97,8 @@ def test_both_formats_and_a_blend_through_the_program(
     megatron = as_megatron(model, tmp_path / "megatron")
     (tmp_path / "blend.txt").write_text(f"0.5 {data}\n0.5 {data}\n")
     arguments = ["perplexity", model, megatron, "--data-args-path", tmp_path / "blend.txt",
-                 "--seq-length", 16, "--json", tmp_path / "out.json", "--device", "cpu"]  # fmt: skip
+                 "--seq-length", 16, "--json", tmp_path / "out.json",
+                 "--device", "cpu"]  # fmt: skip
     assert main([str(argument) for argument in arguments]) == 0
     ours, theirs = json.loads((tmp_path / "out.json").read_text())["models"].values()
     assert ours == theirs and [part["name"] for part in ours] == ["texts", "texts", "all"]
