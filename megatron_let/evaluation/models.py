@@ -25,15 +25,17 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
 
     dtype = dtype or weights.dtype
     if not isinstance(weights, MegatronWeights):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights.folder, dtype=dtype, local_files_only=True
-        ).to(device)
+        )
+        return loaded.to(device)
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
     settings = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
     with no_init_weights():
-        model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+        model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model = model.to(dtype)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for block in blocks(weights.llama):
