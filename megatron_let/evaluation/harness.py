@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -122,11 +123,10 @@ def _run(
     data: Path | None,
     batch_size: str,
     device: str,
-) -> list[Result]:
+) -> Iterator[Result]:
+    """Each task's result as soon as it is there, so that an interruption loses one task."""
     check_installed()
-    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     model = HFLM(
@@ -135,19 +135,27 @@ def _run(
         batch_size=batch_size,
         device=device,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        found = simple_evaluate(
-            model=model,
-            tasks=[_specification(task, data, Path(folder)) for task in tasks],
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            bootstrap_iters=100,
-            log_samples=True,
-            # Reading lm-eval's 13,000 other tasks takes a minute.
-            task_manager=TaskManager(include_defaults=False),
-        )
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _score(model, task, settings, _specification(task, data, Path(folder)))
+
+
+def _score(model: Any, task: Task, settings: Settings, specification: str) -> Result:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model=model,
+        tasks=[specification],
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        bootstrap_iters=100,
+        log_samples=True,
+        # Reading lm-eval's 13,000 other tasks takes a minute.
+        task_manager=TaskManager(include_defaults=False),
+    )
     assert found is not None
-    return [_result(task, found) for task in tasks]
+    return _result(task, found)
 
 
 def _specification(task: Task, data: Path | None, folder: Path) -> str:
