@@ -52,6 +52,11 @@ def _say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+def _print(table: Table) -> None:
+    # Into a file or a pipe nothing may be cut to a terminal's width.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description=" ".join((__doc__ or "").split())
@@ -179,7 +184,7 @@ def _publish(given: argparse.Namespace, rows: list[Row], console: Console) -> No
     tasks = tasks_named(given.tasks)
     shots = f"{given.num_fewshot}-shot accuracy, %"
     limit = f", first {given.limit} items" if given.limit else ""
-    Console().print(table.terminal_table(rows, tasks, shots + limit))
+    _print(table.terminal_table(rows, tasks, shots + limit))
     source = provenance(" ".join(["python tools/evaluate.py", *sys.argv[1:]])) | versions()
     source |= {"num_fewshot": str(given.num_fewshot), "limit": str(given.limit or "none")}
     write_csv(given.output / "results.csv", table.csv_rows(rows, tasks), source)
@@ -203,7 +208,7 @@ def _perplexity(given: argparse.Namespace, console: Console) -> None:
     for model in given.models:
         parts = _parts(given, open_weights(model, given.tokenizer), prefixes)
         found[str(model)] = [_values(part) for part in parts]
-        Console().print(_perplexity_table(str(model), parts))
+        _print(_perplexity_table(str(model), parts))
     if given.json is not None:
         from megatron_let.data.files import write_json
 

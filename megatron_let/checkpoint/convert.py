@@ -165,21 +165,16 @@ def _extra_states(num_layers: int) -> list[str]:
 def _shard(weights: Weights, block: Block, dtype: torch.dtype, rows: int) -> Shard:
     shape = (rows, *block.shape[1:]) if block.kind == "vocabulary" else block.shape
     size = shape if block.layer is None else (weights.llama.num_layers, *shape)
-    read = _padded if block.kind == "vocabulary" else _merged
-    return Shard(
-        block.megatron[0], size, block.layer, dtype, functools.partial(read, weights, block, shape)
-    )
+    read = functools.partial(_megatron_tensor, weights, block, shape[0])
+    return Shard(block.megatron[0], size, block.layer, dtype, read)
 
 
-def _merged(weights: Weights, block: Block, shape: tuple[int, ...]) -> torch.Tensor:
-    return merge(block, tuple(weights.read(name) for name in block.names), weights.llama)
-
-
-def _padded(weights: Weights, block: Block, shape: tuple[int, ...]) -> torch.Tensor:
-    tensor = weights.read(block.names[0])
-    missing = shape[0] - tensor.shape[0]
-    # Rows of no token: zero logits' worth of nothing, and cut again on the way back.
-    return torch.nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+def _megatron_tensor(weights: Weights, block: Block, rows: int) -> torch.Tensor:
+    """Read what a block is made of and put it together; padded rows are 0."""
+    tensor = merge(block, tuple(weights.read(name) for name in block.names), weights.llama)
+    missing = rows - tensor.shape[0]
+    padding = (0, 0) * (tensor.dim() - 1) + (0, missing)
+    return torch.nn.functional.pad(tensor, padding) if missing else tensor
 
 
 def _release_arguments(

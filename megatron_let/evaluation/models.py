@@ -35,6 +35,8 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
     settings = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
     with no_init_weights():
         model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    # Not done by the constructor when it leaves the weights alone.
+    model.tie_weights()
     model = model.to(dtype)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -42,7 +44,6 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
             for name in block.names:
                 parameters.pop(name).copy_(weights.read(name))
     assert not parameters, f"never set: {sorted(parameters)}"
-    model.tie_weights()
     return model.eval().to(device)
 
 

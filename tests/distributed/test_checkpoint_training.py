@@ -29,7 +29,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 GQA = ("--group-query-attention", "--num-query-groups", 2)
 # The model, the flags that the recipe needs for it, the layout and its ranks.
 CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], int]] = {
-    "tp2, untied, gqa": ({}, GQA, ("--tensor-model-parallel-size", 2), 2),
+    "tp2, untied, gqa": (
+        {},
+        GQA,
+        ("--tensor-model-parallel-size", 2, "--use-distributed-optimizer"),
+        2,
+    ),
     "pp2, tied, mha, llama3": (
         {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
         ("--no-untie-embeddings-and-output-weights", "--rotary-base", 50000, "--use-rope-scaling"),

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_let.checkpoint.weights import open_weights
 from megatron_let.config import LETError
 from megatron_let.data.indexed import write_indexed
+from megatron_let.evaluation.models import load_model
 from megatron_let.evaluation.perplexity import Perplexity, blend_of, perplexity, total, windows
 from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
 from tools.evaluate import main
@@ -103,6 +105,17 @@ def test_both_formats_and_a_blend_through_the_program(
     ours, theirs = json.loads((tmp_path / "out.json").read_text())["models"].values()
     assert ours == theirs and [part["name"] for part in ours] == ["texts", "texts", "all"]
     assert ours[2]["loss"] == pytest.approx(ours[0]["loss"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_of_a_checkpoint_is_the_model(tied: bool, tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", tie_word_embeddings=tied)
+    megatron = as_megatron(source, tmp_path / "megatron")
+    ours = load_model(open_weights(megatron), torch.float32, "cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(source)
+    tokens = torch.arange(50)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
 
 @pytest.mark.parametrize(
