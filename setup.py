@@ -34,6 +34,7 @@ setup(
         "numpy",
         "packaging",
         "PyYAML",
+        "huggingface_hub",
         "regex",
         "safetensors",
         "sentencepiece",

@@ -56,6 +56,7 @@ def _run(argv: list[str], host: Host) -> None:
 
     from megatron_let import artifact_log, control, integration
     from megatron_let.arguments import let_config_from_args
+    from megatron_let.checkpoint.loaded import check_loaded
     from megatron_let.data.fingerprint import check_data_tokenizer
     from megatron_let.data.gpt import check_data, datasets_provider
     from megatron_let.forward_step import make_forward_step
@@ -71,6 +72,7 @@ def _run(argv: list[str], host: Host) -> None:
         check_local_layers(args)
     check_data(args)
     check_data_tokenizer(args, get_tokenizer())
+    check_loaded(args, get_tokenizer())
     integration.enable(args)
     control.enable(args)
     artifact_log.enable(args)

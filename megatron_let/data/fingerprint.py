@@ -98,6 +98,24 @@ def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
             )
 
 
+def check_same_fingerprint(prefix: str | Path, tokenizer: TextTokenizer) -> None:
+    """Check that a tokenizer made a data set; data without a side file passes.
+
+    Raises:
+        LETError: another one did.
+    """
+    if not side_file(prefix).is_file():
+        return
+    made = json.loads(side_file(prefix).read_text())
+    ours = asdict(fingerprint(tokenizer))
+    difference = _difference(made, ours, [ours["splitting"]])
+    if difference:
+        raise LETError(
+            f"The data {prefix} was made with another tokenizer ({made['tokenizer']}):"
+            f" {difference}; give data of the model's tokenizer."
+        )
+
+
 def _check_ids_fit(made: dict[str, dict[str, Any]], vocab_size: int | None) -> None:
     for prefix, values in made.items():
         if vocab_size is None or vocab_size < values["vocab_size"]:

@@ -1,0 +1,361 @@
+"""A Llama's architecture as Hugging Face and as Megatron's arguments write it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_let.config import LETError
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Sizes and constants of a Llama-family model.
+
+    Attributes:
+        ffn_size: width of the gate and up projections.
+        num_query_groups: key and value heads.
+        vocab_size: rows of the embedding that mean a token; padding is not counted.
+        max_positions: longest sequence that it was made for.
+        tied: the embedding is the output layer too.
+        rotary_base: theta of RoPE.
+        rope_type: `default`, `linear` (positions divided by `rope_factor`) or `llama3` (Llama 3.1's
+            scaling of the low frequencies by `rope_factor`, with Megatron's fixed bounds 1, 4
+            and 8192).
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_query_groups: int
+    head_size: int
+    vocab_size: int
+    max_positions: int
+    tied: bool
+    norm_epsilon: float
+    rotary_base: float = 10000.0
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    init_std: float = 0.02
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters without padding, an embedding that is tied counted once."""
+        attention = (self.num_heads + self.num_query_groups) * 2 * self.head_size
+        layer = self.hidden_size * (attention + 3 * self.ffn_size + 2)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+# What Megatron's `_apply_scaling` has built in; only the factor is an argument of its.
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# Megatron argument -> the value under which the model is a Llama.
+_LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
+    ("normalization", "RMSNorm"),
+    ("swiglu", True),
+    ("add_bias_linear", False),
+    ("add_qkv_bias", False),
+    ("position_embedding_type", "rope"),
+    ("rotary_percent", 1.0),
+    ("rotary_interleaved", False),
+    ("qk_layernorm", False),
+    ("qk_l2_norm", False),
+    ("attention_output_gate", False),
+    ("layernorm_zero_centered_gamma", False),
+    ("apply_layernorm_1p", False),
+    ("apply_residual_connection_post_layernorm", False),
+    ("multi_latent_attention", False),
+    ("num_experts", None),
+    ("mtp_num_layers", None),
+    ("hybrid_layer_pattern", None),
+    ("no_rope_freq", None),
+    ("window_size", None),
+    ("softmax_type", "vanilla"),
+    ("use_mup", False),
+    ("heterogeneous_layers_config_path", None),
+)
+
+
+def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
+    """The architecture that a run's arguments describe.
+
+    Args:
+        args: Megatron's arguments, as the checkpoint holds them.
+        vocab_size: without padding.
+
+    Raises:
+        LETError: names the argument that makes it no Llama.
+    """
+    for name, wanted in _LLAMA_ARGUMENTS:
+        value = args.get(name, wanted)
+        if value != wanted and not (wanted is None and not value):
+            raise LETError(
+                f"The checkpoint's model is no Llama: {name} is {value!r}, and a Llama's is"
+                f" {wanted!r}; such a model has no Hugging Face Llama folder."
+            )
+    heads = int(args["num_attention_heads"])
+    rope_type, factor = _rope_of_megatron(args)
+    return Llama(
+        num_layers=int(args["num_layers"]),
+        hidden_size=int(args["hidden_size"]),
+        ffn_size=int(args["ffn_hidden_size"]),
+        num_heads=heads,
+        # Without group-query attention Megatron's parser leaves the number at 1.
+        num_query_groups=int(args["num_query_groups"])
+        if args.get("group_query_attention")
+        else heads,
+        head_size=int(args.get("kv_channels") or args["hidden_size"] // heads),
+        vocab_size=vocab_size,
+        max_positions=int(args.get("max_position_embeddings") or args["seq_length"]),
+        tied=not args.get("untie_embeddings_and_output_weights", False),
+        norm_epsilon=norm_epsilon(args),
+        rotary_base=float(args.get("rotary_base") or 10000),
+        rope_type=rope_type,
+        rope_factor=factor,
+        init_std=float(args.get("init_method_std") or 0.02),
+    )
+
+
+def norm_epsilon(args: Mapping[str, Any]) -> float:
+    """`--norm-epsilon` under either of the names that Megatron gave it."""
+    value = args.get("layernorm_epsilon", args.get("norm_epsilon"))
+    return 1e-5 if value is None else float(value)
+
+
+def _rope_of_megatron(args: Mapping[str, Any]) -> tuple[str, float]:
+    if args.get("use_rope_scaling"):
+        return "llama3", float(args.get("rope_scaling_factor") or 8.0)
+    if args.get("rotary_seq_len_interpolation_factor"):
+        return "linear", float(args["rotary_seq_len_interpolation_factor"])
+    return "default", 1.0
+
+
+def to_megatron(llama: Llama) -> dict[str, Any]:
+    """The arguments of Megatron that describe the architecture."""
+    scaled = llama.rope_type == "llama3"
+    linear = llama.rope_type == "linear"
+    return dict(_LLAMA_ARGUMENTS) | {
+        "num_layers": llama.num_layers,
+        "hidden_size": llama.hidden_size,
+        "ffn_hidden_size": llama.ffn_size,
+        "num_attention_heads": llama.num_heads,
+        "group_query_attention": llama.num_query_groups != llama.num_heads,
+        "num_query_groups": llama.num_query_groups,
+        "kv_channels": llama.head_size,
+        "vocab_size": llama.vocab_size,
+        "max_position_embeddings": llama.max_positions,
+        "untie_embeddings_and_output_weights": not llama.tied,
+        "layernorm_epsilon": llama.norm_epsilon,
+        "norm_epsilon": llama.norm_epsilon,
+        "rotary_base": int(llama.rotary_base),
+        "use_rope_scaling": scaled,
+        "rope_scaling_factor": llama.rope_factor if scaled else 8.0,
+        "rotary_seq_len_interpolation_factor": int(llama.rope_factor) if linear else None,
+        "init_method_std": llama.init_std,
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+    }
+
+
+def recipe_settings(llama: Llama) -> dict[str, Any]:
+    """The `model` section of a recipe for this architecture, in Megatron's flags."""
+    settings: dict[str, Any] = {
+        "num-layers": llama.num_layers,
+        "hidden-size": llama.hidden_size,
+        "ffn-hidden-size": llama.ffn_size,
+        "num-attention-heads": llama.num_heads,
+    }
+    if llama.num_query_groups != llama.num_heads:
+        settings |= {"group-query-attention": True, "num-query-groups": llama.num_query_groups}
+    if llama.head_size * llama.num_heads != llama.hidden_size:
+        settings["kv-channels"] = llama.head_size
+    settings |= {
+        "max-position-embeddings": llama.max_positions,
+        "normalization": "RMSNorm",
+        "norm-epsilon": float(f"{llama.norm_epsilon:.6g}"),
+        "swiglu": True,
+        "disable-bias-linear": True,
+        "position-embedding-type": "rope",
+        "rotary-base": int(llama.rotary_base),
+    }
+    if llama.rope_type == "llama3":
+        settings |= {"use-rope-scaling": True, "rope-scaling-factor": llama.rope_factor}
+    if llama.rope_type == "linear":
+        settings["rotary-seq-len-interpolation-factor"] = int(llama.rope_factor)
+    if not llama.tied:
+        settings["untie-embeddings-and-output-weights"] = True
+    return settings
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> Llama:
+    """The architecture of a Llama's `config.json`, of any version of transformers.
+
+    Raises:
+        LETError: another architecture, or a setting that Megatron's Llama lacks.
+    """
+    kind = config.get("model_type")
+    if kind != "llama":
+        raise LETError(
+            f"The folder holds a model of type {kind!r}; only Llama's architecture converts"
+            " (model_type 'llama': SmolLM2, Llama 1 to 3, TinyLlama and their kin)."
+        )
+    for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if config.get(name, wanted) != wanted:
+            raise LETError(
+                f"The model's {name} is {config[name]!r}; the converter knows {wanted!r} only."
+            )
+    heads = int(config["num_attention_heads"])
+    base, rope_type, factor = _rope_of_hugging_face(config)
+    return Llama(
+        num_layers=int(config["num_hidden_layers"]),
+        hidden_size=int(config["hidden_size"]),
+        ffn_size=int(config["intermediate_size"]),
+        num_heads=heads,
+        num_query_groups=int(config.get("num_key_value_heads") or heads),
+        head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
+        vocab_size=int(config["vocab_size"]),
+        max_positions=int(config.get("max_position_embeddings", 2048)),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        rotary_base=base,
+        rope_type=rope_type,
+        rope_factor=factor,
+        init_std=float(config.get("initializer_range", 0.02)),
+    )
+
+
+def _rope_of_hugging_face(config: Mapping[str, Any]) -> tuple[float, str, float]:
+    # `rope_parameters` since transformers 5; before, `rope_theta` and `rope_scaling` beside it.
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if base != int(base):
+        raise LETError(
+            f"The model's rope_theta is {base}; Megatron's --rotary-base is a whole one."
+        )
+    if kind == "default":
+        return base, kind, 1.0
+    factor = float(rope.get("factor", 1.0))
+    if kind == "linear" and factor == int(factor):
+        return base, kind, factor
+    if kind == "llama3" and all(rope.get(k) == v for k, v in _LLAMA3_ROPE.items()):
+        return base, kind, factor
+    raise LETError(
+        f"The model's RoPE scaling is {rope}; Megatron has llama3 with {_LLAMA3_ROPE} and linear"
+        " with a whole factor."
+    )
+
+
+def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
+    """A `config.json` that transformers 4 and 5 read alike.
+
+    Args:
+        dtype: torch's name of the weights' type, such as `bfloat16`.
+    """
+    scaling: dict[str, Any] | None = None
+    if llama.rope_type != "default":
+        scaling = {"rope_type": llama.rope_type, "factor": llama.rope_factor}
+        scaling |= _LLAMA3_ROPE if llama.rope_type == "llama3" else {}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": llama.vocab_size,
+        "hidden_size": llama.hidden_size,
+        "intermediate_size": llama.ffn_size,
+        "num_hidden_layers": llama.num_layers,
+        "num_attention_heads": llama.num_heads,
+        "num_key_value_heads": llama.num_query_groups,
+        "head_dim": llama.head_size,
+        "max_position_embeddings": llama.max_positions,
+        "tie_word_embeddings": llama.tied,
+        "rms_norm_eps": llama.norm_epsilon,
+        "rope_theta": llama.rotary_base,
+        "rope_scaling": scaling,
+        "initializer_range": llama.init_std,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def check_layout(llama: Llama, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Check that Megatron can train the model under a layout.
+
+    Raises:
+        LETError: names the size that the layout does not divide.
+    """
+    sizes = (
+        ("attention heads", llama.num_heads, tensor_parallel, "tensor"),
+        ("query groups", llama.num_query_groups, tensor_parallel, "tensor"),
+        ("feed-forward units", llama.ffn_size, tensor_parallel, "tensor"),
+        ("layers", llama.num_layers, pipeline_parallel, "pipeline"),
+    )
+    for what, count, ranks, kind in sizes:
+        # Megatron replicates a query group where there are fewer groups than ranks.
+        divides = count % ranks == 0 or (what == "query groups" and ranks % count == 0)
+        if not divides:
+            raise LETError(
+                f"The model has {count} {what}, which --{kind}-model-parallel-size {ranks} does not"
+                f" divide; give one of {_divisors(count)}."
+            )
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Rows of the embedding in Megatron: the next multiple of divisible_by x TP."""
+    multiple = divisible_by * tensor_parallel
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) or isinstance(theirs, float):
+        return math.isclose(float(ours), float(theirs), rel_tol=1e-5)
+    return bool(ours == theirs)
+
+
+# Field of Llama -> the flag that sets it, of what a loaded model's mathematics depends on.
+_CHECKED: tuple[tuple[str, str], ...] = (
+    ("num_layers", "--num-layers"),
+    ("hidden_size", "--hidden-size"),
+    ("ffn_size", "--ffn-hidden-size"),
+    ("num_heads", "--num-attention-heads"),
+    ("num_query_groups", "--num-query-groups (with --group-query-attention)"),
+    ("head_size", "--kv-channels"),
+    ("tied", "--untie-embeddings-and-output-weights"),
+    ("norm_epsilon", "--norm-epsilon"),
+    ("rotary_base", "--rotary-base"),
+    ("rope_type", "--use-rope-scaling"),
+    ("rope_factor", "--rope-scaling-factor"),
+)
+
+
+def first_difference(run: Llama, checkpoint: Llama) -> tuple[str, Any, Any] | None:
+    """The flag whose value would make another model of the checkpoint's weights.
+
+    Returns:
+        Flag, the run's value, the checkpoint's value; None where there is no difference.
+    """
+
+    def value(llama: Llama, name: str) -> Any:
+        # The flag says the opposite of the field.
+        return not llama.tied if name == "tied" else getattr(llama, name)
+
+    for name, flag in _CHECKED:
+        ours, theirs = value(run, name), value(checkpoint, name)
+        if not _same(ours, theirs):
+            return flag, ours, theirs
+    return None

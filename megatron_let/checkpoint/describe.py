@@ -1,0 +1,66 @@
+"""What a Megatron checkpoint holds, without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE
+from megatron_let.checkpoint.torch_dist import TorchDist, iteration_folder
+
+_LAYOUT = (
+    ("TP", "tensor_model_parallel_size"),
+    ("PP", "pipeline_model_parallel_size"),
+    ("VPP", "virtual_pipeline_model_parallel_size"),
+    ("CP", "context_parallel_size"),
+    ("DP", "data_parallel_size"),
+)
+# What a GPT model, its run and its optimizer write; anything else is named.
+_EXPECTED = ("embedding.", "decoder.", "output_layer.")
+_STATES = ("common_state", "rng_state", "rerun_state_machine_state", *EXTRA_STATES,
+           *EXTRA_STATES_ONCE)  # fmt: skip
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about a checkpoint, for people and for JSON.
+
+    Raises:
+        LETError: not a whole torch_dist checkpoint.
+    """
+    checkpoint = TorchDist(iteration_folder(path))
+    state = checkpoint.common_state()
+    args: dict[str, Any] = vars(state["args"]) if state.get("args") is not None else {}
+    tensors = checkpoint.tensors()
+    dtypes = sorted({str(t.properties.dtype).removeprefix("torch.") for t in tensors.values()})
+    return {
+        "folder": str(checkpoint.folder),
+        "iteration": state.get("iteration"),
+        "consumed_samples": args.get("consumed_train_samples"),
+        "consumed_tokens": _tokens(args),
+        "layout": {label: args.get(name) or 1 for label, name in _LAYOUT},
+        "parameters_with_padding": sum(t.size.numel() for t in tensors.values()),
+        "dtypes": dtypes,
+        "tensors": {name: list(t.size) for name, t in sorted(tensors.items())},
+        "optimizer_tensors": len(checkpoint.optimizer_names()),
+        "bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
+        "let": {k: _plain(v) for k, v in sorted(args.items()) if k.startswith("let_")},
+        "not_of_a_gpt_model": foreign_entries(checkpoint),
+    }
+
+
+def _tokens(args: Mapping[str, Any]) -> int | None:
+    samples, length = args.get("consumed_train_samples"), args.get("seq_length")
+    return None if samples is None or length is None else int(samples) * int(length)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def foreign_entries(checkpoint: TorchDist) -> list[str]:
+    """Entries that belong neither to a GPT model nor to its run: a teacher would be among them."""
+    own = (*_EXPECTED, *_STATES)
+    optimizer = set(checkpoint.optimizer_names())
+    names = checkpoint.metadata.state_dict_metadata
+    return sorted(n for n in names if n not in optimizer and not n.startswith(own))

@@ -1,0 +1,162 @@
+"""Whether two folders hold the same model: tensor by tensor, and by the logits of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_let.checkpoint.architecture import first_difference
+from megatron_let.checkpoint.layout import blocks
+from megatron_let.checkpoint.reference_models import logits
+from megatron_let.checkpoint.weights import Weights
+from megatron_let.config import LETError
+
+
+@dataclass(frozen=True)
+class TensorAudit:
+    """Tensor-by-tensor comparison of two models.
+
+    Attributes:
+        num_tensors: Hugging Face tensors of the architecture, each read from both.
+        num_bitwise: of them, those that are equal bit by bit.
+        largest_difference: over all elements, in fp32.
+        different: names of the tensors that are not equal.
+        unused: stored tensors of either model that have no place in it.
+    """
+
+    num_tensors: int
+    num_bitwise: int
+    largest_difference: float
+    different: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether every tensor is used once and equal."""
+        return not self.different and not self.unused
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Two models' logits on the same tokens.
+
+    Attributes:
+        largest_difference: absolute, over tokens and vocabulary.
+        top_token_agreement: share of positions with the same most likely token.
+        perplexities: of each model, per token.
+    """
+
+    num_tokens: int
+    largest_difference: float
+    top_token_agreement: float
+    perplexities: tuple[float, float]
+
+
+def audit(first: Weights, second: Weights) -> TensorAudit:
+    """Compare every tensor of two models, one at a time.
+
+    Raises:
+        LETError: they are of different architectures.
+    """
+    _check_same_architecture(first, second)
+    names = [name for block in blocks(first.llama) for name in block.names]
+    different, largest = [], 0.0
+    for name in names:
+        a, b = first.read(name), second.read(name)
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            different.append(name)
+            # A NaN makes the difference NaN, which no tolerance accepts.
+            gap = float((a.float() - b.float()).abs().max())
+            largest = gap if np.isnan(gap) else max(largest, gap)
+    unused = (*first.unused(), *second.unused())
+    return TensorAudit(len(names), len(names) - len(different), largest, tuple(different), unused)
+
+
+def _check_same_architecture(first: Weights, second: Weights) -> None:
+    difference = first_difference(first.llama, second.llama)
+    if difference is None and first.llama.vocab_size != second.llama.vocab_size:
+        difference = ("--vocab-size", first.llama.vocab_size, second.llama.vocab_size)
+    if difference is not None:
+        name, ours, theirs = difference
+        raise LETError(
+            f"{first.folder} and {second.folder} are not one architecture: {name} is {ours} and"
+            f" {theirs}."
+        )
+
+
+def compare_logits(
+    first: Weights, second: Weights, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> LogitComparison:
+    """Run both models on the same tokens, one after the other.
+
+    Args:
+        tokens: [b, s].
+        dtype: to compute in; the weights are cast to it.
+    """
+    ours = logits(first, tokens, dtype)
+    theirs = logits(second, tokens, dtype)
+    same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+    return LogitComparison(
+        tokens.numel(),
+        float((ours - theirs).abs().max()),
+        float(same),
+        (_perplexity(ours, tokens), _perplexity(theirs, tokens)),
+    )
+
+
+def _perplexity(found: torch.Tensor, tokens: torch.Tensor) -> float:
+    loss = torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return float(loss.exp())
+
+
+def sample_tokens(weights: Weights, count: int, length: int, data: Path | None) -> torch.Tensor:
+    """Tokens to compare on: of indexed data, or of a fixed text, or random without a tokenizer.
+
+    Returns:
+        [count, length] int64.
+
+    Raises:
+        LETError: the data has too few tokens, or tokens that the model does not know.
+    """
+    if data is not None:
+        ids = _from_data(data, count * length)
+    elif weights.tokenizer is not None and weights.tokenizer.is_dir():
+        ids = _from_text(weights.tokenizer, count * length)
+    else:
+        generator = torch.Generator().manual_seed(1234)
+        ids = torch.randint(weights.llama.vocab_size, (count * length,), generator=generator)
+    if int(ids.max()) >= weights.llama.vocab_size:
+        raise LETError(
+            f"The data {data} has token {int(ids.max())} and the model {weights.llama.vocab_size};"
+            " give data of the model's tokenizer."
+        )
+    return ids.view(count, length)
+
+
+def _from_data(prefix: Path, needed: int) -> torch.Tensor:
+    from megatron_let.data.windows import open_indexed
+
+    data = open_indexed(prefix)
+    parts: list[np.ndarray] = []
+    for index in range(len(data)):
+        parts.append(np.asarray(data[index], dtype=np.int64))
+        if sum(map(len, parts)) >= needed:
+            return torch.from_numpy(np.concatenate(parts)[:needed])
+    raise LETError(f"The data {prefix} has fewer than {needed} tokens; give more, or ask for less.")
+
+
+def _from_text(tokenizer: Path, needed: int) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    from megatron_let.data.environment_text import environment_text
+
+    encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    ids: list[int] = []
+    for text in environment_text(16 * needed):
+        ids += encode(text, add_special_tokens=False).input_ids
+        if len(ids) >= needed:
+            return torch.tensor(ids[:needed])
+    raise LETError(f"The tokenizer {tokenizer} makes no tokens of plain text.")

@@ -1,0 +1,1 @@
+"""The paper's evaluation: nine tasks by lm-eval, and perplexity over indexed data."""

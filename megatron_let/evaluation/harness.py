@@ -1,0 +1,193 @@
+"""The tasks by EleutherAI's lm-eval, one result a task, kept so that none is computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_let.config import LETError
+from megatron_let.data.files import write_json
+from megatron_let.evaluation.models import checkpoint_hash, load_model, load_tokenizer
+from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
+
+_ACCURACIES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the tasks are run; all of it is part of a result's identity.
+
+    Attributes:
+        num_fewshot: examples before the question; the paper's is 1.
+        limit: items of each task; None for all.
+        dtype: of the weights, torch's name; None keeps the checkpoint's.
+    """
+
+    num_fewshot: int = 1
+    limit: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task's outcome.
+
+    Attributes:
+        scores: accuracy and its standard error, by lm-eval's names (`acc`, `acc_stderr`, ...).
+        answers: for each item 1 or 0, right or wrong in plain accuracy.
+        task_version: lm-eval's version of the task.
+    """
+
+    task: str
+    scores: dict[str, float]
+    items: int
+    task_version: str
+    answers: str = field(repr=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a score depends on."""
+    return {name: version(name) for name in ("lm-eval", "datasets", "transformers", "torch")}
+
+
+def evaluate(
+    weights: Any,
+    tasks: tuple[Task, ...],
+    settings: Settings,
+    cache: Path,
+    data: Path | None = None,
+    batch_size: str = "auto",
+    device: str = "cpu",
+) -> list[Result]:
+    """Score a model on tasks; those that the cache holds cost nothing.
+
+    Args:
+        weights: from `open_weights`.
+        cache: folder of results, one JSON file each.
+        data: folder of local tasks; None takes the hub's data.
+        batch_size: a number, or `auto` for the largest that fits.
+
+    Raises:
+        LETError: lm-eval is not installed, or a task's data is not there.
+    """
+    checkpoint = checkpoint_hash(weights.folder)
+    files = {task: cache / _file_name(checkpoint, task, settings, data) for task in tasks}
+    missing = tuple(task for task, path in files.items() if not path.is_file())
+    if missing:
+        cache.mkdir(parents=True, exist_ok=True)
+        for result in _run(weights, missing, settings, data, batch_size, device):
+            task = next(task for task in missing if task.name == result.task)
+            write_json(files[task], asdict(result))
+    return [Result(**json.loads(path.read_text())) for path in files.values()]
+
+
+def _file_name(checkpoint: str, task: Task, settings: Settings, data: Path | None) -> str:
+    identity = {
+        "checkpoint": checkpoint,
+        "task": task.name,
+        "data": data_fingerprint(task, data),
+        "settings": asdict(settings),
+        "versions": versions(),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{checkpoint}-{task.name}-{digest}.json"
+
+
+def check_installed() -> None:
+    """Check that lm-eval is there.
+
+    Raises:
+        LETError: says how to get it.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise LETError(
+            "The tasks need lm-eval; install it with: bash launch/lib/environment.sh evaluation"
+        ) from error
+
+
+def _run(
+    weights: Any,
+    tasks: tuple[Task, ...],
+    settings: Settings,
+    data: Path | None,
+    batch_size: str,
+    device: str,
+) -> Iterator[Result]:
+    """Each task's result as soon as it is there, so that an interruption loses one task."""
+    check_installed()
+    from lm_eval.models.huggingface import HFLM
+
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    model = HFLM(
+        pretrained=load_model(weights, dtype, device),
+        tokenizer=load_tokenizer(weights),
+        batch_size=batch_size,
+        device=device,
+    )
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _score(model, task, settings, _specification(task, data, Path(folder)))
+
+
+def _score(model: Any, task: Task, settings: Settings, specification: str) -> Result:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model=model,
+        tasks=[specification],
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        bootstrap_iters=100,
+        log_samples=True,
+        # Reading lm-eval's 13,000 other tasks takes a minute.
+        task_manager=TaskManager(include_defaults=False),
+    )
+    assert found is not None
+    return _result(task, found)
+
+
+def _specification(task: Task, data: Path | None, folder: Path) -> str:
+    """The file of a task for lm-eval: its own, or one that includes it and reads local data."""
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent / task.file
+    if data is None:
+        return str(own)
+    path = folder / f"{task.name}.yaml"
+    settings = {"include": str(own), "task": task.name, **local_data(task, data)}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def _result(task: Task, found: Any) -> Result:
+    raw = found["results"][task.name]
+    scores = {}
+    for metric in _ACCURACIES:
+        if f"{metric},none" in raw:
+            scores[metric] = float(raw[f"{metric},none"])
+            scores[f"{metric}_stderr"] = _number(raw[f"{metric}_stderr,none"])
+    samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
+    return Result(
+        task.name,
+        scores,
+        len(samples),
+        str(found["versions"][task.name]),
+        "".join(str(int(sample["acc"])) for sample in samples),
+    )
+
+
+def _number(value: Any) -> float:
+    # lm-eval says "N/A" where there is one item only.
+    return float(value) if isinstance(value, int | float) else float("nan")

@@ -1,0 +1,87 @@
+"""A checkpoint as a transformers model in memory, from either format."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_let.checkpoint.architecture import to_hugging_face
+from megatron_let.checkpoint.layout import blocks
+from megatron_let.checkpoint.torch_dist import INDEX, iteration_folder
+from megatron_let.checkpoint.weights import MegatronWeights, Weights
+from megatron_let.config import LETError
+
+
+def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
+    """Build the model; a Megatron checkpoint is converted on the way, nothing is written.
+
+    Args:
+        dtype: to compute in; None keeps the weights'.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or weights.dtype
+    if not isinstance(weights, MegatronWeights):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            weights.folder, dtype=dtype, local_files_only=True
+        )
+        return loaded.to(device)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    settings = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
+    with no_init_weights():
+        model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    # Not done by the constructor when it leaves the weights alone.
+    model.tie_weights()
+    model = model.to(dtype)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for block in blocks(weights.llama):
+            for name in block.names:
+                parameters.pop(name).copy_(weights.read(name))
+    assert not parameters, f"never set: {sorted(parameters)}"
+    return model.eval().to(device)
+
+
+def load_tokenizer(weights: Weights) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        LETError: none is known.
+    """
+    from transformers import AutoTokenizer
+
+    if weights.tokenizer is None:
+        raise LETError(f"{weights.folder} names no tokenizer; give --tokenizer DIR.")
+    return AutoTokenizer.from_pretrained(weights.tokenizer, local_files_only=True)
+
+
+def checkpoint_hash(path: Path) -> str:
+    """A name for the weights of a checkpoint, the same wherever it lies.
+
+    Of a Megatron checkpoint its index, which has an identity of its own and the place of every
+    tensor; of a Hugging Face folder the content.
+    """
+    folder = iteration_folder(path)
+    digest = hashlib.sha256()
+    if (folder / INDEX).is_file():
+        digest.update((folder / INDEX).read_bytes())
+        sizes = sorted((f.name, f.stat().st_size) for f in folder.glob("*.distcp"))
+        digest.update(repr(sizes).encode())
+        return digest.hexdigest()[:16]
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def tokens_seen(weights: Weights) -> int | None:
+    """Tokens that a Megatron run had trained on; None where it is not known."""
+    if not isinstance(weights, MegatronWeights):
+        return None
+    samples, length = (weights.args.get(n) for n in ("consumed_train_samples", "seq_length"))
+    return int(samples) * int(length) if samples and length else None

@@ -1,0 +1,123 @@
+"""A converted checkpoint in real training, and a trained one converted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_let.checkpoint.convert import to_hugging_face_folder, to_megatron_checkpoint
+from megatron_let.checkpoint.describe import describe
+from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
+from megatron_let.checkpoint.weights import open_weights
+from tests.helpers.checkpoints import equal, save_llama, tensors_of
+from tests.helpers.runs import ROOT, environment, train
+
+pytestmark = pytest.mark.distributed
+
+UNTOUCHED = ("--let-method", "none", "--train-iters", 1, "--lr", 0, "--min-lr", 0,
+             "--weight-decay", 0, "--lr-warmup-iters", 0, "--eval-iters", 0, "--save-interval", 1,
+             "--vocab-size", 250)  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192, "rope_theta": 50000.0}  # fmt: skip
+GQA = ("--group-query-attention", "--num-query-groups", 2)
+# The model, the flags that the recipe needs for it, the layout and its ranks.
+CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], int]] = {
+    "tp2, untied, gqa": (
+        {},
+        GQA,
+        ("--tensor-model-parallel-size", 2, "--use-distributed-optimizer"),
+        2,
+    ),
+    "pp2, tied, mha, llama3": (
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+        ("--no-untie-embeddings-and-output-weights", "--rotary-base", 50000, "--use-rope-scaling"),
+        ("--pipeline-model-parallel-size", 2),
+        2,
+    ),
+}
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), *map(str, arguments)],
+        env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_returns_bitwise_through_a_run(case: str, tmp_path: Path, data: Path) -> None:
+    changes, flags, layout, ranks = CASES[case]
+    source = save_llama(tmp_path / "source", **changes)
+    to_megatron_checkpoint(open_weights(source), tmp_path / "converted")
+    train(
+        tmp_path / "run", *UNTOUCHED, *flags, *layout, "--data-path", data,
+        "--load", tmp_path / "converted", "--save", tmp_path / "saved", ranks=ranks, TEACHER="-",
+    )  # fmt: skip
+    returned = open_weights(tmp_path / "saved")
+    to_hugging_face_folder(returned, tmp_path / "back")
+    assert equal(tensors_of(tmp_path / "back"), tensors_of(source))
+    assert describe(tmp_path / "saved")["iteration"] == 1
+
+
+def test_another_recipe_is_refused_before_training(tmp_path: Path, data: Path) -> None:
+    source = save_llama(tmp_path / "source")
+    to_megatron_checkpoint(open_weights(source), tmp_path / "converted")
+    run = train(
+        tmp_path / "run", *UNTOUCHED, *GQA, "--rotary-base", 20000, "--data-path", data,
+        "--load", tmp_path / "converted", check=False, TEACHER="-",
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "--rotary-base is 20000.0 in this run and 10000.0 in the checkpoint" in run.error
+
+
+def test_trained_student_is_the_same_model_under_transformers(
+    tmp_path: Path, weights: Path
+) -> None:
+    exported = tmp_path / "exported"
+    result = convert("megatron-to-hf", "--input", weights, "--output", exported)
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert model.config.vocab_size == 256
+    # Megatron's GPTModel and its loader on one side, transformers on the other.
+    result = convert("verify", weights, exported)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "same model" in result.stderr and "same top token at 100.00%" in result.stderr
+    _swap_gate_and_up(exported)
+    result = convert("verify", weights, exported)
+    assert result.returncode == 1, result.stderr
+    assert "NOT the same model" in result.stderr
+
+
+def _swap_gate_and_up(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    gate, up = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    tensors[gate], tensors[up] = tensors[up], tensors[gate]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_inspect_tells_what_a_run_saved(weights: Path) -> None:
+    found = json.loads(convert("inspect", weights, "--json").stdout)
+    assert found["iteration"] == 20 and found["layout"] == dict.fromkeys(
+        ("TP", "PP", "VPP", "CP", "DP"), 1
+    )
+    assert found["let"]["let_weight"] == 20 and found["not_of_a_gpt_model"] == []
+    assert found["optimizer_tensors"] > 0 and found["dtypes"] == ["float32"]
+    assert "teacher: none" in convert("inspect", weights).stdout
+
+
+def test_export_in_bf16_rounds_the_weights(tmp_path: Path, weights: Path) -> None:
+    to_hugging_face_folder(open_weights(weights), tmp_path / "bf16", dtype=torch.bfloat16)
+    to_hugging_face_folder(open_weights(weights), tmp_path / "fp32")
+    rounded, exact = SafetensorsFolder(tmp_path / "bf16"), SafetensorsFolder(tmp_path / "fp32")
+    for name in exact.names():
+        assert torch.equal(rounded.read(name), exact.read(name).bfloat16())

