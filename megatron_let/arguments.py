@@ -7,11 +7,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import METHODS, LETConfig, LETError
+from megatron_let.config import LAYER_PAIRS, LOSSES, METHODS, LETConfig, LETError
+from megatron_let.ops.cca import TOKENS_PER_FEATURE
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import tapped_layer
 
 _PREFIX = "let_"
+
+_TEACHER = {"method", "teacher", "teacher_dtype"}
+_DISTILLATION = _TEACHER | {"kd_weight", "kd_temperature", "kd_top_k", "kd_fade"}
+# Settings that a method reads.
+_USED = {
+    "none": {"method"},
+    "let": LETConfig.__dataclass_fields__.keys() - (_DISTILLATION - _TEACHER),
+    "rkd": _DISTILLATION,
+    "salt": _DISTILLATION | {"stop_step"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -25,11 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     add("method", f"what to train with (default: {default.method})", choices=METHODS)
     add("teacher", "Hugging Face folder or .gguf file of the small trained model", type=Path)
-    add("layer", f"k, the student's aligned layer, from 1 (default: {default.layer})", type=int)
+    add("layer", f"k, the student's layer: middle, last or a number (default: {default.layer})")
+    group.add_argument(
+        "--let-layer-pair",
+        action=_LayerPair,
+        choices=LAYER_PAIRS,
+        default=argparse.SUPPRESS,
+        help="both layers by the paper's name, teacher's first: Last or Middle to Early (the"
+        " third), Middle or Last; what stands later on the command line wins",
+    )
+    add("loss", f"what is aligned (default: {default.loss})", choices=LOSSES)
     add("weight", f"lambda_0, weight at the first step (default: {default.weight})", type=float)
     add(
         "stop-step",
-        f"S_stop, step at which the weight is 0 (default: {default.stop_step})",
+        f"S_stop, step at which the teacher leaves (default: {default.stop_step})",
         type=int,
     )
     add("teacher-layer", "last, middle or a number from 1 (default: last)")
@@ -43,10 +63,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"precision of the teacher (default: {default.teacher_dtype})",
         choices=("bf16", "fp32"),
     )
+    add("kd-weight", f"w of rkd and salt, from 0 to 1 (default: {default.kd_weight})", type=float)
+    add(
+        "kd-temperature",
+        f"divides the teacher's logits in rkd and salt (default: {default.kd_temperature})",
+        type=float,
+    )
+    add("kd-top-k", "keep so many of the teacher's entries a token (default: 0, all)", type=int)
+    add(
+        "kd-fade",
+        "let w of salt fall linearly to 0 at the stop step (default: no)",
+        action=argparse.BooleanOptionalAction,
+    )
     group.add_argument(
         "--let-metrics-path", type=Path, default=None, help="JSON lines file, one a step"
     )
     return parser
+
+
+class _LayerPair(argparse.Action):
+    """Stands for `--let-layer` and `--let-teacher-layer`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        namespace.let_layer, namespace.let_teacher_layer = LAYER_PAIRS[value]
+
+
+def _layer_number(name: str, args: argparse.Namespace) -> int:
+    """1-based number of the student's layer."""
+    if name == "last":
+        return int(args.num_layers)
+    if name == "middle":
+        return max(1, int(args.num_layers) // 2)
+    if name.removeprefix("-").isdecimal():
+        return int(name)
+    raise LETError(f"--let-layer is {name!r}; give middle, last or a number from 1.")
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:
@@ -61,11 +113,13 @@ def let_config_from_args(args: argparse.Namespace) -> LETConfig:
         for name in names
         if getattr(args, _PREFIX + name, None) is not None
     }
+    if "layer" in given:
+        given["layer"] = _layer_number(given["layer"], args)
     config = LETConfig(**given)
-    useless = sorted(given.keys() - {"method"})
-    if config.method == "none" and useless:
+    useless = sorted(given.keys() - _USED[config.method])
+    if useless:
         flags = ", ".join("--let-" + name.replace("_", "-") for name in useless)
-        warnings.warn(f"{flags} has no effect with --let-method none.", stacklevel=1)
+        warnings.warn(f"{flags} has no effect with --let-method {config.method}.", stacklevel=1)
     return config
 
 
@@ -135,7 +189,8 @@ def check_supported(args: argparse.Namespace) -> None:
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
             flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
-            raise LETError(f"--let-method let cannot be used with {flag} {value}: {reason}.")
+            method = f"--let-method {args.let_method}"
+            raise LETError(f"{method} cannot be used with {flag} {value}: {reason}.")
 
 
 # What the entry's own forward step does not do; a user's script with LET may.
@@ -174,12 +229,8 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     Raises:
         LETError: names both sizes.
     """
-    if config.layer > args.num_layers:
-        raise LETError(
-            f"--let-layer is {config.layer} but the student has {args.num_layers} layers; give a"
-            f" number from 1 to {args.num_layers}."
-        )
-    tapped_layer(config.teacher_layer, folder.num_layers)
+    if config.method == "let":
+        _check_layers(config, folder, args)
     if folder.max_positions is not None and args.seq_length > folder.max_positions:
         raise LETError(
             f"--seq-length is {args.seq_length} but the teacher was built for "
@@ -188,11 +239,27 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     steps = args.train_iters
     if steps is None:
         steps = args.train_samples // args.global_batch_size
-    if config.stop_step > steps:
+    if config.stop_step > steps and config.method != "rkd":
         warnings.warn(
             f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
             " the weight never reaches 0 and the teacher stays to the end.",
             stacklevel=2,
+        )
+
+
+def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Namespace) -> None:
+    if config.layer > args.num_layers:
+        raise LETError(
+            f"--let-layer is {config.layer} but the student has {args.num_layers} layers; give a"
+            f" number from 1 to {args.num_layers}."
+        )
+    tapped_layer(config.teacher_layer, folder.num_layers)
+    tokens, needed = args.micro_batch_size * args.seq_length, TOKENS_PER_FEATURE * folder.hidden_size
+    if config.loss == "cca" and tokens < needed:
+        raise LETError(
+            f"--let-loss cca correlates the {folder.hidden_size} features of the teacher over the"
+            f" {tokens} tokens of a microbatch, which chance alone would; raise --micro-batch-size"
+            f" to at least {-(-needed // args.seq_length)}, or use another --let-loss."
         )
 
 

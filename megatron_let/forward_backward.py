@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_let.alignment.hook import AlignmentHook
+from megatron_let.alignment.losses import alignment_loss
 from megatron_let.alignment.schedule import alignment_weight
 from megatron_let.alignment.sharding import (
     SequenceShard,
@@ -21,7 +22,7 @@ from megatron_let.alignment.sharding import (
 )
 from megatron_let.config import LETConfig, LETError
 from megatron_let.global_batch import GlobalBatch, read_ahead, share_tokens
-from megatron_let.metrics import COSINE_KEY, WEIGHT_KEY
+from megatron_let.metrics import WEIGHT_KEY, alignment_key
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import load_teacher
 from megatron_let.teacher.states import AlignedStageStates
@@ -71,6 +72,7 @@ class AlignedForwardBackward:
         self._folder = folder
         self._current_step = current_step
         self._report = report
+        self._loss_names = alignment_loss(config.loss, None).names
         self._started = False
         self._attachment: _Attachment | None = None
 
@@ -114,8 +116,8 @@ class AlignedForwardBackward:
             self._attachment.states.begin(batch.tokens)
             self._attachment.hook.open_step(self._attachment.states.state, scale, device)
         losses = forward_backward(**kwargs)
-        cosine = self._close(num_microbatches, device)
-        return _with_metrics(losses, cosine, weight)
+        totals = self._close(num_microbatches, device)
+        return _with_metrics(losses, self._loss_names, totals, weight)
 
     def _attach(self, model: list[torch.nn.Module], device: torch.device) -> None:
         self._started = True
@@ -123,8 +125,10 @@ class AlignedForwardBackward:
         if layer is None:
             return
         teacher = load_teacher(self._folder, self._config, device)
+        shard = _this_rank(layer.config)
+        loss = alignment_loss(self._config.loss, _token_group(shard))
         self._attachment = _Attachment(
-            AlignmentHook(layer), AlignedStageStates(teacher, _this_rank(layer.config))
+            AlignmentHook(layer, loss), AlignedStageStates(teacher, shard)
         )
         logger.info(
             "LET: teacher %s (%.0f MiB) on the stage of layer %d",
@@ -134,23 +138,24 @@ class AlignedForwardBackward:
         )
 
     def _close(self, num_microbatches: int, device: torch.device) -> torch.Tensor:
-        """Return [cosine sum, tokens] of this replica on all of its ranks.
+        """Return the alignment's sums and the tokens of this replica on all of its ranks.
 
         Raises:
             LETError: the teacher gave NaN or Inf; raised before the optimizer's step.
         """
-        totals = torch.zeros(2 + num_microbatches, device=device)
+        num_sums = len(self._loss_names)
+        totals = torch.zeros(num_sums + 1 + num_microbatches, device=device)
         if self._attachment is not None:
-            cosine_sum, num_tokens = self._attachment.hook.close_step()
+            sums, num_tokens = self._attachment.hook.close_step()
             not_finite = self._attachment.states.end()
             if _counts_tokens(self._attachment):
-                totals[0], totals[1] = cosine_sum, num_tokens
-            totals[2:] = not_finite
+                totals[:num_sums], totals[num_sums] = sums, num_tokens
+            totals[num_sums + 1 :] = not_finite
         group = parallel_state.get_model_parallel_group()
         if group.size() > 1:
             torch.distributed.all_reduce(totals, group=group)
-        self._refuse_failed(totals[2:])
-        return totals[:2]
+        self._refuse_failed(totals[num_sums + 1 :])
+        return totals[: num_sums + 1]
 
     def _refuse_failed(self, not_finite: torch.Tensor) -> None:
         """Raise on all ranks if any replica's teacher failed, so that none is left waiting."""
@@ -186,6 +191,13 @@ def _this_rank(config: Any) -> SequenceShard:
     )
 
 
+def _token_group(shard: SequenceShard) -> torch.distributed.ProcessGroup:
+    """The ranks that hold other tokens of the same microbatch."""
+    if shard.sp_size > 1:
+        return parallel_state.get_tensor_and_context_parallel_group()
+    return parallel_state.get_context_parallel_group()
+
+
 def _counts_tokens(attachment: _Attachment) -> bool:
     # Without sequence parallelism every tensor-parallel rank holds the same tokens.
     return attachment.states.shard.sp_size > 1 or (
@@ -194,7 +206,7 @@ def _counts_tokens(attachment: _Attachment) -> bool:
 
 
 def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | torch.Tensor:
-    """Factor of d(-sum of local cosines)/dh, from Megatron's own scaling of the loss."""
+    """Factor of d(sum of local losses)/dh, from Megatron's own scaling of the loss."""
     num_microbatches, micro_batch_size, sequence_length = batch.tokens.shape
     if batch.unmasked_tokens is not None:
         replicas = parallel_state.get_data_parallel_world_size()
@@ -212,13 +224,15 @@ def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | t
     return config.grad_scale_func(one).view(()) * (weight * factor)
 
 
-def _with_metrics(losses: Any, cosine: torch.Tensor, weight: float) -> Any:
-    """Add the cosine and the weight to what the last stage reports for each microbatch.
+def _with_metrics(losses: Any, names: tuple[str, ...], totals: torch.Tensor, weight: float) -> Any:
+    """Add the alignment's means and the weight to what the last stage reports of each microbatch.
 
     Megatron sums [numerator, denominator] pairs over microbatches and DP x CP ranks, and averages
     single elements over microbatches.
     """
     for index, report in enumerate(losses):
-        report[COSINE_KEY] = cosine if index == 0 else torch.zeros_like(cosine)
-        report[WEIGHT_KEY] = cosine.new_tensor([weight])
+        for name, total in zip(names, totals[:-1], strict=True):
+            pair = torch.stack((total, totals[-1]))
+            report[alignment_key(name)] = pair if index == 0 else torch.zeros_like(pair)
+        report[WEIGHT_KEY] = totals.new_tensor([weight])
     return losses
