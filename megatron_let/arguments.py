@@ -179,13 +179,20 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
 _FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
 
+# The same for the methods that learn from the teacher's logits.
+_REFUSED_WITH_LOGITS: tuple[tuple[str, Any, str], ...] = (
+    ("mtp_num_layers", None, "the teacher predicts one token ahead; drop --mtp-num-layers"),
+)
+
+
 def check_supported(args: argparse.Namespace) -> None:
-    """Refuse Megatron flags under which the alignment would be bypassed or wrong.
+    """Refuse Megatron flags under which the teacher would be bypassed or wrong.
 
     Raises:
         LETError: names the flag and what to do.
     """
-    for name, allowed, reason in _REFUSED:
+    rows = _REFUSED if args.let_method == "let" else _REFUSED + _REFUSED_WITH_LOGITS
+    for name, allowed, reason in rows:
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
             flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
@@ -254,7 +261,8 @@ def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Names
             f" number from 1 to {args.num_layers}."
         )
     tapped_layer(config.teacher_layer, folder.num_layers)
-    tokens, needed = args.micro_batch_size * args.seq_length, TOKENS_PER_FEATURE * folder.hidden_size
+    tokens = args.micro_batch_size * args.seq_length
+    needed = TOKENS_PER_FEATURE * folder.hidden_size
     if config.loss == "cca" and tokens < needed:
         raise LETError(
             f"--let-loss cca correlates the {folder.hidden_size} features of the teacher over the"

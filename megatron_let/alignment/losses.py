@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def alignment_loss(name: Loss, token_group: ProcessGroup | None) -> AlignmentLos
     if name == "logsum":
         return AlignmentLoss(("cosine", name), _with_cosine(align_by_logsum))
     return AlignmentLoss(
-        ("cosine", name), _with_cosine(lambda *tensors: align_by_cca(*tensors, token_group))
+        ("cosine", name), _with_cosine(functools.partial(align_by_cca, group=token_group))
     )
 
 

@@ -67,6 +67,7 @@ class Case:
         num_groups, tied: key and value heads of the student, and one embedding for both ends.
         mask: end-of-document tokens have no language-model loss.
         per_token: the language-model loss is a mean over tokens, not over microbatches.
+        loss: what is aligned.
     """
 
     layer: int = 3
@@ -80,6 +81,7 @@ class Case:
     tied: bool = False
     mask: bool = False
     per_token: bool = False
+    loss: str = "cosine"
 
     def flags(self) -> Flags:
         """What differs from the recipe."""
@@ -89,6 +91,7 @@ class Case:
             "--let-weight", self.weight,
             "--let-stop-step", self.stop_step,
             "--let-teacher-layer", self.teacher_layer,
+            "--let-loss", self.loss,
             "--let-teacher-final-norm" if self.final_norm else "--no-let-teacher-final-norm",
             *(groups if self.num_groups < NUM_HEADS else []),
             *(["--no-untie-embeddings-and-output-weights"] if self.tied else []),
@@ -117,6 +120,11 @@ CASES = {
     "masked tokens, per-token loss": Case(
         weight=1.0, teacher_layer="2", tap=2, mask=True, per_token=True
     ),
+    "LogSum, masked tokens, per-token loss": Case(
+        weight=1.0, loss="logsum", mask=True, per_token=True
+    ),
+    # 128 tokens a microbatch are four a feature.
+    "CCA": Case(weight=1.0, loss="cca", teacher_width=32),
 }
 
 
@@ -256,6 +264,7 @@ def finished(
             weight=case.weight,
             stop_step=case.stop_step,
             microbatch_size=None if case.per_token else MICRO_BATCH_SIZE,
+            alignment=case.loss,
         ),
         read_batches(documents, case.mask),
     )
@@ -295,6 +304,14 @@ def test_gradient_of_every_parameter(finished: Finished) -> None:
 def test_metrics_of_every_step(finished: Finished) -> None:
     for row, expected in zip(finished.run.steps, finished.expected, strict=True):
         check_metrics(row, expected)
+
+
+def test_metrics_name_what_is_aligned(finished: Finished) -> None:
+    sign = -1 if finished.case.loss == "logsum" else 1
+    for row, expected in zip(finished.run.steps, finished.expected, strict=True):
+        if expected.weight > 0:
+            value = row[f"let_{finished.case.loss}"]
+            assert value == pytest.approx(sign * expected.aligned, rel=TOLERANCE, abs=1e-7)
 
 
 def check_metrics(row: dict[str, float], expected: plain.StepResult) -> None:

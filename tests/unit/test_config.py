@@ -28,6 +28,10 @@ TEACHER = Path("/models/small")
 FOLDER = TeacherFolder(TEACHER, num_layers=12, hidden_size=64, vocab_size=100, max_positions=2048)
 
 
+LET = ("--let-method", "let", "--let-teacher", "/t")
+PAIR = ("--let-layer-pair", "M2M")
+
+
 def let_config(**values: Any) -> LETConfig:
     return LETConfig(**{"method": "let", "teacher": TEACHER, **values})
 
@@ -167,26 +171,26 @@ def test_a_default_that_is_written_out_warns_too() -> None:
         (("--let-layer", "middle", "--let-teacher-layer", "5"), 12, "5"),
         (("--let-layer", "last"), 24, "last"),
         # As a recipe's settings come before the command line.
-        (("--let-layer", "4", "--let-teacher-layer", "last", "--let-layer-pair", "M2M"), 12, "middle"),
-        (("--let-layer-pair", "M2M", "--let-layer", "4"), 4, "middle"),
+        (("--let-layer", "4", "--let-teacher-layer", "1", *PAIR), 12, "middle"),
+        ((*PAIR, "--let-layer", "4"), 4, "middle"),
     ],
 )
 def test_layers_by_name(flags: tuple[str, ...], student: int, teacher: str) -> None:
-    args = parse("--let-method", "let", "--let-teacher", "/t", *flags)
+    args = parse(*LET, *flags)
     args.num_layers = 24
     config = let_config_from_args(args)
     assert (config.layer, config.teacher_layer) == (student, teacher)
 
 
 def test_middle_of_one_layer_is_that_layer() -> None:
-    args = parse("--let-method", "let", "--let-teacher", "/t", "--let-layer", "middle")
+    args = parse(*LET, "--let-layer", "middle")
     args.num_layers = 1
     assert let_config_from_args(args).layer == 1
 
 
 def test_layer_that_is_no_number_is_refused() -> None:
     with pytest.raises(LETError, match="--let-layer is 'x'; give middle, last or a number from 1"):
-        let_config_from_args(parse("--let-method", "let", "--let-teacher", "/t", "--let-layer", "x"))
+        let_config_from_args(parse(*LET, "--let-layer", "x"))
 
 
 def test_alignment_flags_with_distillation_warn_and_are_named() -> None:
@@ -195,7 +199,9 @@ def test_alignment_flags_with_distillation_warn_and_are_named() -> None:
         let_config_from_args(parse(*flags))
 
 
-@pytest.mark.parametrize("flag", ["--let-method=kd", "--let-layer-pair=L2X", "--let-teacher-dtype=fp64"])
+@pytest.mark.parametrize(
+    "flag", ["--let-method=kd", "--let-layer-pair=L2X", "--let-teacher-dtype=fp64"]
+)
 def test_value_of_the_wrong_kind_is_refused_by_the_parser(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

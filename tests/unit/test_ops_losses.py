@@ -24,7 +24,9 @@ SCALE = torch.tensor(0.3, dtype=torch.float64)
 WIDTHS = [(24, 16), (16, 24), (20, 20)]
 
 
-def states(d_student: int, d_teacher: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def states(
+    d_student: int, d_teacher: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """[s, b, d] of tokens whose teacher is partly a linear map of the student, off centre."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(50, 3, d_student, generator=generator, dtype=torch.float64)
@@ -37,6 +39,7 @@ def states(d_student: int, d_teacher: int, dtype: torch.dtype = torch.float64) -
 
 def logsum_by_hand(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over tokens."""
+
     def standardise(x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -149,7 +152,7 @@ def test_narrow_types_are_near_fp64(
 def test_each_loss_reports_the_cosine_first_and_survives_recompute(name: str) -> None:
     student, teacher = states(24, 16)
     loss = alignment_loss(name, None)
-    hidden, values = loss.align(student, teacher, SCALE)
+    _, values = loss.align(student, teacher, SCALE)
     by_hand = torch.cosine_similarity(interpolate(student, 16), teacher, dim=-1)
     assert len(values) == len(loss.names) and loss.names[0] == "cosine"
     torch.testing.assert_close(values[0], by_hand)
