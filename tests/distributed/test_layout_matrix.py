@@ -61,6 +61,21 @@ LOSSES = [
 ]
 
 
+# Methods that learn from the teacher's logits; the flags of the method, and the layout.
+RKD = ("--let-method", "rkd", "--let-kd-temperature", 2, "--let-kd-weight", 0.7)
+SALT_TOP_K = ("--let-method", "salt", "--let-kd-top-k", 20, "--let-kd-fade")
+DISTILLED = [
+    (RKD, "tp2-cp2-sp"),
+    (RKD, "vpp2-recompute-full"),
+    (SALT_TOP_K, "tp2-pp2-sp"),
+    *(
+        pytest.param(flags, name, marks=pytest.mark.slow)
+        for flags in (RKD, SALT_TOP_K)
+        for name in ("tp2", "dp2", "dp2-distributed-optimizer", "cp2", "vpp2", "pp2-last-stage")
+    ),
+]
+
+
 @pytest.fixture(scope="module")
 def narrow_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 wide: the 128 tokens of a microbatch are four a feature."""
@@ -93,8 +108,8 @@ def _train(
     )  # fmt: skip
 
 
-def _assert_same(run: Run, reference: Run, *more: str) -> None:
-    differences = {key: largest_difference(run, reference, key) for key in (*KEYS, *more)}
+def _assert_same(run: Run, reference: Run, keys: tuple[str, ...] = KEYS) -> None:
+    differences = {key: largest_difference(run, reference, key) for key in keys}
     print(differences)
     assert max(differences.values()) < TOLERANCE, differences
 
@@ -128,4 +143,24 @@ def test_other_losses_match_one_process(
     ranks, layer, flags = LAYOUTS[name]
     of_loss = ("--let-loss", loss, "--let-teacher", narrow_teacher)
     run = _train(tmp_path, narrow_teacher, data, weights, ranks, layer, *flags, *of_loss)
-    _assert_same(run, reference(layer, *of_loss), f"let_{loss}")
+    expected = reference(layer, *of_loss)
+    _assert_same(run, expected, ("lm_loss", "grad_norm", f"let_{loss}"))
+    # Near 0 where it is not what is learned, so not compared by its own size.
+    cosines = [[row["let_cosine"] for row in r.steps] for r in (run, expected)]
+    assert cosines[0] == pytest.approx(cosines[1], abs=TOLERANCE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("method", "name"), DISTILLED)
+def test_distillation_matches_one_process(
+    method: tuple[object, ...],
+    name: str,
+    tmp_path: Path,
+    teacher: Path,
+    data: Path,
+    weights: Path,
+    reference,
+) -> None:  # type: ignore[no-untyped-def]
+    ranks, layer, flags = LAYOUTS[name]
+    run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags, *method)
+    _assert_same(run, reference(layer, *method), ("lm_loss", "kd_loss", "grad_norm"))

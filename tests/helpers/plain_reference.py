@@ -324,8 +324,57 @@ class LETObjective:
 
 
 @dataclass(frozen=True)
+class DistillationObjective:
+    """Soft labels: (1 - w) CE(data) + w CE(softmax(teacher's logits / temperature)).
+
+    Attributes:
+        shape, teacher_shape, teacher: the student's shape; the teacher's, and its parameters.
+        weights: w at each 0-based step.
+        temperature: divides the teacher's logits.
+        top_k: of the teacher's entries, those that are kept; 0 keeps all.
+        microbatch_size: as in `LETObjective`.
+    """
+
+    shape: LlamaShape
+    teacher_shape: LlamaShape
+    teacher: Mapping[str, Tensor]
+    weights: list[float]
+    temperature: float
+    top_k: int
+    microbatch_size: int | None = None
+
+    def soft_labels(self, tokens: Tensor) -> Tensor:
+        """[b, s] to [b, s, v]."""
+        num_layers = self.teacher_shape.num_layers
+        state = teacher_state(self.teacher, self.teacher_shape, tokens, num_layers, True)
+        logits = state @ self.teacher["lm_head.weight"].T / self.temperature
+        if self.top_k:
+            smallest = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, -math.inf)
+        return logits.softmax(-1)
+
+    def gradients(self, parameters: Mapping[str, Tensor], batch: Batch, step: int) -> StepResult:
+        """Differentiate the mixed loss at the 0-based step with respect to every parameter."""
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        states = student_states(leaves, self.shape, batch.tokens)
+        logits = student_logits(leaves, self.shape, states[-1])
+        hard, mask = token_cross_entropy(logits, batch.labels), batch.loss_mask
+        soft = -(self.soft_labels(batch.tokens) * logits.log_softmax(-1)).sum(-1)
+        weight, size = self.weights[step], self.microbatch_size or len(mask)
+        mixed = ((1 - weight) * hard + weight * soft).unflatten(0, (-1, size))
+        total = masked_mean(mixed, mask.unflatten(0, (-1, size))).mean()
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        hard_mean = masked_mean(hard[None], mask[None]).mean().item()
+        by_name = dict(zip(leaves, gradients, strict=True))
+        return StepResult(hard_mean, math.nan, soft.mean().item(), weight, by_name)
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """A step before its update: token means, and the unclipped gradient by parameter name."""
+    """A step before its update: token means, and the unclipped gradient by parameter name.
+
+    `aligned` is what the weight is of: the cosine or what stands for it, or the soft labels' loss.
+    """
 
     lm_loss: float
     cosine: float
@@ -370,7 +419,7 @@ class Optimization:
 
 def train(
     parameters: dict[str, Tensor],
-    objective: LETObjective,
+    objective: LETObjective | DistillationObjective,
     optimization: Optimization,
     batches: list[Batch],
 ) -> Iterator[StepResult]:

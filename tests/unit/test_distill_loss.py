@@ -107,12 +107,12 @@ class One:
 
 @pytest.mark.parametrize("chunk_elements", [1 << 24, 4 * PADDED, 1])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_loss_and_gradient(
-    name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_gradient(name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk_elements)
     data, setting = inputs(), SETTINGS[name]
-    for ours, theirs in zip(run(data, setting, One()), by_hand(data, setting, UPSTREAM), strict=True):
+    for ours, theirs in zip(
+        run(data, setting, One()), by_hand(data, setting, UPSTREAM), strict=True
+    ):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
