@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     add("method", f"what to train with (default: {default.method})", choices=METHODS)
     add("teacher", "Hugging Face folder or .gguf file of the small trained model", type=Path)
-    add("layer", f"k, the student's layer: middle, last or a number (default: {default.layer})")
+    add(
+        "layer",
+        f"k, the student's layer: middle, last or a number (default: {default.layer})",
+        type=_layer,
+    )
     group.add_argument(
         "--let-layer-pair",
         action=_LayerPair,
@@ -90,15 +94,22 @@ class _LayerPair(argparse.Action):
         namespace.let_layer, namespace.let_teacher_layer = LAYER_PAIRS[value]
 
 
-def _layer_number(name: str, args: argparse.Namespace) -> int:
+def _layer(text: str) -> int | str:
+    if text in ("middle", "last"):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no layer; give middle, last or a number from 1"
+        ) from error
+
+
+def _layer_number(layer: int | str, args: argparse.Namespace) -> int:
     """1-based number of the student's layer."""
-    if name == "last":
+    if layer == "last":
         return int(args.num_layers)
-    if name == "middle":
-        return max(1, int(args.num_layers) // 2)
-    if name.removeprefix("-").isdecimal():
-        return int(name)
-    raise LETError(f"--let-layer is {name!r}; give middle, last or a number from 1.")
+    return max(1, int(args.num_layers) // 2) if layer == "middle" else int(layer)
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:

@@ -13,11 +13,11 @@ Loss = Literal["cosine", "logsum", "cca"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 # Paper, section 3.3: --let-layer and --let-teacher-layer of each pair; "early" is the third layer.
-LAYER_PAIRS = {
-    "L2E": ("3", "last"),
+LAYER_PAIRS: dict[str, tuple[int | str, str]] = {
+    "L2E": (3, "last"),
     "L2M": ("middle", "last"),
     "L2L": ("last", "last"),
-    "M2E": ("3", "middle"),
+    "M2E": (3, "middle"),
     "M2M": ("middle", "middle"),
     "M2L": ("last", "middle"),
 }

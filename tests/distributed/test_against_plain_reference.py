@@ -146,7 +146,7 @@ CASES = {
         method="rkd",
         mask=True,
         distillation=Distillation(
-            ["--let-kd-weight", 0.7, "--let-kd-temperature", 2.0], NUM_STEPS * [0.7], 2.0
+            ["--let-kd-weight", 0.3, "--let-kd-temperature", 0.5], NUM_STEPS * [0.3], 0.5
         ),
     ),
     "SALT, faded, of the teacher's 7 largest": Case(
