@@ -47,6 +47,7 @@ NAN_TOKEN = 201
 TRACKER = "latest_checkpointed_iteration.txt"
 STUDENT_TOKENIZER = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{words}")
 FULL_GRAPH = ("--cuda-graph-impl", "full_iteration")
+RKD = ("--let-method", "rkd")
 RL = ("--perform-rl-step", "--save-interval", 1)
 
 # what is wrong -> (flags after the tiny recipe, what the sentence says); {name} is of `broken`.
@@ -94,6 +95,15 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
     "weight not a number": (("--let-weight", "nan"), "--let-weight is nan; give a finite weight"),
     "stop step 0": (("--let-stop-step", 0), "--let-stop-step is 0; give the step, at least 1"),
     "stop step negative": (("--let-stop-step", -3), "--let-stop-step is -3"),
+    "too few tokens for CCA": (
+        ("--let-loss", "cca"),
+        "the 48 features of the teacher over the 128 tokens of a microbatch, which chance alone",
+    ),
+    "no share": ((*RKD, "--let-kd-weight", 2.0), "--let-kd-weight is 2.0; give the teacher's"),
+    "CUDA graphs with RKD": (
+        (*RKD, "--cuda-graph-impl", "local"),
+        "--let-method rkd cannot be used with --cuda-graph-impl local",
+    ),
     # What bypasses the hook, and what LET was never tried with
     "CUDA graphs": (("--cuda-graph-impl", "local"), "--cuda-graph-impl local"),
     "CUDA graphs of a step": (FULL_GRAPH, "--cuda-graph-impl full_iteration"),
@@ -131,6 +141,10 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
     "Inf in a layer": (
         ("--let-teacher", "{inf_layer}", "--save-interval", 1),
         "{inf_layer} gave NaN or Inf in microbatch 0 of step 1; the step was not taken",
+    ),
+    "NaN in RKD's teacher": (
+        (*RKD, "--let-teacher", "{nan_layer}", "--save-interval", 1),
+        "{nan_layer} gave NaN or Inf in microbatch 0 of step 1; the step was not taken",
     ),
     # The output
     "folder of a baseline": (
