@@ -82,6 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--let-metrics-path", type=Path, default=None, help="JSON lines file, one a step"
     )
+    group.add_argument(
+        "--let-guard",
+        action="store_true",
+        help="warn when the alignment seems to do harm: cosine falling, held-out loss rising",
+    )
+    group.add_argument(
+        "--let-guard-baseline",
+        type=Path,
+        metavar="FILE",
+        help="metrics of a run without a teacher, which --let-guard compares the loss with",
+    )
     return parser
 
 

@@ -22,9 +22,10 @@ from megatron_let.arguments import (
     let_config_from_args,
     resumed_step,
 )
-from megatron_let.config import LETConfig
+from megatron_let.config import LETConfig, LETError
 from megatron_let.distill.forward_backward import DistilledForwardBackward
 from megatron_let.forward_backward import AlignedForwardBackward
+from megatron_let.guard import load_guard
 from megatron_let.metrics import MetricsFile, forget_stale_averages
 from megatron_let.patches import PATCHES, PatchSet
 from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
@@ -60,8 +61,14 @@ def enable(args: argparse.Namespace) -> PatchSet:
 
 def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
     if args.let_metrics_path is None:
+        if args.let_guard:
+            raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")
         return
-    metrics = MetricsFile(args.let_metrics_path, args.seq_length)
+    observe = {}
+    if args.let_guard and args.let_method not in (None, "none"):
+        guard = load_guard(args.let_metrics_path, args.let_guard_baseline, _warn)
+        observe["observe"] = guard.observe
+    metrics = MetricsFile(args.let_metrics_path, args.seq_length, **observe)
     patches.apply_all(
         PATCHES,
         {
@@ -70,6 +77,10 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
             _TRAINING + "evaluate_and_print_results": metrics.wrap_evaluate_and_print_results,
         },
     )
+
+
+def _warn(message: str) -> None:
+    print(f"LET: warning: {message}", flush=True)
 
 
 def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:

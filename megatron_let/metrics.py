@@ -72,8 +72,20 @@ class MetricsFile:
     again has two rows, and the later one counts.
     """
 
-    def __init__(self, path: Path, sequence_length: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sequence_length: int,
+        observe: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """
+        Args:
+            path: of the file.
+            sequence_length: tokens of a sample.
+            observe: is shown each row, on the rank that writes it.
+        """
         self._path = path
+        self._observe = observe
         self._sequence_length = sequence_length
         self._evaluation: tuple[int, str] | None = None
         self._evaluated: set[tuple[int, str]] = set()
@@ -84,6 +96,7 @@ class MetricsFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as stream:
                 stream.write(json.dumps(_finite(row)) + "\n")
+            self._observe(_finite(row))
 
     def wrap_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Stand in for `train_step`: time it and write its row."""

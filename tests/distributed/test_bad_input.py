@@ -146,6 +146,11 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
         (*RKD, "--let-teacher", "{nan_layer}", "--save-interval", 1),
         "{nan_layer} gave NaN or Inf in microbatch 0 of step 1; the step was not taken",
     ),
+    # What is watched
+    "guard without metrics of a baseline": (
+        ("--let-guard", "--let-guard-baseline", "{nowhere}"),
+        "--let-guard-baseline {nowhere} has no evaluation; give the metrics file of a run",
+    ),
     # The output
     "folder of a baseline": (
         ("--save", "{baseline_run}", "--load", "{baseline_run}"),
@@ -180,6 +185,10 @@ WARNED: dict[str, tuple[tuple[str | int, ...], str]] = {
     "stop step beyond the run": (
         ("--let-stop-step", 11),
         "--let-stop-step 11 is beyond the run's 10 steps: the weight never reaches 0",
+    ),
+    "teacher that does harm": (
+        ("--let-guard", "--let-guard-baseline", "{low_losses}"),
+        "LET: warning: the held-out loss is ",
     ),
     "flags without a method": (
         ("--let-method", "none"),
@@ -277,6 +286,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "let_run": root / "let_run",
         "baseline_run": root / "baseline_run",
         "other_metrics": root / "other_metrics.jsonl",
+        "low_losses": root / "low_losses.jsonl",
         "misspelt": root / "misspelt.yaml",
     }
     things["empty_folder"].mkdir()
@@ -296,6 +306,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.move(things["no_shard"] / "model.safetensors", things["no_shard"] / "a.safetensors")
     save_words(things["other_tokenizer"], "two", "three", "four", "FIVE")
     things["other_metrics"].write_text('{"iteration": 1, "lm_loss": 5.0}\n')
+    things["low_losses"].write_text(
+        "".join(f'{{"iteration": {step}, "valid_loss": 1.0}}\n' for step in (5, 10))
+    )
     things["misspelt"].write_text("let:\n  let-wieght: 0.1\n")
     return things
 
