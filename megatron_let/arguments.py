@@ -7,11 +7,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import METHODS, PLACEMENTS, LETConfig, LETError
+from megatron_let.config import LAYER_PAIRS, LOSSES, METHODS, PLACEMENTS, LETConfig, LETError
+from megatron_let.ops.cca import TOKENS_PER_FEATURE
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import tapped_layer
 
 _PREFIX = "let_"
+
+_TEACHER = {"method", "teacher", "teacher_dtype"}
+_DISTILLATION = _TEACHER | {"kd_weight", "kd_temperature", "kd_top_k", "kd_fade"}
+# Settings that a method reads.
+_USED = {
+    "none": {"method"},
+    "let": LETConfig.__dataclass_fields__.keys() - (_DISTILLATION - _TEACHER),
+    "rkd": _DISTILLATION,
+    "salt": _DISTILLATION | {"stop_step"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -25,11 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     add("method", f"what to train with (default: {default.method})", choices=METHODS)
     add("teacher", "Hugging Face folder or .gguf file of the small trained model", type=Path)
-    add("layer", f"k, the student's aligned layer, from 1 (default: {default.layer})", type=int)
+    add(
+        "layer",
+        f"k, the student's layer: middle, last or a number (default: {default.layer})",
+        type=_layer,
+    )
+    group.add_argument(
+        "--let-layer-pair",
+        action=_LayerPair,
+        choices=LAYER_PAIRS,
+        default=argparse.SUPPRESS,
+        help="both layers by the paper's name, teacher's first: Last or Middle to Early (the"
+        " third), Middle or Last; what stands later on the command line wins",
+    )
+    add("loss", f"what is aligned (default: {default.loss})", choices=LOSSES)
     add("weight", f"lambda_0, weight at the first step (default: {default.weight})", type=float)
     add(
         "stop-step",
-        f"S_stop, step at which the weight is 0 (default: {default.stop_step})",
+        f"S_stop, step at which the teacher leaves (default: {default.stop_step})",
         type=int,
     )
     add("teacher-layer", "last, middle or a number from 1 (default: last)")
@@ -60,10 +84,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         " (default: those of a global batch)",
         type=int,
     )
+    add("kd-weight", f"w of rkd and salt, from 0 to 1 (default: {default.kd_weight})", type=float)
+    add(
+        "kd-temperature",
+        f"divides the teacher's logits in rkd and salt (default: {default.kd_temperature})",
+        type=float,
+    )
+    add("kd-top-k", "keep so many of the teacher's entries a token (default: 0, all)", type=int)
+    add(
+        "kd-fade",
+        "let w of salt fall linearly to 0 at the stop step (default: no)",
+        action=argparse.BooleanOptionalAction,
+    )
     group.add_argument(
         "--let-metrics-path", type=Path, default=None, help="JSON lines file, one a step"
     )
+    group.add_argument(
+        "--let-guard",
+        action="store_true",
+        help="warn when the alignment seems to do harm: cosine falling, held-out loss rising",
+    )
+    group.add_argument(
+        "--let-guard-baseline",
+        type=Path,
+        metavar="FILE",
+        help="metrics of a run without a teacher, which --let-guard compares the loss with",
+    )
     return parser
+
+
+class _LayerPair(argparse.Action):
+    """Stands for `--let-layer` and `--let-teacher-layer`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        namespace.let_layer, namespace.let_teacher_layer = LAYER_PAIRS[value]
+
+
+def _layer(text: str) -> int | str:
+    if text in ("middle", "last"):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no layer; give middle, last or a number from 1"
+        ) from error
+
+
+def _layer_number(layer: int | str, args: argparse.Namespace) -> int:
+    """1-based number of the student's layer."""
+    if layer == "last":
+        return int(args.num_layers)
+    return max(1, int(args.num_layers) // 2) if layer == "middle" else int(layer)
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:
@@ -78,11 +152,13 @@ def let_config_from_args(args: argparse.Namespace) -> LETConfig:
         for name in names
         if getattr(args, _PREFIX + name, None) is not None
     }
+    if "layer" in given:
+        given["layer"] = _layer_number(given["layer"], args)
     config = LETConfig(**given)
-    useless = sorted(given.keys() - {"method"})
-    if config.method == "none" and useless:
+    useless = sorted(given.keys() - _USED[config.method])
+    if useless:
         flags = ", ".join("--let-" + name.replace("_", "-") for name in useless)
-        warnings.warn(f"{flags} has no effect with --let-method none.", stacklevel=1)
+        warnings.warn(f"{flags} has no effect with --let-method {config.method}.", stacklevel=1)
     return config
 
 
@@ -142,17 +218,25 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
 _FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
 
+# The same for the methods that learn from the teacher's logits.
+_REFUSED_WITH_LOGITS: tuple[tuple[str, Any, str], ...] = (
+    ("mtp_num_layers", None, "the teacher predicts one token ahead; drop --mtp-num-layers"),
+)
+
+
 def check_supported(args: argparse.Namespace) -> None:
-    """Refuse Megatron flags under which the alignment would be bypassed or wrong.
+    """Refuse Megatron flags under which the teacher would be bypassed or wrong.
 
     Raises:
         LETError: names the flag and what to do.
     """
-    for name, allowed, reason in _REFUSED:
+    rows = _REFUSED if args.let_method == "let" else _REFUSED + _REFUSED_WITH_LOGITS
+    for name, allowed, reason in rows:
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
             flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
-            raise LETError(f"--let-method let cannot be used with {flag} {value}: {reason}.")
+            method = f"--let-method {args.let_method}"
+            raise LETError(f"{method} cannot be used with {flag} {value}: {reason}.")
 
 
 # What the entry's own forward step does not do; a user's script with LET may.
@@ -191,19 +275,15 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     Raises:
         LETError: names both sizes.
     """
-    if config.layer > args.num_layers:
-        raise LETError(
-            f"--let-layer is {config.layer} but the student has {args.num_layers} layers; give a"
-            f" number from 1 to {args.num_layers}."
-        )
-    tapped_layer(config.teacher_layer, folder.num_layers)
+    if config.method == "let":
+        _check_layers(config, folder, args)
     if folder.max_positions is not None and args.seq_length > folder.max_positions:
         raise LETError(
             f"--seq-length is {args.seq_length} but the teacher was built for "
             f"{folder.max_positions} positions; shorten the sequence or use another teacher."
         )
     steps = num_steps(args)
-    if config.stop_step > steps:
+    if config.stop_step > steps and config.method != "rkd":
         warnings.warn(
             f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
             " the weight never reaches 0 and the teacher stays to the end.",
@@ -216,6 +296,23 @@ def num_steps(args: argparse.Namespace) -> int:
     if args.train_iters is not None:
         return int(args.train_iters)
     return int(args.train_samples // args.global_batch_size)
+
+
+def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Namespace) -> None:
+    if config.layer > args.num_layers:
+        raise LETError(
+            f"--let-layer is {config.layer} but the student has {args.num_layers} layers; give a"
+            f" number from 1 to {args.num_layers}."
+        )
+    tapped_layer(config.teacher_layer, folder.num_layers)
+    tokens = args.micro_batch_size * args.seq_length
+    needed = TOKENS_PER_FEATURE * folder.hidden_size
+    if config.loss == "cca" and tokens < needed:
+        raise LETError(
+            f"--let-loss cca correlates the {folder.hidden_size} features of the teacher over the"
+            f" {tokens} tokens of a microbatch, which chance alone would; raise --micro-batch-size"
+            f" to at least {-(-needed // args.seq_length)}, or use another --let-loss."
+        )
 
 
 def check_vocabulary_size(folder: TeacherFolder, vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_let.alignment.hook import AlignmentHook
+from megatron_let.alignment.losses import alignment_loss
 from megatron_let.alignment.sharding import SequenceShard
 from megatron_let.config import LETConfig
 from megatron_let.global_batch import TokenSharing
@@ -102,7 +103,9 @@ def attach(
         device="meta",
     )
     return Attachment(
-        hook=None if found is None else AlignmentHook(found[1]),
+        hook=None
+        if found is None
+        else AlignmentHook(found[1], alignment_loss(config.loss, _token_group(shard))),
         states=PlacedStates(samples, transfer, stage, owner.stage, like, device),
         tokens=TokenSharing(folder.vocab_size, device),
         placer=placer,
@@ -137,3 +140,10 @@ def _this_rank(config: Any) -> SequenceShard:
         sp_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
         sp_rank=parallel_state.get_tensor_model_parallel_rank() if config.sequence_parallel else 0,
     )
+
+
+def _token_group(shard: SequenceShard) -> torch.distributed.ProcessGroup:
+    """The ranks that hold other tokens of the same microbatch."""
+    if shard.sp_size > 1:
+        return parallel_state.get_tensor_and_context_parallel_group()
+    return parallel_state.get_context_parallel_group()

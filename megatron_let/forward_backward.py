@@ -11,12 +11,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+from megatron_let.alignment.losses import alignment_loss
 from megatron_let.alignment.schedule import alignment_weight
 from megatron_let.alignment.sharding import gradient_denominator, per_token_gradient_factor
 from megatron_let.attachment import Attachment, attach
 from megatron_let.config import LETConfig, LETError
 from megatron_let.global_batch import GlobalBatch, peek, read_ahead
-from megatron_let.metrics import COSINE_KEY, WEIGHT_KEY
+from megatron_let.metrics import WEIGHT_KEY, alignment_key
 from megatron_let.placement.plan import Plan
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.placer import PassTimes
@@ -50,6 +51,7 @@ class AlignedForwardBackward:
         self._folder = folder
         self._current_step = current_step
         self._report = report
+        self._loss_names = alignment_loss(config.loss, None).names
         self._num_steps = num_steps
         self._attachment: Attachment | None = None
 
@@ -101,9 +103,9 @@ class AlignedForwardBackward:
         )
         with _before_finalizing(config, attachment.states.after_backward):
             losses = forward_backward(**kwargs)
-        cosine = self._close(attachment, num_microbatches, batch.tokens.device)
+        totals = self._close(attachment, num_microbatches, batch.tokens.device)
         attachment.placer.end_step(timer, attachment.stage, num_microbatches)
-        return _with_metrics(losses, cosine, weight)
+        return _with_metrics(losses, self._loss_names, totals, weight)
 
     def _read(
         self, attachment: Attachment, shape: tuple[int, int, int], kwargs: dict[str, Any]
@@ -122,22 +124,23 @@ class AlignedForwardBackward:
     def _close(
         self, attachment: Attachment, num_microbatches: int, device: torch.device
     ) -> torch.Tensor:
-        """Return [cosine sum, tokens] of this replica on all of its ranks.
+        """Return the alignment's sums and the tokens of this replica on all of its ranks.
 
         Raises:
             LETError: the teacher gave NaN or Inf; raised before the optimizer's step.
         """
-        totals = torch.zeros(2 + num_microbatches, device=device)
+        num_sums = len(self._loss_names)
+        totals = torch.zeros(num_sums + 1 + num_microbatches, device=device)
         if attachment.hook is not None:
-            cosine_sum, num_tokens = attachment.hook.close_step()
+            sums, num_tokens = attachment.hook.close_step()
             if attachment.counts_tokens:
-                totals[0], totals[1] = cosine_sum, num_tokens
-        totals[2:] = attachment.states.end()
+                totals[:num_sums], totals[num_sums] = sums, num_tokens
+        totals[num_sums + 1 :] = attachment.states.end()
         group = parallel_state.get_model_parallel_group()
         if group.size() > 1:
             torch.distributed.all_reduce(totals, group=group)
-        self._refuse_failed(totals[2:])
-        return totals[:2]
+        self._refuse_failed(totals[num_sums + 1 :])
+        return totals[: num_sums + 1]
 
     def _refuse_failed(self, not_finite: torch.Tensor) -> None:
         """Raise on all ranks if any replica's teacher failed, so that none is left waiting."""
@@ -237,7 +240,7 @@ def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
 
 
 def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | torch.Tensor:
-    """Factor of d(-sum of local cosines)/dh, from Megatron's own scaling of the loss."""
+    """Factor of d(sum of local losses)/dh, from Megatron's own scaling of the loss."""
     num_microbatches, micro_batch_size, sequence_length = batch.tokens.shape
     if batch.unmasked_tokens is not None:
         replicas = parallel_state.get_data_parallel_world_size()
@@ -255,13 +258,15 @@ def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | t
     return config.grad_scale_func(one).view(()) * (weight * factor)
 
 
-def _with_metrics(losses: Any, cosine: torch.Tensor, weight: float) -> Any:
-    """Add the cosine and the weight to what the last stage reports for each microbatch.
+def _with_metrics(losses: Any, names: tuple[str, ...], totals: torch.Tensor, weight: float) -> Any:
+    """Add the alignment's means and the weight to what the last stage reports of each microbatch.
 
     Megatron sums [numerator, denominator] pairs over microbatches and DP x CP ranks, and averages
     single elements over microbatches.
     """
     for index, report in enumerate(losses):
-        report[COSINE_KEY] = cosine if index == 0 else torch.zeros_like(cosine)
-        report[WEIGHT_KEY] = cosine.new_tensor([weight])
+        for name, total in zip(names, totals[:-1], strict=True):
+            pair = torch.stack((total, totals[-1]))
+            report[alignment_key(name)] = pair if index == 0 else torch.zeros_like(pair)
+        report[WEIGHT_KEY] = totals.new_tensor([weight])
     return losses

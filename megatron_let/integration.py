@@ -23,10 +23,13 @@ from megatron_let.arguments import (
     num_steps,
     resumed_step,
 )
+from megatron_let.config import LETConfig, LETError
+from megatron_let.distill.forward_backward import DistilledForwardBackward
 from megatron_let.forward_backward import AlignedForwardBackward
+from megatron_let.guard import load_guard
 from megatron_let.metrics import MetricsFile, forget_stale_averages
 from megatron_let.patches import PATCHES, PatchSet
-from megatron_let.teacher.folder import inspect_teacher
+from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 
 __all__ = ["add_arguments", "enable"]
@@ -52,7 +55,7 @@ def enable(args: argparse.Namespace) -> PatchSet:
     patches = PatchSet()
     try:
         _enable_metrics(args, patches)
-        _enable_alignment(args, patches)
+        _enable_teacher(args, patches)
     except Exception:
         patches.undo()
         raise
@@ -63,8 +66,14 @@ def enable(args: argparse.Namespace) -> PatchSet:
 
 def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
     if args.let_metrics_path is None:
+        if args.let_guard:
+            raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")
         return
-    metrics = MetricsFile(args.let_metrics_path, args.seq_length)
+    observe = {}
+    if args.let_guard and args.let_method not in (None, "none"):
+        guard = load_guard(args.let_metrics_path, args.let_guard_baseline, _warn)
+        observe["observe"] = guard.observe
+    metrics = MetricsFile(args.let_metrics_path, args.seq_length, **observe)
     patches.apply_all(
         PATCHES,
         {
@@ -75,12 +84,16 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
     )
 
 
-def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
+def _warn(message: str) -> None:
+    print(f"LET: warning: {message}", flush=True)
+
+
+def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
     config = let_config_from_args(args)
     if not config.enabled:
         return
     resumed = resumed_step(args)
-    if resumed >= config.stop_step:
+    if config.method != "rkd" and resumed >= config.stop_step:
         print_rank_0(f"LET: resumed at step {resumed}, past --let-stop-step; no teacher is needed")
         return
     assert config.teacher is not None
@@ -96,21 +109,40 @@ def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
         )
     else:
         check_same_tokenizer(tokenizer, folder)
-    aligned = AlignedForwardBackward(
-        config,
-        folder,
-        current_step=lambda: args.curr_iteration,
-        num_steps=num_steps(args),
-        report=print_rank_0,
-    )
+    method = _method(config, folder, args)
     patches.apply_all(
         PATCHES,
         {
-            _TRAINING + "get_forward_backward_func": aligned.wrap_getter,
+            _TRAINING + "get_forward_backward_func": method.wrap_getter,
             _TRAINING + "training_log": forget_stale_averages,
         },
     )
-    print_rank_0(
-        f"LET: layer {config.layer} learns from {folder.path.name} (width {folder.hidden_size}),"
-        f" weight {config.weight} falling to 0 at step {config.stop_step}"
+    print_rank_0("LET: " + _description(config, folder))
+
+
+def _method(
+    config: LETConfig, folder: TeacherFolder, args: argparse.Namespace
+) -> AlignedForwardBackward | DistilledForwardBackward:
+    """What runs a global batch."""
+
+    def current_step() -> int:
+        return int(args.curr_iteration)
+
+    if config.method == "let":
+        return AlignedForwardBackward(config, folder, current_step, num_steps(args), print_rank_0)
+    vocab_size = get_tokenizer().vocab_size
+    return DistilledForwardBackward(config, folder, vocab_size, current_step, print_rank_0)
+
+
+def _description(config: LETConfig, folder: TeacherFolder) -> str:
+    teacher = f"{folder.path.name} (width {folder.hidden_size})"
+    if config.method == "let":
+        return (
+            f"layer {config.layer} learns from {teacher}, weight {config.weight} falling to 0 at"
+            f" step {config.stop_step}"
+        )
+    end = "the end" if config.method == "rkd" else f"step {config.stop_step}"
+    return (
+        f"the output distribution of {teacher} has weight {config.kd_weight} in the targets to"
+        f" {end}"
     )

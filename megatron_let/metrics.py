@@ -16,10 +16,21 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training.utils import is_last_rank
 
+from megatron_let.config import LOSSES
+
 # Names under which Megatron reports to stdout, TensorBoard and wandb.
 LOSS_KEY = "lm loss"
-COSINE_KEY = "let cosine"
 WEIGHT_KEY = "let weight"
+SOFT_LOSS_KEY = "kd loss"
+
+
+def alignment_key(name: str) -> str:
+    """Of a number of the alignment: `cosine`, or the name of another `--let-loss`."""
+    return f"let {name}"
+
+
+# Reported by steps that have a teacher, and by no others.
+TEACHER_KEYS = (*map(alignment_key, LOSSES), SOFT_LOSS_KEY, WEIGHT_KEY)
 
 
 def peak_memory_bytes() -> int:
@@ -43,7 +54,7 @@ def forget_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def training_log(loss_dict: Any, total_loss_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if loss_dict:
-            for key in {COSINE_KEY, WEIGHT_KEY} - loss_dict.keys():
+            for key in set(TEACHER_KEYS) - loss_dict.keys():
                 total_loss_dict.pop(key, None)
         return original(loss_dict, total_loss_dict, *args, **kwargs)
 
@@ -54,14 +65,27 @@ class MetricsFile:
     """Appends rows to one file, from the rank that holds the loss.
 
     Rows have `iteration` (1-based), `lm_loss`, `let_cosine`, `let_weight` (both absent once the
-    weight is 0), `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
+    weight is 0), `let_logsum` or `let_cca` where that is the loss, `kd_loss` where the teacher's
+    distribution is learned, `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
     `max_memory_bytes`; evaluation rows have `iteration` and `valid_loss` or `test_loss` (with
     `_1`, `_2` for further validation sets). A step that was lost with a killed run and taken
     again has two rows, and the later one counts.
     """
 
-    def __init__(self, path: Path, sequence_length: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        sequence_length: int,
+        observe: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """
+        Args:
+            path: of the file.
+            sequence_length: tokens of a sample.
+            observe: is shown each row, on the rank that writes it.
+        """
         self._path = path
+        self._observe = observe
         self._sequence_length = sequence_length
         self._evaluation: tuple[int, str] | None = None
         self._evaluated: set[tuple[int, str]] = set()
@@ -72,6 +96,7 @@ class MetricsFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as stream:
                 stream.write(json.dumps(_finite(row)) + "\n")
+            self._observe(_finite(row))
 
     def wrap_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Stand in for `train_step`: time it and write its row."""
@@ -94,9 +119,9 @@ class MetricsFile:
         losses, grad_norm = result[0], result[5]
         tokens = get_current_running_global_batch_size() * self._sequence_length
         row: dict[str, Any] = {"iteration": iteration, "lm_loss": float(losses[LOSS_KEY])}
-        if COSINE_KEY in losses:
-            row["let_cosine"] = float(losses[COSINE_KEY])
-            row["let_weight"] = float(losses[WEIGHT_KEY])
+        for key in TEACHER_KEYS:
+            if key in losses:
+                row[key.replace(" ", "_")] = float(losses[key])
         if grad_norm is not None:
             row["grad_norm"] = float(grad_norm)
         row["learning_rate"] = get_canonical_lr_for_logging(optimizer.param_groups)

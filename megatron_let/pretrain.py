@@ -113,7 +113,7 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     _escape_percent_signs(parser)
     # Before Megatron's own validation, whose assertions would speak of other flags.
     args = parser.parse_args(rest)
-    if args.let_method == "let":
+    if args.let_method not in (None, "none"):
         check_supported(args)
     check_entry_supports(args)
     return rest

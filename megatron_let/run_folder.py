@@ -18,6 +18,7 @@ SAVE_NOW = "SAVE_NOW"
 DONE = "DONE"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _METRICS = "let_metrics_path"
+_SETTINGS = "settings"
 
 # What makes two runs different runs; steps, batch and layout may change on resume.
 _IDENTITY = (
@@ -32,6 +33,33 @@ _IDENTITY = (
     "train_data_path",
     "tokenizer_type",
     "tokenizer_model",
+)
+
+# What may change on resume, and yet makes two runs hard to compare.
+_COMPARED = (
+    "train_iters",
+    "train_samples",
+    "global_batch_size",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_warmup_fraction",
+    "optimizer",
+    "adam_beta1",
+    "adam_beta2",
+    "weight_decay",
+    "clip_grad",
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "untie_embeddings_and_output_weights",
+    "bf16",
+    "fp16",
+    "valid_data_path",
+    "split",
+    "eval_iters",
+    "full_validation",
 )
 
 
@@ -61,7 +89,17 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
         _check_not_started_over(save, args, known=theirs is not None)
     _check_metrics(metrics, theirs)
     if save is not None:
-        _sign(save, identity(args, config) | {_METRICS: str(metrics)})
+        settings = {name: getattr(args, name, None) for name in _COMPARED}
+        _sign(save, identity(args, config) | {_METRICS: str(metrics), _SETTINGS: settings})
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """All that a run's checkpoint folder says of its settings, by name; None for no run's."""
+    values = _read_signature(folder)
+    if values is None:
+        return None
+    values.pop(_METRICS, None)
+    return values | values.pop(_SETTINGS, {})
 
 
 def _read_signature(save: Path | None) -> dict[str, Any] | None:
@@ -82,7 +120,7 @@ def _has_begun(save: Path, theirs: dict[str, Any]) -> bool:
 
 def _check_same(save: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name in ours | theirs:
-        if name != _METRICS and theirs.get(name) != ours.get(name):
+        if name not in (_METRICS, _SETTINGS) and theirs.get(name) != ours.get(name):
             flag = "--" + name.replace("_", "-")
             raise LETError(
                 f"The output folder {save} holds another run: {flag} is {theirs.get(name)} there"

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_let.ops import align_hidden_state_in_backward
+from megatron_let.alignment.losses import AlignmentLoss
+from megatron_let.ops import align_in_backward
 
 
 def _in_backward() -> bool:
@@ -32,16 +33,16 @@ class _OpenStep:
     """State of one global batch."""
 
     teacher: TeacherStates
-    gradient_scale: float | torch.Tensor
-    cosine_sum: torch.Tensor
+    gradient_scale: torch.Tensor
+    sums: torch.Tensor
     num_tokens: int = 0
     num_forward: int = 0
     num_recomputed: int = 0
 
-    def count(self, cosine: torch.Tensor) -> None:
-        """Add the cosines of a microbatch, [s_local, b]."""
-        self.cosine_sum += cosine.sum()
-        self.num_tokens += cosine.numel()
+    def count(self, values: list[torch.Tensor]) -> None:
+        """Add the loss's numbers of a microbatch, [s_local, b] each."""
+        self.sums += torch.stack([value.sum() for value in values])
+        self.num_tokens += values[0].numel()
 
 
 class AlignmentHook:
@@ -50,7 +51,8 @@ class AlignmentHook:
     Outside an open step (evaluation, weight 0) the layer's output passes unchanged.
     """
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, layer: torch.nn.Module, loss: AlignmentLoss) -> None:
+        self._loss = loss
         self._step: _OpenStep | None = None
         self._handle = layer.register_forward_hook(self._on_output)
 
@@ -64,18 +66,24 @@ class AlignmentHook:
 
         Args:
             teacher: gives the states of this global batch.
-            gradient_scale: factor of d(-sum of local cosines)/dh; a 0-dim tensor stays on its
+            gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor stays on its
                 device (the loss scale of fp16).
             device: of the hidden states.
         """
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        self._step = _OpenStep(teacher, gradient_scale, zero)
+        if not isinstance(gradient_scale, torch.Tensor):
+            gradient_scale = torch.tensor(gradient_scale, dtype=torch.float64)
+        sums = torch.zeros(len(self._loss.names), dtype=torch.float32, device=device)
+        self._step = _OpenStep(teacher, gradient_scale, sums)
 
     def close_step(self) -> tuple[torch.Tensor, int]:
-        """End the global batch; return the sum of local cosines and the number of local tokens."""
+        """End the global batch.
+
+        Returns:
+            Sums over local tokens, one for each of the loss's names, and the number of tokens.
+        """
         assert self._step is not None, "close_step without open_step"
         step, self._step = self._step, None
-        return step.cosine_sum, step.num_tokens
+        return step.sums, step.num_tokens
 
     def remove(self) -> None:
         """Take the hook off the layer."""
@@ -101,8 +109,13 @@ class AlignmentHook:
             # counts.
             return None
         hidden, *rest = output if isinstance(output, tuple) else (output,)
-        state = partial(step.teacher.state, microbatch)
-        hidden = align_hidden_state_in_backward(hidden, state, step.gradient_scale, step.count)
+        hidden = align_in_backward(
+            hidden,
+            partial(step.teacher.state, microbatch),
+            step.gradient_scale,
+            self._loss.align,
+            step.count,
+        )
         # The pipeline frees a stage's output and asserts that it is no view.
         hidden = make_viewless_tensor(hidden, requires_grad=True, keep_graph=True)
         return (hidden, *rest) if isinstance(output, tuple) else hidden

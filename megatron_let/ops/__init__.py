@@ -1,15 +1,21 @@
-"""Interpolation and cosine alignment of hidden states."""
+"""Interpolation and alignment of hidden states."""
 
+from megatron_let.ops.cca import align_by_cca
 from megatron_let.ops.function import (
+    Align,
     align_hidden_state,
-    align_hidden_state_in_backward,
+    align_in_backward,
     interpolated_cosine,
 )
+from megatron_let.ops.logsum import align_by_logsum
 from megatron_let.ops.reference import interpolate
 
 __all__ = [
+    "Align",
+    "align_by_cca",
+    "align_by_logsum",
     "align_hidden_state",
-    "align_hidden_state_in_backward",
+    "align_in_backward",
     "interpolate",
     "interpolated_cosine",
 ]

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_let.ops import reference
 
+# hidden [..., d_M], teacher [..., d_T], gradient scale -> hidden, and numbers of each token.
+Align = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+
 
 @torch.library.custom_op("megatron_let::cosine_forward", mutates_args=())
 def _cosine_forward(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,26 +115,24 @@ class _AlignInBackward(torch.autograd.Function):
         hidden: Tensor,
         teacher: Callable[[], Tensor],
         gradient_scale: Tensor,
-        report: Callable[[Tensor], None],
+        align: Align,
+        report: Callable[[list[Tensor]], None],
     ) -> Tensor:
         ctx.save_for_backward(hidden, gradient_scale)
-        ctx.teacher, ctx.report = teacher, report
+        ctx.teacher, ctx.align, ctx.report = teacher, align, report
         # detach, not view_as: the pipeline schedule frees a stage's output only if it is no view.
         return hidden.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, None, None, None, None]:
         hidden, gradient_scale = ctx.saved_tensors
-        teacher = ctx.teacher()
-        _check_inputs(hidden, teacher)
-        student, target = _rows(hidden), _rows(teacher)
-        cosine, coefficients = _cosine_forward(student, target, None)
-        ctx.report(cosine.view(hidden.shape[:-1]))
-        gradient = _cosine_backward(
-            student, target, coefficients * -gradient_scale, _rows(grad_hidden)
-        )
-        return gradient.view(hidden.shape), None, None, None
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            aligned, values = ctx.align(leaf, ctx.teacher(), gradient_scale)
+        ctx.report(values)
+        (gradient,) = torch.autograd.grad(aligned, leaf, grad_hidden)
+        return gradient, None, None, None, None
 
 
 def _check_inputs(student: Tensor, teacher: Tensor) -> None:
@@ -201,27 +202,29 @@ def align_hidden_state(
     return _AlignHiddenState.apply(hidden, teacher, _scalar(gradient_scale))
 
 
-def align_hidden_state_in_backward(
+def align_in_backward(
     hidden: Tensor,
     teacher: Callable[[], Tensor],
     gradient_scale: float | Tensor,
-    report: Callable[[Tensor], None],
+    align: Align,
+    report: Callable[[list[Tensor]], None],
 ) -> Tensor:
-    """`align_hidden_state` with a teacher's state that need not be there before the backward.
+    """Align with a teacher's state that need not be there before the backward.
 
     Args:
         hidden: `h_M`, `[..., d_M]`, as in `align_hidden_state`.
         teacher: called once, in the backward; returns `h_T`, `[..., d_T]`.
         gradient_scale: as in `align_hidden_state`.
-        report: called in the backward with the cosine, `[...]` in fp32 (fp64 for fp64).
+        align: called in the backward; its result's gradient is hidden's.
+        report: called in the backward with the numbers that `align` gives for each token.
 
     Returns:
         hidden's values, `[..., d_M]`, in a tensor that is no view.
 
     Raises:
-        ValueError: shapes that do not match (in the backward), or a scale that is no number.
+        ValueError: a scale that is no number; in the backward, what `align` raises.
     """
-    return _AlignInBackward.apply(hidden, teacher, _scalar(gradient_scale), report)
+    return _AlignInBackward.apply(hidden, teacher, _scalar(gradient_scale), align, report)
 
 
 def _scalar(gradient_scale: float | Tensor) -> Tensor:

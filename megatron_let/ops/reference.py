@@ -73,7 +73,7 @@ def _transpose_interpolate(grad: Tensor, num_source: int, points: InterpolationP
     return result.index_add_(1, points.upper, to_upper)
 
 
-def _chunks(student: Tensor, teacher: Tensor) -> list[slice]:
+def chunks(student: Tensor, teacher: Tensor) -> list[slice]:
     """Token ranges of at most `_CHUNK_ELEMENTS` elements of the wider operand."""
     tokens = max(1, _CHUNK_ELEMENTS // max(student.shape[1], teacher.shape[1]))
     return [slice(start, start + tokens) for start in range(0, student.shape[0], tokens)]
@@ -97,7 +97,7 @@ def cosine_forward(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tup
     points = interpolation_points(student.shape[1], teacher.shape[1], student.device, dtype)
     cosine = torch.empty(student.shape[0], dtype=dtype, device=student.device)
     coefficients = torch.empty(2, student.shape[0], dtype=dtype, device=student.device)
-    for tokens in _chunks(student, teacher):
+    for tokens in chunks(student, teacher):
         interpolated = _interpolate_at(student[tokens].to(dtype), points)
         target = teacher[tokens].to(dtype)
         student_sq = torch.linalg.vecdot(interpolated, interpolated)
@@ -127,7 +127,7 @@ def cosine_backward(
     dtype = work_dtype(student)
     points = interpolation_points(student.shape[1], teacher.shape[1], student.device, dtype)
     result = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    for tokens in _chunks(student, teacher):
+    for tokens in chunks(student, teacher):
         interpolated = _interpolate_at(student[tokens].to(dtype), points)
         a, b = coefficients[:, tokens, None].unbind()
         direction = torch.addcmul(a * teacher[tokens].to(dtype), b, interpolated, value=-1)

@@ -12,7 +12,7 @@ from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.quiet import quiet_transformers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_PROBE_TOKENS = 8
+PROBE_TOKENS = 8
 
 
 def tapped_layer(teacher_layer: str, num_layers: int) -> int:
@@ -102,7 +102,7 @@ class Teacher:
             LETError: the teacher is bidirectional, and would leak the answer to the student.
         """
         device = self._model.get_input_embeddings().weight.device
-        tokens = torch.arange(_PROBE_TOKENS, device=device)[None]
+        tokens = torch.arange(PROBE_TOKENS, device=device)[None]
         changed = tokens.clone()
         changed[0, -1] = 0
         first, second = self.hidden_state(tokens), self.hidden_state(changed)
@@ -121,15 +121,7 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
     """
-    # Building a model draws random numbers, which would change the student's dropout.
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), quiet_transformers():
-        model, report = _from_pretrained(folder, DTYPES[config.teacher_dtype])
-    if report["missing_keys"]:
-        raise LETError(
-            f"The teacher {folder.path} has no weight for {sorted(report['missing_keys'])[0]} and "
-            f"{len(report['missing_keys']) - 1} more; its files are of another model."
-        )
+    model: Any = load_model(folder, config, device, AutoModel)
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
     teacher = Teacher(model.to(device), folder.num_layers, tap, config.teacher_final_norm)
     if config.teacher_compile:
@@ -137,8 +129,31 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
     return teacher
 
 
-def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The base model, with SDPA attention where its architecture has it, and its load report."""
+def load_model(
+    folder: TeacherFolder, config: LETConfig, device: torch.device, kind: Any
+) -> PreTrainedModel:
+    """Load the teacher's weights on the host, as transformers' auto class `kind` builds it.
+
+    Args:
+        device: of training.
+
+    Raises:
+        LETError: the files cannot be read, or lack weights.
+    """
+    # Building a model draws random numbers, which would change the student's dropout.
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), quiet_transformers():
+        model, report = _from_pretrained(folder, DTYPES[config.teacher_dtype], kind)
+    if report["missing_keys"]:
+        raise LETError(
+            f"The teacher {folder.path} has no weight for {sorted(report['missing_keys'])[0]} and "
+            f"{len(report['missing_keys']) - 1} more; its files are of another model."
+        )
+    return model
+
+
+def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype, kind: Any) -> tuple[Any, Any]:
+    """The model, with SDPA attention where its architecture has it, and its load report."""
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": True,
@@ -146,9 +161,9 @@ def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype) -> tuple[Any, An
     }
     try:
         try:
-            return AutoModel.from_pretrained(folder.path, attn_implementation="sdpa", **options)
+            return kind.from_pretrained(folder.path, attn_implementation="sdpa", **options)
         except ValueError:
-            return AutoModel.from_pretrained(folder.path, **options)
+            return kind.from_pretrained(folder.path, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ parameters after it are those that the run began with.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +57,16 @@ type Flags = list[str | int | float]
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Soft labels: the flags, and what they must mean; `weights` are those of each step."""
+
+    flags: Flags
+    weights: list[float]
+    temperature: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
 class Case:
     """One run: what the student is, and what it is pulled towards.
 
@@ -67,6 +78,8 @@ class Case:
         num_groups, tied: key and value heads of the student, and one embedding for both ends.
         mask: end-of-document tokens have no language-model loss.
         per_token: the language-model loss is a mean over tokens, not over microbatches.
+        loss: what is aligned.
+        method: `let`, or `rkd` or `salt` with the settings of `distillation`.
     """
 
     layer: int = 3
@@ -80,15 +93,22 @@ class Case:
     tied: bool = False
     mask: bool = False
     per_token: bool = False
+    loss: str = "cosine"
+    method: str = "let"
+    distillation: Distillation | None = None
 
     def flags(self) -> Flags:
         """What differs from the recipe."""
+        if self.distillation is not None:
+            mask: Flags = ["--eod-mask-loss"] if self.mask else []
+            return ["--let-method", self.method, *self.distillation.flags, *mask]
         groups: Flags = ["--group-query-attention", "--num-query-groups", self.num_groups]
         return [
             "--let-layer", self.layer,
             "--let-weight", self.weight,
             "--let-stop-step", self.stop_step,
             "--let-teacher-layer", self.teacher_layer,
+            "--let-loss", self.loss,
             "--let-teacher-final-norm" if self.final_norm else "--no-let-teacher-final-norm",
             *(groups if self.num_groups < NUM_HEADS else []),
             *(["--no-untie-embeddings-and-output-weights"] if self.tied else []),
@@ -116,6 +136,26 @@ CASES = {
     "masked tokens": Case(layer=2, weight=1.0, final_norm=False, mask=True),
     "masked tokens, per-token loss": Case(
         weight=1.0, teacher_layer="2", tap=2, mask=True, per_token=True
+    ),
+    "LogSum, masked tokens, per-token loss": Case(
+        weight=1.0, loss="logsum", mask=True, per_token=True
+    ),
+    # 128 tokens a microbatch are four a feature.
+    "CCA": Case(weight=1.0, loss="cca", teacher_width=32),
+    "RKD, masked tokens": Case(
+        method="rkd",
+        mask=True,
+        distillation=Distillation(
+            ["--let-kd-weight", 0.3, "--let-kd-temperature", 0.5], NUM_STEPS * [0.3], 0.5
+        ),
+    ),
+    "SALT, faded, of the teacher's 7 largest": Case(
+        method="salt",
+        distillation=Distillation(
+            ["--let-stop-step", 4, "--let-kd-fade", "--let-kd-top-k", 7],
+            [0.5, 0.375, 0.25, 0.125, 0.0, 0.0],
+            top_k=7,
+        ),
     ),
 }
 
@@ -202,7 +242,7 @@ class Finished:
     run: Run
     gradients: list[dict[str, Tensor]]
     parameters: list[dict[str, Tensor]]
-    objective: plain.LETObjective
+    objective: plain.LETObjective | plain.DistillationObjective
     batches: list[plain.Batch]
 
     @cached_property
@@ -244,20 +284,29 @@ def finished(
         run,
         [read_saved(folder, "wgrads", step) for step in range(NUM_STEPS)],
         [after[0], *after],
-        plain.LETObjective(
-            shape=case.shape,
-            teacher=plain.Teacher(
-                load_teacher(teacher),
-                TEACHER_SHAPE,
-                case.tap,
-                case.final_norm and case.tap == TEACHER_SHAPE.num_layers,
-            ),
-            layer=case.layer,
-            weight=case.weight,
-            stop_step=case.stop_step,
-            microbatch_size=None if case.per_token else MICRO_BATCH_SIZE,
-        ),
+        objective(case, load_teacher(teacher)),
         read_batches(documents, case.mask),
+    )
+
+
+def objective(
+    case: Case, teacher: dict[str, Tensor]
+) -> plain.LETObjective | plain.DistillationObjective:
+    """What the run must have trained with."""
+    microbatch_size = None if case.per_token else MICRO_BATCH_SIZE
+    if case.distillation is not None:
+        of = case.distillation
+        settings = (of.weights, of.temperature, of.top_k, microbatch_size)
+        return plain.DistillationObjective(case.shape, TEACHER_SHAPE, teacher, *settings)
+    final_norm = case.final_norm and case.tap == TEACHER_SHAPE.num_layers
+    return plain.LETObjective(
+        shape=case.shape,
+        teacher=plain.Teacher(teacher, TEACHER_SHAPE, case.tap, final_norm),
+        layer=case.layer,
+        weight=case.weight,
+        stop_step=case.stop_step,
+        microbatch_size=microbatch_size,
+        alignment=case.loss,
     )
 
 
@@ -297,13 +346,26 @@ def test_metrics_of_every_step(finished: Finished) -> None:
         check_metrics(row, expected)
 
 
+def test_metrics_name_what_is_aligned(finished: Finished) -> None:
+    case = finished.case
+    sign = -1 if case.loss == "logsum" else 1
+    key = f"let_{case.loss}" if case.method == "let" else "kd_loss"
+    for row, expected in zip(finished.run.steps, finished.expected, strict=True):
+        assert (key in row) == (expected.weight > 0)
+        if expected.weight > 0:
+            value = row[key]
+            assert value == pytest.approx(sign * expected.aligned, rel=TOLERANCE, abs=1e-7)
+
+
 def check_metrics(row: dict[str, float], expected: plain.StepResult) -> None:
     """Compare a row of the metrics file with the reference's step."""
     assert row["lm_loss"] == pytest.approx(expected.lm_loss, rel=TOLERANCE)
     assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=TOLERANCE)
-    assert ("let_cosine" in row) == ("let_weight" in row) == (expected.weight > 0)
+    assert ("let_weight" in row) == (expected.weight > 0)
     if expected.weight > 0:
-        assert row["let_cosine"] == pytest.approx(expected.cosine, abs=1e-7)
+        # NaN stands for no cosine.
+        cosine = row.get("let_cosine", math.nan)
+        assert cosine == pytest.approx(expected.cosine, abs=1e-7, nan_ok=True)
         assert row["let_weight"] == pytest.approx(expected.weight, rel=1e-6)
 
 

@@ -47,6 +47,7 @@ NAN_TOKEN = 201
 TRACKER = "latest_checkpointed_iteration.txt"
 STUDENT_TOKENIZER = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{words}")
 FULL_GRAPH = ("--cuda-graph-impl", "full_iteration")
+RKD = ("--let-method", "rkd")
 RL = ("--perform-rl-step", "--save-interval", 1)
 
 # what is wrong -> (flags after the tiny recipe, what the sentence says); {name} is of `broken`.
@@ -94,6 +95,15 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
     "weight not a number": (("--let-weight", "nan"), "--let-weight is nan; give a finite weight"),
     "stop step 0": (("--let-stop-step", 0), "--let-stop-step is 0; give the step, at least 1"),
     "stop step negative": (("--let-stop-step", -3), "--let-stop-step is -3"),
+    "too few tokens for CCA": (
+        ("--let-loss", "cca"),
+        "the 48 features of the teacher over the 128 tokens of a microbatch, which chance alone",
+    ),
+    "no share": ((*RKD, "--let-kd-weight", 2.0), "--let-kd-weight is 2.0; give the teacher's"),
+    "CUDA graphs with RKD": (
+        (*RKD, "--cuda-graph-impl", "local"),
+        "--let-method rkd cannot be used with --cuda-graph-impl local",
+    ),
     # What bypasses the hook, and what LET was never tried with
     "CUDA graphs": (("--cuda-graph-impl", "local"), "--cuda-graph-impl local"),
     "CUDA graphs of a step": (FULL_GRAPH, "--cuda-graph-impl full_iteration"),
@@ -132,6 +142,15 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
         ("--let-teacher", "{inf_layer}", "--save-interval", 1),
         "{inf_layer} gave NaN or Inf in microbatch 0 of step 1; the step was not taken",
     ),
+    "NaN in RKD's teacher": (
+        (*RKD, "--let-teacher", "{nan_layer}", "--save-interval", 1),
+        "{nan_layer} gave NaN or Inf in microbatch 0 of step 1; the step was not taken",
+    ),
+    # What is watched
+    "guard without metrics of a baseline": (
+        ("--let-guard", "--let-guard-baseline", "{nowhere}"),
+        "--let-guard-baseline {nowhere} has no evaluation; give the metrics file of a run",
+    ),
     # The output
     "folder of a baseline": (
         ("--save", "{baseline_run}", "--load", "{baseline_run}"),
@@ -166,6 +185,10 @@ WARNED: dict[str, tuple[tuple[str | int, ...], str]] = {
     "stop step beyond the run": (
         ("--let-stop-step", 11),
         "--let-stop-step 11 is beyond the run's 10 steps: the weight never reaches 0",
+    ),
+    "teacher that does harm": (
+        ("--let-guard", "--let-guard-baseline", "{low_losses}"),
+        "LET: warning: the held-out loss is ",
     ),
     "flags without a method": (
         ("--let-method", "none"),
@@ -263,6 +286,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "let_run": root / "let_run",
         "baseline_run": root / "baseline_run",
         "other_metrics": root / "other_metrics.jsonl",
+        "low_losses": root / "low_losses.jsonl",
         "misspelt": root / "misspelt.yaml",
     }
     things["empty_folder"].mkdir()
@@ -282,6 +306,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.move(things["no_shard"] / "model.safetensors", things["no_shard"] / "a.safetensors")
     save_words(things["other_tokenizer"], "two", "three", "four", "FIVE")
     things["other_metrics"].write_text('{"iteration": 1, "lm_loss": 5.0}\n')
+    things["low_losses"].write_text(
+        "".join(f'{{"iteration": {step}, "valid_loss": 1.0}}\n' for step in (5, 10))
+    )
     things["misspelt"].write_text("let:\n  let-wieght: 0.1\n")
     return things
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.models import save_teacher
 from tests.helpers.runs import Run, largest_difference, train
 
 TOLERANCE = 1e-5
@@ -48,12 +49,45 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str | int, ...]]] = {
 }
 
 
+# (loss, layout); CCA's collectives meet those of the schedule, and recompute repeats them.
+LOSSES = [
+    ("logsum", "tp2-cp2-sp"),
+    ("cca", "tp2-cp2-sp"),
+    *(
+        pytest.param(loss, name, marks=pytest.mark.slow)
+        for loss in ("logsum", "cca")
+        for name in ("tp2", "dp2", "tp2-sp", "cp2", "vpp2-recompute-full", "tp2-pp2-sp")
+    ),
+]
+
+
+# Methods that learn from the teacher's logits; the flags of the method, and the layout.
+RKD = ("--let-method", "rkd", "--let-kd-temperature", 2, "--let-kd-weight", 0.7)
+SALT_TOP_K = ("--let-method", "salt", "--let-kd-top-k", 20, "--let-kd-fade")
+DISTILLED = [
+    (RKD, "tp2-cp2-sp"),
+    (RKD, "vpp2-recompute-full"),
+    (SALT_TOP_K, "tp2-pp2-sp"),
+    *(
+        pytest.param(flags, name, marks=pytest.mark.slow)
+        for flags in (RKD, SALT_TOP_K)
+        for name in ("tp2", "dp2", "dp2-distributed-optimizer", "cp2", "vpp2", "pp2-last-stage")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def narrow_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 wide: the 128 tokens of a microbatch are four a feature."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "narrow", width=32)
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path, weights: Path):  # type: ignore[no-untyped-def]
     """Runs of one process, one for each k and loss mode, made once."""
     runs: dict[tuple[object, ...], Run] = {}
 
-    def get(layer: int, *flags: str | int) -> Run:
+    def get(layer: int, *flags: object) -> Run:
         key = (layer, *flags)
         if key not in runs:
             folder = tmp_path_factory.mktemp("reference")
@@ -74,8 +108,8 @@ def _train(
     )  # fmt: skip
 
 
-def _assert_same(run: Run, reference: Run) -> None:
-    differences = {key: largest_difference(run, reference, key) for key in KEYS}
+def _assert_same(run: Run, reference: Run, keys: tuple[str, ...] = KEYS) -> None:
+    differences = {key: largest_difference(run, reference, key) for key in keys}
     print(differences)
     assert max(differences.values()) < TOLERANCE, differences
 
@@ -99,3 +133,34 @@ def test_per_token_loss_with_masked_tokens(
     mask = (*PER_TOKEN, "--vocab-size", 250)
     run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags, *mask)
     _assert_same(run, reference(layer, *mask))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("loss", "name"), LOSSES)
+def test_other_losses_match_one_process(
+    loss: str, name: str, tmp_path: Path, narrow_teacher: Path, data: Path, weights: Path, reference
+) -> None:  # type: ignore[no-untyped-def]
+    ranks, layer, flags = LAYOUTS[name]
+    of_loss = ("--let-loss", loss, "--let-teacher", narrow_teacher)
+    run = _train(tmp_path, narrow_teacher, data, weights, ranks, layer, *flags, *of_loss)
+    expected = reference(layer, *of_loss)
+    _assert_same(run, expected, ("lm_loss", "grad_norm", f"let_{loss}"))
+    # Near 0 where it is not what is learned, so not compared by its own size.
+    cosines = [[row["let_cosine"] for row in r.steps] for r in (run, expected)]
+    assert cosines[0] == pytest.approx(cosines[1], abs=TOLERANCE)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("method", "name"), DISTILLED)
+def test_distillation_matches_one_process(
+    method: tuple[object, ...],
+    name: str,
+    tmp_path: Path,
+    teacher: Path,
+    data: Path,
+    weights: Path,
+    reference,
+) -> None:  # type: ignore[no-untyped-def]
+    ranks, layer, flags = LAYOUTS[name]
+    run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags, *method)
+    _assert_same(run, reference(layer, *method), ("lm_loss", "kd_loss", "grad_norm"))

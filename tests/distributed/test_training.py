@@ -227,6 +227,56 @@ def _kill_at(
     process.wait()
 
 
+@pytest.fixture(scope="module")
+def salt(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path) -> tuple[Run, Path]:
+    """SALT whose teacher leaves after four steps, and its folder."""
+    folder = tmp_path_factory.mktemp("salt")
+    return _salt(folder, data, teacher), folder
+
+
+def _salt(folder: Path, data: Path, teacher: Path, *flags: object) -> Run:
+    return train(
+        folder, "--data-path", data, "--save", folder / "checkpoints",
+        "--load", folder / "checkpoints", "--save-interval", 2, "--let-method", "salt",
+        "--let-stop-step", 4, *flags, TEACHER=str(teacher),
+    )  # fmt: skip
+
+
+def test_salt_is_distillation_and_then_plain_training(salt: tuple[Run, Path]) -> None:
+    run, _ = salt
+    assert ["kd_loss" in row for row in run.steps] == [True] * 4 + [False] * 6
+    assert [row.get("let_weight") for row in run.steps] == [0.5] * 4 + [None] * 6
+    assert "the teacher is freed" in run.log
+    assert [row["iteration"] for row in run.rows if "valid_loss" in row] == [5, 10]
+
+
+def test_checkpoint_of_salt_holds_no_teacher(
+    salt: tuple[Run, Path], uninterrupted: tuple[Run, Path]
+) -> None:
+    ours, theirs = (
+        dcp.FileSystemReader(f / "checkpoints" / name).read_metadata().state_dict_metadata.keys()
+        for f, name in ((salt[1], "iter_0000002"), (uninterrupted[1], "iter_0000010"))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["with the teacher", "without"])
+def test_salt_resumes_with_the_same_losses(
+    step: int, salt: tuple[Run, Path], tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    run, folder = salt
+    gone = Path("/the/teacher/is/gone")
+    resumed = train(
+        tmp_path, "--data-path", data, "--load", folder / "checkpoints", "--ckpt-step", step,
+        "--let-method", "salt", "--let-stop-step", 4, TEACHER=str(teacher if step < 4 else gone),
+    )  # fmt: skip
+    assert [row["iteration"] for row in resumed.steps] == list(range(step + 1, 11))
+    after = {row["iteration"]: row for row in run.steps}
+    for row in resumed.steps:
+        for key in ("lm_loss", "kd_loss", "grad_norm"):
+            assert row.get(key) == after[row["iteration"]].get(key), key
+
+
 def test_fp16_gradients_do_not_depend_on_the_loss_scale(
     tmp_path: Path, teacher: Path, data: Path, weights: Path
 ) -> None:
@@ -265,7 +315,7 @@ def test_help_lists_the_flags() -> None:
         capture_output=True, text=True, env=environment(), timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-500:]
-    assert "--let-method {none,let}" in result.stdout
+    assert "--let-method {none,let,rkd,salt}" in result.stdout
 
 
 def test_quickstart_refuses_a_folder_of_other_files(tmp_path: Path) -> None:

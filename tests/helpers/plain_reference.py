@@ -198,6 +198,32 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return ((student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))).mean()
 
 
+def mean_logsum(student: Tensor, teacher: Tensor) -> Tensor:
+    """Token mean of log(sum |z_s - z_t|^4 + 1e-6) over states standardised over their features."""
+    student = interpolate(student, teacher.shape[-1])
+    z_student, z_teacher = (
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        for x in (student, teacher)
+    )
+    return ((z_student - z_teacher).abs().pow(4).sum(-1) + 1e-6).log().mean()
+
+
+def mean_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean canonical correlation over all tokens, with a ridge of 1e-3 on correlations.
+
+    Whitened by eigenvectors: the singular values of S^(-1/2) C T^(-1/2).
+    """
+    num_directions = min(student.shape[-1], teacher.shape[-1])
+    student = interpolate(student, teacher.shape[-1])
+    x, y = ((z - z.mean(0)) / z.std(0) for z in (student.flatten(0, -2), teacher.flatten(0, -2)))
+    roots = []
+    for z in (x, y):
+        values, vectors = torch.linalg.eigh(z.T @ z / (len(z) - 1) + 1e-3 * torch.eye(z.shape[1]))
+        roots.append(vectors @ torch.diag(values.rsqrt()) @ vectors.T)
+    whitened = roots[0] @ (x.T @ y / (len(x) - 1)) @ roots[1]
+    return torch.linalg.matrix_norm(whitened, "nuc") / num_directions
+
+
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Each term of equation 1: [b, s, v] and [b, s] to [b, s]."""
     return -logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
@@ -245,7 +271,9 @@ class LETObjective:
         weight, stop_step: lambda_0 and S_stop.
         microbatch_size: None takes the token mean of the language-model loss over the global
             batch; a number takes it over each so many sequences, and then their mean, which
-            differs where masks do. The alignment loss is always a mean over all tokens.
+            differs where masks do. The alignment loss is always a mean over all tokens; that of
+            canonical correlations, over those of a microbatch.
+        alignment: `cosine`, `logsum` or `cca`.
     """
 
     shape: LlamaShape
@@ -254,41 +282,103 @@ class LETObjective:
     weight: float
     stop_step: int
     microbatch_size: int | None = None
+    alignment: str = "cosine"
+
+    def aligned(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """What is subtracted from the loss, times the weight."""
+        if self.alignment == "cosine":
+            return mean_cosine(student, teacher)
+        if self.alignment == "logsum":
+            return -mean_logsum(student, teacher)
+        pairs = (x.unflatten(0, (-1, self.microbatch_size or len(x))) for x in (student, teacher))
+        return torch.stack([mean_correlation(*pair) for pair in zip(*pairs, strict=True)]).mean()
 
     def losses(
         self, parameters: Mapping[str, Tensor], batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three scalars: the loss to train with, its token mean, and the mean cosine."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return four scalars: the loss to train with, its token mean, the cosine, `aligned`."""
         states = student_states(parameters, self.shape, batch.tokens)
         logits = student_logits(parameters, self.shape, states[-1])
         losses, mask = token_cross_entropy(logits, batch.labels), batch.loss_mask
         token_mean = masked_mean(losses[None], mask[None]).mean()
         size = self.microbatch_size or len(mask)
         trained = masked_mean(losses.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size)))
-        return (
-            trained.mean(),
-            token_mean,
-            mean_cosine(states[self.layer], self.teacher(batch.tokens)),
-        )
+        student, teacher = states[self.layer], self.teacher(batch.tokens)
+        aligned = self.aligned(student, teacher)
+        return trained.mean(), token_mean, mean_cosine(student, teacher), aligned
 
     def gradients(self, parameters: Mapping[str, Tensor], batch: Batch, step: int) -> StepResult:
         """Differentiate the total loss at the 0-based step with respect to every parameter."""
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        trained, token_mean, cosine = self.losses(leaves, batch)
+        trained, token_mean, cosine, aligned = self.losses(leaves, batch)
         weight = alignment_weight(step, self.weight, self.stop_step)
-        total = trained - weight * cosine
+        total = trained - weight * aligned
         gradients = torch.autograd.grad(total, list(leaves.values()))
         return StepResult(
-            token_mean.item(), cosine.item(), weight, dict(zip(leaves, gradients, strict=True))
+            token_mean.item(),
+            cosine.item(),
+            aligned.item(),
+            weight,
+            dict(zip(leaves, gradients, strict=True)),
         )
 
 
 @dataclass(frozen=True)
+class DistillationObjective:
+    """Soft labels: (1 - w) CE(data) + w CE(softmax(teacher's logits / temperature)).
+
+    Attributes:
+        shape, teacher_shape, teacher: the student's shape; the teacher's, and its parameters.
+        weights: w at each 0-based step.
+        temperature: divides the teacher's logits.
+        top_k: of the teacher's entries, those that are kept; 0 keeps all.
+        microbatch_size: as in `LETObjective`.
+    """
+
+    shape: LlamaShape
+    teacher_shape: LlamaShape
+    teacher: Mapping[str, Tensor]
+    weights: list[float]
+    temperature: float
+    top_k: int
+    microbatch_size: int | None = None
+
+    def soft_labels(self, tokens: Tensor) -> Tensor:
+        """[b, s] to [b, s, v]."""
+        num_layers = self.teacher_shape.num_layers
+        state = teacher_state(self.teacher, self.teacher_shape, tokens, num_layers, True)
+        logits = state @ self.teacher["lm_head.weight"].T / self.temperature
+        if self.top_k:
+            smallest = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, -math.inf)
+        return logits.softmax(-1)
+
+    def gradients(self, parameters: Mapping[str, Tensor], batch: Batch, step: int) -> StepResult:
+        """Differentiate the mixed loss at the 0-based step with respect to every parameter."""
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        states = student_states(leaves, self.shape, batch.tokens)
+        logits = student_logits(leaves, self.shape, states[-1])
+        hard, mask = token_cross_entropy(logits, batch.labels), batch.loss_mask
+        soft = -(self.soft_labels(batch.tokens) * logits.log_softmax(-1)).sum(-1)
+        weight, size = self.weights[step], self.microbatch_size or len(mask)
+        mixed = ((1 - weight) * hard + weight * soft).unflatten(0, (-1, size))
+        total = masked_mean(mixed, mask.unflatten(0, (-1, size))).mean()
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        hard_mean = masked_mean(hard[None], mask[None]).mean().item()
+        by_name = dict(zip(leaves, gradients, strict=True))
+        return StepResult(hard_mean, math.nan, soft.mean().item(), weight, by_name)
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """A step before its update: token means, and the unclipped gradient by parameter name."""
+    """A step before its update: token means, and the unclipped gradient by parameter name.
+
+    `aligned` is what the weight is of: the cosine or what stands for it, or the soft labels' loss.
+    """
 
     lm_loss: float
     cosine: float
+    aligned: float
     weight: float
     gradients: dict[str, Tensor]
 
@@ -329,7 +419,7 @@ class Optimization:
 
 def train(
     parameters: dict[str, Tensor],
-    objective: LETObjective,
+    objective: LETObjective | DistillationObjective,
     optimization: Optimization,
     batches: list[Batch],
 ) -> Iterator[StepResult]:

@@ -28,6 +28,10 @@ TEACHER = Path("/models/small")
 FOLDER = TeacherFolder(TEACHER, num_layers=12, hidden_size=64, vocab_size=100, max_positions=2048)
 
 
+LET = ("--let-method", "let", "--let-teacher", "/t")
+PAIR = ("--let-layer-pair", "M2M")
+
+
 def let_config(**values: Any) -> LETConfig:
     return LETConfig(**{"method": "let", "teacher": TEACHER, **values})
 
@@ -35,6 +39,7 @@ def let_config(**values: Any) -> LETConfig:
 def megatron_args(**values: Any) -> argparse.Namespace:
     common: dict[str, Any] = {
         "num_layers": 24,
+        "micro_batch_size": 16,
         "seq_length": 1280,
         "train_iters": 7629,
         "train_samples": None,
@@ -67,7 +72,15 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"method": "kd"}, "--let-method is 'kd'; choose one of none, let"),
+        ({"method": "kd"}, "--let-method is 'kd'; choose one of none, let, rkd, salt"),
+        ({"loss": "mse"}, "--let-loss is 'mse'; choose one of cosine, logsum, cca"),
+        ({"method": "rkd", "teacher": None}, "--let-method rkd needs --let-teacher"),
+        ({"method": "rkd", "kd_weight": 1.5}, "--let-kd-weight is 1.5; give the teacher's share"),
+        ({"method": "salt", "kd_weight": float("nan")}, "--let-kd-weight is nan"),
+        ({"method": "rkd", "kd_temperature": 0.0}, "--let-kd-temperature is 0.0"),
+        ({"method": "salt", "kd_top_k": -1}, "--let-kd-top-k is -1"),
+        ({"method": "salt", "stop_step": 0}, "--let-stop-step is 0"),
+        ({"method": "rkd", "kd_fade": True}, "--let-kd-fade is for --let-method salt"),
         ({"teacher": None}, "--let-method let needs --let-teacher"),
         ({"layer": 0}, "--let-layer is 0; layers are counted from 1"),
         ({"layer": -2}, "--let-layer is -2"),
@@ -97,6 +110,8 @@ def test_teacher_layers_that_are_accepted(tap: str) -> None:
 
 def test_weight_0_is_accepted_and_is_off() -> None:
     assert let_config().enabled
+    assert let_config(method="rkd", weight=0.0).enabled
+    assert not let_config(method="salt", kd_weight=0.0).enabled
     assert not let_config(weight=0.0).enabled
 
 
@@ -112,10 +127,15 @@ def test_every_setting_has_a_flag_and_the_flag_reaches_it() -> None:
     flags = [
         "--let-method", "let", "--let-teacher", "/t", "--let-layer", "5", "--let-weight", "0.5",
         "--let-stop-step", "7", "--let-teacher-layer", "middle", "--no-let-teacher-final-norm",
-        "--let-teacher-dtype", "fp32",
+        "--let-teacher-dtype", "fp32", "--let-loss", "logsum", "--let-kd-weight", "0.3",
+        "--let-kd-temperature", "2", "--let-kd-top-k", "8", "--let-kd-fade",
     ]  # fmt: skip
-    expected = LETConfig("let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32")
-    assert let_config_from_args(parse(*flags)) == expected
+    distillation: tuple[Any, ...] = (0.3, 2.0, 8, True)
+    expected = LETConfig(
+        "let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32", "logsum", *distillation
+    )
+    with pytest.warns(UserWarning, match="--let-kd-fade.* has no effect with --let-method let"):
+        assert let_config_from_args(parse(*flags)) == expected
     default = LETConfig()
     unset = [n for n, v in dataclasses.asdict(expected).items() if v == getattr(default, n)]
     assert not unset, "this test sets each of them to something else than the default"
@@ -139,7 +159,45 @@ def test_a_default_that_is_written_out_warns_too() -> None:
         let_config_from_args(parse("--let-method", "none", "--let-teacher-final-norm"))
 
 
-@pytest.mark.parametrize("flag", ["--let-method=kd", "--let-layer=x", "--let-teacher-dtype=fp64"])
+@pytest.mark.parametrize(
+    ("flags", "student", "teacher"),
+    [
+        (("--let-layer-pair", "L2E"), 3, "last"),
+        (("--let-layer-pair", "L2M"), 12, "last"),
+        (("--let-layer-pair", "L2L"), 24, "last"),
+        (("--let-layer-pair", "M2E"), 3, "middle"),
+        (("--let-layer-pair", "M2M"), 12, "middle"),
+        (("--let-layer-pair", "M2L"), 24, "middle"),
+        (("--let-layer", "middle", "--let-teacher-layer", "5"), 12, "5"),
+        (("--let-layer", "last"), 24, "last"),
+        # As a recipe's settings come before the command line.
+        (("--let-layer", "4", "--let-teacher-layer", "1", *PAIR), 12, "middle"),
+        ((*PAIR, "--let-layer", "4"), 4, "middle"),
+    ],
+)
+def test_layers_by_name(flags: tuple[str, ...], student: int, teacher: str) -> None:
+    args = parse(*LET, *flags)
+    args.num_layers = 24
+    config = let_config_from_args(args)
+    assert (config.layer, config.teacher_layer) == (student, teacher)
+
+
+def test_middle_of_one_layer_is_that_layer() -> None:
+    args = parse(*LET, "--let-layer", "middle")
+    args.num_layers = 1
+    assert let_config_from_args(args).layer == 1
+
+
+def test_alignment_flags_with_distillation_warn_and_are_named() -> None:
+    flags = ("--let-method", "rkd", "--let-teacher", "/t", "--let-layer", "2")
+    with pytest.warns(UserWarning, match=r"^--let-layer has no effect with --let-method rkd\.$"):
+        let_config_from_args(parse(*flags))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--let-method=kd", "--let-layer=x", "--let-layer-pair=L2X", "--let-teacher-dtype=fp64"],
+)
 def test_value_of_the_wrong_kind_is_refused_by_the_parser(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +230,7 @@ def test_value_of_the_wrong_kind_is_refused_by_the_parser(
 )
 def test_flag_that_bypasses_the_hook_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(LETError, match="--let-method let cannot be used with --") as error:
-        check_supported(argparse.Namespace(**{name: value}))
+        check_supported(argparse.Namespace(let_method="let", **{name: value}))
     assert_one_sentence(str(error.value))
 
 
@@ -203,7 +261,8 @@ def test_refused_flag_is_one_that_a_user_can_give(
 ) -> None:
     name, allowed, _ = row
     with pytest.raises(LETError) as error:
-        check_supported(argparse.Namespace(**{name: "local" if allowed == "none" else 2}))
+        value = "local" if allowed == "none" else 2
+        check_supported(argparse.Namespace(let_method="let", **{name: value}))
     assert_flags_exist(str(error.value), parser)
 
 
@@ -225,6 +284,12 @@ def test_flag_that_the_entry_would_ignore_is_refused_by_name(
     [
         ({"layer": 25}, {}, "--let-layer is 25 but the student has 24 layers"),
         ({"teacher_layer": "13"}, {}, "--let-teacher-layer is 13 but the teacher has 12 layers"),
+        (
+            {"loss": "cca"},
+            {"micro_batch_size": 2, "seq_length": 127},
+            "the 64 features of the teacher over the 254 tokens of a microbatch, which chance alone"
+            " would; raise --micro-batch-size to at least 3",
+        ),
         ({}, {"seq_length": 2049}, "--seq-length is 2049 but the teacher was built for 2048"),
     ],
 )
@@ -242,6 +307,10 @@ def test_the_largest_values_that_fit_are_accepted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_fits(config, FOLDER, megatron_args(seq_length=2048))
+
+
+def test_cca_takes_four_tokens_a_feature() -> None:
+    check_fits(let_config(loss="cca"), FOLDER, megatron_args(micro_batch_size=2, seq_length=128))
 
 
 def test_teacher_without_a_limit_of_positions_takes_any_sequence() -> None:

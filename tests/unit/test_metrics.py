@@ -12,12 +12,14 @@ import torch
 
 from megatron_let import metrics
 from megatron_let.metrics import (
-    COSINE_KEY,
     LOSS_KEY,
     WEIGHT_KEY,
     MetricsFile,
+    alignment_key,
     forget_stale_averages,
 )
+
+COSINE_KEY = alignment_key("cosine")
 
 OPTIMIZER = SimpleNamespace(
     param_groups=[{"lr": 0.01, "default_config": True, "params": [torch.zeros(1)]}]

@@ -1,0 +1,1 @@
+"""Learning from the teacher's output distribution: RKD and SALT."""

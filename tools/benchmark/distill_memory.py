@@ -1,0 +1,223 @@
+"""Peak memory of learning from the teacher's logits, at the paper's 1.4B on one of its 32 GPUs.
+
+Megatron's own model and losses run one microbatch, forward and backward, under fake tensors: every
+allocation is counted and none is made, so a machine without a GPU measures the real shapes. Counted
+besides: fp32 gradients and this rank's 1/32 of the optimizer. The sides:
+
+    baseline   Megatron's cross entropy
+    rkd        this package's
+    naive      student's and teacher's logits in fp32, softmax, KL divergence by torch
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_let.host.device import Host, prepare_process
+from megatron_let.report import provenance
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"
+VOCABULARY = 49_152
+TEACHER: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+           "num_attention_heads": 9, "num_key_value_heads": 3}  # SmolLM2-135M  # fmt: skip
+# Bytes of the distributed optimizer a parameter: fp32 weights and two moments, over 32 ranks.
+OPTIMIZER_BYTES = 12 / 32
+WEIGHT = 0.5
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages alive that operators have returned, and the most there were.
+
+    `torch.distributed._tools.MemTracker` refuses parameters that need no gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[int] = set()
+        self.bytes = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and count what it returned."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def main() -> int:
+    """Measure, print a table, write the CSV; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--seq-length", type=int, default=1280)
+    parser.add_argument("--num-layers", type=int, default=24)
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
+    options = parser.parse_args()
+    _start_megatron()
+    peaks = {name: _peak(name, options) for name in ("baseline", "rkd", "naive")}
+    rows = [
+        {
+            "method": name,
+            "num_layers": options.num_layers,
+            "micro_batch_size": options.micro_batch_size,
+            "seq_length": options.seq_length,
+            "peak_gib": round(peak / 2**30, 3),
+            "ratio": round(peak / peaks["baseline"], 4),
+        }
+        for name, peak in peaks.items()
+    ]
+    _print(rows)
+    _write(rows, options.csv)
+    return 0
+
+
+def _start_megatron() -> None:
+    """One process of one rank, as the entry makes it on a CPU."""
+    host = Host(cuda=False, transformer_engine=False, fused_gradients=False)
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    prepare_process(host, 0)
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_let.host.apply import apply_host_patches
+
+    apply_host_patches(host)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def _student(options: argparse.Namespace) -> Any:
+    """The paper's 1.4B in bf16."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_let.host.layer_spec import local_layer_spec
+
+    config = TransformerConfig(
+        num_layers=options.num_layers, hidden_size=2048, ffn_hidden_size=5461,
+        num_attention_heads=32, normalization="RMSNorm", gated_linear_unit=True,
+        activation_func=F.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+        bf16=True, params_dtype=torch.bfloat16, use_cpu_initialization=True,
+        gradient_accumulation_fusion=False, perform_initialization=False,
+    )  # fmt: skip
+    holder: Any = SimpleNamespace(transformer=config)
+    torch.set_default_dtype(torch.bfloat16)  # the norms' weights, which know no params_dtype
+    model = GPTModel(
+        config, local_layer_spec(holder), VOCABULARY, options.seq_length,
+        position_embedding_type="rope", share_embeddings_and_output_weights=False,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def _peak(name: str, options: argparse.Namespace) -> int:
+    """Bytes at the peak of one microbatch."""
+    with FakeTensorMode(), PeakMemory() as memory:
+        student = _student(options)
+        size = sum(parameter.numel() for parameter in student.parameters())
+        kept = [torch.empty(size), torch.empty(int(size * OPTIMIZER_BYTES), dtype=torch.uint8)]
+        shape = (options.micro_batch_size, options.seq_length)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        if name != "baseline":
+            student.compute_language_model_loss = _teacher_loss(name, tokens)
+        positions = torch.arange(shape[1]).expand(shape)
+        student(tokens, positions, None, labels=tokens).sum().backward()
+        del kept
+    return memory.peak
+
+
+def _teacher_loss(name: str, tokens: Tensor) -> Loss:
+    """The method's stand-in for `compute_language_model_loss`, with its own teacher."""
+    from transformers import AutoModel, LlamaConfig
+
+    config = LlamaConfig(vocab_size=VOCABULARY, **TEACHER)
+    teacher = AutoModel.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    head = teacher.embed_tokens.weight
+
+    def state() -> Tensor:
+        with torch.no_grad():
+            return teacher(input_ids=tokens, use_cache=False).last_hidden_state.transpose(0, 1)
+
+    return _rkd(state, head) if name == "rkd" else _naive(state, head)
+
+
+def _rkd(state: Callable[[], Tensor], head: Tensor) -> Loss:
+    from megatron.core import parallel_state
+
+    from megatron_let.distill.loss import SoftTargets, distilled_cross_entropy
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    targets = SoftTargets(lambda hidden: F.linear(hidden, head), 0, WEIGHT, 1.0, 0, group)
+
+    def loss(labels: Tensor, logits: Tensor) -> Tensor:
+        return distilled_cross_entropy(logits, labels.T.contiguous(), state(), targets)[0].T
+
+    return loss
+
+
+def _naive(state: Callable[[], Tensor], head: Tensor) -> Loss:
+    def loss(labels: Tensor, logits: Tensor) -> Tensor:
+        targets = F.linear(state(), head).float().softmax(-1)
+        log_probabilities = logits.float().log_softmax(-1)
+        hard = F.nll_loss(log_probabilities.flatten(0, 1), labels.T.flatten(), reduction="none")
+        soft = -(targets * log_probabilities).sum(-1).flatten()
+        return (1 - WEIGHT) * hard + WEIGHT * soft
+
+    return loss
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("method", "peak GiB", "over the baseline's")
+    for row in rows:
+        table.add_row(row["method"], f"{row['peak_gib']:.2f}", f"{row['ratio']:.3f}")
+    Console().print(table)
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    command = " ".join(["python tools/benchmark/distill_memory.py", *sys.argv[1:]])
+    source = provenance(command)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], *source])
+        writer.writeheader()
+        writer.writerows([{**row, **source} for row in rows])
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
