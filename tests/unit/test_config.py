@@ -129,11 +129,18 @@ def test_every_setting_has_a_flag_and_the_flag_reaches_it() -> None:
         "--let-stop-step", "7", "--let-teacher-layer", "middle", "--no-let-teacher-final-norm",
         "--let-teacher-dtype", "fp32", "--let-loss", "logsum", "--let-kd-weight", "0.3",
         "--let-kd-temperature", "2", "--let-kd-top-k", "8", "--let-kd-fade",
+        "--let-teacher-compile", "--let-placement", "spread", "--let-max-prefetch", "4",
     ]  # fmt: skip
-    distillation: tuple[Any, ...] = (0.3, 2.0, 8, True)
+    distillation: dict[str, Any] = {
+        "kd_weight": 0.3, "kd_temperature": 2.0, "kd_top_k": 8, "kd_fade": True,
+    }  # fmt: skip
+    placed: dict[str, Any] = {
+        "teacher_compile": True, "placement": "spread", "max_prefetch": 4,
+    }  # fmt: skip
     expected = LETConfig(
-        "let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32", "logsum", *distillation
-    )
+        "let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32", loss="logsum", **distillation,
+        **placed,
+    )  # fmt: skip
     with pytest.warns(UserWarning, match="--let-kd-fade.* has no effect with --let-method let"):
         assert let_config_from_args(parse(*flags)) == expected
     default = LETConfig()
