@@ -76,10 +76,15 @@ class Span(NamedTuple):
 
 
 class _Teacher(NamedTuple):
-    """The teacher's pass over one microbatch; `ahead` where it is of the next global batch."""
+    """The teacher's pass over one microbatch.
+
+    `ahead` where it is of the next global batch; `after` the forward pass whose output is sent
+    only when this work is done.
+    """
 
     microbatch: int
     ahead: bool = False
+    after: Pass | None = None
 
 
 @dataclass
@@ -146,7 +151,7 @@ def _program(
             num_forwards += 1
         program.append(work)
         if work.kind == "forward" and num_forwards == plan.num_forwards_to_wait:
-            program += [_Teacher(m) for m in plan.waiting]
+            program += [_Teacher(m, after=work) for m in plan.waiting]
     return program + [_Teacher(m, ahead=True) for m in plan.after]
 
 
@@ -185,8 +190,11 @@ class _Run:
         free = self._spans[stage][-1].end if self._spans[stage] else 0.0
         if isinstance(work, _Teacher):
             self._append(stage, "teacher", self._number(work), 0, free, self._costs.teacher)
+            end = self._spans[stage][-1].end
             if not work.ahead:
-                self._state_ends[work.microbatch] = self._spans[stage][-1].end
+                self._state_ends[work.microbatch] = end
+            if work.after is not None:
+                self._pass_ends[stage, work.after] = end
             return True
         ready = self._ready(stage, work)
         if ready is None:

@@ -104,7 +104,7 @@ def test_placement_matches_one_process(
 # A step run twice, evaluation in between, a skipped iteration, a growing batch, and S_stop.
 EVENTFUL = (
     "--train-iters", 7, "--let-stop-step", 6, "--iterations-to-skip", 4,
-    "--eval-interval", 2, "--eval-iters", 1, "--step-batch-size-schedule", "0:4 8:8",
+    "--eval-interval", 2, "--eval-iters", 1, "--step-batch-size-schedule", "0:4 512:8",
 )  # fmt: skip
 
 
@@ -115,10 +115,10 @@ def test_an_eventful_run_matches_one_process(
     recipe = tmp_path / "growing.yaml"
     tiny = (ROOT / "configs" / "tiny.yaml").read_text()
     recipe.write_text(tiny.replace("  global-batch-size: 8\n", ""))
-    common = (teacher, data, weights, "--let-layer", 1)
+    common = (teacher, data, weights, "--let-layer", 1, "--micro-batch-size", 1)
     expected = _run(tmp_path / "one", *common, *EVENTFUL, config=str(recipe))
     run = _run(
-        tmp_path / "two", *common, *EVENTFUL, *PP2, "--micro-batch-size", 1,
+        tmp_path / "two", *common, *EVENTFUL, *PP2,
         "--let-placement", "bubble", "--rerun-mode", "report_stats",
         ranks=2, config=str(recipe),
     )  # fmt: skip

@@ -16,6 +16,8 @@ TEACHER_COST = 0.5
 if __name__ == "__main__":
     pretrain.prepare_process(pretrain.detect_host(), 0)
     # The entry imports Megatron itself, after it has looked at the host.
+    from megatron.core.rerun_state_machine import RerunMode
+
     from megatron_let.placement.simulate import Costs
     from megatron_let.teacher import placer
 
@@ -24,4 +26,7 @@ if __name__ == "__main__":
 
     placer.PassTimes.costs = fixed  # type: ignore[method-assign]
     placer._MEASURED_STEP = 0
+    # 0.19.2 offers `--rerun-mode report_stats`, which takes every step twice, but knows the mode
+    # under another name only.
+    RerunMode._value2member_map_["report_stats"] = RerunMode.REPORT_DETERMINISM_STATS
     sys.exit(pretrain.main())
