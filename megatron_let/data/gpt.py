@@ -148,10 +148,12 @@ def _check_prefix(
     bounds = np.cumsum([0.0, *weights]) / sum(weights) * len(lengths)
     for (name, sampled), start, end in zip(samples.items(), bounds[:-1], bounds[1:], strict=True):
         documents = lengths[round(start) : round(end)]
-        if not sampled or end == start:
+        if end == start:
             continue
+        # A split that no step samples is built too, and without a document for ever.
+        needed = sequence_length if sampled else 0
         # A few documents mostly suffice; the whole file is read only if they do not.
-        if documents[:10_000].sum() <= sequence_length and documents.sum() <= sequence_length:
+        if documents[:10_000].sum() <= needed and documents.sum() <= needed:
             raise LETError(
                 f"The {name} split of {prefix} has {int(documents.sum())} tokens, less than one"
                 f" sequence of --seq-length {sequence_length} and its label; give more text or"

@@ -208,6 +208,7 @@ def test_data_that_exists_passes(prefix: str) -> None:
     [
         ({"seq_length": 8}, r"The train split of .* has \d tokens, less than one"),
         ({"split": "1,1,0"}, "The .* split of .* has 0 tokens"),
+        ({"split": "9,1,0", "eval_iters": 0}, "The validation split of .* has 0 tokens"),
         ({"split": "0,1,0", "eval_iters": 0, "seq_length": 8}, None),
     ],
 )
