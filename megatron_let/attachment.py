@@ -66,7 +66,7 @@ def attach(
     config: LETConfig,
     folder: TeacherFolder,
     model: list[torch.nn.Module],
-    shape: tuple[int, int],
+    shape: tuple[int, int, int],
     report: Callable[[str], None],
 ) -> Attachment:
     """Load the teacher where it will run, and set the hook where layer k is.
@@ -74,9 +74,10 @@ def attach(
     Args:
         config, folder: of the teacher.
         model: this rank's model chunks.
-        shape: (b, s) of a microbatch.
+        shape: (num_microbatches, b, s) of the first global batch.
         report: prints one line on one rank.
     """
+    num_microbatches, micro_batch_size, seq_length = shape
     device = next(model[0].parameters()).device
     model_config = get_model_config(model[0])
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -89,19 +90,20 @@ def attach(
     samples = None
     if placer.needs_teacher_everywhere or found is not None:
         teacher = load_teacher(folder, config, device)
-        samples = SharedSamples(teacher, shard, shape[0])
+        samples = SharedSamples(teacher, shard, micro_batch_size)
         logger.info(
             "LET: teacher %s (%.0f MiB) on stage %d", folder.path, teacher.num_bytes / 2**20, stage
         )
     width = folder.hidden_size if samples is None else samples.width
     transfer = Transfer(owner.stage, device) if placer.needs_teacher_everywhere else None
-    like = torch.empty(
-        shard.num_local(shape[1]),
-        shape[0],
-        width,
-        dtype=DTYPES[config.teacher_dtype],
-        device="meta",
-    )
+    local = (shard.num_local(seq_length), micro_batch_size, width)
+    like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
+    if transfer is not None:
+        limit = placer.max_prefetch(num_microbatches)
+        report(
+            f"LET: placement {config.placement}; the stage of layer {config.layer} holds at most"
+            f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB a rank"
+        )
     return Attachment(
         hook=None
         if found is None

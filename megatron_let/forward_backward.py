@@ -86,11 +86,11 @@ class AlignedForwardBackward:
         self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
     ) -> Any:
         model, num_microbatches = kwargs["model"], kwargs["num_microbatches"]
-        shape = (kwargs["micro_batch_size"], kwargs["seq_length"])
+        shape = (num_microbatches, kwargs["micro_batch_size"], kwargs["seq_length"])
         if self._attachment is None:
             self._attachment = attach(self._config, self._folder, model, shape, self._report)
         attachment = self._attachment
-        batch = self._read(attachment, (num_microbatches, *shape), kwargs)
+        batch = self._read(attachment, shape, kwargs)
         plan = _begin(attachment, batch)
         config = get_model_config(model[0])
         if attachment.hook is not None:
