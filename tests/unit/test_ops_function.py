@@ -11,7 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from megatron_let.ops import align_hidden_state, interpolated_cosine
+from megatron_let.ops import (
+    align_hidden_state,
+    align_hidden_state_in_backward,
+    interpolated_cosine,
+)
 from tests.unit.test_ops_reference import (
     exact_cosine,
     exact_gradient,
@@ -255,3 +259,25 @@ def test_wrong_inputs_are_refused() -> None:
         align_hidden_state(hidden, teacher[..., :1], 1.0)
     with pytest.raises(ValueError, match="0-dim"):
         align_hidden_state(hidden, teacher, torch.ones(1))
+
+
+def test_alignment_in_the_backward_is_that_of_the_forward() -> None:
+    """The state may come after the forward, and is asked for once."""
+    values, teacher = torch.randn(5, 2, 24), torch.randn(5, 2, 16)
+    incoming = torch.randn_like(values)
+    early = values.clone().requires_grad_()
+    out, cosine = align_hidden_state(early * 2, teacher, 0.7)
+    out.backward(incoming)
+    late = values.clone().requires_grad_()
+    asked: list[int] = []
+    reported: list[torch.Tensor] = []
+
+    def state() -> torch.Tensor:
+        asked.append(1)
+        return teacher
+
+    passed = align_hidden_state_in_backward(late * 2, state, 0.7, reported.append)
+    assert not asked and torch.equal(passed, late * 2)
+    passed.backward(incoming)
+    assert asked == [1] and torch.equal(reported[0], cosine)
+    assert torch.equal(late.grad, early.grad)
