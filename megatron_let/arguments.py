@@ -46,7 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--let-metrics-path", type=Path, default=None, help="JSON lines file, one a step"
     )
+    _add_engine_arguments(parser)
     return parser
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine",
+        choices=("megatron", "deepspeed"),
+        default="megatron",
+        help="what takes a training step (default: megatron)",
+    )
+    group.add_argument(
+        "--deepspeed-config", type=Path, default=None, help="DeepSpeed's JSON config"
+    )
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:

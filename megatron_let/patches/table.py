@@ -191,6 +191,21 @@ _CONTROL_ROWS = (
     ),
 )
 
+_DEEPSPEED_TEST = "tests/distributed/test_deepspeed.py::test_engine_matches_megatrons"
+
+_DEEPSPEED_ROWS = (
+    Patch(
+        target=_TRAINING + "get_megatron_optimizer",
+        kind="replace",
+        reason="under --engine deepspeed the optimizer is inside DeepSpeed's engine",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("config", "model_chunks", "config_overrides"),
+        unnecessary_when="pretrain() takes an optimizer from the config container's builder",
+        test=_DEEPSPEED_TEST,
+    ),
+)
+
 PATCHES: dict[str, Patch] = {
     row.target: row
     for row in (
@@ -200,5 +215,6 @@ PATCHES: dict[str, Patch] = {
         *_LET_ROWS,
         *_METRICS_ROWS,
         *_CONTROL_ROWS,
+        *_DEEPSPEED_ROWS,
     )
 }
