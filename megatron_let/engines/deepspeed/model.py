@@ -53,6 +53,8 @@ def zero_init(config: Config) -> contextlib.AbstractContextManager[Any]:
     """The context in which parameters are partitioned as they are made; ZeRO-3 only."""
     if zero_stage(config) != 3:
         return contextlib.nullcontext()
+    # Without it zero.Init counts one rank in silence, and refuses the batch size.
+    deepspeed.init_distributed(dist_init_required=False)
     return deepspeed.zero.Init(
         data_parallel_group=parallel_state.get_data_parallel_group(),
         config_dict_or_path=config,
