@@ -32,6 +32,10 @@ class CudaDeviceAsCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.backward:
+            # It would run with this mode off, and a backward function that asks for CUDA fail.
+            with self:
+                return torch.autograd.backward(*args, **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)

@@ -191,18 +191,40 @@ _CONTROL_ROWS = (
     ),
 )
 
-_DEEPSPEED_TEST = "tests/distributed/test_deepspeed.py::test_engine_matches_megatrons"
+_DEEPSPEED_TESTS = "tests/distributed/test_deepspeed"
 
-_DEEPSPEED_ROWS = (
-    Patch(
-        target=_TRAINING + "get_megatron_optimizer",
+
+def _deepspeed(target: str, reason: str, parameters: tuple[str, ...], test: str) -> Patch:
+    return Patch(
+        target=_TRAINING + target,
         kind="replace",
-        reason="under --engine deepspeed the optimizer is inside DeepSpeed's engine",
+        reason=reason,
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
-        parameters=("config", "model_chunks", "config_overrides"),
-        unnecessary_when="pretrain() takes an optimizer from the config container's builder",
-        test=_DEEPSPEED_TEST,
+        parameters=parameters,
+        unnecessary_when="pretrain() takes these functions from its config container",
+        test=_DEEPSPEED_TESTS + test,
+    )
+
+
+_DEEPSPEED_ROWS = (
+    _deepspeed(
+        "get_megatron_optimizer",
+        "under --engine deepspeed the optimizer is inside DeepSpeed's engine",
+        ("config", "model_chunks", "config_overrides"),
+        ".py::test_engine_takes_megatrons_steps",
+    ),
+    _deepspeed(
+        "save_checkpoint",
+        "ZeRO's shards of masters and moments are saved by DeepSpeed's engine",
+        ("iteration", "model", "optimizer", "opt_param_scheduler"),
+        "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
+    _deepspeed(
+        "load_checkpoint",
+        "ZeRO's shards of masters and moments are loaded by DeepSpeed's engine",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        "_checkpoint.py::test_resumed_run_has_the_same_losses",
     ),
 )
 

@@ -67,7 +67,9 @@ def read_config(path: Path) -> Config:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LETError(f"--deepspeed-config {path} cannot be read ({first_line(error)}).") from error
+        raise LETError(
+            f"--deepspeed-config {path} cannot be read ({first_line(error)})."
+        ) from error
     except ValueError as error:
         raise LETError(f"--deepspeed-config {path} is no JSON ({first_line(error)}).") from error
     if not isinstance(config, dict):

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,21 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.training import get_megatron_optimizer_config
 
+from megatron_let.arguments import resumed_step
 from megatron_let.config import LETError
-from megatron_let.engines.deepspeed.ds_config import Config, complete_config, read_config, zero_stage
+from megatron_let.engines.deepspeed.checkpoint_info import (
+    CheckpointInfo,
+    Resume,
+    folder_name,
+    plan_resume,
+    universal_folder,
+)
+from megatron_let.engines.deepspeed.ds_config import (
+    Config,
+    complete_config,
+    read_config,
+    zero_stage,
+)
 from megatron_let.engines.deepspeed.recipe import recipe_from_args
 from megatron_let.engines.deepspeed.refusals import check_supported, take_over
 from megatron_let.patches import PATCHES, PatchSet
@@ -52,20 +66,41 @@ def enable(args: argparse.Namespace, cuda: bool) -> tuple[PatchSet, Config]:
     given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
     config = complete_config(given, recipe_from_args(args), fused_adam=cuda)
     take_over(args, print_rank_0)
-    print_rank_0(f"megatron_let: engine DeepSpeed, ZeRO stage {zero_stage(config)}")
-    return _patch(), config
+    layout = CheckpointInfo(
+        iteration=0,
+        zero_stage=zero_stage(config),
+        data_parallel_size=args.data_parallel_size,
+        tensor_parallel_size=args.tensor_model_parallel_size,
+    )
+    resume = _resume(args, layout)
+    if resume is not None and resume.universal:
+        config.setdefault("checkpoint", {})["load_universal"] = True
+    print_rank_0(f"megatron_let: engine DeepSpeed, ZeRO stage {layout.zero_stage}")
+    return _patch(args, layout, resume), config
 
 
-def _patch() -> PatchSet:
+def _resume(args: argparse.Namespace, layout: CheckpointInfo) -> Resume | None:
+    """The checkpoint that the run begins with; None for a new run."""
+    iteration = resumed_step(args)
+    if iteration == 0:
+        return None
+    folder = Path(args.load) / folder_name(iteration)
+    return plan_resume(folder, layout, (universal_folder(folder) / "zero").is_dir())
+
+
+def _patch(args: argparse.Namespace, layout: CheckpointInfo, resume: Resume | None) -> PatchSet:
     from megatron_let.engines.deepspeed import schedule
+    from megatron_let.engines.deepspeed.checkpoint import Checkpoints
     from megatron_let.engines.deepspeed.optimizer import optimizer_of
 
-    patches = PatchSet()
+    checkpoints, patches = Checkpoints(args, layout, resume), PatchSet()
     patches.apply_all(
         PATCHES,
         {
             _TRAINING + "get_forward_backward_func": schedule.wrap_getter,
             _TRAINING + "get_megatron_optimizer": lambda original: optimizer_of,
+            _TRAINING + "save_checkpoint": lambda original: checkpoints.save,
+            _TRAINING + "load_checkpoint": lambda original: checkpoints.load,
         },
     )
     return patches
@@ -91,6 +126,7 @@ def _engine_maker(
 ) -> Callable[[torch.nn.Module], deepspeed.DeepSpeedEngine]:
     import deepspeed
 
+    from megatron_let.engines.deepspeed.extra_state import leave_out_empty_extra_states
     from megatron_let.engines.deepspeed.mpu import ModelParallelUnit
     from megatron_let.engines.deepspeed.param_groups import param_groups
     from megatron_let.engines.deepspeed.sequence_parallel import sum_gradients_over_tensor_parallel
@@ -99,6 +135,7 @@ def _engine_maker(
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     def make(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine:
+        leave_out_empty_extra_states(module)
         sum_gradients_over_tensor_parallel(
             module,
             unwrap_model(module).config,

@@ -69,7 +69,9 @@ class DeepSpeedOptimizer:
         return float(clip_grad_norm_(parameters, math.inf, mpu=self._engine.mpu))
 
 
-def optimizer_of(config: Any, model_chunks: list[DeepSpeedModel], **unused: Any) -> DeepSpeedOptimizer:
+def optimizer_of(
+    config: Any, model_chunks: list[DeepSpeedModel], **unused: Any
+) -> DeepSpeedOptimizer:
     """Stand in for `get_megatron_optimizer`: the optimizer is in the engine already."""
     (chunk,) = model_chunks
     return DeepSpeedOptimizer(chunk.engine, FirstStepGuard(chunk.engine.module))

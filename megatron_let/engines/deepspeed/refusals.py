@@ -120,8 +120,26 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
         "--data-parallel-random-init",
         f"replicas begin with the same weights; {_MEGATRON}",
     ),
+    ("finetune", (False,), "--finetune", "it resumes its own checkpoints only; drop --finetune"),
+    (
+        "pretrained_checkpoint",
+        (None,),
+        "--pretrained-checkpoint",
+        f"it resumes its own checkpoints only; {_MEGATRON}",
+    ),
+    (
+        "no_load_optim",
+        (None, False),
+        "--no-load-optim",
+        f"weights and moments come together; {_MEGATRON}",
+    ),
+    (
+        "no_save_optim",
+        (None, False),
+        "--no-save-optim",
+        f"weights and moments go together; {_MEGATRON}",
+    ),
     ("ckpt_convert_format", (None,), "--ckpt-convert-format", _MEGATRON),
-    ("freeze", (None, False), "--freeze", _MEGATRON),
 )
 
 
@@ -156,7 +174,5 @@ def take_over(args: argparse.Namespace, report: Callable[[str], None]) -> None:
     for name in taken:
         setattr(args, name, False)
     if taken:
-        names = "; ".join(
-            f"--{name.replace('_', '-')} by {_TAKEN_OVER[name]}" for name in taken
-        )
+        names = "; ".join(f"--{name.replace('_', '-')} by {_TAKEN_OVER[name]}" for name in taken)
         report(f"DeepSpeed replaces {names}")

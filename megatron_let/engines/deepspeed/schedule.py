@@ -24,7 +24,8 @@ def forward_backward(
     The last microbatch's `engine.step()` is the optimizer's, as in DeepSpeed's own loop.
     """
     (chunk,) = model
-    config, reports = get_model_config(chunk), []
+    config = get_model_config(chunk)
+    reports: list[dict[str, Any]] = []
     if config.timers is not None:
         config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
     for index in range(num_microbatches):
