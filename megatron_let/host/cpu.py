@@ -34,6 +34,8 @@ class CudaDeviceAsCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.backward:
             # It would run with this mode off, and a backward function that asks for CUDA fail.
+            if "gradient" in kwargs:
+                kwargs["grad_tensors"] = kwargs.pop("gradient")
             with self:
                 return torch.autograd.backward(*args, **kwargs)
         if _is_cuda(kwargs.get("device")):
