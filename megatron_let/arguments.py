@@ -61,6 +61,24 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--deepspeed-config", type=Path, default=None, help="DeepSpeed's JSON config"
     )
+    group.add_argument(
+        "--let-teacher-shard",
+        action="store_true",
+        help="shard the teacher over the replicas by ZeRO-3 (--engine deepspeed)",
+    )
+
+
+def check_teacher_shard(args: argparse.Namespace) -> None:
+    """Refuse a sharded teacher without ZeRO.
+
+    Raises:
+        LETError: names both flags.
+    """
+    if args.let_teacher_shard and args.engine != "deepspeed":
+        raise LETError(
+            f"--let-teacher-shard is ZeRO-3's and cannot be used with --engine {args.engine}; give"
+            " --engine deepspeed or drop it."
+        )
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:

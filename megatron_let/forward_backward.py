@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class AlignedForwardBackward:
         folder: TeacherFolder,
         current_step: Callable[[], int],
         report: Callable[[str], None],
+        shard: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     ) -> None:
         """
         Args:
@@ -66,11 +68,13 @@ class AlignedForwardBackward:
             folder: the teacher's, already checked.
             current_step: 0-based training step.
             report: prints one line on one rank.
+            shard: see `load_teacher`.
         """
         self._config = config
         self._folder = folder
         self._current_step = current_step
         self._report = report
+        self._shard = shard
         self._started = False
         self._attachment: _Attachment | None = None
 
@@ -122,7 +126,7 @@ class AlignedForwardBackward:
         layer = owned_layer(model, self._config.layer)
         if layer is None:
             return
-        teacher = load_teacher(self._folder, self._config, device)
+        teacher = load_teacher(self._folder, self._config, device, self._shard)
         self._attachment = _Attachment(
             AlignmentHook(layer), AlignedStageStates(teacher, _this_rank(layer.config))
         )
@@ -170,6 +174,8 @@ class AlignedForwardBackward:
         if self._attachment is not None:
             self._attachment.hook.remove()
             self._attachment = None
+            # A sharded teacher's parameters refer to themselves.
+            gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         if self._started:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from megatron.training import get_tokenizer, print_rank_0
 
@@ -18,6 +20,7 @@ from megatron_let.arguments import (
     add_arguments,
     check_fits,
     check_supported,
+    check_teacher_shard,
     check_vocabulary_size,
     let_config_from_args,
     resumed_step,
@@ -70,6 +73,14 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
     )
 
 
+def _teacher_shard(args: argparse.Namespace) -> Callable[..., Any] | None:
+    if not args.let_teacher_shard:
+        return None
+    from megatron_let.engines.deepspeed.teacher_shard import shard_teacher
+
+    return shard_teacher
+
+
 def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
     config = let_config_from_args(args)
     if not config.enabled:
@@ -80,6 +91,7 @@ def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
         return
     assert config.teacher is not None
     check_supported(args)
+    check_teacher_shard(args)
     folder = inspect_teacher(config.teacher)
     check_fits(config, folder, args)
     tokenizer = get_tokenizer()
@@ -92,7 +104,11 @@ def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
     else:
         check_same_tokenizer(tokenizer, folder)
     aligned = AlignedForwardBackward(
-        config, folder, current_step=lambda: args.curr_iteration, report=print_rank_0
+        config,
+        folder,
+        current_step=lambda: args.curr_iteration,
+        report=print_rank_0,
+        shard=_teacher_shard(args),
     )
     patches.apply_all(
         PATCHES,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -111,8 +112,18 @@ class Teacher:
         return first.shape[-1]
 
 
-def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device) -> Teacher:
+def load_teacher(
+    folder: TeacherFolder,
+    config: LETConfig,
+    device: torch.device,
+    shard: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+) -> Teacher:
     """Load the teacher that `config` names on `device`.
+
+    Args:
+        folder, config: of the teacher.
+        device: it runs on.
+        shard: takes the model on the CPU and spreads it over ranks' devices; None copies it whole.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
@@ -127,7 +138,8 @@ def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device)
             f"{len(report['missing_keys']) - 1} more; its files are of another model."
         )
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
-    return Teacher(model.to(device), folder.num_layers, tap, config.teacher_final_norm)
+    model = model.to(device) if shard is None else cast(PreTrainedModel, shard(model))
+    return Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
 
 
 def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -114,10 +114,12 @@ def model_config(args: argparse.Namespace, config: Config) -> Any:
         config: the completed DeepSpeed config.
     """
     from megatron_let.engines.deepspeed.model import DeepSpeedModelConfig, zero_init
+    from megatron_let.engines.deepspeed.schedule import finalize_model_grads
 
     model = gpt_config_from_args(args, model_config_cls=DeepSpeedModelConfig)
     model.build_context = functools.partial(zero_init, config)
     model.make_engine = _engine_maker(args, config)
+    model.transformer.finalize_model_grads_func = finalize_model_grads
     return model
 
 

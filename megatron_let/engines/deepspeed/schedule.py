@@ -45,9 +45,15 @@ def forward_backward(
         chunk.engine.backward(loss, scale_wrt_gas=False)
         if index < num_microbatches - 1:
             chunk.engine.step()
+    if config.finalize_model_grads_func is not None:
+        config.finalize_model_grads_func([chunk], None)
     if config.timers is not None:
         config.timers("forward-backward").stop()
     return reports
+
+
+def finalize_model_grads(*args: Any, **kwargs: Any) -> None:
+    """Stand in for Megatron's: DeepSpeed's backward has reduced the gradients already."""
 
 
 def wrap_getter(original: Callable[..., Any]) -> Callable[..., Any]:
