@@ -112,6 +112,7 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_let.arguments import check_entry_supports, check_supported
+    from megatron_let.engines.deepspeed import refusals
     from megatron_let.recipes import load_recipe, recipe_argv
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -126,6 +127,8 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     if args.let_method == "let":
         check_supported(args)
     check_entry_supports(args)
+    if args.engine == "deepspeed":
+        refusals.check_supported(args)
     return rest
 
 

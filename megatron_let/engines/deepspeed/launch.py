@@ -33,7 +33,7 @@ from megatron_let.engines.deepspeed.ds_config import (
     zero_stage,
 )
 from megatron_let.engines.deepspeed.recipe import recipe_from_args
-from megatron_let.engines.deepspeed.refusals import check_supported, take_over
+from megatron_let.engines.deepspeed.refusals import take_over
 from megatron_let.patches import PATCHES, PatchSet
 
 if TYPE_CHECKING:
@@ -54,15 +54,14 @@ def enable(args: argparse.Namespace, cuda: bool) -> tuple[PatchSet, Config]:
         The applied patches, and the completed DeepSpeed config.
 
     Raises:
-        LETError: DeepSpeed is missing, a flag is not possible with it, or its config contradicts
-            the recipe.
+        LETError: DeepSpeed is missing, its config contradicts the recipe, or the checkpoint cannot
+            be resumed in this layout.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise LETError(
             "--engine deepspeed needs the package deepspeed, which is not installed; install it by"
             " bash launch/lib/environment.sh deepspeed."
         )
-    check_supported(args)
     given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
     config = complete_config(given, recipe_from_args(args), fused_adam=cuda)
     take_over(args, print_rank_0)
