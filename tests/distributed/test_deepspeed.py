@@ -17,6 +17,10 @@ pytestmark = [pytest.mark.distributed, needs_deepspeed]
 TOLERANCE = 1e-5
 KEYS = ("lm_loss", "let_cosine", "grad_norm")
 CPU_ADAM = {"offload_optimizer": {"device": "cpu"}}
+RECOMPUTE = (
+    *("--recompute-granularity", "full"),
+    *("--recompute-method", "uniform", "--recompute-num-layers", 1),
+)
 CPU_WEIGHTS = {"offload_param": {"device": "cpu"}}
 
 # name -> (ranks, zero_optimization, flags)
@@ -33,18 +37,7 @@ SLOW_LAYOUTS: dict[str, tuple[int, dict[str, Any], tuple[object, ...]]] = {
     **{f"zero{stage}-dp2-offload": (2, {"stage": stage, **CPU_ADAM}, ()) for stage in (1, 2, 3)},
     "zero3-dp2-offload-weights": (2, {"stage": 3, **CPU_ADAM, **CPU_WEIGHTS}, ()),
     "zero3-tp2-sp-dp2-offload": (4, {"stage": 3, **CPU_ADAM}, SP),
-    "zero3-dp2-recompute": (
-        2,
-        {"stage": 3},
-        (
-            "--recompute-granularity",
-            "full",
-            "--recompute-method",
-            "uniform",
-            "--recompute-num-layers",
-            1,
-        ),
-    ),  # fmt: skip
+    "zero3-dp2-recompute": (2, {"stage": 3}, RECOMPUTE),
 }
 
 
