@@ -134,6 +134,8 @@ def _engine_maker(
 
     # Hundreds of lines a rank that repeat the config.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A collective for inference, which a CPU run would compile in its first seconds.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def make(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine:
         leave_out_empty_extra_states(module)
