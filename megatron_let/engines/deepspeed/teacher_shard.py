@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from megatron.core import parallel_state
 
 from megatron_let.engines.deepspeed.mpu import ModelParallelUnit
@@ -34,7 +36,19 @@ def shard_teacher(model: torch.nn.Module) -> torch.nn.Module:
     deepspeed.initialize(
         model=model, config=config, mpu=ModelParallelUnit(), dist_init_required=False
     )
+    _hold_weakly(model)
     return model
+
+
+def _hold_weakly(model: torch.nn.Module) -> None:
+    """Let the model go when its user does: DeepSpeed's list of modules would keep it for good."""
+    proxy = weakref.proxy(model)
+    FWD_MODULE_STACK[:] = [proxy if module is model else module for module in FWD_MODULE_STACK]
+
+    def forget() -> None:
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not proxy]
+
+    weakref.finalize(model, forget)
 
 
 def _config(dtype: torch.dtype) -> dict[str, Any]:
