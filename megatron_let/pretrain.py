@@ -94,6 +94,11 @@ def _enable_engine(args: argparse.Namespace, host: Host) -> Callable[[argparse.N
     if args.engine == "megatron":
         from megatron.training.argument_utils import gpt_config_from_args
 
+        from megatron_let.arguments import resumed_step
+        from megatron_let.engines.deepspeed.checkpoint_info import folder_name, refuse_deepspeeds
+
+        if args.load is not None:
+            refuse_deepspeeds(Path(args.load) / folder_name(resumed_step(args)))
         return gpt_config_from_args
     from megatron_let.engines.deepspeed import launch
 

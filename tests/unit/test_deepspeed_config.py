@@ -19,6 +19,7 @@ from megatron_let.engines.deepspeed.checkpoint_info import (
     folder_name,
     plan_resume,
     read_info,
+    refuse_deepspeeds,
     universal_folder,
     write_info,
 )
@@ -279,6 +280,13 @@ def test_folder_that_is_no_deepspeed_checkpoint(
         (tmp_path / "deepspeed.json").write_text(text)
     with pytest.raises(LETError, match=message):
         read_info(tmp_path)
+
+
+def test_megatrons_engine_refuses_a_deepspeed_checkpoint(tmp_path: Path) -> None:
+    refuse_deepspeeds(tmp_path)
+    folder = checkpoint(tmp_path / folder_name(5), 1, 2, 1)
+    with pytest.raises(LETError, match="is of --engine deepspeed; resume it with that"):
+        refuse_deepspeeds(folder)
 
 
 # DeepSpeed is an extra

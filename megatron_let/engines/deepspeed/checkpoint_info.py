@@ -70,6 +70,19 @@ def read_info(folder: Path) -> CheckpointInfo:
         ) from error
 
 
+def refuse_deepspeeds(folder: Path) -> None:
+    """Refuse a DeepSpeed checkpoint under Megatron's engine.
+
+    Raises:
+        LETError: `folder` is one.
+    """
+    if (folder / FILE_NAME).is_file():
+        raise LETError(
+            f"The checkpoint {folder} is of --engine deepspeed; resume it with that, or give"
+            " another --load and --save."
+        )
+
+
 def plan_resume(folder: Path, now: CheckpointInfo, universal_exists: bool) -> Resume:
     """Decide how a run in the layout `now` loads the checkpoint in `folder`.
 
