@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from megatron_let.config import LETConfig, LETError
 from megatron_let.global_batch import GlobalBatch, read_ahead, share_tokens
 from megatron_let.metrics import COSINE_KEY, WEIGHT_KEY
 from megatron_let.teacher.folder import TeacherFolder
-from megatron_let.teacher.model import load_teacher
+from megatron_let.teacher.model import Sharding, load_teacher
 from megatron_let.teacher.states import AlignedStageStates
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class AlignedForwardBackward:
         folder: TeacherFolder,
         current_step: Callable[[], int],
         report: Callable[[str], None],
-        shard: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """
         Args:
@@ -68,13 +67,13 @@ class AlignedForwardBackward:
             folder: the teacher's, already checked.
             current_step: 0-based training step.
             report: prints one line on one rank.
-            shard: see `load_teacher`.
+            sharding: see `load_teacher`.
         """
         self._config = config
         self._folder = folder
         self._current_step = current_step
         self._report = report
-        self._shard = shard
+        self._sharding = sharding
         self._started = False
         self._attachment: _Attachment | None = None
 
@@ -126,7 +125,7 @@ class AlignedForwardBackward:
         layer = owned_layer(model, self._config.layer)
         if layer is None:
             return
-        teacher = load_teacher(self._folder, self._config, device, self._shard)
+        teacher = load_teacher(self._folder, self._config, device, self._sharding)
         self._attachment = _Attachment(
             AlignmentHook(layer), AlignedStageStates(teacher, _this_rank(layer.config))
         )
@@ -174,8 +173,8 @@ class AlignedForwardBackward:
         if self._attachment is not None:
             self._attachment.hook.remove()
             self._attachment = None
-            # A sharded teacher's parameters refer to themselves.
-            gc.collect()
+            if self._sharding is not None:
+                self._sharding.free()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         if self._started:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
-from typing import Any
 
 from megatron.training import get_tokenizer, print_rank_0
 
@@ -29,6 +27,7 @@ from megatron_let.forward_backward import AlignedForwardBackward
 from megatron_let.metrics import MetricsFile, forget_stale_averages
 from megatron_let.patches import PATCHES, PatchSet
 from megatron_let.teacher.folder import inspect_teacher
+from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 
 __all__ = ["add_arguments", "enable"]
@@ -73,12 +72,12 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
     )
 
 
-def _teacher_shard(args: argparse.Namespace) -> Callable[..., Any] | None:
+def _teacher_sharding(args: argparse.Namespace) -> Sharding | None:
     if not args.let_teacher_shard:
         return None
-    from megatron_let.engines.deepspeed.teacher_shard import shard_teacher
+    from megatron_let.engines.deepspeed.teacher_shard import TeacherSharding
 
-    return shard_teacher
+    return TeacherSharding()
 
 
 def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
@@ -108,7 +107,7 @@ def _enable_alignment(args: argparse.Namespace, patches: PatchSet) -> None:
         folder,
         current_step=lambda: args.curr_iteration,
         report=print_rank_0,
-        shard=_teacher_shard(args),
+        sharding=_teacher_sharding(args),
     )
     patches.apply_all(
         PATCHES,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -112,18 +111,30 @@ class Teacher:
         return first.shape[-1]
 
 
+class Sharding(Protocol):
+    """How a teacher that does not fit is spread over ranks."""
+
+    def shard(self, model: Any) -> Any:
+        """Spread a model that is on the CPU; return it, ready to run."""
+        ...
+
+    def free(self) -> None:
+        """Let go of it."""
+        ...
+
+
 def load_teacher(
     folder: TeacherFolder,
     config: LETConfig,
     device: torch.device,
-    shard: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+    sharding: Sharding | None = None,
 ) -> Teacher:
     """Load the teacher that `config` names on `device`.
 
     Args:
         folder, config: of the teacher.
         device: it runs on.
-        shard: takes the model on the CPU and spreads it over ranks' devices; None copies it whole.
+        sharding: spreads it over the devices of several ranks; None copies it whole.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
@@ -138,7 +149,7 @@ def load_teacher(
             f"{len(report['missing_keys']) - 1} more; its files are of another model."
         )
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
-    model = model.to(device) if shard is None else cast(PreTrainedModel, shard(model))
+    model = model.to(device) if sharding is None else sharding.shard(model)
     return Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
 
 

@@ -63,7 +63,7 @@ class DeepSpeedOptimizer:
 
     def _norm_without_zero(self) -> float | None:
         """Of all gradients under ZeRO-0 in fp32, where DeepSpeed clips but keeps no norm."""
-        if hasattr(self._engine.optimizer, "_global_grad_norm"):
+        if not isinstance(self._engine.optimizer, torch.optim.Optimizer):
             return None
         parameters = self._engine.module.parameters()
         return float(clip_grad_norm_(parameters, math.inf, mpu=self._engine.mpu))
