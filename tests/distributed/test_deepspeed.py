@@ -86,16 +86,22 @@ def test_sharded_teacher_teaches_the_same_and_leaves(
     _assert_same(run, reference())
 
 
+# Largest relative difference in bf16 of loss and gradient norm. Megatron's DDP and distributed
+# optimizer differ by 6e-6 and 2e-4; ZeRO-0 accumulates gradients in bf16, the others in fp32.
+BF16_SPREAD = {0: (2e-3, 5e-2), 1: (5e-5, 1e-3), 2: (5e-5, 1e-3), 3: (5e-5, 1e-3)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", BF16_SPREAD)
 def test_bf16_stays_within_its_rounding(
     stage: int, tmp_path: Path, teacher: Path, data: Path
 ) -> None:
     run = deepspeed_run(tmp_path / "ds", teacher, data, {"stage": stage}, *BF16)
     theirs = megatron_run(tmp_path / "megatron", teacher, data, *BF16, ranks=2)
-    differences = {key: largest_difference(run, theirs, key) for key in ("lm_loss", "grad_norm")}
-    print(differences)
-    assert differences["lm_loss"] < 2e-3 and differences["grad_norm"] < 2e-2, differences
+    found = {key: largest_difference(run, theirs, key) for key in ("lm_loss", "grad_norm")}
+    print(found)
+    loss, norm = BF16_SPREAD[stage]
+    assert found["lm_loss"] < loss and found["grad_norm"] < norm, found
 
 
 def test_run_that_trains_nothing_is_an_error(tmp_path: Path, teacher: Path, data: Path) -> None:
