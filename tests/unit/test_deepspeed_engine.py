@@ -41,7 +41,7 @@ def test_weights_that_stay_are_an_error_at_the_first_step_with_a_rate() -> None:
     guard.before_step(0.0)
     guard.after_step(1.0)
     guard.before_step(1e-3)
-    with pytest.raises(LETError, match="No weight moved .* gradient norm is 1.5"):
+    with pytest.raises(LETError, match=r"No weight moved .* gradient norm is 1\.5"):
         guard.after_step(1.5)
 
 
