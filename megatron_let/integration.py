@@ -51,8 +51,12 @@ def enable(args: argparse.Namespace) -> PatchSet:
         PatchError: Megatron is not the version that the patches were made for.
     """
     patches = PatchSet()
-    _enable_metrics(args, patches)
-    _enable_alignment(args, patches)
+    try:
+        _enable_metrics(args, patches)
+        _enable_alignment(args, patches)
+    except Exception:
+        patches.undo()
+        raise
     if patches.applied:
         print_rank_0(f"megatron_let: {patches.describe()}")
     return patches

@@ -54,7 +54,7 @@ def _run(argv: list[str], host: Host) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_let import control, integration
+    from megatron_let import artifact_log, control, integration
     from megatron_let.arguments import let_config_from_args
     from megatron_let.data.fingerprint import check_data_tokenizer
     from megatron_let.data.gpt import check_data, datasets_provider
@@ -74,6 +74,7 @@ def _run(argv: list[str], host: Host) -> None:
     make_model = _enable_engine(args, host)
     integration.enable(args)
     control.enable(args)
+    artifact_log.enable(args)
     if args.rank == 0:
         claim(args, let_config_from_args(args))
     model = make_model(args)

@@ -12,6 +12,10 @@ from typing import Any
 from megatron_let.config import LETConfig, LETError
 
 FILE_NAME = "run.json"
+# Files by which an operator steers the run (megatron_let/control.py), and the run's own last mark.
+STOP = "STOP"
+SAVE_NOW = "SAVE_NOW"
+DONE = "DONE"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _METRICS = "let_metrics_path"
 

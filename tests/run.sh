@@ -15,6 +15,7 @@ ensure_environment dev deepspeed || {
     echo "DeepSpeed could not be installed: the tests of --engine deepspeed are left out"
     ensure_environment dev
 }
+bash tests/launch/install_slurm.sh
 echo "environment: ${SECONDS} s"
 SECONDS=0
 PATH="$(dirname -- "$LET_PYTHON"):$PATH"
@@ -37,17 +38,18 @@ shopt -s nullglob
 typed=(megatron_let)
 scripts=(tools/*.py tools/*/*.py)
 [[ ${#scripts[@]} == 0 ]] || typed+=(tools)
-shell_files=(launch/*.sh launch/*/*.sh tests/run.sh .ci/run)
+shell_files=(launch/*.sh launch/*/*.sh tests/run.sh tests/*/*.sh .ci/run)
 
 phase ruff ruff check .
 phase mypy mypy "${typed[@]}"
 phase shellcheck shellcheck --external-sources "${shell_files[@]}"
 echo "before pytest: ${#failed[@]} of 3 checks failed${failed[*]:+ (${failed[*]})}"
 
+# Two files at a time: a test that starts ranks leaves a core idle while they load.
 # pytest comes last because its closing line is read as the result. SIGINT lets it write that line;
 # in a terminal Ctrl-C has to reach it too.
 foreground=()
 [[ ! -t 0 ]] || foreground=(--foreground)
 timeout "${foreground[@]}" --signal=INT --kill-after=60 "$((LIMIT_SECONDS - SECONDS))" \
-    python -m pytest -q --durations=15 "$@" </dev/null || failed+=(pytest)
+    python -m pytest -q --durations=15 --numprocesses 2 --dist loadfile "$@" </dev/null || failed+=(pytest)
 [[ ${#failed[@]} == 0 ]]

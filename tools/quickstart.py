@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from rich.table import Table
 from megatron_let.config import LETError
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.indexed import IndexedCounts, write_indexed
+from megatron_let.data.text_tokenizer import load_hugging_face
 from megatron_let.local_run import train_locally
 from megatron_let.report import (
     comparison_table,
@@ -35,6 +38,7 @@ from megatron_let.teacher.package import packaged_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("baseline", "let")
+SIGNATURE = "quickstart.json"
 SEQUENCE_LENGTH = 128
 TOKENS_PER_STEP = 8 * SEQUENCE_LENGTH
 VALID_TOKENS = 8 * TOKENS_PER_STEP
@@ -47,11 +51,11 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 100)
     start = time.monotonic()
     try:
-        _claim_output(options)
-        console.print(f"[1/4] teacher: {options.teacher or 'SmolLM2-135M from its package'}")
-        folder = inspect_teacher(options.teacher or packaged_teacher())
-        console.print(f"[2/4] text: {_describe_text(options)}")
-        _prepare_data(options, folder.path, console)
+        with _claimed_output(options):
+            console.print(f"[1/4] teacher: {options.teacher or 'SmolLM2-135M from its package'}")
+            folder = inspect_teacher(options.teacher or packaged_teacher())
+            console.print(f"[2/4] text: {_describe_text(options)}")
+            _prepare_data(options, folder.path, console)
         console.print(f"[3/4] two runs of {options.steps} steps, same seed and data order")
         for method in METHODS:
             output = options.output / method
@@ -82,14 +86,31 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-def _claim_output(options: argparse.Namespace) -> None:
-    """Sign the output folder with the options, or refuse one that another run has signed."""
+@contextmanager
+def _claimed_output(options: argparse.Namespace) -> Iterator[None]:
+    """Sign the output folder; take the signature back if teacher or text are then refused."""
+    is_new = _claim_output(options)
+    try:
+        yield
+    except LETError:
+        if is_new:
+            shutil.rmtree(options.output / "data", ignore_errors=True)
+            (options.output / SIGNATURE).unlink()
+        raise
+
+
+def _claim_output(options: argparse.Namespace) -> bool:
+    """Sign the output folder with the options, or refuse one that another run has signed.
+
+    Returns:
+        Whether this call signed it.
+    """
     wanted = {
         "steps": options.steps,
         "teacher": str(options.teacher.resolve()) if options.teacher else None,
         "text": [str(path.resolve()) for path in options.text or ()],
     }
-    signature = options.output / "quickstart.json"
+    signature = options.output / SIGNATURE
     if signature.is_file():
         found = json.loads(signature.read_text())
         for name, value in wanted.items():
@@ -98,11 +119,12 @@ def _claim_output(options: argparse.Namespace) -> None:
                     f"{options.output} holds another quickstart: --{name} is {found.get(name)}"
                     f" there and {value} here; give another --output."
                 )
-    elif options.output.is_dir() and any(options.output.iterdir()):
+        return False
+    if options.output.is_dir() and any(options.output.iterdir()):
         raise LETError(f"{options.output} is not empty and no quickstart's; give another --output.")
-    else:
-        options.output.mkdir(parents=True, exist_ok=True)
-        signature.write_text(json.dumps(wanted, indent=2) + "\n")
+    options.output.mkdir(parents=True, exist_ok=True)
+    signature.write_text(json.dumps(wanted, indent=2) + "\n")
+    return True
 
 
 def _describe_text(options: argparse.Namespace) -> str:
@@ -143,9 +165,7 @@ def _prepare_data(options: argparse.Namespace, tokenizer: Path, console: Console
     folder = options.output / "data"
     counts_file = folder / "counts.json"
     if not counts_file.is_file():
-        from transformers import AutoTokenizer
-
-        hf_tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        hf_tokenizer = load_hugging_face(tokenizer)
         held_out, training = _split(list(_documents(options)))
         counts = {
             "valid": write_indexed(folder / "valid", held_out, hf_tokenizer),

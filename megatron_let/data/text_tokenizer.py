@@ -55,7 +55,7 @@ def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
             " Face tokenizer or a SentencePiece .model file."
         )
     if tokenizer_type == HUGGING_FACE:
-        return HuggingFaceText(_load_hugging_face(model))
+        return HuggingFaceText(load_hugging_face(model))
     return SentencePieceText(model)
 
 
@@ -130,7 +130,12 @@ class SentencePieceText:
         return {index: self._processor.id_to_piece(index) for index in range(self.vocab_size)}
 
 
-def _load_hugging_face(model: Path) -> Any:
+def load_hugging_face(model: Path) -> Any:
+    """The tokenizer of a folder, by transformers.
+
+    Raises:
+        LETError: no folder, or none with a readable tokenizer.
+    """
     from transformers import AutoTokenizer
 
     if not model.is_dir():

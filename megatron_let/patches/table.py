@@ -228,6 +228,20 @@ _DEEPSPEED_ROWS = (
     ),
 )
 
+_WANDB_ROWS = (
+    Patch(
+        target="megatron.training.wandb_utils:on_save_checkpoint_success",
+        kind="wrap",
+        reason="pretrain() finishes wandb before the last asynchronous save, whose artifact then"
+        " fails and ends the last rank with a traceback",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("checkpoint_path", "tracker_filename", "save_dir", "iteration"),
+        unnecessary_when="pretrain() finishes wandb after maybe_finalize_async_save()",
+        test="tests/unit/test_artifact_log.py::test_artifact_is_logged_while_wandb_runs",
+    ),
+)
+
 PATCHES: dict[str, Patch] = {
     row.target: row
     for row in (
@@ -237,6 +251,7 @@ PATCHES: dict[str, Patch] = {
         *_LET_ROWS,
         *_METRICS_ROWS,
         *_CONTROL_ROWS,
+        *_WANDB_ROWS,
         *_DEEPSPEED_ROWS,
     )
 }

@@ -265,8 +265,10 @@ class LETObjective:
         token_mean = masked_mean(losses[None], mask[None]).mean()
         size = self.microbatch_size or len(mask)
         trained = masked_mean(losses.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size)))
-        return trained.mean(), token_mean, mean_cosine(
-            states[self.layer], self.teacher(batch.tokens)
+        return (
+            trained.mean(),
+            token_mean,
+            mean_cosine(states[self.layer], self.teacher(batch.tokens)),
         )
 
     def gradients(self, parameters: Mapping[str, Tensor], batch: Batch, step: int) -> StepResult:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -77,16 +79,22 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "metrics.jsonl"
     recipe = ["--config", str(ROOT / config)] if config else []
-    result = subprocess.run(
+    process = subprocess.Popen(
         [*command(ranks, module), *recipe, "--let-metrics-path", str(metrics), *map(str, flags)],
         cwd=folder,
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_SECONDS,
+        start_new_session=True,
     )
-    run = Run(result.returncode, result.stdout, metrics)
+    try:
+        log, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        # The ranks outlive a torchrun that is killed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    run = Run(process.returncode, log, metrics)
     assert not check or run.returncode == 0, _first_failure(run.log)
     return run
 

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The end of an attempt: what happened, and whether the run goes on. Sourced by job.sh.
+
+# Megatron's exit codes after a result that it does not trust (core/rerun_state_machine.py).
+readonly EXIT_RERUN_ELSEWHERE=16 EXIT_RESULT_INVALID=17
+# What gloo and NCCL say on the other ranks when one is gone.
+readonly LOST_PEER='Connection (closed|reset) by peer|remote process exited|ncclRemoteError'
+
+# Say what happened, then end or requeue; $1 is srun's exit code.
+finish_attempt() {
+    local code="$1" failure time="" rank="-" node=""
+    if failure="$(first_failure)"; then
+        read -r time code rank node <<<"$failure"
+        show_failure "$time" "$code" "$rank" "$node"
+    elif ((code)); then
+        say "no rank said how it ended; the step ended with code $code; the nodes' last lines:"
+        tail -qn 5 -- "$OUTPUT"/logs/node_*.log 2>/dev/null | sed 's/^/    /'
+    fi
+    ((code == 0)) || _show_disk
+    # A full disk, of which was spoken, has no place for it.
+    printf '%s\t%s\t%s\t%s\n' "$(date +%s)" "$code" "$rank" "$(iteration)" \
+        2>/dev/null >"$ATTEMPT/result.tsv" || true
+    if [[ -e $CHECKPOINTS/DONE ]]; then
+        _show_wandb
+        end 0 "run $RUN is done at iteration $(iteration)"
+    elif [[ -e $CHECKPOINTS/STOP ]]; then
+        end "$code" "run $RUN was stopped by $CHECKPOINTS/STOP at iteration $(iteration)"
+    fi
+    _refuse_requeue "$code"
+    _requeue
+}
+
+_refuse_requeue() {
+    case "$1" in
+    "$EXIT_USAGE") end "$1" "error: the run cannot start as it is asked for: not requeued" ;;
+    "$EXIT_RESULT_INVALID")
+        end "$1" "error: Megatron found a result invalid (exit code 17): not requeued; its log" \
+            "names the node and GPU, and the checkpoint of iteration $(iteration) is from before"
+        ;;
+    "$EXIT_RERUN_ELSEWHERE")
+        # Read by the next attempt: the suspicious rank must run on another GPU.
+        echo $((LET_NODE_SHIFT + 1)) >"$OUTPUT/node_shift"
+        say "Megatron asks to run the last iteration again on another GPU (exit code 16)"
+        ;;
+    esac
+}
+
+_requeue() {
+    (($(tries_without_progress) < 2)) || end_without_progress
+    ((${SLURM_RESTART_COUNT:-0} < ${LET_MAX_RESTARTS:-50})) ||
+        end "$EXIT_RESTARTS" "error: run $RUN was requeued ${SLURM_RESTART_COUNT:-0} times" \
+            "(LET_MAX_RESTARTS): not again; submit it again to go on"
+    say "requeueing run $RUN at iteration $(iteration)"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        end 1 "error: this cluster does not requeue job $SLURM_JOB_ID: submit it again to go on"
+    # Slurm ends this script now.
+    sleep 120
+}
+
+# "time code rank node" of the rank that failed first; a rank that was told to end writes nothing.
+first_failure() {
+    local failures failure rank
+    mapfile -t failures < <(awk 'FNR == 1 && NF && $2 != 0' "$LET_STEP_DIR"/exits/* 2>/dev/null |
+        sort -n)
+    for failure in "${failures[@]}"; do
+        read -r _ _ rank _ <<<"$failure"
+        # A rank that lost its peer can be gone before the one that left it has cleaned up.
+        if ! _last_lines "$rank" | grep -E "$LOST_PEER" >/dev/null; then
+            printf '%s\n' "$failure"
+            return
+        fi
+    done
+    [[ ${#failures[@]} != 0 ]] && printf '%s\n' "${failures[0]}"
+}
+
+# The end of a rank's log, without what earlier attempts wrote.
+_last_lines() {
+    tail -n 30 -- "$(rank_log "$1")" |
+        awk '/^==== attempt / { text = "" } { text = text $0 "\n" } END { printf "%s", text }'
+}
+
+rank_log() {
+    printf '%s/logs/rank_%04d.log' "$OUTPUT" "$1"
+}
+
+show_failure() {
+    local time="$1" code="$2" rank="$3" node="$4"
+    say "rank $rank on node $node failed first, with exit code $code" \
+        "at $(date -d "@${time%.*}" +%T); its last lines ($(rank_log "$rank")):"
+    _last_lines "$rank" | sed 's/^/    /'
+}
+
+_show_disk() {
+    local free
+    free="$(df --output=avail -k -- "$OUTPUT" | tail -n 1)"
+    ((free > 1048576)) || say "error: the disk of $OUTPUT has $((free / 1024)) MiB left: free some;" \
+        "the checkpoint of iteration $(iteration) is complete"
+}
+
+_show_wandb() {
+    if compgen -G "$OUTPUT/wandb/offline-run-*" >/dev/null; then
+        say "to send the offline log: wandb sync $OUTPUT/wandb/offline-run-*"
+    fi
+}

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# One Slurm task of a step, on the host or in a container.
+#   bash node.sh ranks MODULE [ARGUMENTS]    all ranks of a node by torchrun, or one where each has a task
+#   bash node.sh once MODULE [ARGUMENTS]     one process a node that is no rank
+set -euo pipefail
+here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/env/common.sh
+. "$here/../env/common.sh"
+# shellcheck source=launch/env/infiniband.sh
+. "$here/../env/$LET_FABRIC.sh"
+kind="$1"
+shift
+
+# Named variables only: the whole environment would hold keys and passwords.
+readonly RECORDED='^(SLURM_JOB_(ID|NAME|NODELIST|NUM_NODES|PARTITION)|(NCCL|GLOO|UCX|FI|TORCH_NCCL|TORCH_FR)_[A-Z0-9_]+|PYTORCH_[A-Z_]*ALLOC_CONF|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|OMP_NUM_THREADS|TRITON_CACHE_DIR|DATA|TEACHER|TOKENIZER|OUTPUT)='
+
+named_variables() {
+    env | grep -E "$RECORDED" | sort
+}
+
+# What only the place where Python runs knows; job.sh recorded the rest.
+record() {
+    named_variables >"$LET_RECORD_DIR/environment.txt"
+    printf '%q ' "$@" >"$LET_RECORD_DIR/command.txt"
+    "$LET_PYTHON" -c 'import importlib.metadata as m, sys
+print(f"python=={sys.version.split()[0]}")
+print(*sorted({f"{d.name}=={d.version}" for d in m.distributions()}), sep="\n")' \
+        >"$LET_RECORD_DIR/packages.txt"
+}
+
+# Static, not c10d: rank 0 is on a known node, and a restart can move ranks on purpose.
+compose_launcher() {
+    launcher=("$LET_PYTHON" -m torch.distributed.run --nnodes "$1" --node-rank "$2"
+        --nproc-per-node "$LET_RANKS_PER_NODE" --master-addr "$3" --master-port "$4" --no-python)
+}
+
+rank=(bash "$here/rank.sh" "$LET_PYTHON" -u -m "$@")
+if [[ -n ${LET_SHOW:-} ]]; then
+    compose_launcher "\$SLURM_NNODES" "\$SLURM_NODEID" first-node 20000+job+attempt
+    printf '%s ' "${launcher[@]}"
+    printf '%q ' "${rank[@]}"
+    echo
+    echo "# with"
+    named_variables | sed 's/^/#   /'
+    exit
+fi
+
+# What is said besides the ranks' own output would bury who failed first.
+name="${SLURMD_NODENAME:-$(hostname)}"
+exec 2>>"$OUTPUT/logs/node_$name.log"
+printf '==== attempt %s, job %s, %(%F %T)T: %s\n' "$LET_ATTEMPT" "$SLURM_JOB_ID" -1 "$1" >&2
+if [[ $kind == once ]]; then
+    exec "$LET_PYTHON" -m "$@"
+fi
+compose_launcher "$SLURM_NNODES" "$(((SLURM_NODEID + LET_NODE_SHIFT) % SLURM_NNODES))" \
+    "$LET_MASTER_ADDR" "$LET_MASTER_PORT"
+[[ $SLURM_PROCID != 0 ]] || record "${launcher[@]}" "${rank[@]}"
+if ((SLURM_NTASKS == SLURM_NNODES)); then
+    exec "${launcher[@]}" "${rank[@]}"
+fi
+export RANK=$(((SLURM_PROCID + LET_NODE_SHIFT * LET_RANKS_PER_NODE) % SLURM_NTASKS))
+export WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$LET_RANKS_PER_NODE"
+export MASTER_ADDR="$LET_MASTER_ADDR" MASTER_PORT="$LET_MASTER_PORT"
+# A group of its own, as torchrun gives each rank: rank.sh ends it whole.
+exec setsid --wait "${rank[@]}"

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Are the nodes of this job fit to train? Each by itself, then all together. Sourced by job.sh.
+
+check_nodes() {
+    local code=0 limit="${LET_PREFLIGHT_SECONDS:-300}" free
+    free="$(($(df --output=avail -k -- "$OUTPUT" | tail -n 1) / 1048576))"
+    ((free >= LET_DISK_GIB)) || end "$EXIT_BAD_NODE" "error: the disk of $OUTPUT has $free GiB free," \
+        "$LET_DISK_GIB needed: free some, or set LET_DISK_GIB"
+    begin_step preflight
+    VERDICTS="$LET_STEP_DIR/nodes"
+    mkdir -p -- "$VERDICTS"
+    # One node's failure must not end the others' doctors, or they would look unfit too.
+    compose_step --kill-on-bad-exit=0 --ntasks="$SLURM_NNODES" --ntasks-per-node=1
+    timeout --kill-after=15 "$limit" "${STEP[@]}" once megatron_let.doctor.node \
+        --output "$OUTPUT" --verdicts "$VERDICTS" || true
+    _refuse_bad_nodes
+    compose_step --kill-on-bad-exit=1
+    timeout --kill-after=15 "$limit" "${STEP[@]}" ranks megatron_let.doctor.nodes \
+        --verdicts "$VERDICTS" || code=$?
+    _refuse_bad_nodes
+    ((code == 0)) || _refuse_together "$code"
+}
+
+# A verdict is a file named after its node: empty if the node is fit, else one problem a line.
+_refuse_bad_nodes() {
+    local node bad=""
+    while IFS= read -r node; do
+        if [[ ! -e $VERDICTS/$node ]]; then
+            say "node $node: its doctor did not answer; the end of $OUTPUT/logs/node_$node.log:"
+            tail -n 5 -- "$OUTPUT/logs/node_$node.log" 2>/dev/null | sed 's/^/    /'
+        elif [[ -s $VERDICTS/$node ]]; then
+            sed "s/^/launch: node $node: /" "$VERDICTS/$node"
+        else
+            continue
+        fi
+        bad+="${bad:+,}$node"
+    done <"$ATTEMPT/nodes.txt"
+    [[ -z $bad ]] || end "$EXIT_BAD_NODE" "error: nodes $bad are not fit to train:" \
+        "submit again with --exclude=$bad, and have them looked at"
+}
+
+_refuse_together() {
+    local failure time code rank node=""
+    if failure="$(first_failure)"; then
+        read -r time code rank node <<<"$failure"
+        show_failure "$time" "$code" "$rank" "$node"
+        # The all-reduce was measured and is slow, which is no one node's doing.
+        [[ $code != "$EXIT_BAD_NODE" ]] || node=""
+    fi
+    end "$EXIT_BAD_NODE" "error: the nodes are fit one by one but not together (code $1): check" \
+        "LET_FABRIC and the interface names${node:+, or submit again with --exclude=$node}"
+}

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The paper's 1.4B without a teacher, on 4 nodes x 8 A100 80GB: sbatch launch/pretrain_1p4b_baseline.sh
+#SBATCH --job-name=baseline_1p4b
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=URG@600
+#SBATCH --requeue
+#SBATCH --dependency=singleton
+#SBATCH --output=%x.out
+#SBATCH --open-mode=append
+set -euo pipefail
+launch="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+# sbatch runs a copy from its spool folder, and Slurm knows where the script was.
+if [[ ! -e $launch/lib/job.sh ]]; then
+    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_1p4b_baseline\.sh.*|\1|p')"
+fi
+# shellcheck source=launch/lib/job.sh
+. "$launch/lib/job.sh"
+run_job configs/baseline_1p4b.yaml SmolLM2-135M 60 "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# How a run stands: bash launch/status.sh RUN, its name or its folder
+set -euo pipefail
+root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+run="${1:?which run: its name under LET_RUNS, or its folder}"
+site="${LET_SITE:-$root/launch/site.sh}"
+if [[ ! -d $run && -r $site ]]; then
+    # shellcheck source=launch/site.example.sh
+    . "$site"
+    run="$LET_RUNS/$run"
+fi
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${LET_PYTHON:-$root/.venv/bin/python}" \
+    "$root/tools/run_status.py" "$run"

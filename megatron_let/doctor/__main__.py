@@ -1,0 +1,51 @@
+"""`python -m megatron_let.doctor [--json]`: exit code 0 only if a run would start here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.doctor.check import Check
+from megatron_let.doctor.machine import as_json, check_machine
+from megatron_let.host.device import detect_host, prepare_process
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look at the machine and print what was found."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    # Packages that print when they are imported must not print into the JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        host = detect_host()
+        prepare_process(host, 0)
+        checks = check_machine(host)
+    if arguments.json:
+        print(json.dumps(as_json(checks), indent=2))
+    else:
+        _print_table(checks)
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _print_table(checks: list[Check]) -> None:
+    table = Table("", "", "found", "so", box=None)
+    for check in checks:
+        mark = "[green]ok[/]" if check.ok else "[red]no[/]"
+        table.add_row(mark, check.name, check.found, check.path)
+    console = Console()
+    console.print(table)
+    problems = [check.name for check in checks if not check.ok]
+    console.print(
+        f"No run would start here: see {', '.join(problems)}." if problems else "A run would start."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

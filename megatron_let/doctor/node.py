@@ -1,0 +1,118 @@
+"""Is this node of a job fit to train, looked at by itself? One process a node, before any rank.
+
+Writes `VERDICTS/NODE`: empty if all is well, else one problem a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_let.doctor.check import GIB, nvidia_smi
+from megatron_let.doctor.machine import check_machine
+from megatron_let.host.device import detect_host, prepare_process
+
+# The recipes are sized for GPUs of 80 GB, which show 79 GiB.
+MIN_GPU_GIB = 75
+# A training process of someone else; a node's own services take some hundred MiB.
+MAX_USED_MIB = 4096
+# GPU off the bus, double-bit ECC, row remapping failure, uncontained error.
+_FATAL_XIDS = {"48", "64", "79", "95"}
+
+
+def node_name() -> str:
+    """Slurm's name of this node, which `--exclude` takes."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def write_verdict(folder: Path, node: str, problems: list[str]) -> None:
+    """Add problems to a node's file; none at all make it an empty one."""
+    with (folder / node).open("a") as stream:
+        stream.writelines(f"{problem}\n" for problem in problems)
+
+
+def node_problems(output: Path, gpus: int, min_free_gib: float) -> Iterator[str]:
+    """What is wrong with GPUs and disk, one sentence each.
+
+    Args:
+        output: the run's folder.
+        gpus: how many GPUs there should be; 0 does not look at them.
+        min_free_gib: disk that the run needs.
+    """
+    if gpus:
+        yield from _gpu_problems(gpus)
+    free = shutil.disk_usage(output).free / GIB
+    if free < min_free_gib:
+        yield f"{free:.1f} GiB free at {output}, {min_free_gib:g} needed for its checkpoints"
+    try:
+        probe = output / f".probe-{node_name()}"
+        probe.write_text("\n")
+        probe.unlink()
+    except OSError as error:
+        yield f"{output} cannot be written ({error.strerror})"
+
+
+def _gpu_problems(expected: int) -> Iterator[str]:
+    try:
+        memory = [float(value) for value in nvidia_smi("memory.total")]
+        used = [float(value) for value in nvidia_smi("memory.used")]
+        errors = nvidia_smi("ecc.errors.uncorrected.volatile.total")
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        yield f"nvidia-smi fails ({error})"
+        return
+    if len(memory) != expected:
+        yield f"{len(memory)} GPUs, {expected} expected"
+    for index, mebibytes in enumerate(memory):
+        if mebibytes / 1024 < MIN_GPU_GIB:
+            yield f"GPU {index} has {mebibytes / 1024:.0f} GiB, {MIN_GPU_GIB} needed"
+    for index, mebibytes in enumerate(used):
+        if mebibytes > MAX_USED_MIB:
+            yield f"GPU {index} holds {mebibytes / 1024:.0f} GiB of another process"
+    for index, count in enumerate(errors):
+        if count.isdigit() and int(count):
+            yield f"GPU {index} counts {count} uncorrected ECC errors"
+    yield from _xid_problems()
+
+
+def _xid_problems() -> Iterator[str]:
+    """Xid events of the kernel's log, where it may be read."""
+    try:
+        log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return
+    for number in sorted(set(re.findall(r"NVRM: Xid .*?: (\d+),", log)) & _FATAL_XIDS):
+        yield f"the kernel logged Xid {number} since the last boot"
+
+
+def doctor_problems() -> Iterator[str]:
+    """What the doctor of a single machine finds."""
+    host = detect_host()
+    prepare_process(host, 0)
+    for check in check_machine(host):
+        if not check.ok:
+            yield f"{check.name}: {check.found}; {check.path}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write this node's verdict; 0 if it is fit."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor.node")
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file a node")
+    arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    gpus, disk = int(os.environ["LET_GPUS_PER_NODE"]), float(os.environ["LET_DISK_GIB"])
+    problems = [*node_problems(arguments.output, gpus, disk), *doctor_problems()]
+    write_verdict(arguments.verdicts, node_name(), problems)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Are the nodes of a job fit to train together? One process a rank, started as training is.
+
+All ranks compare versions and clocks and time an all-reduce; a node that differs gets a line in its
+verdict file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_let.doctor.check import nvidia_smi, version_of
+from megatron_let.doctor.node import node_name, write_verdict
+
+# Exit code for a slow all-reduce, as the launcher's own for nodes that are not fit.
+TOO_SLOW = 3
+MAX_CLOCK_SKEW_SECONDS = 2.0
+_COMPARED = ("megatron-core", "megatron_let", "torch", "triton", "transformer_engine")
+
+
+def node_facts() -> dict[str, Any]:
+    """What must be equal on all nodes."""
+    facts: dict[str, Any] = {name: version_of(name) for name in _COMPARED}
+    facts["Python"] = sys.version.split()[0]
+    if torch.cuda.is_available():
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["driver"] = _driver()
+    return facts
+
+
+def _driver() -> str:
+    try:
+        return nvidia_smi("driver_version")[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def outliers(facts: dict[str, dict[str, Any]], clocks: dict[str, float]) -> dict[str, list[str]]:
+    """Nodes that differ from most others, and how.
+
+    Args:
+        facts: of each node.
+        clocks: seconds since the epoch of each node, taken at the same moment.
+    """
+    found: dict[str, list[str]] = {}
+    for name in next(iter(facts.values())):
+        usual = Counter(node[name] for node in facts.values()).most_common(1)[0][0]
+        for node, values in facts.items():
+            if values[name] != usual:
+                text = f"{name} is {values[name]}, {usual} on other nodes"
+                found.setdefault(node, []).append(text)
+    middle = sorted(clocks.values())[(len(clocks) - 1) // 2]
+    for node, seconds in clocks.items():
+        if abs(seconds - middle) > MAX_CLOCK_SKEW_SECONDS:
+            text = f"its clock is {seconds - middle:+.1f} s off"
+            found.setdefault(node, []).append(text)
+    return found
+
+
+def bus_bandwidth(size_bytes: int, seconds: float, ranks: int) -> float:
+    """GB/s each rank's link carries in an all-reduce, as nccl-tests count it."""
+    return 2 * (ranks - 1) / ranks * size_bytes / seconds / 1e9
+
+
+def _time_all_reduce(device: torch.device) -> float:
+    size = 2**28 if device.type == "cuda" else 2**22
+    buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+    rounds = 5
+    for turn in range(rounds + 2):
+        if turn == 2:
+            dist.barrier()
+            start = time.perf_counter()
+        dist.all_reduce(buffer)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return bus_bandwidth(size, (time.perf_counter() - start) / rounds, dist.get_world_size())
+
+
+def _compare(verdicts: Path) -> None:
+    """Gather all nodes' facts and clocks; rank 0 writes what differs."""
+    dist.barrier()
+    ours = (node_name(), node_facts(), time.time())
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, ours)
+    if dist.get_rank() == 0:
+        facts = {name: values for name, values, _ in theirs}
+        clocks = {name: clock for name, _, clock in theirs}
+        for node, problems in outliers(facts, clocks).items():
+            write_verdict(verdicts, node, problems)
+        print(f"preflight: {len(facts)} nodes, {len(theirs)} ranks compared")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look at all nodes together; 0 if they are fit, as far as the network is concerned."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor.nodes")
+    parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file a node")
+    arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _compare(arguments.verdicts)
+    bandwidth, wanted = _time_all_reduce(device), float(os.environ.get("LET_MIN_BUS_GBPS") or 0)
+    if dist.get_rank() == 0:
+        below = f", under LET_MIN_BUS_GBPS={wanted:g}" if bandwidth < wanted else ""
+        print(f"preflight: all-reduce {bandwidth:.2f} GB/s{below}")
+    dist.barrier()
+    dist.destroy_process_group()
+    return TOO_SLOW if bandwidth < wanted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
