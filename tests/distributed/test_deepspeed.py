@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.deepspeed import BF16, SP, TP2, deepspeed_run, megatron_run, needs_deepspeed
-from tests.helpers.runs import Run, largest_difference
+from tests.helpers.runs import Run, environment, free_port, largest_difference
 
 pytestmark = [pytest.mark.distributed, needs_deepspeed]
 
@@ -110,3 +112,16 @@ def test_run_that_trains_nothing_is_an_error(tmp_path: Path, teacher: Path, data
     )
     assert run.returncode != 0
     assert "No weight moved in DeepSpeed's first step" in run.error
+
+
+@pytest.mark.slow
+def test_zero_3_keeps_the_rotary_frequencies_in_fp32() -> None:
+    """DeepSpeed's default would make every tensor under construction bf16."""
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    variables = environment(DS_ACCELERATOR="cpu", MASTER_PORT=str(free_port()), **single)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.zero_init"],
+        env=variables, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "torch.float32 torch.bfloat16"
