@@ -110,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         help="metrics of a run without a teacher, which --let-guard compares the loss with",
     )
+    _add_engine_arguments(parser)
     return parser
 
 
@@ -138,6 +139,37 @@ def _layer_number(layer: int | str, args: argparse.Namespace) -> int:
     if layer == "last":
         return int(args.num_layers)
     return max(1, int(args.num_layers) // 2) if layer == "middle" else int(layer)
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine",
+        choices=("megatron", "deepspeed"),
+        default="megatron",
+        help="what takes a training step (default: megatron)",
+    )
+    group.add_argument(
+        "--deepspeed-config", type=Path, default=None, help="DeepSpeed's JSON config"
+    )
+    group.add_argument(
+        "--let-teacher-shard",
+        action="store_true",
+        help="shard the teacher over the replicas by ZeRO-3 (--engine deepspeed)",
+    )
+
+
+def check_teacher_shard(args: argparse.Namespace) -> None:
+    """Refuse a sharded teacher without ZeRO.
+
+    Raises:
+        LETError: names both flags.
+    """
+    if args.let_teacher_shard and args.engine != "deepspeed":
+        raise LETError(
+            f"--let-teacher-shard is ZeRO-3's and cannot be used with --engine {args.engine}; give"
+            " --engine deepspeed or drop it."
+        )
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:

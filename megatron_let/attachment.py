@@ -19,7 +19,7 @@ from megatron_let.global_batch import TokenSharing
 from megatron_let.placement.schedule import Pipeline
 from megatron_let.placement.simulate import Owner
 from megatron_let.teacher.folder import TeacherFolder
-from megatron_let.teacher.model import DTYPES, load_teacher
+from megatron_let.teacher.model import DTYPES, Sharding, load_teacher
 from megatron_let.teacher.placer import Placer
 from megatron_let.teacher.samples import SharedSamples
 from megatron_let.teacher.states import PlacedStates
@@ -68,6 +68,7 @@ def attach(
     model: list[torch.nn.Module],
     shape: tuple[int, int, int],
     report: Callable[[str], None],
+    sharding: Sharding | None = None,
 ) -> Attachment:
     """Load the teacher where it will run, and set the hook where layer k is.
 
@@ -89,7 +90,7 @@ def attach(
     shard = _this_rank(model_config)
     samples = None
     if placer.needs_teacher_everywhere or found is not None:
-        teacher = load_teacher(folder, config, device)
+        teacher = load_teacher(folder, config, device, sharding)
         samples = SharedSamples(teacher, shard, micro_batch_size)
         logger.info(
             "LET: teacher %s (%.0f MiB) on stage %d", folder.path, teacher.num_bytes / 2**20, stage

@@ -20,6 +20,7 @@ from megatron_let.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.metrics import WEIGHT_KEY, alignment_key
 from megatron_let.placement.plan import Plan
 from megatron_let.teacher.folder import TeacherFolder
+from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.placer import PassTimes
 from megatron_let.teacher.states import PlacedStates
 
@@ -38,6 +39,7 @@ class AlignedForwardBackward:
         current_step: Callable[[], int],
         num_steps: int,
         report: Callable[[str], None],
+        sharding: Sharding | None = None,
     ) -> None:
         """
         Args:
@@ -46,6 +48,7 @@ class AlignedForwardBackward:
             current_step: 0-based training step.
             num_steps: of the run.
             report: prints one line on one rank.
+            sharding: see `load_teacher`.
         """
         self._config = config
         self._folder = folder
@@ -53,6 +56,7 @@ class AlignedForwardBackward:
         self._report = report
         self._loss_names = alignment_loss(config.loss, None).names
         self._num_steps = num_steps
+        self._sharding = sharding
         self._attachment: Attachment | None = None
 
     def wrap_getter(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +92,9 @@ class AlignedForwardBackward:
         model, num_microbatches = kwargs["model"], kwargs["num_microbatches"]
         shape = (num_microbatches, kwargs["micro_batch_size"], kwargs["seq_length"])
         if self._attachment is None:
-            self._attachment = attach(self._config, self._folder, model, shape, self._report)
+            self._attachment = attach(
+                self._config, self._folder, model, shape, self._report, self._sharding
+            )
         attachment = self._attachment
         batch = self._read(attachment, shape, kwargs)
         plan = _begin(attachment, batch)
@@ -161,6 +167,8 @@ class AlignedForwardBackward:
             return
         self._attachment.close()
         self._attachment = None
+        if self._sharding is not None:
+            self._sharding.free()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         self._report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")

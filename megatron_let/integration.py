@@ -18,6 +18,7 @@ from megatron_let.arguments import (
     add_arguments,
     check_fits,
     check_supported,
+    check_teacher_shard,
     check_vocabulary_size,
     let_config_from_args,
     num_steps,
@@ -30,6 +31,7 @@ from megatron_let.guard import load_guard
 from megatron_let.metrics import MetricsFile, forget_stale_averages
 from megatron_let.patches import PATCHES, PatchSet
 from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
+from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 
 __all__ = ["add_arguments", "enable"]
@@ -84,6 +86,14 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
     )
 
 
+def _teacher_sharding(args: argparse.Namespace) -> Sharding | None:
+    if not args.let_teacher_shard:
+        return None
+    from megatron_let.engines.deepspeed.teacher_shard import TeacherSharding
+
+    return TeacherSharding()
+
+
 def _warn(message: str) -> None:
     print(f"LET: warning: {message}", flush=True)
 
@@ -98,6 +108,7 @@ def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
         return
     assert config.teacher is not None
     check_supported(args)
+    check_teacher_shard(args)
     folder = inspect_teacher(config.teacher)
     check_fits(config, folder, args)
     tokenizer = get_tokenizer()

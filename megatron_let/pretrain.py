@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,10 +51,7 @@ def _speaks(error: Exception, rank: int) -> bool:
 def _run(argv: list[str], host: Host) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import get_tokenizer, pretrain, print_rank_0
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_let import artifact_log, control, integration
@@ -73,12 +73,13 @@ def _run(argv: list[str], host: Host) -> None:
     check_data(args)
     check_data_tokenizer(args, get_tokenizer())
     check_loaded(args, get_tokenizer())
+    make_model = _enable_engine(args, host)
     integration.enable(args)
     control.enable(args)
     artifact_log.enable(args)
     if args.rank == 0:
         claim(args, let_config_from_args(args))
-    model = gpt_config_from_args(args)
+    model = make_model(args)
     if args.transformer_impl == "local":
         model.transformer_layer_spec = local_layer_spec
     pretrain(
@@ -89,6 +90,23 @@ def _run(argv: list[str], host: Host) -> None:
     )
     if args.rank == 0:
         control.mark_done(args)
+
+
+def _enable_engine(args: argparse.Namespace, host: Host) -> Callable[[argparse.Namespace], Any]:
+    """Prepare what takes the steps; return the function from arguments to the model's config."""
+    if args.engine == "megatron":
+        from megatron.training.argument_utils import gpt_config_from_args
+
+        from megatron_let.arguments import resumed_step
+        from megatron_let.engines.deepspeed.checkpoint_info import folder_name, refuse_deepspeeds
+
+        if args.load is not None:
+            refuse_deepspeeds(Path(args.load) / folder_name(resumed_step(args)))
+        return gpt_config_from_args
+    from megatron_let.engines.deepspeed import launch
+
+    _, config = launch.enable(args, host.cuda)
+    return functools.partial(launch.model_config, config=config)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -102,6 +120,7 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_let.arguments import check_entry_supports, check_supported
+    from megatron_let.engines.deepspeed import refusals
     from megatron_let.recipes import load_recipe, recipe_argv
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -116,6 +135,8 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     if args.let_method not in (None, "none"):
         check_supported(args)
     check_entry_supports(args)
+    if args.engine == "deepspeed":
+        refusals.check_supported(args)
     return rest
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_FOLDER = "${RECIPE_FOLDER}"
 
 
 class RecipeError(ValueError):
@@ -39,6 +40,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe: sections of settings, flattened to one map from flag name to value.
 
     Section names only order the file; a setting's name is a flag without the dashes.
+    `${RECIPE_FOLDER}` is the recipe's own folder.
 
     Raises:
         RecipeError: no such file, no YAML, or a setting that stands twice.
@@ -61,8 +63,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
         for name, value in section.items():
             if name in settings:
                 raise RecipeError(f"The recipe {path} sets {name} twice.")
-            settings[str(name)] = value
+            settings[str(name)] = _in_folder(value, path.parent)
     return settings
+
+
+def _in_folder(value: Any, folder: Path) -> Any:
+    return value.replace(_FOLDER, str(folder)) if isinstance(value, str) else value
 
 
 def recipe_argv(

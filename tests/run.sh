@@ -10,7 +10,11 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/lib/environment.sh
 
 SECONDS=0
-ensure_environment dev
+# DeepSpeed comes as source; where its build fails, everything else is tested all the same.
+ensure_environment dev deepspeed || {
+    echo "DeepSpeed could not be installed: the tests of --engine deepspeed are left out"
+    ensure_environment dev
+}
 bash tests/launch/install_slurm.sh
 echo "environment: ${SECONDS} s"
 SECONDS=0

@@ -11,6 +11,7 @@ import warnings
 from rich.console import Console
 from rich.table import Table
 
+from megatron_let.doctor.build import build_kernels
 from megatron_let.doctor.check import Check
 from megatron_let.doctor.machine import as_json, check_machine
 from megatron_let.host.device import detect_host, prepare_process
@@ -20,12 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     """Look at the machine and print what was found."""
     parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--build", action="store_true", help="compile DeepSpeed's kernels now, not in a run"
+    )
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     # Packages that print when they are imported must not print into the JSON.
     with contextlib.redirect_stdout(sys.stderr):
         host = detect_host()
         prepare_process(host, 0)
+        if arguments.build:
+            build_kernels(lambda line: print(line, file=sys.stderr))
         checks = check_machine(host)
     if arguments.json:
         print(json.dumps(as_json(checks), indent=2))

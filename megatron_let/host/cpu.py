@@ -27,11 +27,22 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
 
 
+def _backward(loss: torch.Tensor, gradient: torch.Tensor | None = None, **unused: Any) -> None:
+    """`loss.backward()` of a scalar, as Megatron calls it: straight to the autograd engine."""
+    from megatron.core.pipeline_parallel.schedules import custom_backward
+
+    custom_backward(loss, gradient)
+
+
 class CudaDeviceAsCpu(TorchFunctionMode):
     """Turns `device="cuda"` into the CPU and drops `pin_memory=True`, in every torch call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
+        if func is torch.Tensor.backward:
+            # Torch would run it with this mode off, and a layer's backward would ask for CUDA.
+            with self:
+                return _backward(*args, **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)

@@ -64,6 +64,9 @@ def prepare_process(host: Host, rank: int) -> None:
     if not host.cuda:
         # Megatron decides at import what torch.compile gets; there is no inductor gain on a CPU.
         torch._dynamo.config.disable = True
+        # transformers imports DeepSpeed where it is installed, which would take our stand-ins of
+        # CUDA's calls for a GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if rank != 0:
         warnings.filterwarnings("ignore")
     if not host.transformer_engine:

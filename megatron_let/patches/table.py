@@ -191,6 +191,43 @@ _CONTROL_ROWS = (
     ),
 )
 
+_DEEPSPEED_TESTS = "tests/distributed/test_deepspeed"
+
+
+def _deepspeed(target: str, reason: str, parameters: tuple[str, ...], test: str) -> Patch:
+    return Patch(
+        target=_TRAINING + target,
+        kind="replace",
+        reason=reason,
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=parameters,
+        unnecessary_when="pretrain() takes these functions from its config container",
+        test=_DEEPSPEED_TESTS + test,
+    )
+
+
+_DEEPSPEED_ROWS = (
+    _deepspeed(
+        "get_megatron_optimizer",
+        "under --engine deepspeed the optimizer is inside DeepSpeed's engine",
+        ("config", "model_chunks", "config_overrides"),
+        ".py::test_engine_takes_megatrons_steps",
+    ),
+    _deepspeed(
+        "save_checkpoint",
+        "ZeRO's shards of masters and moments are saved by DeepSpeed's engine",
+        ("iteration", "model", "optimizer", "opt_param_scheduler"),
+        "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
+    _deepspeed(
+        "load_checkpoint",
+        "ZeRO's shards of masters and moments are loaded by DeepSpeed's engine",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
+)
+
 _WANDB_ROWS = (
     Patch(
         target="megatron.training.wandb_utils:on_save_checkpoint_success",
@@ -215,5 +252,6 @@ PATCHES: dict[str, Patch] = {
         *_METRICS_ROWS,
         *_CONTROL_ROWS,
         *_WANDB_ROWS,
+        *_DEEPSPEED_ROWS,
     )
 }

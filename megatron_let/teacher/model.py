@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -115,15 +115,38 @@ class Teacher:
         return first.shape[-1]
 
 
-def load_teacher(folder: TeacherFolder, config: LETConfig, device: torch.device) -> Teacher:
+class Sharding(Protocol):
+    """How a teacher that does not fit is spread over ranks."""
+
+    def shard(self, model: Any) -> Any:
+        """Spread a model that is on the CPU; return it, ready to run."""
+        ...
+
+    def free(self) -> None:
+        """Let go of it."""
+        ...
+
+
+def load_teacher(
+    folder: TeacherFolder,
+    config: LETConfig,
+    device: torch.device,
+    sharding: Sharding | None = None,
+) -> Teacher:
     """Load the teacher that `config` names on `device`.
+
+    Args:
+        folder, config: of the teacher.
+        device: it runs on.
+        sharding: spreads it over the devices of several ranks; None copies it whole.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
     """
     model: Any = load_model(folder, config, device, AutoModel)
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
-    teacher = Teacher(model.to(device), folder.num_layers, tap, config.teacher_final_norm)
+    model = model.to(device) if sharding is None else sharding.shard(model)
+    teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
     if config.teacher_compile:
         teacher.compile()
     return teacher

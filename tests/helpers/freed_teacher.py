@@ -13,6 +13,8 @@ from megatron_let import pretrain
 
 if __name__ == "__main__":
     references: list[Any] = []
+    # DeepSpeed keeps a sharded model's modules; their weights must go.
+    shards: list[Any] = []
 
     # The entry imports Megatron itself, after it has looked at the host.
     def _watch() -> None:
@@ -23,7 +25,9 @@ if __name__ == "__main__":
         def watched(*args: Any, **kwargs: Any) -> Any:
             teacher = load(*args, **kwargs)
             references.append(weakref.ref(teacher))
-            references.append(weakref.ref(teacher._model))
+            shards.extend(p for p in teacher._model.parameters() if hasattr(p, "ds_tensor"))
+            if not shards:
+                references.append(weakref.ref(teacher._model))
             return teacher
 
         attachment.load_teacher = watched
@@ -34,4 +38,5 @@ if __name__ == "__main__":
     assert pretrain.main() == 0
     assert references, "no teacher was loaded"
     assert all(reference() is None for reference in references), "the teacher is still in memory"
+    assert not any(shard.numel() or shard.ds_tensor.numel() for shard in shards), "shards are left"
     sys.exit(0)

@@ -12,7 +12,8 @@ import pytest
 from megatron_let.recipes import load_recipe
 from tests.helpers.runs import ROOT
 
-SCRIPTS = sorted((ROOT / "launch").glob("pretrain_*.sh"))
+DEEPSPEED = ROOT / "launch/pretrain_7b_let_deepspeed.sh"
+SCRIPTS = sorted(set((ROOT / "launch").glob("pretrain_*.sh")) - {DEEPSPEED})
 
 
 @pytest.fixture
@@ -54,6 +55,20 @@ def test_dry_run_shows_job_and_command(script: Path, site: Path) -> None:
         "#   DATA=/d/pile", "#   TEACHER=/models/SmolLM2-", "#   CUDA_DEVICE_MAX_CONNECTIONS=1",
     ):  # fmt: skip
         assert expected in shown, expected
+
+
+def test_deepspeeds_script_is_one_node_of_its_recipe(site: Path) -> None:
+    code, shown = launch(DEEPSPEED, site, "--dry-run")
+    assert code == 0, shown
+    for expected in (
+        "#SBATCH --nodes=1", "#SBATCH --gpus-per-node=8", "#SBATCH --signal=URG@600",
+        "configs/let_7b_deepspeed.yaml", "--nproc-per-node 8", "runs/let_7b_deepspeed",
+        "#   TEACHER=/models/SmolLM2-1.7B",
+    ):  # fmt: skip
+        assert expected in shown, expected
+    settings = load_recipe(ROOT / "configs/let_7b_deepspeed.yaml")
+    assert settings["engine"] == "deepspeed" and settings["exit-signal-handler"]
+    assert settings["save"] == settings["load"] == "${OUTPUT}/checkpoints"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The 7B with SmolLM2-1.7B as teacher, by ZeRO-3 on one node of 8 x 40 GB: sbatch launch/pretrain_7b_let_deepspeed.sh
+#SBATCH --job-name=let_7b_deepspeed
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=URG@600
+#SBATCH --requeue
+#SBATCH --dependency=singleton
+#SBATCH --output=%x.out
+#SBATCH --open-mode=append
+set -euo pipefail
+launch="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+# sbatch runs a copy from its spool folder, and Slurm knows where the script was.
+if [[ ! -e $launch/lib/job.sh ]]; then
+    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_7b_let_deepspeed\.sh.*|\1|p')"
+fi
+# shellcheck source=launch/lib/job.sh
+. "$launch/lib/job.sh"
+run_job configs/let_7b_deepspeed.yaml SmolLM2-1.7B 300 "$@"

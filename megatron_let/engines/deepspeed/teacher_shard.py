@@ -1,0 +1,62 @@
+"""A teacher that does not fit beside the student: its weights sharded by ZeRO-3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from megatron.core import parallel_state
+
+from megatron_let.engines.deepspeed.mpu import ModelParallelUnit
+
+
+class TeacherSharding:
+    """Shards a frozen model over the data-parallel ranks; each layer is gathered as it runs.
+
+    Every replica runs the teacher on as many microbatches, so its ranks gather together.
+    """
+
+    def __init__(self) -> None:
+        self._engine: deepspeed.DeepSpeedEngine | None = None
+
+    def shard(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Shard a model; no device ever holds it whole, because its parameters move one by one.
+
+        Args:
+            model: on the CPU, whole on every rank, in the precision it will run in.
+
+        Returns:
+            The same module, with ZeRO-3's hooks.
+        """
+        config = _config(next(model.parameters()).dtype)
+        deepspeed.zero.Init(
+            module=model,
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=config,
+            mpu=ModelParallelUnit(),
+        )
+        # Without an optimizer DeepSpeed's engine only gathers and releases, which it does by hooks.
+        self._engine, *_ = deepspeed.initialize(
+            model=model, config=config, mpu=ModelParallelUnit(), dist_init_required=False
+        )
+        return model
+
+    def free(self) -> None:
+        """Free the weights; DeepSpeed's caches keep the modules themselves, which are small."""
+        if self._engine is None:
+            return
+        self._engine.destroy()
+        for parameter in self._engine.module.parameters():
+            nothing = parameter.data.new_empty(0)
+            parameter.data = parameter.ds_tensor.data = nothing
+        self._engine = None
+
+
+def _config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": None,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3},
+    }

@@ -1,0 +1,17 @@
+"""Run the entry with a DeepSpeed engine whose optimizer does nothing: `-m tests.helpers.no_step`.
+
+This is what Megatron's DDP under ZeRO-1 comes to.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_let import pretrain
+
+if __name__ == "__main__":
+    pretrain.prepare_process(pretrain.detect_host(), 0)
+    import torch
+
+    torch.optim.AdamW.step = lambda self, closure=None: None  # type: ignore[method-assign]
+    sys.exit(pretrain.main())

@@ -1,0 +1,133 @@
+"""Pieces of the DeepSpeed engine that need no DeepSpeed: the guard, shards, extra states."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_let.config import LETError
+from megatron_let.engines.deepspeed.export import merge_shards, read_checkpoint
+from megatron_let.engines.deepspeed.extra_state import leave_out_empty_extra_states
+from megatron_let.engines.deepspeed.guard import FirstStepGuard, checksums
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2).bfloat16())
+
+
+def move_last_bit(module: torch.nn.Module) -> None:
+    weight = module[1].weight.data  # type: ignore[index]
+    weight.view(torch.int16)[0, 0] += 1
+
+
+# The guard
+
+
+def test_checksum_sees_one_bit_of_one_weight() -> None:
+    module = model()
+    before = checksums(module)
+    assert checksums(module) == before and len(before) == 4
+    move_last_bit(module)
+    assert checksums(module) != before
+
+
+def test_weights_that_stay_are_an_error_at_the_first_step_with_a_rate() -> None:
+    guard = FirstStepGuard(model())
+    guard.before_step(0.0)
+    guard.after_step(1.0)
+    guard.before_step(1e-3)
+    with pytest.raises(LETError, match=r"No weight moved .* gradient norm is 1\.5"):
+        guard.after_step(1.5)
+
+
+def test_weights_that_moved_once_are_not_looked_at_again() -> None:
+    module = model()
+    guard = FirstStepGuard(module)
+    guard.before_step(1e-3)
+    move_last_bit(module)
+    guard.after_step(1.0)
+    guard.before_step(1e-3)
+    guard.after_step(0.0)
+
+
+def test_gradient_norm_of_0_is_an_error_even_in_a_warm_up() -> None:
+    guard = FirstStepGuard(model())
+    guard.before_step(0.0)
+    with pytest.raises(LETError, match="gradient norm is 0"):
+        guard.after_step(0.0)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_norm_that_is_no_number_is_an_error_at_any_step(norm: float) -> None:
+    module = model()
+    guard = FirstStepGuard(module)
+    guard.before_step(1e-3)
+    move_last_bit(module)
+    guard.after_step(1.0)
+    guard.before_step(1e-3)
+    with pytest.raises(LETError, match=f"gradient norm is {norm}"):
+        guard.after_step(norm)
+
+
+# Shards of tensor parallel ranks
+
+
+def state(**patterns: list[str]) -> dict[str, object]:
+    info = {"tp_replicated_parameter_patterns": [], "parameter_with_row_parallelism_patterns": []}
+    found = {key: [f"^{re.escape(name)}$" for name in names] for key, names in patterns.items()}
+    return {"universal_checkpoint_info": info | found, "args": argparse.Namespace(swiglu=True)}
+
+
+def test_columns_are_stacked_in_rank_order() -> None:
+    whole = torch.arange(24.0).view(6, 4)
+    merged = merge_shards("layers.0.linear_qkv.weight", list(whole.chunk(2)), state())
+    assert torch.equal(merged, whole)
+
+
+def test_rows_are_joined_along_the_input() -> None:
+    whole, name = torch.arange(24.0).view(6, 4), "layers.0.linear_proj.weight"
+    rows = state(parameter_with_row_parallelism_patterns=[name])
+    assert torch.equal(merge_shards(name, list(whole.chunk(2, dim=1)), rows), whole)
+
+
+def test_replicated_parameters_are_taken_once() -> None:
+    norm, name = torch.arange(4.0), "layers.0.input_layernorm.weight"
+    replicated = state(tp_replicated_parameter_patterns=[name])
+    assert torch.equal(merge_shards(name, [norm, norm], replicated), norm)
+
+
+def test_gate_and_up_projection_are_put_in_order() -> None:
+    gate, up = torch.arange(8.0).view(4, 2), torch.arange(8.0, 16.0).view(4, 2)
+    shards = [torch.cat(pair) for pair in zip(gate.chunk(2), up.chunk(2), strict=True)]
+    merged = merge_shards("layers.0.mlp.linear_fc1.weight", shards, state())
+    assert torch.equal(merged, torch.cat([gate, up]))
+
+
+def test_other_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(LETError, match="is not of --engine deepspeed"):
+        read_checkpoint(tmp_path)
+
+
+# Extra states
+
+
+class WithExtraState(torch.nn.Linear):
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: object) -> None:
+        assert state is None
+
+
+def test_empty_extra_states_are_left_out_and_put_back() -> None:
+    module = torch.nn.Sequential(WithExtraState(2, 2), torch.nn.Sequential(WithExtraState(2, 2)))
+    assert "0._extra_state" in module.state_dict()
+    leave_out_empty_extra_states(module)
+    saved = module.state_dict()
+    assert sorted(saved) == ["0.bias", "0.weight", "1.0.bias", "1.0.weight"]
+    module.load_state_dict(saved, strict=True)

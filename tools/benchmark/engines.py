@@ -1,0 +1,156 @@
+"""Step time and memory of DeepSpeed's ZeRO stages against Megatron's distributed optimizer.
+
+The variants take turns, each a run of the entry with the same model, data, teacher and flags, in
+forward order and then in reverse, so that a load from elsewhere meets all. Ratios are taken within
+a turn. Memory is the last rank's peak: allocated on a GPU, resident on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.report import load_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tools" / "benchmark" / "results" / "engines.csv"
+LIBRARIES = ("torch", "megatron-core", "deepspeed")
+BASELINE = "megatron, distributed optimizer"
+ZERO: dict[str, dict[str, Any]] = {
+    "deepspeed, ZeRO-1": {"stage": 1},
+    "deepspeed, ZeRO-2": {"stage": 2},
+    "deepspeed, ZeRO-3": {"stage": 3},
+}
+_WARM_UP_STEPS = 3
+
+
+def main() -> int:
+    """Measure, print a table, write the CSV; return the exit code."""
+    options, flags = _parse()
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in (BASELINE, *ZERO)}
+    with tempfile.TemporaryDirectory() as name:
+        for turn in range(options.turns):
+            names = list(samples) if turn % 2 == 0 else list(samples)[::-1]
+            for variant in names:
+                folder = Path(name) / f"{turn}" / variant.replace(" ", "_")
+                samples[variant].append(_run(variant, folder, options, flags))
+    rows = [_row(variant, samples) for variant in samples]
+    _print(rows)
+    _write_csv(rows, options, flags)
+    return 0
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog="Other flags go to the entry."
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12, help="of each run (default: 12)")
+    parser.add_argument("--turns", type=int, default=3, help="runs of each variant (default: 3)")
+    parser.add_argument("--config", type=Path, required=True, help="recipe")
+    return parser.parse_known_args()
+
+
+def _run(
+    variant: str, folder: Path, options: argparse.Namespace, flags: list[str]
+) -> dict[str, float]:
+    """One run; its median step and its peak memory."""
+    folder.mkdir(parents=True)
+    metrics = folder / "metrics.jsonl"
+    engine = ["--use-distributed-optimizer"]
+    if variant in ZERO:
+        config = folder / "deepspeed.json"
+        config.write_text(json.dumps({"zero_optimization": ZERO[variant]}))
+        engine += ["--engine", "deepspeed", "--deepspeed-config", str(config)]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(options.ranks), "-m", "megatron_let.pretrain"),
+        *("--config", str(options.config), "--let-metrics-path", str(metrics)),
+        *("--train-iters", str(options.steps), "--eval-iters", "0", *flags, *engine),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"{variant} failed:\n{result.stderr[-3000:]}")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()][_WARM_UP_STEPS:]
+    assert load_metrics(metrics).last_step == options.steps
+    return {
+        "step_seconds": statistics.median(step["step_seconds"] for step in steps),
+        "memory_bytes": max(step["max_memory_bytes"] for step in steps),
+    }
+
+
+def _row(variant: str, samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    mine, baseline = samples[variant], samples[BASELINE]
+    row: dict[str, Any] = {"engine": variant, "runs": len(mine)}
+    for key, digits in (("step_seconds", 4), ("memory_bytes", 0)):
+        values = [sample[key] for sample in mine]
+        ratios = [a[key] / b[key] for a, b in zip(mine, baseline, strict=True)]
+        row[key] = round(statistics.median(values), digits)
+        row[f"{key}_ratio"] = round(statistics.median(ratios), 3)
+        row[f"{key}_ratio_min"] = round(min(ratios), 3)
+        row[f"{key}_ratio_max"] = round(max(ratios), 3)
+    return row
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("engine", "step, s", "ratio", "memory, MiB", "ratio")
+    for row in rows:
+        table.add_row(
+            row["engine"],
+            f"{row['step_seconds']:.3f}",
+            _spread(row, "step_seconds"),
+            f"{row['memory_bytes'] / 2**20:.0f}",
+            _spread(row, "memory_bytes"),
+        )
+    Console().print(table)
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    low, high = row[f"{key}_ratio_min"], row[f"{key}_ratio_max"]
+    return f"{row[f'{key}_ratio']:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _write_csv(rows: list[dict[str, Any]], options: argparse.Namespace, flags: list[str]) -> None:
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    command = f"tools/benchmark/engines.py --config {options.config} --ranks {options.ranks}"
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": " ".join(f"{name}=={importlib.metadata.version(name)}" for name in LIBRARIES),
+        "command": f"{command} --steps {options.steps} --turns {options.turns} {' '.join(flags)}",
+    }
+    with RESULTS.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *common])
+        writer.writeheader()
+        writer.writerows(row | common for row in rows)
+
+
+def _processor() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
