@@ -84,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         " (default: those of a global batch)",
         type=int,
     )
+    add(
+        "cross-tokenizer",
+        "the teacher has another tokenizer and reads the same text under its own (default: no)",
+        action=argparse.BooleanOptionalAction,
+    )
     add("kd-weight", f"w of rkd and salt, from 0 to 1 (default: {default.kd_weight})", type=float)
     add(
         "kd-temperature",
@@ -309,7 +314,9 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     """
     if config.method == "let":
         _check_layers(config, folder, args)
-    if folder.max_positions is not None and args.seq_length > folder.max_positions:
+    # With a tokenizer of its own the teacher reads as much as it can.
+    limit = None if config.cross_tokenizer else folder.max_positions
+    if limit is not None and args.seq_length > limit:
         raise LETError(
             f"--seq-length is {args.seq_length} but the teacher was built for "
             f"{folder.max_positions} positions; shorten the sequence or use another teacher."

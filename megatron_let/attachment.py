@@ -110,7 +110,7 @@ def attach(
         if found is None
         else AlignmentHook(found[1], alignment_loss(config.loss, _token_group(shard))),
         states=PlacedStates(samples, transfer, stage, owner.stage, like, device),
-        tokens=TokenSharing(folder.vocab_size, device),
+        tokens=TokenSharing(folder, device),
         placer=placer,
         stage=stage,
         # Without sequence parallelism every tensor-parallel rank holds the same tokens.

@@ -62,6 +62,7 @@ class LETConfig:
         max_prefetch: microbatches whose teacher states the stage of layer k may hold before their
             backward; None for those of a global batch.
         loss: what is aligned: the cosine (equation 7), the LogSum loss or canonical correlations.
+        cross_tokenizer: the teacher reads the text under a tokenizer of its own (the paper's LET†).
         kd_weight: w of `rkd` and `salt`, the share of the teacher's distribution in the targets.
         kd_temperature: divides the teacher's logits.
         kd_top_k: keep the teacher's so many largest entries of each token; 0 keeps all.
@@ -83,6 +84,7 @@ class LETConfig:
     placement: Placement = "auto"
     max_prefetch: int | None = None
     loss: Loss = "cosine"
+    cross_tokenizer: bool = False
     kd_weight: float = 0.5
     kd_temperature: float = 1.0
     kd_top_k: int = 0
@@ -124,6 +126,11 @@ class LETConfig:
             raise LETError(
                 f"--let-max-prefetch is {self.max_prefetch}; the stage of layer k holds at least 1"
                 " microbatch's states."
+            )
+        if self.cross_tokenizer and self.loss != "cosine":
+            raise LETError(
+                f"--let-cross-tokenizer leaves some tokens without a teacher, which --let-loss"
+                f" {self.loss} cannot leave out; use --let-loss cosine."
             )
         tap = self.teacher_layer
         if tap not in ("last", "middle") and not (tap.isdecimal() and int(tap) >= 1):

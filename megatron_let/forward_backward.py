@@ -124,7 +124,11 @@ class AlignedForwardBackward:
             num_ahead = attachment.placer.plan(num_microbatches, 0, True).num_ahead
         per_token = get_model_config(kwargs["model"][0]).calculate_per_token_loss
         return attachment.tokens.share(
-            microbatches, peek(iterators, num_ahead), shape, num_ahead, per_token
+            microbatches,
+            peek(iterators, num_ahead, attachment.tokens.key),
+            shape,
+            num_ahead,
+            per_token,
         )
 
     def _close(
@@ -249,10 +253,12 @@ def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
 
 def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | torch.Tensor:
     """Factor of d(sum of local losses)/dh, from Megatron's own scaling of the loss."""
-    num_microbatches, micro_batch_size, sequence_length = batch.tokens.shape
+    num_microbatches, micro_batch_size, _ = batch.tokens.shape
+    sequence_length = batch.sequence_length
     if batch.unmasked_tokens is not None:
         replicas = parallel_state.get_data_parallel_world_size()
-        factor = per_token_gradient_factor(batch.unmasked_tokens, batch.tokens.numel() * replicas)
+        all_tokens = num_microbatches * micro_batch_size * sequence_length * replicas
+        factor = per_token_gradient_factor(batch.unmasked_tokens, all_tokens)
     else:
         factor = 1 / gradient_denominator(
             micro_batch_size,

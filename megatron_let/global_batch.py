@@ -11,6 +11,10 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_let.config import LETError
+from megatron_let.teacher.folder import TeacherFolder
+
+# A sample's key, beside Megatron's own, of the same text under the teacher's tokenizer.
+TEACHER_TOKENS = "teacher_tokens"
 
 Iterators = Iterator[Any] | list[Any] | None
 
@@ -20,13 +24,16 @@ class GlobalBatch:
     """The microbatches of one data-parallel replica, known on all of its model-parallel ranks.
 
     Attributes:
-        tokens: [num_microbatches, b, s] int64, whole sequences, on the training device.
+        tokens: [num_microbatches, b, s] int64, whole sequences as the teacher reads them, on the
+            training device; with a tokenizer of its own, [num_microbatches, b, own_length + s].
+        sequence_length: s, of the student.
         unmasked_tokens: sum of the loss mask over all replicas; None unless asked for.
         begins_with_shared: the first microbatches are those shared ahead with the batch before.
-        next_tokens: [num_ahead, b, s] of the next global batch; None if it is not known.
+        next_tokens: [num_ahead, b, row] of the next global batch; None if it is not known.
     """
 
     tokens: torch.Tensor
+    sequence_length: int
     unmasked_tokens: float | None
     begins_with_shared: bool
     next_tokens: torch.Tensor | None
@@ -82,15 +89,16 @@ class LookAhead:
         return list(self._seen)[:num_items]
 
 
-def peek(iterators: Iterators, num_microbatches: int) -> torch.Tensor | None:
+def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor | None:
     """Tokens of the microbatches after those that `read_ahead` took, left where they are.
 
     Args:
         iterators: as in `read_ahead`.
         num_microbatches: to look at.
+        key: `TokenSharing.key`.
 
     Returns:
-        [num_microbatches, b, s] int64; None where this rank reads no data, the data ends before,
+        [num_microbatches, b, row] int64; None where this rank reads no data, the data ends before,
         or its iterator cannot be looked into.
     """
     if num_microbatches == 0:
@@ -106,7 +114,7 @@ def peek(iterators: Iterators, num_microbatches: int) -> torch.Tensor | None:
     microbatches = source.peek(num_microbatches)
     if len(microbatches) < num_microbatches:
         return None
-    return torch.stack([microbatch["tokens"] for microbatch in microbatches])
+    return torch.stack([microbatch[key] for microbatch in microbatches])
 
 
 class TokenSharing:
@@ -115,15 +123,20 @@ class TokenSharing:
     On the first rank it also remembers the tokens that were shared ahead, and says whether the
     next global batch begins with them: if not (a skipped iteration, a step that is run again), the
     states that were computed from them are of no use.
+
+    Attributes:
+        key: of a microbatch's tokens as the teacher reads them.
     """
 
-    def __init__(self, teacher_vocab_size: int, device: torch.device) -> None:
+    def __init__(self, teacher: TeacherFolder, device: torch.device) -> None:
         """
         Args:
-            teacher_vocab_size: rows of the teacher's embedding.
+            teacher: whose tokens these are.
             device: of training.
         """
-        self._vocab_size, self._device = teacher_vocab_size, device
+        self._vocab_size, self._device = teacher.vocab_size, device
+        self._own_length = teacher.own_length or 0
+        self.key = "tokens" if teacher.own_length is None else TEACHER_TOKENS
         self._shared_ahead: torch.Tensor | None = None
 
     def share(
@@ -138,23 +151,25 @@ class TokenSharing:
 
         Args:
             batch: the first stage's microbatches, with `tokens` [b, s] and `loss_mask` [b, s].
-            ahead: the first rank's next tokens, [num_ahead, b, s], if they are known.
+            ahead: the first rank's next tokens, [num_ahead, b, row], if they are known.
             shape: (num_microbatches, b, s).
             num_ahead: microbatches of the next global batch to share.
             count_unmasked: also sum the loss mask over the data-parallel replicas.
 
         Raises:
-            LETError: a token id that the teacher does not know.
+            LETError: a token id that the teacher does not know, or none of its own.
         """
         group = parallel_state.get_model_parallel_group()
-        num_microbatches, *rest = shape
+        num_microbatches, micro_batch_size, sequence_length = shape
+        rest = (micro_batch_size, self._own_length + sequence_length)
         # One message: whether the batch begins with what was shared ahead, whether the next is
         # known, the loss mask's sum, the tokens, the next tokens.
         header = torch.zeros(3, dtype=torch.int64)
         tokens = torch.zeros(num_microbatches + num_ahead, *rest, dtype=torch.int64)
         if group.rank() == 0:
             assert batch is not None, "the first model-parallel rank reads no data"
-            torch.stack([m["tokens"] for m in batch], out=tokens[:num_microbatches])
+            _check_key(batch[0], self.key)
+            torch.stack([m[self.key] for m in batch], out=tokens[:num_microbatches])
             header[0] = self._begins_with_shared(tokens)
             if ahead is not None:
                 tokens[num_microbatches:] = ahead
@@ -171,6 +186,7 @@ class TokenSharing:
         tokens = message[3:].view(-1, *rest)
         return GlobalBatch(
             tokens=tokens[:num_microbatches],
+            sequence_length=sequence_length,
             unmasked_tokens=num_unmasked,
             begins_with_shared=begins_with_shared,
             next_tokens=tokens[num_microbatches:] if next_is_known else None,
@@ -185,6 +201,14 @@ def _over_replicas(count: torch.Tensor) -> float:
     total = count.clone()
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return float(total.item())
+
+
+def _check_key(microbatch: dict[str, Any], key: str) -> None:
+    if key not in microbatch:
+        raise LETError(
+            f"The data loader gives no {key}, which --let-cross-tokenizer needs; wrap its datasets"
+            " in megatron_let.data.realign.RealignedDataset, or use this package's entry."
+        )
 
 
 def _check_ids(tokens: torch.Tensor, teacher_vocab_size: int) -> None:

@@ -10,7 +10,9 @@ The script's own model builder, data provider and forward step stay as they are.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
+from pathlib import Path
 
 from megatron.training import get_tokenizer, print_rank_0
 
@@ -25,6 +27,7 @@ from megatron_let.arguments import (
     resumed_step,
 )
 from megatron_let.config import LETConfig, LETError
+from megatron_let.data.realign import Realigner, load_realigner, teacher_length
 from megatron_let.distill.forward_backward import DistilledForwardBackward
 from megatron_let.forward_backward import AlignedForwardBackward
 from megatron_let.guard import load_guard
@@ -34,7 +37,7 @@ from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
 from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 
-__all__ = ["add_arguments", "enable"]
+__all__ = ["add_arguments", "enable", "realigner"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,19 @@ def _warn(message: str) -> None:
     print(f"LET: warning: {message}", flush=True)
 
 
+def realigner(args: argparse.Namespace) -> Realigner | None:
+    """What gives the samples the teacher's own tokens, if the flags ask for it.
+
+    For data sets of a user's own: wrap the training set in `data.realign.RealignedDataset`.
+    """
+    config = let_config_from_args(args)
+    over = resumed_step(args) >= config.stop_step
+    if not (config.enabled and config.cross_tokenizer) or over or config.teacher is None:
+        return None
+    folder = inspect_teacher(config.teacher)
+    return load_realigner(args.tokenizer_type, Path(args.tokenizer_model), folder, args.seq_length)
+
+
 def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
     config = let_config_from_args(args)
     if not config.enabled:
@@ -111,15 +127,11 @@ def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
     check_teacher_shard(args)
     folder = inspect_teacher(config.teacher)
     check_fits(config, folder, args)
-    tokenizer = get_tokenizer()
-    check_vocabulary_size(folder, tokenizer.vocab_size)
-    if args.tokenizer_type == "NullTokenizer":
-        print_rank_0(
-            "LET: --tokenizer-type NullTokenizer has no tokens to compare with the teacher's; the"
-            " data must be of the teacher's tokenizer"
-        )
+    if config.cross_tokenizer:
+        length = teacher_length(args.seq_length, folder.max_positions)
+        folder = dataclasses.replace(folder, own_length=length)
     else:
-        check_same_tokenizer(tokenizer, folder)
+        _check_tokenizer(folder, args)
     method = _method(config, folder, args)
     patches.apply_all(
         PATCHES,
@@ -129,6 +141,18 @@ def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
         },
     )
     print_rank_0("LET: " + _description(config, folder))
+
+
+def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:
+    tokenizer = get_tokenizer()
+    check_vocabulary_size(folder, tokenizer.vocab_size)
+    if args.tokenizer_type == "NullTokenizer":
+        print_rank_0(
+            "LET: --tokenizer-type NullTokenizer has no tokens to compare with the teacher's; the"
+            " data must be of the teacher's tokenizer"
+        )
+    else:
+        check_same_tokenizer(tokenizer, folder)
 
 
 def _method(

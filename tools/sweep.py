@@ -75,7 +75,8 @@ def _train_all(runs: list[SweepRun], given: argparse.Namespace, console: Console
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(given.nproc_per_node),
-            "-m", "megatron_let.pretrain", "--config", str(run.recipe), *run.flags,
+            "-m", "megatron_let.pretrain", "--config", str(run.recipe),
+            "--let-metrics-path", str(output / "metrics.jsonl"), *run.flags,
         ]  # fmt: skip
         try:
             train_locally(

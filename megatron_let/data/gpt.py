@@ -19,6 +19,7 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_let.config import LETError
+from megatron_let.data.realign import RealignedDataset, Realigner
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -49,8 +50,15 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     )
 
 
-def datasets_provider(args: argparse.Namespace) -> Callable[..., Any]:
-    """Return the provider that `pretrain()` calls with (train, validation, test) sample counts."""
+def datasets_provider(
+    args: argparse.Namespace, realign: Realigner | None = None
+) -> Callable[..., Any]:
+    """Return the provider that `pretrain()` calls with (train, validation, test) sample counts.
+
+    Args:
+        args: Megatron's.
+        realign: gives the training samples the teacher's tokens too.
+    """
 
     def provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
         def built_on_this_rank() -> bool:
@@ -59,9 +67,12 @@ def datasets_provider(args: argparse.Namespace) -> Callable[..., Any]:
             )
 
         kind = MockGPTDataset if args.mock_data else GPTDataset
-        return BlendedMegatronDatasetBuilder(
+        train, valid, test = BlendedMegatronDatasetBuilder(
             kind, num_samples, built_on_this_rank, dataset_config(args)
         ).build()
+        if realign is not None and train is not None and parallel_state.is_pipeline_first_stage():
+            train = RealignedDataset(train, realign)
+        return train, valid, test
 
     provider.is_distributed = True  # type: ignore[attr-defined]
     return provider

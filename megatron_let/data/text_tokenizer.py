@@ -79,17 +79,17 @@ class HuggingFaceText:
         self.eod = int(eod)
         self.vocab_size = len(tokenizer)
         self._tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        plain = cutting_pattern(json.loads(self._backend.to_str())) is not None
-        self._words = WordCache(self._backend) if plain else None
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        plain = cutting_pattern(json.loads(self.backend.to_str())) is not None
+        self._words = WordCache(self.backend) if plain else None
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of each text, with no special token added."""
         ids = [self._words.encode(text) if self._words is not None else None for text in texts]
         rest = [text for text, found in zip(texts, ids, strict=True) if found is None]
-        encodings = iter(self._backend.encode_batch_fast(rest, add_special_tokens=False))
+        encodings = iter(self.backend.encode_batch_fast(rest, add_special_tokens=False))
         return [
             np.array(next(encodings).ids, dtype=np.int32) if found is None else found
             for found in ids

@@ -113,7 +113,7 @@ class DistilledForwardBackward:
             kwargs["data_iterator"], num_microbatches
         )
         # Each step anew: no tokens are shared ahead here.
-        sharing = TokenSharing(self._folder.vocab_size, device)
+        sharing = TokenSharing(self._folder, device)
         batch = sharing.share(microbatches, None, (num_microbatches, *shape), 0, False)
         if self._attachment is not None:
             self._attachment.begin(batch.tokens)

@@ -115,6 +115,32 @@ class Teacher:
         return first.shape[-1]
 
 
+class RealignedTeacher(Teacher):
+    """A teacher of another tokenizer: a row is its own tokens, and then an index for each of ours.
+
+    `data.realign` makes the rows.
+    """
+
+    def __init__(self, teacher: Teacher, own_length: int) -> None:
+        """
+        Args:
+            teacher: the model.
+            own_length: of its own tokens in a row.
+        """
+        self._model, self._teacher, self._own_length = teacher._model, teacher, own_length
+        self.width, self.num_bytes = teacher.width, teacher.num_bytes
+
+    def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[b, own_length + s]` -> `[b, s, d_T]`.
+
+        Zeros where the index is -1: a zero vector has cosine 0, and no gradient.
+        """
+        own, index = tokens.tensor_split([self._own_length], dim=1)
+        state = self._teacher.hidden_state(own)
+        places = index.clamp_min(0)[..., None].expand(-1, -1, state.shape[-1])
+        return state.gather(1, places).masked_fill(index[..., None] < 0, 0)
+
+
 class Sharding(Protocol):
     """How a teacher that does not fit is spread over ranks."""
 
@@ -149,7 +175,7 @@ def load_teacher(
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
     if config.teacher_compile:
         teacher.compile()
-    return teacher
+    return teacher if folder.own_length is None else RealignedTeacher(teacher, folder.own_length)
 
 
 def load_model(

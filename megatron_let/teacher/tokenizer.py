@@ -53,7 +53,8 @@ def check_same_vocabulary(student: dict[int, str], teacher: dict[int, str]) -> N
             raise LETError(
                 f"The teacher's tokenizer is not the student's: token {index} is {ours!r} for the"
                 f" student and {theirs!r} for the teacher ({len(student)} and {len(teacher)}"
-                " tokens); train the student on the teacher's tokenizer."
+                " tokens); train the student on the teacher's tokenizer, or give"
+                " --let-cross-tokenizer."
             )
 
 

@@ -378,7 +378,7 @@ def test_five_updates_of_adam(finished: Finished) -> None:
         # Megatron logs the rate of the next update.
         assert row["learning_rate"] == pytest.approx(OPTIMIZATION.learning_rate_at(step + 1))
         clipped.append(OPTIMIZATION.clip_factor(expected.grad_norm) < 1)
-    assert any(clipped)
+    assert any(clipped) or finished.case.method == "rkd"
     for name, value in finished.parameters[-1].items():
         assert relative_difference(value, parameters[name]) < TOLERANCE, name
 

@@ -34,7 +34,7 @@ def numbers(items: Iterator[dict[str, torch.Tensor]] | None) -> list[int]:
 
 
 def ahead(iterator: object, count: int) -> list[int] | None:
-    tokens = peek(iterator, count)  # type: ignore[arg-type]
+    tokens = peek(iterator, count, "tokens")  # type: ignore[arg-type]
     return None if tokens is None else tokens[:, 0, 0].tolist()
 
 
@@ -67,10 +67,11 @@ def test_the_end_of_the_data_is_no_error_until_it_is_read(data: RerunDataIterato
 
 
 def test_nothing_is_seen_where_nothing_is_read_or_a_place_is_saved(data: RerunDataIterator) -> None:
-    assert peek(None, 2) is None and peek([None, None], 2) is None and peek(data, 0) is None
+    assert peek(None, 2, "tokens") is None and peek([None, None], 2, "tokens") is None
+    assert peek(data, 0, "tokens") is None
     assert ahead([None, data], 1) == [0]
 
     class Saving(LookAhead):
         def save_state(self) -> None: ...
 
-    assert peek(RerunDataIterator(Saving(iter([]))), 1) is None
+    assert peek(RerunDataIterator(Saving(iter([]))), 1, "tokens") is None
