@@ -63,7 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, output: Path, teacher: str, *flags: object, ranks: int = 1) -> Run:
     return train(
         output, "--data-path", folder / "data", "--tokenizer-type", "HuggingFaceTokenizer",
-        "--tokenizer-model", folder / "student", "--vocab-size", 257, "--train-iters", 4,
+        "--tokenizer-model", folder / "student", "--train-iters", 4,
+        "--make-vocab-size-divisible-by", 128,
         "--eval-iters", 0, "--let-weight", 1.0, "--let-stop-step", 10, *flags,
         ranks=ranks, TEACHER=str(folder / teacher),
     )  # fmt: skip
@@ -80,12 +81,16 @@ def test_teacher_of_the_same_tokenizer_gives_the_run_without_the_flag(
 
 
 def test_layouts_and_workers_match_one_process(folder: Path, tmp_path: Path) -> None:
-    expected = run(folder, tmp_path / "one", "other", "--let-cross-tokenizer")
+    weights = tmp_path / "weights"
+    run(folder, tmp_path / "start", "same", "--save", weights, "--save-interval", 4)
+    start = ("--let-cross-tokenizer", "--load", weights, "--finetune", "--no-load-optim",
+             "--no-load-rng")  # fmt: skip
+    expected = run(folder, tmp_path / "one", "other", *start)
     assert len(expected.steps) == 4
     layout = ("--tensor-model-parallel-size", 2, "--sequence-parallel",
               "--pipeline-model-parallel-size", 2)  # fmt: skip
     found = run(
-        folder, tmp_path / "four", "other", "--let-cross-tokenizer", *layout,
+        folder, tmp_path / "four", "other", *start, *layout,
         "--make-vocab-size-divisible-by", 64, "--num-workers", 1, ranks=4,
     )  # fmt: skip
     for key in KEYS:
