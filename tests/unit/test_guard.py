@@ -35,11 +35,12 @@ RISING = [i / 500 for i in range(3 * WINDOW)]
         (RISING, 0),
         ([0.4] * 3 * WINDOW, 0),
         ([0.4 + 0.005 * (-1) ** i for i in range(3 * WINDOW)], 0),
+        ([0.4 - 5e-5 * i for i in range(3 * WINDOW)], 0),
         (RISING[::-1], 1),
         (RISING + RISING[::-1], 1),
         (RISING[::-1][: 2 * WINDOW - 1], 0),
     ],
-    ids=["rising", "level", "noisy", "falling", "turning", "too short"],
+    ids=["rising", "level", "noisy", "hardly falling", "falling", "turning", "too short"],
 )
 def test_cosine_that_falls_is_said_once(cosines: list[float], expected: int) -> None:
     said = watch(cosines)
