@@ -145,7 +145,10 @@ def test_every_setting_has_a_flag_and_the_flag_reaches_it() -> None:
         assert let_config_from_args(parse(*flags)) == expected
     default = LETConfig()
     unset = [n for n, v in dataclasses.asdict(expected).items() if v == getattr(default, n)]
-    assert not unset, "this test sets each of them to something else than the default"
+    # It goes with the cosine only.
+    assert unset == ["cross_tokenizer"], "all others are set to something else than the default"
+    crossed = parse("--let-method", "let", "--let-teacher", "/t", "--let-cross-tokenizer")
+    assert let_config_from_args(crossed).cross_tokenizer
 
 
 def test_no_flags_are_method_none_without_a_warning() -> None:
