@@ -112,9 +112,10 @@ def test_every_setting_has_a_flag_and_the_flag_reaches_it() -> None:
     flags = [
         "--let-method", "let", "--let-teacher", "/t", "--let-layer", "5", "--let-weight", "0.5",
         "--let-stop-step", "7", "--let-teacher-layer", "middle", "--no-let-teacher-final-norm",
-        "--let-teacher-dtype", "fp32",
+        "--let-teacher-dtype", "fp32", "--let-teacher-compile", "--let-placement", "spread",
+        "--let-max-prefetch", "3",
     ]  # fmt: skip
-    expected = LETConfig("let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32")
+    expected = LETConfig("let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32", True, "spread", 3)
     assert let_config_from_args(parse(*flags)) == expected
     default = LETConfig()
     unset = [n for n, v in dataclasses.asdict(expected).items() if v == getattr(default, n)]
@@ -299,3 +300,15 @@ def test_a_folder_without_an_iteration_starts_at_0(tmp_path: Path, content: str 
     if content is not None:
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(content)
     assert resumed_step(megatron_args(load=str(tmp_path))) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"placement": "first-stage"}, "--let-placement is 'first-stage'; choose one of"),
+        ({"max_prefetch": 0}, "--let-max-prefetch is 0; the stage of layer k holds at least 1"),
+    ],
+)
+def test_bad_placement_gets_one_sentence(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(LETError, match=sentence):
+        LETConfig("let", Path("/t"), **settings)  # type: ignore[arg-type]
