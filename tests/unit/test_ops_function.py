@@ -11,9 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from megatron_let.alignment.losses import alignment_loss
 from megatron_let.ops import (
     align_hidden_state,
-    align_hidden_state_in_backward,
+    align_in_backward,
     interpolated_cosine,
 )
 from tests.unit.test_ops_reference import (
@@ -276,8 +277,9 @@ def test_alignment_in_the_backward_is_that_of_the_forward() -> None:
         asked.append(1)
         return teacher
 
-    passed = align_hidden_state_in_backward(late * 2, state, 0.7, reported.append)
+    align = alignment_loss("cosine", None).align
+    passed = align_in_backward(late * 2, state, 0.7, align, reported.append)
     assert not asked and torch.equal(passed, late * 2)
     passed.backward(incoming)
-    assert asked == [1] and torch.equal(reported[0], cosine)
+    assert asked == [1] and torch.equal(reported[0][0], cosine)
     assert torch.equal(late.grad, early.grad)
