@@ -56,7 +56,9 @@ def _folder_to_load(args: argparse.Namespace) -> Path | None:
 
 
 def _check_vocabulary(saved: argparse.Namespace, tokenizer: Any, folder: Path) -> None:
-    known = getattr(saved, "vocab_size", None)
+    # Beside a tokenizer of its own size a recipe's --vocab-size says nothing.
+    of_null = getattr(saved, "tokenizer_type", None) in (None, "NullTokenizer")
+    known = getattr(saved, "vocab_size" if of_null else "padded_vocab_size", None)
     if known is not None and tokenizer.vocab_size > known:
         raise LETError(
             f"The run's tokenizer has {tokenizer.vocab_size} tokens and the checkpoint {folder}"
