@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.config import LETError
-from megatron_let.report import provenance, write_csv
+from megatron_let.provenance import provenance, write_csv
 
 if TYPE_CHECKING:
     from megatron_let.evaluation.perplexity import Perplexity
