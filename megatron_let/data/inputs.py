@@ -85,7 +85,8 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
                 for file in sorted(p for p in path.rglob("*") if p.is_file()):
                     # In a folder a .json is more often a description than lines, and an output
                     # below it is no input of the next start.
-                    taken = kind_of(file) is not None and not file.name.endswith((".json", REJECTED))
+                    aside = file.name.endswith((".json", REJECTED))
+                    taken = kind_of(file) is not None and not aside
                     (found if taken else ignored)[file.resolve()] = None
             elif not path.is_file():
                 raise LETError(f"--input {pattern} matches no file or folder.")
