@@ -151,7 +151,10 @@ def _models(given: argparse.Namespace) -> Any:
         return [given.models]
     (run,) = given.models if len(given.models) == 1 else (None,)
     if run is None or not run.is_dir():
-        raise LETError("--watch takes one MODEL, the checkpoint folder of a run.")
+        given_models = ", ".join(map(str, given.models))
+        raise LETError(
+            f"--watch takes one checkpoint folder of a run that has begun, not {given_models}."
+        )
     return new_checkpoints(run, given.interval)
 
 
