@@ -6,6 +6,7 @@ stand-in calls the entry with ARGS and without it; RESULT gets {target: exit cod
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,19 +15,17 @@ from pathlib import Path
 
 from megatron_let import pretrain
 from megatron_let.host.device import detect_host, prepare_process
+from tests.helpers.forks import exit_code_in_fork
 
-SECONDS = 60
+SECONDS = 120
 
 
 def run_without(target: str | None, arguments: list[str], folder: Path) -> int:
     """Exit code of a forked run; 1 for an exception, -14 if it hung."""
-    child = os.fork()
-    if child == 0:
-        _in_child(target, arguments, folder)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return exit_code_in_fork(functools.partial(_in_child, target, arguments, folder))
 
 
-def _in_child(target: str | None, arguments: list[str], folder: Path) -> None:
+def _in_child(target: str | None, arguments: list[str], folder: Path) -> int:
     from megatron_let.host import apply, cpu
 
     signal.alarm(SECONDS)
@@ -35,11 +34,7 @@ def _in_child(target: str | None, arguments: list[str], folder: Path) -> None:
     os.dup2(log, 2)
     kept = {name: make for name, make in cpu.stand_ins().items() if name != target}
     apply.stand_ins = lambda: kept  # type: ignore[assignment]
-    code = 1
-    try:
-        code = pretrain.main([*arguments, "--save", str(folder / str(target).replace(".", "_"))])
-    finally:
-        os._exit(code)
+    return pretrain.main([*arguments, "--save", str(folder / str(target).replace(".", "_"))])
 
 
 if __name__ == "__main__":
