@@ -75,8 +75,17 @@ def test_resumed_run_has_the_same_losses(tmp_path: Path, teacher: Path, data: Pa
         ({"stage": 3}, ("--bf16",)),
         ({"stage": 1}, ("--bf16",)),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ()),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, ()),
     ],
-    ids=["zero0", "zero2-tp2-sp", "zero3", "zero3-bf16", "zero1-bf16", "zero3-offload"],
+    ids=[
+        "zero0",
+        "zero2-tp2-sp",
+        "zero3",
+        "zero3-bf16",
+        "zero1-bf16",
+        "zero3-offload",
+        "zero2-offload",
+    ],
 )
 def test_same_layout_resumes_bitwise(
     zero: dict[str, Any], flags: tuple[object, ...], tmp_path: Path, teacher: Path, data: Path

@@ -302,7 +302,9 @@ def imported_at_the_top(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("file", ["launch", "ds_config", "recipe", "refusals", "checkpoint_info"])
+@pytest.mark.parametrize(
+    "file", ["launch", "ds_config", "recipe", "refusals", "checkpoint_info", "export"]
+)
 def test_what_is_imported_without_the_engine_does_without_deepspeed(file: str) -> None:
     path = ROOT / f"megatron_let/engines/deepspeed/{file}.py"
     assert "deepspeed" not in imported_at_the_top(path)
