@@ -223,6 +223,20 @@ def test_sharded_teacher_teaches_the_same_and_leaves(
     _assert_same(run, reference())
 
 
+@pytest.mark.parametrize(
+    "placement", ["bubble", *(pytest.param(p, marks=pytest.mark.slow) for p in ("spread", "auto"))]
+)
+def test_placement_has_no_effect_without_a_pipeline(
+    placement: str, tmp_path: Path, teacher: Path, data: Path, trained: Callable[[str], Run]
+) -> None:
+    run = deepspeed_run(
+        tmp_path, teacher, data, {"stage": 1}, "--let-placement", placement,
+        module="tests.helpers.after_backward",
+    )  # fmt: skip
+    for key in KEYS:
+        assert largest_difference(run, trained("zero1-dp2"), key) == 0
+
+
 # Largest relative difference in bf16 of loss and gradient norm. Megatron's DDP and distributed
 # optimizer differ by 6e-6 and 2e-4; ZeRO-0 accumulates gradients in bf16, the others in fp32.
 BF16_SPREAD = {0: (2e-3, 5e-2), 1: (5e-5, 1e-3), 2: (5e-5, 1e-3), 3: (5e-5, 1e-3)}

@@ -165,7 +165,8 @@ def test_lock_of_a_killed_build_is_named_and_removed(lock: Path) -> None:
     before = time.time() - 2 * build_locks.LONGEST_BUILD
     os.utime(lock, (before, before))
     (check,) = build_locks.check_locks()
-    assert not check.ok and str(lock) in check.path and "doctor --build removes it" in check.path
+    # Not every run needs the kernel, and a node must not be unfit for those that do not.
+    assert check.ok and str(lock) in check.path and "doctor --build removes it" in check.path
     said: list[str] = []
     assert build._remove_stale_locks(said.append) == {} and not lock.exists()
     assert said == ["cpu_adam: the lock of a killed build is removed"]
@@ -174,7 +175,7 @@ def test_lock_of_a_killed_build_is_named_and_removed(lock: Path) -> None:
 
 def test_recent_lock_may_be_another_machines(lock: Path) -> None:
     (check,) = build_locks.check_locks()
-    assert not check.ok and "delete it unless another machine" in check.path
+    assert "delete it unless another machine" in check.path
     # The kernel is not built, which would wait for ever; the file is left.
     assert build._remove_stale_locks(print).keys() == {"cpu_adam"} and lock.exists()
 
