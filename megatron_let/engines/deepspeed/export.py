@@ -47,6 +47,16 @@ def is_zero_checkpoint(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file() or (folder / "zero").is_dir()
 
 
+def read_state(folder: Path) -> Mapping[str, Any]:
+    """The arguments and counters of a checkpoint's run, without its tensors.
+
+    Raises:
+        LETError: there are none, or they are damaged.
+    """
+    info = read_info(folder)
+    return _load(folder / _model_file(info, 0))
+
+
 class ZeroCheckpoint:
     """An `iter_*` folder of the DeepSpeed engine, of any ZeRO stage and tensor parallel size.
 
@@ -94,6 +104,12 @@ class ZeroCheckpoint:
         return merge_shards(stored, sizes, self.state).shape
 
 
+def _model_file(info: CheckpointInfo, rank: int) -> str:
+    """DeepSpeed's name of what a tensor-parallel rank, or its first replica, saved."""
+    replica = "zero_pp_rank_0_" if info.zero_stage == 3 else ""
+    return f"{replica}mp_rank_{rank:02d}_model_states.pt"
+
+
 class _Shard(Protocol):
     """One tensor-parallel rank's part of the model."""
 
@@ -109,7 +125,7 @@ class _WholeShard:
     """Of ZeRO 0 to 2, whose replicas save the model once."""
 
     def __init__(self, folder: Path, info: CheckpointInfo, rank: int) -> None:
-        self.state: Mapping[str, Any] = _load(folder / f"mp_rank_{rank:02d}_model_states.pt")
+        self.state: Mapping[str, Any] = _load(folder / _model_file(info, rank))
         # Checkpoints of bf16 runs used to have Transformer Engine's empty entries.
         self._tensors = {
             name: tensor for name, tensor in self.state["module"].items() if tensor is not None
@@ -133,13 +149,12 @@ class _FlatShard:
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo, rank: int) -> None:
-        suffix = f"mp_rank_{rank:02d}"
-        self.state: Mapping[str, Any] = _load(folder / f"zero_pp_rank_0_{suffix}_model_states.pt")
+        self.state: Mapping[str, Any] = _load(folder / _model_file(info, rank))
         self.shapes: Mapping[str, torch.Size] = {
             name: s for group in self.state["param_shapes"] for name, s in group.items()
         }
         self._replicas = [
-            _flat_groups(folder, f"zero_pp_rank_{replica}_{suffix}")
+            _flat_groups(folder, f"zero_pp_rank_{replica}_mp_rank_{rank:02d}")
             for replica in range(info.data_parallel_size)
         ]
         self._offsets, end = {}, 0
