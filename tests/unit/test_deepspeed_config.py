@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_let.arguments import check_teacher_shard
 from megatron_let.config import LETError
 from megatron_let.engines.deepspeed import refusals
 from megatron_let.engines.deepspeed.checkpoint_info import (
@@ -287,6 +288,24 @@ def test_megatrons_engine_refuses_a_deepspeed_checkpoint(tmp_path: Path) -> None
     folder = checkpoint(tmp_path / folder_name(5), 1, 2, 1)
     with pytest.raises(LETError, match="is of --engine deepspeed; resume it with that"):
         refuse_deepspeeds(folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "message"),
+    [
+        ("megatron", "let", "cannot be used with --engine megatron"),
+        ("deepspeed", "rkd", "cannot be used with --let-method rkd"),
+        ("deepspeed", "salt", "cannot be used with --let-method salt"),
+    ],
+)
+def test_teacher_is_sharded_only_where_it_can_be(engine: str, method: str, message: str) -> None:
+    check_teacher_shard(
+        argparse.Namespace(engine=engine, let_method=method, let_teacher_shard=False)
+    )
+    with pytest.raises(LETError, match=message):
+        check_teacher_shard(
+            argparse.Namespace(engine=engine, let_method=method, let_teacher_shard=True)
+        )
 
 
 # DeepSpeed is an extra
