@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, write
 from megatron_let.engines.deepspeed.export import ZeroCheckpoint, merge_shards
 from megatron_let.engines.deepspeed.extra_state import leave_out_empty_extra_states
 from megatron_let.engines.deepspeed.guard import FirstStepGuard, checksums
+
+
+@pytest.fixture(autouse=True)
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it fails, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
 
 
 def model() -> torch.nn.Module:

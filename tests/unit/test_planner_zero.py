@@ -35,6 +35,12 @@ TAUGHT = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-40g"])
 OFFLOAD = {"offload_optimizer": True}
 
 
+@pytest.fixture(autouse=True)
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it fails, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+
+
 def layout(dp: int, tp: int = 1, num_microbatches: int = 64) -> Layout:
     return Layout(tp, 1, 1, dp, 1, 4, num_microbatches, "full")
 
