@@ -36,7 +36,6 @@ def _watch(measured: dict[str, int]) -> None:
     initialize = deepspeed.initialize
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        measured["before"] = tensor_bytes()
         engine, *rest = initialize(*args, **kwargs)
         optimizer = engine.optimizer.optimizer
         step = optimizer.step
@@ -48,8 +47,6 @@ def _watch(measured: dict[str, int]) -> None:
             return result
 
         optimizer.step = measured_step
-        parameters = engine.module.parameters()
-        measured["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         return engine, *rest
 
     deepspeed.initialize = watched
