@@ -175,6 +175,11 @@ def check_teacher_shard(args: argparse.Namespace) -> None:
             f"--let-teacher-shard is ZeRO-3's and cannot be used with --engine {args.engine}; give"
             " --engine deepspeed or drop it."
         )
+    if args.let_teacher_shard and args.let_method not in (None, "none", "let"):
+        raise LETError(
+            f"--let-teacher-shard cannot be used with --let-method {args.let_method}, which needs"
+            " the teacher's output layer on every rank; drop it."
+        )
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:

@@ -164,7 +164,9 @@ def _method(
         return int(args.curr_iteration)
 
     if config.method == "let":
-        return AlignedForwardBackward(config, folder, current_step, num_steps(args), print_rank_0)
+        return AlignedForwardBackward(
+            config, folder, current_step, num_steps(args), print_rank_0, _teacher_sharding(args)
+        )
     vocab_size = get_tokenizer().vocab_size
     return DistilledForwardBackward(config, folder, vocab_size, current_step, print_rank_0)
 

@@ -82,7 +82,7 @@ def _add_conversion(commands: Any, name: str, run: Any, help_text: str) -> Any:
 
 def _add_export(commands: Any) -> None:
     parser = _add_conversion(
-        commands, "megatron-to-hf", _export, "a torch_dist checkpoint to a Hugging Face folder"
+        commands, "megatron-to-hf", _export, "a run's checkpoint to a Hugging Face folder"
     )
     parser.add_argument(
         "--max-shard-size", type=_size, default="5GB", help="of a weight file (default: 5GB)"

@@ -3,7 +3,9 @@
     python tools/plan_run.py --config configs/let_7b.yaml --gpus 32 --gpu a100-80g [--pp 4 ...]
 
 Memory of each rank, arithmetic, and a discrete-event simulation of Megatron's schedule with the
-teacher in it. `--sweep` ranks the layouts that fit. Other flags are Megatron's and LET's.
+teacher in it. `--sweep` ranks the layouts that fit. Under `--engine deepspeed`, memory by ZeRO
+stage on the GPU and on the host, and a step time from what is computed and moved. Other flags are
+Megatron's and LET's.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.config import LETError
+from megatron_let.engines.deepspeed.ds_config import complete_config, read_config
+from megatron_let.engines.deepspeed.recipe import recipe_from_args
+from megatron_let.engines.deepspeed.refusals import check_supported
 from megatron_let.host.device import detect_host, prepare_process
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.planner.estimate import (
@@ -33,6 +38,13 @@ from megatron_let.planner.estimate import (
 )
 from megatron_let.planner.memory import Layout
 from megatron_let.planner.sizes import TEACHERS, student_size, teacher_size
+from megatron_let.planner.zero import (
+    Zero,
+    assumptions,
+    estimate_zero,
+    step_seconds,
+    zero_from_config,
+)
 from megatron_let.recipes import RecipeError, load_recipe, recipe_argv
 
 # The paper teaches students of 1.4B with 135M and larger ones with 1.7B.
@@ -43,6 +55,8 @@ _SHORT_FLAGS = {
     "cp": "--context-parallel-size",
     "micro_batch_size": "--micro-batch-size",
 }
+_COLUMNS = ("params", "grads", "optimizer", "activations", "buffers", "teacher_weights",
+            "teacher_buffers", "total", "host")  # fmt: skip
 _SPAN_COLOURS = {"forward": "#9ecae1", "backward": "#4292c6", "teacher": "#fd8d3c"}
 
 
@@ -53,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _megatron_arguments(options, rest)
         request = _request(options, args)
-        if options.sweep:
+        if args.engine == "deepspeed":
+            _refuse_pipelines(options)
+            estimates = [_plan_zero(request, args, options)]
+        elif options.sweep:
             estimates = _sweep(request, args, options.gpus)
             _print_sweep(request, estimates, options)
         else:
@@ -160,6 +177,39 @@ def _layout(args: argparse.Namespace, gpus: int, vpp: int) -> Layout:
     return layout
 
 
+def _refuse_pipelines(options: argparse.Namespace) -> None:
+    for flag in ("sweep", "plot"):
+        if getattr(options, flag):
+            raise LETError(
+                f"--{flag} is about pipelines, which --engine deepspeed has none of; plan one"
+                " layout, or give --engine megatron."
+            )
+
+
+def _plan_zero(request: Request, args: argparse.Namespace, options: argparse.Namespace) -> Estimate:
+    """Print the plan of a run on DeepSpeed's engine."""
+    check_supported(args)
+    layout = _layout(args, options.gpus, options.vpp)
+    zero = _zero(args, layout)
+    found = estimate_zero(request, layout, zero)
+    if options.json:
+        print(json.dumps(_zero_json(request, found, zero), indent=2))
+    else:
+        _print_one(request, found, options)
+        _print_zero(request, found, zero)
+    return found
+
+
+def _zero(args: argparse.Namespace, layout: Layout) -> Zero:
+    """The run's DeepSpeed config, completed as the engine does it, as the planner needs it."""
+    # What Megatron's validation would have set.
+    args.data_parallel_size = layout.dp
+    args.accumulate_allreduce_grads_in_fp32 = True
+    given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
+    config = complete_config(given, recipe_from_args(args), fused_adam=True)
+    return zero_from_config(config, args.let_teacher_shard)
+
+
 def _recompute(args: argparse.Namespace) -> Any:
     if args.recompute_granularity != "full":
         return "none"
@@ -232,6 +282,25 @@ def _as_json(request: Request, found: Estimate) -> dict[str, Any]:
     }
 
 
+def _zero_json(request: Request, found: Estimate, zero: Zero) -> dict[str, Any]:
+    parts = step_seconds(request, found.layout, zero)
+    return _as_json(request, found) | {
+        "zero": dataclasses.asdict(zero),
+        "parts_seconds": dataclasses.asdict(parts),
+        "assumptions": assumptions(request, found.layout, zero),
+    }
+
+
+def _print_zero(request: Request, found: Estimate, zero: Zero) -> None:
+    console, parts = _console(), step_seconds(request, found.layout, zero)
+    console.print(
+        f"ZeRO-{zero.stage}; of a step without teacher: passes {parts.passes:.2f} s, ZeRO's"
+        f" communication {parts.data_parallel:.2f} s, offload {parts.offload:.2f} s"
+    )
+    for line in assumptions(request, found.layout, zero):
+        console.print(f"- {line}", highlight=False)
+
+
 def _console() -> Console:
     # Away from a terminal, the 80 columns that rich assumes would break the tables.
     return Console(width=None if sys.stdout.isatty() else 110)
@@ -245,12 +314,13 @@ def _print_one(request: Request, found: Estimate, options: argparse.Namespace) -
     table = Table(
         title=f"{options.config.stem}: {_name(found.layout)} on {options.gpu}, GiB a rank"
     )
-    columns = ("params", "grads", "optimizer", "activations", "teacher_weights", "teacher_buffers")
-    for heading in ("stage", *(c.replace("_", " ") for c in columns), "total"):
+    # A Megatron run has neither buffers of ZeRO nor anything on the host.
+    columns = [c for c in _COLUMNS if c not in ("buffers", "host") or getattr(found.peak, c)]
+    for heading in ("stage", *(c.replace("_", " ") for c in columns)):
         table.add_column(heading, justify="right")
     for index, stage in enumerate(found.memory):
         gib = stage.gib()
-        table.add_row(str(index), *(f"{gib[c]:.2f}" for c in (*columns, "total")))
+        table.add_row(str(index), *(f"{gib[c]:.2f}" for c in columns))
     console.print(table)
     limit = request.gpu.memory / 2**30
     verdict = "fits" if found.fits else "does NOT fit"
@@ -258,6 +328,8 @@ def _print_one(request: Request, found: Estimate, options: argparse.Namespace) -
         f"{verdict}: {found.peak.total / 2**30:.1f} of {limit:.1f} GiB,"
         f" {options.reserve:.0%} of which are to stay free"
     )
+    if found.peak.host:
+        console.print(f"and {found.peak.host / 2**30:.0f} GiB of the host's memory for each rank")
     _print_times(console, request, found)
 
 

@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint holds, without reading a weight."""
+"""What a checkpoint of either engine holds, without reading a weight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE
 from megatron_let.checkpoint.torch_dist import TorchDist, iteration_folder
+from megatron_let.engines.deepspeed.export import ZeroCheckpoint, is_zero_checkpoint
 
 _LAYOUT = (
     ("TP", "tensor_model_parallel_size"),
@@ -26,15 +27,38 @@ def describe(path: Path) -> dict[str, Any]:
     """Facts about a checkpoint, for people and for JSON.
 
     Raises:
-        LETError: not a whole torch_dist checkpoint.
+        LETError: not a whole checkpoint.
     """
-    checkpoint = TorchDist(iteration_folder(path))
-    state = checkpoint.common_state()
-    args: dict[str, Any] = vars(state["args"]) if state.get("args") is not None else {}
+    folder = iteration_folder(path)
+    return _describe_zero(folder) if is_zero_checkpoint(folder) else _describe_torch_dist(folder)
+
+
+def _describe_torch_dist(folder: Path) -> dict[str, Any]:
+    checkpoint = TorchDist(folder)
+    facts = _facts(folder, checkpoint.common_state(), checkpoint.tensors())
+    return facts | {
+        "engine": "megatron",
+        "optimizer_tensors": len(checkpoint.optimizer_names()),
+        "not_of_a_gpt_model": foreign_entries(checkpoint),
+    }
+
+
+def _describe_zero(folder: Path) -> dict[str, Any]:
+    checkpoint = ZeroCheckpoint(folder)
     tensors = checkpoint.tensors()
+    return _facts(folder, checkpoint.state, tensors) | {
+        "engine": f"deepspeed, ZeRO-{checkpoint.info.zero_stage}",
+        "optimizer_files": len(list(folder.glob("*_optim_states.pt"))),
+        "not_of_a_gpt_model": sorted(n for n in tensors if not n.startswith(_EXPECTED)),
+    }
+
+
+def _facts(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of either engine's checkpoint."""
+    args: dict[str, Any] = vars(state["args"]) if state.get("args") is not None else {}
     dtypes = sorted({str(t.properties.dtype).removeprefix("torch.") for t in tensors.values()})
     return {
-        "folder": str(checkpoint.folder),
+        "folder": str(folder),
         "iteration": state.get("iteration"),
         "consumed_samples": args.get("consumed_train_samples"),
         "consumed_tokens": _tokens(args),
@@ -42,10 +66,8 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters_with_padding": sum(t.size.numel() for t in tensors.values()),
         "dtypes": dtypes,
         "tensors": {name: list(t.size) for name, t in sorted(tensors.items())},
-        "optimizer_tensors": len(checkpoint.optimizer_names()),
-        "bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
+        "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         "let": {k: _plain(v) for k, v in sorted(args.items()) if k.startswith("let_")},
-        "not_of_a_gpt_model": foreign_entries(checkpoint),
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_let.checkpoint.architecture import first_difference, from_megatron
 from megatron_let.checkpoint.torch_dist import FORMAT, TRACKER, TorchDist, iteration_folder
 from megatron_let.config import LETError
+from megatron_let.engines.deepspeed.export import is_zero_checkpoint, read_state
 
 
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
@@ -27,7 +29,8 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     folder = _folder_to_load(args)
     if folder is None:
         return
-    saved = TorchDist(folder).common_state().get("args")
+    read = read_state if is_zero_checkpoint(folder) else _read_torch_dist
+    saved = read(folder).get("args")
     if saved is None:
         return
     try:
@@ -45,6 +48,10 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     _check_vocabulary(saved, tokenizer, folder)
 
 
+def _read_torch_dist(folder: Path) -> Mapping[str, Any]:
+    return TorchDist(folder).common_state()
+
+
 def _folder_to_load(args: argparse.Namespace) -> Path | None:
     """The checkpoint that Megatron will load; None where there is none, or of another format."""
     if args.load is None or not (Path(args.load) / TRACKER).is_file():
@@ -52,7 +59,8 @@ def _folder_to_load(args: argparse.Namespace) -> Path | None:
     folder = iteration_folder(Path(args.load))
     if args.ckpt_step is not None:
         folder = Path(args.load) / f"iter_{args.ckpt_step:07d}"
-    return folder if (folder / FORMAT).is_file() else None
+    known = (folder / FORMAT).is_file() or is_zero_checkpoint(folder)
+    return folder if known else None
 
 
 def _check_vocabulary(saved: argparse.Namespace, tokenizer: Any, folder: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_let.checkpoint.architecture import Llama
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import HuggingFaceWeights, MegatronWeights, Weights
 from megatron_let.config import LETError
+from megatron_let.engines.deepspeed.export import ZeroCheckpoint
 from megatron_let.host.device import Host, prepare_process
 
 
@@ -65,12 +66,15 @@ def megatron_logits(
     Raises:
         LETError: the checkpoint is in the old format.
     """
-    if not isinstance(weights.store, TorchDist):
+    if not isinstance(weights.store, TorchDist | ZeroCheckpoint):
         raise LETError(f"The checkpoint {weights.folder} is in the old format; convert it first.")
     with _megatron_on_cpu():
         rows = int(weights.store.tensors()["embedding.word_embeddings.weight"].size[0])
         model = _build(weights.llama, rows, weights.dtype)
-        _load(model, weights.folder)
+        if isinstance(weights.store, ZeroCheckpoint):
+            _load_zero(model, weights.store)
+        else:
+            _load(model, weights.folder)
         model = model.to(dtype).eval()
         positions = torch.arange(tokens.shape[1])[None]
         found = [model(row[None], positions, None).float() for row in tokens]
@@ -154,3 +158,20 @@ def _load(model: Any, folder: Path) -> None:
     state = {"model": model.sharded_state_dict()}
     loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     model.load_state_dict(loaded["model"])
+
+
+def _load_zero(model: Any, store: ZeroCheckpoint) -> None:
+    """By the module's own names, which DeepSpeed's checkpoints keep.
+
+    Raises:
+        LETError: it was trained with Transformer Engine's layers, whose norms have other names.
+    """
+    missing = sorted(dict(model.named_parameters()).keys() - store.tensors().keys())
+    if missing:
+        raise LETError(
+            f"The checkpoint {store.folder} has no {missing[0]}, by which torch's layers know it;"
+            " export it and compare the Hugging Face folder, or give --weights-only."
+        )
+    tensors = {name: store.read(name) for name in store.tensors()}
+    # Only Transformer Engine's empty entries may be missing.
+    model.load_state_dict(tensors, strict=False)

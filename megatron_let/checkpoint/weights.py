@@ -25,6 +25,7 @@ from megatron_let.checkpoint.torch_dist import (
     legacy_files,
 )
 from megatron_let.config import LETError, first_line
+from megatron_let.engines.deepspeed.export import ZeroCheckpoint, is_zero_checkpoint
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,7 +55,7 @@ class Weights(Protocol):
 
 
 def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False) -> Weights:
-    """Open a Megatron checkpoint, a run's folder (its last checkpoint) or a Hugging Face folder.
+    """Open a checkpoint of either engine, a run's folder (its last one) or a Hugging Face folder.
 
     Reads no weight.
 
@@ -70,6 +71,9 @@ def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False)
     if not path.is_dir():
         raise LETError(f"The model {path} is a file; give the folder that it lies in.")
     folder = iteration_folder(path)
+    if is_zero_checkpoint(folder):
+        zero = ZeroCheckpoint(folder)
+        return MegatronWeights(folder, zero, zero.state, tokenizer)
     if legacy_files(folder) and trust:
         return MegatronWeights(folder, *read_legacy(folder), tokenizer)
     if is_checkpoint(folder) or legacy_files(folder):
@@ -79,7 +83,7 @@ def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False)
 
 
 class TensorStore(Protocol):
-    """Tensors under Megatron's names, layers of one name stacked."""
+    """Tensors under Megatron's names, layers of one name stacked or not."""
 
     def tensors(self) -> Mapping[str, Any]:
         """Name -> something with the tensor's `size` and `properties.dtype`."""

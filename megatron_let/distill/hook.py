@@ -23,17 +23,19 @@ class DistillationHook:
     def __init__(self, model: torch.nn.Module) -> None:
         """
         Args:
-            model: the GPTModel of the last stage, unwrapped.
+            model: the GPTModel of the last stage, or what forwards its attributes.
         """
-        self._model = model
-        self._original: Callable[[Tensor, Tensor], Tensor] = getattr(model, _METHOD)
+        method = getattr(model, _METHOD)
+        # An engine's wrapper forwards the method; what is set on the wrapper is never called.
+        self._model = method.__self__
+        self._original: Callable[[Tensor, Tensor], Tensor] = method
         self._teacher_state: TeacherState | None = None
         self._targets: SoftTargets | None = None
         self._num_microbatches = 0
         self._soft_sum: Tensor | None = None
         self._num_tokens = 0
         # On the object, where it hides the method of its class.
-        setattr(model, _METHOD, self._loss)
+        setattr(self._model, _METHOD, self._loss)
 
     def open_step(self, teacher_state: TeacherState, targets: SoftTargets) -> None:
         """Begin a global batch.

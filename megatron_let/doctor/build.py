@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from megatron_let.config import first_line
+from megatron_let.doctor.build_locks import find_locks
 from megatron_let.doctor.check import is_there
 
 # What offload uses; ZeRO without it steps torch's own AdamW.
@@ -24,9 +25,20 @@ def build_kernels(report: Callable[[str], None]) -> None:
     if not is_there("deepspeed"):
         report("DeepSpeed is not installed: nothing to build")
         return
+    recent = _remove_stale_locks(report)
     builders = importlib.import_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
     for name in KERNELS:
-        report(f"{name}: {_build(builders[name])}")
+        report(f"{name}: {recent.get(name) or _build(builders[name])}")
+
+
+def _remove_stale_locks(report: Callable[[str], None]) -> dict[str, str]:
+    """Delete what killed builds have left; return why the other kernels cannot be built now."""
+    locks = find_locks()
+    for lock in locks:
+        if lock.state == "stale":
+            lock.file.unlink(missing_ok=True)
+            report(f"{lock.kernel}: the lock of a killed build is removed")
+    return {lock.kernel: lock.describe() for lock in locks if lock.state == "recent"}
 
 
 def _build(builder: object) -> str:

@@ -16,6 +16,7 @@ import torch
 from packaging.version import Version
 
 from megatron_let.doctor import packages
+from megatron_let.doctor.build_locks import check_locks
 from megatron_let.doctor.check import GIB, Check, nvidia_smi
 from megatron_let.host.device import Host
 
@@ -33,6 +34,7 @@ def check_machine(host: Host) -> list[Check]:
         packages.flash_attention(host),
         packages.triton(host),
         packages.deepspeed(),
+        *check_locks(),
         packages.resiliency(),
         _memory(),
         _shared_memory(),

@@ -32,19 +32,23 @@ class Gpu:
         flops: dense bf16 operations a second, as its maker says.
         link: bytes a second within a node, one way.
         network: bytes a second between nodes, of one GPU.
+        pcie: bytes a second to the host's memory, one way.
+        host_memory: bytes a second that one rank's process reads and writes of it.
     """
 
     memory: int
     flops: float
     link: float
     network: float
+    pcie: float = 25e9
+    host_memory: float = 50e9
 
 
 GPUS = {
     "a100-40g": Gpu(int(39.4 * 2**30), 312e12, 300e9, 25e9),
     "a100-80g": Gpu(int(79.1 * 2**30), 312e12, 300e9, 25e9),
-    "h100-80g": Gpu(int(79.1 * 2**30), 989e12, 450e9, 50e9),
-    "h200-141g": Gpu(int(139.8 * 2**30), 989e12, 450e9, 50e9),
+    "h100-80g": Gpu(int(79.1 * 2**30), 989e12, 450e9, 50e9, pcie=50e9),
+    "h200-141g": Gpu(int(139.8 * 2**30), 989e12, 450e9, 50e9, pcie=50e9),
 }
 
 

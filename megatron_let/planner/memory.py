@@ -59,6 +59,8 @@ class StageMemory:
         activations: at their peak, of all microbatches in flight.
         teacher_weights: 0 on a stage that never runs it.
         teacher_buffers: states that are held, and what the teacher's forward needs.
+        buffers: gathered parameters and buckets of gradients; DeepSpeed's ZeRO only.
+        host: in the host's memory, not in the total.
     """
 
     params: int
@@ -67,10 +69,12 @@ class StageMemory:
     activations: int
     teacher_weights: int = 0
     teacher_buffers: int = 0
+    buffers: int = 0
+    host: int = 0
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
-        parts = (self.params, self.grads, self.optimizer, self.activations)
+        parts = (self.params, self.grads, self.optimizer, self.activations, self.buffers)
         total = sum(parts) + self.teacher_weights + self.teacher_buffers
         object.__setattr__(self, "total", total)
 
@@ -99,11 +103,12 @@ def stage_memory(size: TransformerSize, layout: Layout, seq_length: int, stage: 
         params=params * _BF16,
         grads=params * _FP32,
         optimizer=params * 3 * _FP32 // shards,
-        activations=_activations(size, layout, seq_length, stage),
+        activations=activations(size, layout, seq_length, stage),
     )
 
 
-def _activations(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
+def activations(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
+    """Kept by one rank of a stage for its backward passes, at their peak."""
     tokens = layout.micro_batch_size * seq_length // layout.cp
     layer = tokens * _layer_bytes(size, layout)
     layers = size.num_layers // layout.pp // layout.num_chunks

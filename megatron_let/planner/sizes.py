@@ -41,6 +41,13 @@ class TransformerSize:
         return attention + mlp + 2 * self.hidden_size
 
     @property
+    def largest_matrix(self) -> int:
+        """Parameters of the largest one of a layer."""
+        heads = self.num_heads + 2 * self.num_kv_heads
+        mlp = (2 if self.gated else 1) * self.ffn_hidden_size
+        return self.hidden_size * max(heads * self.head_dim, mlp)
+
+    @property
     def embedding_params(self) -> int:
         """Parameters of the embedding, and of an output layer of its own."""
         return self.vocab_size * self.hidden_size

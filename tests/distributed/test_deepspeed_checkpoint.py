@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.deepspeed import SP, deepspeed_run, needs_deepspeed
+from tests.helpers.deepspeed import BF16, SP, deepspeed_run, needs_deepspeed
 from tests.helpers.runs import Run, environment
 
 pytestmark = [pytest.mark.distributed, needs_deepspeed]
@@ -75,8 +75,17 @@ def test_resumed_run_has_the_same_losses(tmp_path: Path, teacher: Path, data: Pa
         ({"stage": 3}, ("--bf16",)),
         ({"stage": 1}, ("--bf16",)),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ()),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, ()),
     ],
-    ids=["zero0", "zero2-tp2-sp", "zero3", "zero3-bf16", "zero1-bf16", "zero3-offload"],
+    ids=[
+        "zero0",
+        "zero2-tp2-sp",
+        "zero3",
+        "zero3-bf16",
+        "zero1-bf16",
+        "zero3-offload",
+        "zero2-offload",
+    ],
 )
 def test_same_layout_resumes_bitwise(
     zero: dict[str, Any], flags: tuple[object, ...], tmp_path: Path, teacher: Path, data: Path
@@ -85,6 +94,34 @@ def test_same_layout_resumes_bitwise(
     load = ("--load", tmp_path / "whole" / "checkpoints")
     same = deepspeed_run(tmp_path / "same", teacher, data, zero, *load, *flags)
     assert _differences(same, whole) == dict.fromkeys(KEYS, 0.0)
+
+
+@pytest.mark.slow
+def test_another_model_is_refused_before_training(
+    tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    zero, load = {"stage": 3}, ("--load", tmp_path / "whole" / "checkpoints")
+    _save(tmp_path / "whole", teacher, data, zero)
+    run = deepspeed_run(
+        tmp_path / "other", teacher, data, zero, *load, "--rotary-base", 20000, check=False
+    )
+    assert run.returncode != 0
+    assert "--rotary-base is 20000.0 in this run and 10000.0 in the checkpoint" in run.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_checkpoint_resumes_after_conversion(
+    stage: int, tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    zero, load = {"stage": stage}, ("--load", tmp_path / "whole" / "checkpoints")
+    whole = _save(tmp_path / "whole", teacher, data, zero, *BF16)
+    _convert(tmp_path / "whole")
+    other = deepspeed_run(tmp_path / "other", teacher, data, zero, *load, *BF16, ranks=1)
+    differences = _differences(other, whole)
+    print(differences)
+    # The spread of bf16 between two orders of summation, as in test_deepspeed.py.
+    assert differences["lm_loss"] < 5e-5 and differences["grad_norm"] < 1e-3, differences
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ if __name__ == "__main__":
     _watch()
     assert pretrain.main() == 0
     assert references, "no teacher was loaded"
+    assert bool(shards) == ("--let-teacher-shard" in sys.argv), "sharded, or not, unasked"
     assert all(reference() is None for reference in references), "the teacher is still in memory"
     assert not any(shard.numel() or shard.ds_tensor.numel() for shard in shards), "shards are left"
     sys.exit(0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_let.arguments import check_teacher_shard
 from megatron_let.config import LETError
 from megatron_let.engines.deepspeed import refusals
 from megatron_let.engines.deepspeed.checkpoint_info import (
@@ -289,6 +290,24 @@ def test_megatrons_engine_refuses_a_deepspeed_checkpoint(tmp_path: Path) -> None
         refuse_deepspeeds(folder)
 
 
+@pytest.mark.parametrize(
+    ("engine", "method", "message"),
+    [
+        ("megatron", "let", "cannot be used with --engine megatron"),
+        ("deepspeed", "rkd", "cannot be used with --let-method rkd"),
+        ("deepspeed", "salt", "cannot be used with --let-method salt"),
+    ],
+)
+def test_teacher_is_sharded_only_where_it_can_be(engine: str, method: str, message: str) -> None:
+    check_teacher_shard(
+        argparse.Namespace(engine=engine, let_method=method, let_teacher_shard=False)
+    )
+    with pytest.raises(LETError, match=message):
+        check_teacher_shard(
+            argparse.Namespace(engine=engine, let_method=method, let_teacher_shard=True)
+        )
+
+
 # DeepSpeed is an extra
 
 
@@ -302,7 +321,9 @@ def imported_at_the_top(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("file", ["launch", "ds_config", "recipe", "refusals", "checkpoint_info"])
+@pytest.mark.parametrize(
+    "file", ["launch", "ds_config", "recipe", "refusals", "checkpoint_info", "export"]
+)
 def test_what_is_imported_without_the_engine_does_without_deepspeed(file: str) -> None:
     path = ROOT / f"megatron_let/engines/deepspeed/{file}.py"
     assert "deepspeed" not in imported_at_the_top(path)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_let.checkpoint.weights import open_weights
 from megatron_let.config import LETError
-from megatron_let.engines.deepspeed.export import merge_shards, read_checkpoint
+from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, write_info
+from megatron_let.engines.deepspeed.export import ZeroCheckpoint, merge_shards
 from megatron_let.engines.deepspeed.extra_state import leave_out_empty_extra_states
 from megatron_let.engines.deepspeed.guard import FirstStepGuard, checksums
+
+
+@pytest.fixture(autouse=True)
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it fails, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
 
 
 def model() -> torch.nn.Module:
@@ -110,7 +119,109 @@ def test_gate_and_up_projection_are_put_in_order() -> None:
 
 def test_other_folder_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(LETError, match="is not of --engine deepspeed"):
-        read_checkpoint(tmp_path)
+        ZeroCheckpoint(tmp_path)
+
+
+# Checkpoints
+
+
+SHAPES = [
+    {"embedding.weight": torch.Size([3, 2]), "layers.0.linear_proj.weight": torch.Size([2, 3])},
+    {"layers.0.norm.weight": torch.Size([5])},
+]
+
+
+def tensors_of(rank: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    found = {n: torch.randn(s, generator=generator) for g in SHAPES for n, s in g.items()}
+    return found | {"layers.0.norm.weight": torch.arange(5.0)}
+
+
+def write_zero_3(folder: Path, tp: int, dp: int) -> Path:
+    """What DeepSpeed writes under ZeRO-3, as far as it is read."""
+    folder.mkdir()
+    write_info(folder, CheckpointInfo(10, 3, dp, tp))
+    rows, norm = ["layers.0.linear_proj.weight"], ["layers.0.norm.weight"]
+    common = state(
+        parameter_with_row_parallelism_patterns=rows, tp_replicated_parameter_patterns=norm
+    )
+    common["args"] = argparse.Namespace(swiglu=True, params_dtype=torch.float32)
+    for rank in range(tp):
+        tensors = tensors_of(rank)
+        for replica in range(dp):
+            flat = []
+            for group in SHAPES:
+                sizes = {name: -(-shape.numel() // dp) for name, shape in group.items()}
+                padded = [
+                    torch.nn.functional.pad(
+                        tensors[n].flatten(), (0, size * dp - tensors[n].numel())
+                    )
+                    for n, size in sizes.items()
+                ]
+                flat.append(torch.cat([whole.chunk(dp)[replica] for whole in padded]))
+            name = f"zero_pp_rank_{replica}_mp_rank_{rank:02d}"
+            torch.save(common | {"param_shapes": SHAPES}, folder / f"{name}_model_states.pt")
+            optimizer = {"optimizer_state_dict": {"fp32_flat_groups": flat}}
+            torch.save(optimizer, folder / f"bf16_{name}_optim_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (1, 4), (2, 1), (2, 3)])
+def test_pieces_of_zero_3_are_put_together(tp: int, dp: int, tmp_path: Path) -> None:
+    checkpoint = ZeroCheckpoint(write_zero_3(tmp_path / "iter", tp, dp))
+    ranks = [tensors_of(rank) for rank in range(tp)]
+    expected = {
+        "embedding.weight": torch.cat([t["embedding.weight"] for t in ranks]),
+        "layers.0.linear_proj.weight": torch.cat(
+            [t["layers.0.linear_proj.weight"] for t in ranks], dim=1
+        ),
+        "layers.0.norm.weight": torch.arange(5.0),
+    }
+    found = checkpoint.tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].size == tensor.shape
+        assert torch.equal(checkpoint.read(name), tensor)
+
+
+def test_wrappers_prefix_does_not_hide_how_a_parameter_is_cut() -> None:
+    norm = torch.arange(4.0)
+    for stored, listed in (("a.b", "module.a.b"), ("module.a.b", "a.b")):
+        replicated = state(tp_replicated_parameter_patterns=[listed])
+        assert torch.equal(merge_shards(stored, [norm, norm], replicated), norm)
+
+
+def test_lost_shard_is_named(tmp_path: Path) -> None:
+    folder = write_zero_3(tmp_path / "iter", 1, 2)
+    (folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(LETError, match="has no zero_pp_rank_1_mp_rank_00_optim_states"):
+        ZeroCheckpoint(folder)
+
+
+def test_shard_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = write_zero_3(tmp_path / "iter", 1, 2)
+    short = {"optimizer_state_dict": {"fp32_flat_groups": [torch.zeros(3)]}}
+    torch.save(short, folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    with pytest.raises(LETError, match="are not of one model"):
+        ZeroCheckpoint(folder)
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code of the checkpoint was run')",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    folder = write_zero_3(tmp_path / "iter", 1, 1)
+    torch.save({"args": Code()}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(LETError, match="cannot be read safely"):
+        ZeroCheckpoint(folder)
+
+
+def test_universal_checkpoint_is_sent_back_to_its_source(tmp_path: Path) -> None:
+    (tmp_path / "zero").mkdir()
+    with pytest.raises(LETError, match="give the checkpoint that it was converted from"):
+        open_weights(tmp_path)
 
 
 # Extra states

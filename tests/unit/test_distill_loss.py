@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_let.config import LETConfig
 from megatron_let.distill import loss as module
+from megatron_let.distill.hook import DistillationHook
 from megatron_let.distill.loss import SoftTargets, distilled_cross_entropy
 from megatron_let.distill.schedule import distillation_weight
 from tests.helpers.runs import free_port
@@ -180,3 +181,41 @@ def test_vocabulary_split_over_ranks(tmp_path: Path) -> None:
 def test_weight_of_each_step(values: dict[str, object], expected: list[float]) -> None:
     config = LETConfig(teacher=Path("/t"), stop_step=4, **values)  # type: ignore[arg-type]
     assert [distillation_weight(step, config) for step in range(6)] == pytest.approx(expected)
+
+
+class Model(torch.nn.Module):
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return labels + logits
+
+    def forward(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return self.compute_language_model_loss(labels, logits)
+
+
+class Wrapper(torch.nn.Module):
+    """As DeepSpeed's engine is seen by the loop: it forwards attributes to the model."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+def test_loss_is_replaced_in_the_model_and_not_in_its_wrapper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, zero = Model(), torch.zeros(2, 2)
+    hook = DistillationHook(Wrapper(model))
+    monkeypatch.setattr(
+        "megatron_let.distill.hook.distilled_cross_entropy",
+        lambda logits, labels, state, targets: (state, state),
+    )
+    hook.open_step(lambda microbatch: torch.full((2, 2), 7.0), object())  # type: ignore[arg-type]
+    assert torch.equal(model(zero, zero), torch.full((2, 2), 7.0))
+    hook.close_step()
+    hook.remove()
+    assert torch.equal(model(zero, zero), zero)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_let.doctor import machine, node, nodes, packages
+from megatron_let.doctor import build, build_locks, machine, node, nodes, packages
 from megatron_let.doctor.check import Check
 from megatron_let.doctor.machine import as_json, check_machine
 from megatron_let.host.device import Host
@@ -147,6 +149,54 @@ def test_kernels_of_deepspeed_are_looked_at(installed: Path) -> None:
     assert packages.deepspeed().path == (
         "fused_adam is built; cpu_adam is compiled at first use; async_io cannot be built here"
     )
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a killed build of a kernel leaves."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    file = tmp_path / "cpu_adam/lock"
+    file.parent.mkdir()
+    file.touch()
+    return file
+
+
+def test_lock_of_a_killed_build_is_named_and_removed(lock: Path) -> None:
+    before = time.time() - 2 * build_locks.LONGEST_BUILD
+    os.utime(lock, (before, before))
+    (check,) = build_locks.check_locks()
+    # Not every run needs the kernel, and a node must not be unfit for those that do not.
+    assert check.ok and str(lock) in check.path and "doctor --build removes it" in check.path
+    said: list[str] = []
+    assert build._remove_stale_locks(said.append) == {} and not lock.exists()
+    assert said == ["cpu_adam: the lock of a killed build is removed"]
+    assert build_locks.check_locks() == []
+
+
+def test_recent_lock_may_be_another_machines(lock: Path) -> None:
+    (check,) = build_locks.check_locks()
+    assert "delete it unless another machine" in check.path
+    # The kernel is not built, which would wait for ever; the file is left.
+    assert build._remove_stale_locks(print).keys() == {"cpu_adam"} and lock.exists()
+
+
+def test_lock_of_a_running_build_is_left(lock: Path) -> None:
+    before = time.time() - 2 * build_locks.LONGEST_BUILD
+    os.utime(lock, (before, before))
+    with lock.open():
+        assert build_locks.check_locks() == []
+        assert build._remove_stale_locks(print) == {} and lock.exists()
+
+
+def test_default_folder_of_extensions_is_torchs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
+    (tmp_path / "py312_cu130/async_io").mkdir(parents=True)
+    (tmp_path / "py312_cu130/async_io/lock").touch()
+    (found,) = build_locks.find_locks()
+    assert (found.kernel, found.state) == ("async_io", "recent")
 
 
 def test_gpu_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:

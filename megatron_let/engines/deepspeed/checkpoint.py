@@ -35,6 +35,7 @@ from megatron_let.engines.deepspeed.checkpoint_info import (
     folder_name,
     write_info,
 )
+from megatron_let.engines.deepspeed.cpu_adam import replay_steps
 from megatron_let.engines.deepspeed.model import DeepSpeedModel
 
 _VERSION = 3.0  # of Megatron's checkpoints
@@ -139,6 +140,7 @@ class Checkpoints:
         assert loaded is not None, f"DeepSpeed found nothing in {folder}"
         if self._resume.universal:
             _separate(chunk.engine, groups)
+        replay_steps(getattr(chunk.engine.optimizer, "optimizer", chunk.engine.optimizer))
         set_checkpoint_version(_VERSION)
         check_checkpoint_args(state["args"])
         self._restore_counters(state["args"])

@@ -138,10 +138,12 @@ def _engine_maker(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     def make(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine:
-        leave_out_empty_extra_states(module)
+        model = unwrap_model(module)
+        # The 16-bit wrapper hands both to the model, past its own hooks.
+        leave_out_empty_extra_states(model)
         sum_gradients_over_tensor_parallel(
             module,
-            unwrap_model(module).config,
+            model.config,
             parallel_state.get_tensor_model_parallel_group(),
         )
         engine, *_ = deepspeed.initialize(

@@ -61,12 +61,6 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
         "--calculate-per-token-loss",
         f"DeepSpeed averages over microbatches, whatever tokens they count; {_MEGATRON}",
     ),
-    (
-        "let_method",
-        (None, "none", "let"),
-        "--let-method",
-        f"distillation was never tried with DeepSpeed; {_MEGATRON}",
-    ),
     ("fp16", (False,), "--fp16", "it was never tried; use --bf16"),
     ("optimizer", ("adam",), "--optimizer", "give --optimizer adam"),
     (
