@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE
+from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE, PROJECTION
 from megatron_let.checkpoint.torch_dist import TorchDist, iteration_folder
 
 _LAYOUT = (
@@ -19,7 +19,7 @@ _LAYOUT = (
 # What a GPT model, its run and its optimizer write; anything else is named.
 _EXPECTED = ("embedding.", "decoder.", "output_layer.")
 _STATES = ("common_state", "rng_state", "rerun_state_machine_state", *EXTRA_STATES,
-           *EXTRA_STATES_ONCE)  # fmt: skip
+           *EXTRA_STATES_ONCE, f"{PROJECTION}.")  # fmt: skip
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters_with_padding": sum(t.size.numel() for t in tensors.values()),
         "dtypes": dtypes,
         "tensors": {name: list(t.size) for name, t in sorted(tensors.items())},
+        "let_projection": checkpoint.projection_shape(),
         "optimizer_tensors": len(checkpoint.optimizer_names()),
         "bytes": sum(f.stat().st_size for f in checkpoint.folder.iterdir() if f.is_file()),
         "let": {k: _plain(v) for k, v in sorted(args.items()) if k.startswith("let_")},
