@@ -146,7 +146,9 @@ CASES = {
     ),
     # 128 tokens a microbatch are four a feature.
     "CCA": Case(weight=1.0, loss="cca", teacher_width=32),
-    "learned projection, masked tokens": Case(weight=1.0, teacher_width=80, mask=True, learned=True),
+    "learned projection, masked tokens": Case(
+        weight=1.0, teacher_width=80, mask=True, learned=True
+    ),
     "learned projection, LogSum, per-token loss": Case(
         layer=1, weight=1.0, loss="logsum", mask=True, per_token=True, learned=True
     ),

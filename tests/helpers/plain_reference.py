@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # A learned projection among the parameters; no part of the gradient's norm.
 PROJECTION = "let_projection.weight"
 
