@@ -33,7 +33,7 @@ class LearnedProjection(torch.nn.Module):
 
     Attributes:
         weight: W, the same on every rank of the stage.
-        exp_avg, exp_avg_sq, step: Adam's moments and its count of updates.
+        exp_avg, exp_avg_sq, step: Adam's moments, and its count of updates, `[1]`.
         gradient: sum over this rank's tokens, in no checkpoint.
     """
 
@@ -60,7 +60,8 @@ class LearnedProjection(torch.nn.Module):
         self.register_buffer("weight", weight.to(device))
         for name in ("exp_avg", "exp_avg_sq"):
             self.register_buffer(name, torch.zeros_like(self.weight))
-        self.register_buffer("step", torch.zeros((), dtype=torch.float32, device=device))
+        # Not of 0 dimensions, which torch's planner cannot read a part of.
+        self.register_buffer("step", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("gradient", torch.zeros_like(self.weight), persistent=False)
 
     def update(self, scale: float, group: ProcessGroup, settings: AdamStep) -> None:
@@ -79,7 +80,7 @@ class LearnedProjection(torch.nn.Module):
             [self.exp_avg],
             [self.exp_avg_sq],
             [],
-            [self.step],
+            [self.step.view(())],
             amsgrad=False,
             maximize=False,
             lr=settings.learning_rate,

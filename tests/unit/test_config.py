@@ -19,6 +19,7 @@ from megatron_let.arguments import (
     check_supported,
     check_vocabulary_size,
     let_config_from_args,
+    loaded_checkpoint,
     resumed_step,
 )
 from megatron_let.config import LETConfig, LETError
@@ -399,6 +400,19 @@ def checkpoints(tmp_path: Path) -> Path:
 def test_step_of_a_resumed_run(checkpoints: Path, values: dict[str, Any], expected: int) -> None:
     args = megatron_args(**{"load": str(checkpoints), **values})
     assert resumed_step(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"load": "/runs/a", "iteration": 40}, Path("/runs/a/iter_0000040")),
+        ({"load": "/runs/a", "iteration": 0}, None),
+        ({"load": "/runs/a", "iteration": 40, "finetune": True}, None),
+        ({"load": None, "iteration": 0}, None),
+    ],
+)
+def test_checkpoint_that_a_run_goes_on_from(values: dict[str, Any], expected: Path | None) -> None:
+    assert loaded_checkpoint(megatron_args(**values)) == expected
 
 
 @pytest.mark.parametrize("content", [None, "release", ""])

@@ -172,6 +172,20 @@ def test_takes_its_step_with_the_matrices_rate_and_decay(chunk: torch.nn.Module)
         assert torch.equal(module.weight, expected.weight)
 
 
+def test_batch_that_is_taken_again_counts_once(chunk: torch.nn.Module) -> None:
+    """As Megatron's rerun machine does before the optimizer's step."""
+    optimizer = Optimizer(updated=True)
+    training, expected = set_up(chunk, optimizer), new_projection()
+    assert training.module is not None
+    for value in (5.0, 3.0):
+        training.open_step(0.4, 8)
+        training.module.gradient += value
+    optimizer.step()
+    expected.gradient.fill_(3.0)
+    expected.update(0.05, ALONE, AdamStep(0.1, 0.5, 0.9, 0.95, 1e-8, True))
+    assert torch.equal(training.module.weight, expected.weight)
+
+
 def test_takes_no_step_where_megatron_takes_none(chunk: torch.nn.Module) -> None:
     optimizer = Optimizer(updated=False)
     training = set_up(chunk, optimizer)
