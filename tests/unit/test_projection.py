@@ -202,6 +202,10 @@ def test_takes_no_step_without_an_aligned_batch(chunk: torch.nn.Module) -> None:
     training = set_up(chunk, optimizer)
     optimizer.step()
     assert training.module is not None and training.module.step == 0
+    training.open_step(0.4, 8)
+    for _ in range(2):
+        optimizer.step()
+    assert training.module.step == 1
 
 
 @pytest.mark.parametrize("updated", [True, False])
