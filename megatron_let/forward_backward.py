@@ -132,14 +132,12 @@ class AlignedForwardBackward:
         num_ahead = 0
         if self._is_aligned(self._current_step() + 1):
             num_ahead = attachment.placer.plan(num_microbatches, 0, True).num_ahead
+        ahead = None
+        # The last stage reads data too, but none of the teacher's tokens.
+        if parallel_state.get_model_parallel_group().rank() == 0:
+            ahead = peek(iterators, num_ahead, attachment.tokens.key)
         per_token = get_model_config(kwargs["model"][0]).calculate_per_token_loss
-        return attachment.tokens.share(
-            microbatches,
-            peek(iterators, num_ahead, attachment.tokens.key),
-            shape,
-            num_ahead,
-            per_token,
-        )
+        return attachment.tokens.share(microbatches, ahead, shape, num_ahead, per_token)
 
     def _close(
         self, attachment: Attachment, num_microbatches: int, device: torch.device

@@ -92,6 +92,8 @@ class LookAhead:
 def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor | None:
     """Tokens of the microbatches after those that `read_ahead` took, left where they are.
 
+    For the first model-parallel rank, whose tokens are shared.
+
     Args:
         iterators: as in `read_ahead`.
         num_microbatches: to look at.

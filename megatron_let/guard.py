@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config import LETError
-from megatron_let.report import load_metrics
+from megatron_let.run_metrics import load_metrics
 
 # Steps whose mean cosine is compared with that of as many steps before.
 WINDOW = 50

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.comparison import ComparedRun, compare, find_baseline, load_run
+from megatron_let.comparison.runs import ComparedRun, compare, find_baseline, load_run
 from megatron_let.config import LETError
 
 
@@ -39,8 +39,8 @@ def report(runs: list[ComparedRun], baseline: str | None, out: Path, title: str)
     Raises:
         LETError: there is no baseline.
     """
-    from megatron_let.comparison_page import COLUMNS, notes, table_rows, write_comparison
-    from megatron_let.report import provenance
+    from megatron_let.comparison.page import COLUMNS, notes, table_rows, write_comparison
+    from megatron_let.provenance import provenance
 
     name = find_baseline(runs, baseline)
     lines = compare(runs, name)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.config import LETError
-from megatron_let.report import provenance, write_csv
+from megatron_let.provenance import provenance, write_csv
 
 if TYPE_CHECKING:
     from megatron_let.evaluation.perplexity import Perplexity
@@ -151,7 +151,10 @@ def _models(given: argparse.Namespace) -> Any:
         return [given.models]
     (run,) = given.models if len(given.models) == 1 else (None,)
     if run is None or not run.is_dir():
-        raise LETError("--watch takes one MODEL, the checkpoint folder of a run.")
+        given_models = ", ".join(map(str, given.models))
+        raise LETError(
+            f"--watch takes one checkpoint folder of a run that has begun, not {given_models}."
+        )
     return new_checkpoints(run, given.interval)
 
 

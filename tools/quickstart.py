@@ -19,20 +19,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_let.comparison.head_to_head import (
+    comparison_table,
+    head_to_head,
+    plot_losses,
+    sentences,
+)
+from megatron_let.comparison.local_run import train_locally
 from megatron_let.config import LETError
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.indexed import IndexedCounts, write_indexed
 from megatron_let.data.text_tokenizer import load_hugging_face
-from megatron_let.local_run import train_locally
-from megatron_let.report import (
-    comparison_table,
-    head_to_head,
-    load_metrics,
-    plot_losses,
-    provenance,
-    sentences,
-    write_csv,
-)
+from megatron_let.provenance import provenance, write_csv
+from megatron_let.run_metrics import load_metrics
 from megatron_let.teacher.folder import inspect_teacher
 from megatron_let.teacher.package import packaged_teacher
 

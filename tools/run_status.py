@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_let.recipes import RecipeError, load_recipe
-from megatron_let.report import RunMetrics, load_metrics
 from megatron_let.run_folder import DONE, SAVE_NOW, STOP
+from megatron_let.run_metrics import RunMetrics, load_metrics
 
 # Enough steps to be steady, few enough to be of now.
 _RECENT_STEPS = 20

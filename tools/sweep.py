@@ -16,11 +16,11 @@ from pathlib import Path
 from compare_runs import report
 from rich.console import Console
 
-from megatron_let.comparison import load_run
+from megatron_let.comparison.local_run import train_locally
+from megatron_let.comparison.runs import load_run
+from megatron_let.comparison.sweep import Sweep, SweepRun, load_sweep, runs_of, sbatch_line
 from megatron_let.config import LETError
-from megatron_let.local_run import train_locally
 from megatron_let.recipes import RecipeError
-from megatron_let.sweep import Sweep, SweepRun, load_sweep, runs_of, sbatch_line
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -40,13 +40,16 @@ _refuse_bad_nodes() {
 }
 
 _refuse_together() {
-    local failure time code rank node=""
+    local failure time code="$1" rank node="" error="the nodes are fit one by one but not together"
+    # srun's own code is that of whichever rank it ended last.
     if failure="$(first_failure)"; then
         read -r time code rank node <<<"$failure"
         show_failure "$time" "$code" "$rank" "$node"
-        # The all-reduce was measured and is slow, which is no one node's doing.
-        [[ $code != "$EXIT_BAD_NODE" ]] || node=""
     fi
-    end "$EXIT_BAD_NODE" "error: the nodes are fit one by one but not together (code $1): check" \
-        "LET_FABRIC and the interface names${node:+, or submit again with --exclude=$node}"
+    if [[ $code == "$EXIT_BAD_NODE" ]]; then
+        # Measured, and no one node's doing.
+        error="the all-reduce between the nodes is under LET_MIN_BUS_GBPS=${LET_MIN_BUS_GBPS:-}" node=""
+    fi
+    end "$EXIT_BAD_NODE" "error: $error (code $code): check LET_FABRIC and the interface" \
+        "names${node:+, or submit again with --exclude=$node}"
 }

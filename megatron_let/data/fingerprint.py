@@ -154,6 +154,7 @@ def _of_megatron(tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _end_of_document(tokenizer: Any) -> int:
+    # Which of them a tokenizer of Megatron's has, and what it raises or gives for want, differs.
     try:
         return int(tokenizer.eod)
     except (AttributeError, NotImplementedError, TypeError):

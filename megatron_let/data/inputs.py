@@ -24,6 +24,8 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
     "text": re.compile(r".\.txt$"),
 }
 _SAMPLE_BYTES = 64 * 1024
+# Ends the names of our own lists of documents that could not be used.
+REJECTED = ".rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
         for path in paths:
             if path.is_dir():
                 for file in sorted(p for p in path.rglob("*") if p.is_file()):
-                    # In a folder a .json is more often a description than lines.
-                    taken = kind_of(file) is not None and file.suffix != ".json"
+                    # In a folder a .json is more often a description than lines, and an output
+                    # below it is no input of the next start.
+                    aside = file.name.endswith((".json", REJECTED))
+                    taken = kind_of(file) is not None and not aside
                     (found if taken else ignored)[file.resolve()] = None
             elif not path.is_file():
                 raise LETError(f"--input {pattern} matches no file or folder.")

@@ -29,6 +29,7 @@ from megatron_let.data.counts import Counts
 from megatron_let.data.files import partial_path, publish, remove_partial, write_json
 from megatron_let.data.fingerprint import TokenizerFingerprint, fingerprint, write_side_file
 from megatron_let.data.inputs import (
+    REJECTED,
     Source,
     Unit,
     UnitReader,
@@ -275,7 +276,7 @@ class _Run:
         merge_shards(self._shards, names, prefixes, dtype)
         for prefix in prefixes.values():
             write_side_file(prefix, self._made_with, self._options.tokenizer_model.name)
-        rejected_path = self._options.beside(".rejected.jsonl")
+        rejected_path = self._options.beside(REJECTED)
         examples = _concatenate([self._shards.rejections(n) for n in names], rejected_path)
         return {
             "plan": self._result_plan(),

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_let.config import LETError
 from megatron_let.data.counts import NO_SUBSET, Counts, Tally
 from megatron_let.data.files import partial_path, publish, write_json
-from megatron_let.data.inputs import Source, Unit
+from megatron_let.data.inputs import REJECTED, Source, Unit
 from megatron_let.data.records import Record, Rejection, decode_text, lookup, read_records
 from megatron_let.data.selection import Selection
 from megatron_let.data.text_tokenizer import TextTokenizer
@@ -57,7 +57,7 @@ class Shards:
 
     def rejections(self, name: str) -> Path:
         """The documents that could not be used, as JSON lines."""
-        return self.folder / f"{name}.rejected.jsonl"
+        return self.folder / (name + REJECTED)
 
     def read(self, name: str) -> dict[str, Any]:
         """A shard's record."""

@@ -83,7 +83,10 @@ def _time_all_reduce(device: torch.device) -> float:
         dist.all_reduce(buffer)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return bus_bandwidth(size, (time.perf_counter() - start) / rounds, dist.get_world_size())
+    seconds = torch.tensor((time.perf_counter() - start) / rounds, device=device)
+    # One verdict: the slowest rank's, where each by itself would come to its own.
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return bus_bandwidth(size, float(seconds), dist.get_world_size())
 
 
 def _compare(verdicts: Path) -> None:

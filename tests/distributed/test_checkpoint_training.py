@@ -35,10 +35,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], i
         ("--tensor-model-parallel-size", 2, "--use-distributed-optimizer"),
         2,
     ),
-    "pp2, tied, mha, llama3": (
+    "dp2, distributed optimizer": ({}, GQA, ("--use-distributed-optimizer",), 2),
+    "pp2, vpp2, tied, mha, llama3": (
         {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
         ("--no-untie-embeddings-and-output-weights", "--rotary-base", 50000, "--use-rope-scaling"),
-        ("--pipeline-model-parallel-size", 2),
+        ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
         2,
     ),
 }

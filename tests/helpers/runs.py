@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -100,9 +101,14 @@ def train(
 
 
 def _first_failure(log: str) -> str:
-    """The traceback of the rank that failed, without torchrun's own."""
-    lines = [line for line in log.splitlines() if line.startswith("[rank") or "error" in line]
-    return "\n".join(lines[-60:]) or log[-6000:]
+    """What the rank that failed first printed of it, by torchrun's closing list, and that list."""
+    _, _, summary = log.rpartition("Root Cause")
+    first = re.search(r"rank\s*: (\d+)", summary)
+    if first is None:
+        return log[-6000:]
+    mark = f"[rank{first[1]}]"
+    lines = [line for line in log.splitlines() if line.startswith(mark) or "error:" in line]
+    return "\n".join([*lines[-60:], summary])
 
 
 def largest_difference(ours: Run, theirs: Run, key: str) -> float:

@@ -189,6 +189,15 @@ def test_node_that_does_not_answer_is_named(launcher: Launcher, tmp_path: Path) 
     assert "libc is gone" in job.output and "--exclude=n2," in job.output
 
 
+def test_slow_network_is_named_before_training(launcher: Launcher) -> None:
+    job = launcher.submit("slow", LET_PREFLIGHT="on", LET_MIN_BUS_GBPS="1000")
+    assert job.wait()["ExitCode"] == "3:0", job.output[-3000:]
+    assert "GB/s, under LET_MIN_BUS_GBPS=1000" in job.output
+    assert "between the nodes is under LET_MIN_BUS_GBPS=1000 (code 3): check" in job.output
+    assert "--exclude" not in job.output, "no node is accused of it"
+    assert not (job.folder / "checkpoints").exists(), "no training was started"
+
+
 def test_files_steer_a_run_with_a_task_for_each_rank(launcher: Launcher, tmp_path: Path) -> None:
     """SAVE_NOW and STOP, after a look at the nodes, where srun and not torchrun starts ranks.
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_let.comparison import compare, differences, find_baseline, load_run
-from megatron_let.comparison_page import COLUMNS, notes, table_rows, write_comparison
+from megatron_let.comparison.page import COLUMNS, notes, table_rows, write_comparison
+from megatron_let.comparison.runs import compare, differences, find_baseline, load_run
 from megatron_let.config import LETError
 from tools import compare_runs
 

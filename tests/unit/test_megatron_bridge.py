@@ -10,11 +10,13 @@ import torch
 from megatron_let.checkpoint.architecture import Llama
 from megatron_let.checkpoint.layout import blocks, merge
 
+BRIDGE = "megatron.bridge.models"
+REASON = "Megatron-Bridge is not installed: it needs CUDA and Transformer Engine"
 LLAMA = Llama(2, 24, 20, 6, 3, 4, 40, 64, False, 1e-5)
 
 
 def test_names_are_the_bridges() -> None:
-    llama_bridge = pytest.importorskip("megatron.bridge.models.llama.llama_bridge")
+    llama_bridge = pytest.importorskip(f"{BRIDGE}.llama.llama_bridge", reason=REASON)
     theirs = {}
     for mapping in llama_bridge.LlamaBridge().mapping_registry().get_all_mappings():
         names = mapping.hf_param
@@ -25,7 +27,7 @@ def test_names_are_the_bridges() -> None:
 
 
 def test_query_key_value_order_is_the_bridges() -> None:
-    mapping = pytest.importorskip("megatron.bridge.models.conversion.param_mapping")
+    mapping = pytest.importorskip(f"{BRIDGE}.conversion.param_mapping", reason=REASON)
     provider = SimpleNamespace(
         num_attention_heads=6, num_query_groups=3, kv_channels=4, hidden_size=24
     )

@@ -36,7 +36,7 @@ if INTERPRETED:
     from megatron_let.ops import launch
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="runs outside of the interpreter, and starts it")
 def test_in_a_process_with_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(

@@ -140,8 +140,11 @@ def test_text_files_globs_and_folders(hugging_face: Path, tmp_path: Path) -> Non
         (folder / name).write_text(f"text of {name}\n")
     (folder / "README").write_text("not an input")
     (folder / "manifest.json").write_text("{}")
+    # What an earlier run wrote below its own input.
+    (folder / "out.rejected.jsonl").write_text('{"reason": "empty"}\n')
     report = run([folder], tmp_path / "all", hugging_face)
-    assert [Path(p).name for p in report["ignored_files"]] == ["README", "manifest.json"]
+    ignored = [Path(p).name for p in report["ignored_files"]]
+    assert ignored == ["README", "manifest.json", "out.rejected.jsonl"]
     names = ["a.txt", "b.txt", "deep/c.txt"]
     expected = [direct_ids(hugging_face, f"text of {name}\n") for name in names]
     assert documents_of(tmp_path / "all_text_document") == expected

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_let.comparison.sweep import Sweep, load_sweep, runs_of, sbatch_line
 from megatron_let.config import LAYER_PAIRS
 from megatron_let.recipes import RecipeError
-from megatron_let.sweep import Sweep, load_sweep, runs_of, sbatch_line
 from tests.helpers.runs import ROOT, environment
 
 SWEEPS = sorted((ROOT / "configs").glob("sweep_*.yaml"))

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_let.host.device import Host, prepare_process
-from megatron_let.report import provenance
+from megatron_let.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"

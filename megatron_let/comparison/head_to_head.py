@@ -1,69 +1,13 @@
-"""Metrics files compared: how far ahead a run is, what it cost, and the curves."""
+"""A baseline and a LET run: how far ahead one is, what it cost, and the curves."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class RunMetrics:
-    """One run's metrics: the last row of each iteration.
-
-    Attributes:
-        steps: training rows by iteration.
-        valid_loss: validation loss by iteration.
-    """
-
-    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    valid_loss: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def last_step(self) -> int:
-        """The largest iteration trained; 0 for none."""
-        return max(self.steps, default=0)
-
-    @property
-    def final_valid_loss(self) -> float | None:
-        """Validation loss of the last evaluation."""
-        return self.valid_loss[max(self.valid_loss)] if self.valid_loss else None
-
-    def step_seconds(self, aligned: bool | None = None) -> list[float]:
-        """Step times; of steps with or without a teacher if `aligned` is given.
-
-        The first step is left out: it allocates memory, and loads the teacher.
-        """
-        return [
-            row["step_seconds"]
-            for iteration, row in self.steps.items()
-            if iteration > 1 and aligned in (None, "let_weight" in row)
-        ]
-
-
-def load_metrics(path: Path) -> RunMetrics:
-    """Read a metrics file; a last line that is still being written is left out."""
-    run = RunMetrics()
-    if not path.is_file():
-        return run
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "lm_loss" in row:
-            run.steps[row["iteration"]] = row
-        elif "valid_loss" in row:
-            run.valid_loss[row["iteration"]] = row["valid_loss"]
-    return run
+from megatron_let.run_metrics import RunMetrics
 
 
 def steps_to_reach(valid_loss: dict[int, float], target: float) -> float | None:
@@ -145,32 +89,6 @@ def sentences(summary: dict[str, Any]) -> Iterator[str]:
         yield f"a step with the teacher took {summary['aligned_phase_cost']:.2f}x one without"
     seconds = summary["training_seconds"]
     yield f"training time: baseline {seconds['baseline']:.0f} s, LET {seconds['let']:.0f} s"
-
-
-def provenance(command: str) -> dict[str, str]:
-    """What a number in a document must come with: command, date, machine and versions."""
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    versions = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
-    return {
-        "command": command,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "processor": f"{processor}, {len(os.sched_getaffinity(0))} cores",
-        **versions,
-    }
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]], source: dict[str, str]) -> None:
-    """Write rows, each with its provenance, in one step."""
-    partial = path.with_name("partial-" + path.name)
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], *source])
-        writer.writeheader()
-        writer.writerows([{**row, **source} for row in rows])
-    partial.replace(path)
 
 
 def plot_losses(runs: dict[str, RunMetrics], path: Path, title: str) -> None:

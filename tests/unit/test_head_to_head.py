@@ -10,16 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_let.report import (
-    RunMetrics,
+from megatron_let.comparison.head_to_head import (
     aligned_phase_cost,
     comparison_table,
     head_to_head,
-    load_metrics,
     plot_losses,
     sentences,
     steps_to_reach,
 )
+from megatron_let.run_metrics import RunMetrics, load_metrics
 
 
 def step(iteration: int, seconds: float = 1.0, **values: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from megatron_let.comparison import ComparedRun, Curve, Line, Spread
-from megatron_let.report import write_csv
+from megatron_let.comparison.runs import ComparedRun, Curve, Line, Spread
+from megatron_let.provenance import write_csv
 
 _GIB = 2**30
 COLUMNS = (

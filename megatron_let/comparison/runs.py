@@ -11,9 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from megatron_let.comparison.head_to_head import aligned_phase_cost, steps_to_reach
 from megatron_let.config import LETError
-from megatron_let.report import RunMetrics, aligned_phase_cost, load_metrics, steps_to_reach
 from megatron_let.run_folder import read_settings
+from megatron_let.run_metrics import RunMetrics, load_metrics
 
 _METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"

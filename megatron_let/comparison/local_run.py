@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_let.config import LETError
-from megatron_let.report import RunMetrics, load_metrics
+from megatron_let.run_metrics import RunMetrics, load_metrics
 
 _POLL_SECONDS = 0.5
 

@@ -1,0 +1,59 @@
+"""A metrics file read back: what a run has reached so far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """One run's metrics: the last row of each iteration.
+
+    Attributes:
+        steps: training rows by iteration.
+        valid_loss: validation loss by iteration.
+    """
+
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    valid_loss: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def last_step(self) -> int:
+        """The largest iteration trained; 0 for none."""
+        return max(self.steps, default=0)
+
+    @property
+    def final_valid_loss(self) -> float | None:
+        """Validation loss of the last evaluation."""
+        return self.valid_loss[max(self.valid_loss)] if self.valid_loss else None
+
+    def step_seconds(self, aligned: bool | None = None) -> list[float]:
+        """Step times; of steps with or without a teacher if `aligned` is given.
+
+        The first step is left out: it allocates memory, and loads the teacher.
+        """
+        return [
+            row["step_seconds"]
+            for iteration, row in self.steps.items()
+            if iteration > 1 and aligned in (None, "let_weight" in row)
+        ]
+
+
+def load_metrics(path: Path) -> RunMetrics:
+    """Read a metrics file; a last line that is still being written is left out."""
+    run = RunMetrics()
+    if not path.is_file():
+        return run
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "lm_loss" in row:
+            run.steps[row["iteration"]] = row
+        elif "valid_loss" in row:
+            run.valid_loss[row["iteration"]] = row["valid_loss"]
+    return run
