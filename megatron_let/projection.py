@@ -21,8 +21,9 @@ from megatron_let.config import LETError
 class ProjectionTraining:
     """Keeps a `LearnedProjection` on the ranks of the stage that owns layer k.
 
-    There it is a child of the model chunk, which is how Megatron's checkpoints come to hold it,
-    and takes its step within Megatron's optimizer step, or none where Megatron takes none.
+    There its tensors are buffers of the model chunk, which is how Megatron's checkpoints come to
+    hold it, and it takes its step within Megatron's optimizer step, or none where Megatron takes
+    none. It is no child of the chunk: Megatron's data parallelism has counted the modules before.
 
     Attributes:
         module: the projection; None on other stages, before the set-up and after the last step.
@@ -101,11 +102,14 @@ class ProjectionTraining:
         )
         if saved is not None:
             _load(module, saved)
-        chunk.add_module(PROJECTION, module)
+        state = {f"{PROJECTION}_{name}": tensor for name, tensor in module.state_dict().items()}
+        for name, tensor in state.items():
+            chunk.register_buffer(name, tensor)
         # On the object, where it hides the method of its class, as Megatron does for CUDA graphs.
         group = _ranks_with_tokens(config.sequence_parallel)
         optimizer.step = functools.partial(self._step, optimizer, group, optimizer.step)
-        self.module, self._free = module, functools.partial(_detach, chunk, optimizer)
+        self.module = module
+        self._free = functools.partial(_detach, chunk, list(state), optimizer)
 
     def _saved(self) -> TorchDist | None:
         """The checkpoint that the run goes on from, if it holds a projection."""
@@ -141,15 +145,16 @@ class ProjectionTraining:
         return result
 
 
-def _detach(chunk: torch.nn.Module, optimizer: Any) -> None:
-    delattr(chunk, PROJECTION)
+def _detach(chunk: torch.nn.Module, names: list[str], optimizer: Any) -> None:
+    for name in names:
+        delattr(chunk, name)
     del optimizer.step
 
 
 def _load(module: LearnedProjection, checkpoint: TorchDist) -> None:
     """Copy weight and moments, on each rank by itself: they are small and not sharded."""
     for name, buffer in module.state_dict().items():
-        buffer.copy_(checkpoint.read(f"{PROJECTION}.{name}"))
+        buffer.copy_(checkpoint.read(f"{PROJECTION}_{name}"))
 
 
 def _ranks_with_tokens(sequence_parallel: bool) -> torch.distributed.ProcessGroup:

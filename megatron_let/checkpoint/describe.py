@@ -19,7 +19,7 @@ _LAYOUT = (
 # What a GPT model, its run and its optimizer write; anything else is named.
 _EXPECTED = ("embedding.", "decoder.", "output_layer.")
 _STATES = ("common_state", "rng_state", "rerun_state_machine_state", *EXTRA_STATES,
-           *EXTRA_STATES_ONCE, f"{PROJECTION}.")  # fmt: skip
+           *EXTRA_STATES_ONCE, f"{PROJECTION}_")  # fmt: skip
 
 
 def describe(path: Path) -> dict[str, Any]:

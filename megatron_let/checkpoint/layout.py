@@ -11,7 +11,7 @@ from megatron_let.checkpoint.architecture import Llama
 
 Kind = Literal["copy", "vocabulary", "qkv", "gate_up"]
 
-# Of a learned projection (`--let-projection learned`), which is no part of the model.
+# Begins the names of a learned projection (`--let-projection learned`), no part of the model.
 PROJECTION = "let_projection"
 
 

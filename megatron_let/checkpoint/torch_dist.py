@@ -105,7 +105,7 @@ class TorchDist:
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """The model's tensors by name; the optimizer's and a projection's are left out."""
         found = self.metadata.state_dict_metadata.items()
-        left_out = (*_OPTIMIZER_PREFIXES, f"{PROJECTION}.")
+        left_out = (*_OPTIMIZER_PREFIXES, f"{PROJECTION}_")
         return {
             name: entry
             for name, entry in found
@@ -114,7 +114,7 @@ class TorchDist:
 
     def projection_shape(self) -> tuple[int, int] | None:
         """(d_T, d_M) of a learned projection; None where there is none."""
-        entry = self.metadata.state_dict_metadata.get(f"{PROJECTION}.weight")
+        entry = self.metadata.state_dict_metadata.get(f"{PROJECTION}_weight")
         return (entry.size[0], entry.size[1]) if isinstance(entry, TensorStorageMetadata) else None
 
     def optimizer_names(self) -> list[str]:

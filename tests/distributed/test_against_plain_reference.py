@@ -339,7 +339,7 @@ def add_projection(
     for step in range(NUM_STEPS):
         saved = TorchDist(folder / "saved" / f"iter_{step + 1:07d}")
         parameters[step][plain.PROJECTION] = saved.read(plain.PROJECTION)
-        moment = saved.read("let_projection.exp_avg").double()
+        moment = saved.read("let_projection_exp_avg").double()
         gradients[step][plain.PROJECTION] = (moment - beta * before) / (1 - beta)
         before = moment
 

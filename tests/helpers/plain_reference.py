@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # A learned projection among the parameters; no part of the gradient's norm.
-PROJECTION = "let_projection.weight"
+PROJECTION = "let_projection_weight"
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def test_leaves_model_and_optimizer_as_they_were(chunk: torch.nn.Module, updated
     optimizer = Optimizer(updated)
     training = set_up(chunk, optimizer, last=True)
     assert set(chunk.state_dict()) - before == {
-        f"let_projection.{name}" for name in ("weight", "exp_avg", "exp_avg_sq", "step")
+        f"let_projection_{name}" for name in ("weight", "exp_avg", "exp_avg_sq", "step")
     }
     training.open_step(0.4, 8)
     optimizer.step()
