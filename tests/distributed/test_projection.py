@@ -81,7 +81,8 @@ def assert_same(run: tuple[Run, Path], expected: tuple[Run, Path]) -> None:
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
                 "dp2-distributed-optimizer", "tp2-sp", "dp2", "tp2", "cp2", "tp2-cp2-sp",
-                "pp2-first-stage", "pp2-last-stage", "vpp2", "vpp2-recompute-full", "tp2-pp2-sp", "eight-microbatches",
+                "pp2-first-stage", "pp2-last-stage", "vpp2", "vpp2-recompute-full",
+                "tp2-pp2-sp", "eight-microbatches",
             )
         ),
     ],
