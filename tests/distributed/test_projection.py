@@ -29,14 +29,15 @@ FP16 = ("--fp16", "--let-weight", 4)
 
 
 def run_with(
-    folder: Path, teacher: Path, data: Path, load: Path, *flags: object, ranks: int = 1
-) -> Run:
+    folder: Path, teacher: Path, data: Path, load: Path, *flags: object, ranks: int = 1,
+    check: bool = True,
+) -> Run:  # fmt: skip
     """Eight steps from the weights in `load`, six of them with the teacher."""
     return train(
         folder, "--data-path", data, "--load", load, "--save", folder / "saved",
         "--save-interval", SAVED, "--train-iters", END, "--eval-iters", 0,
         "--let-projection", "learned", "--let-weight", 0.5, "--let-stop-step", STOP, *flags,
-        ranks=ranks, TEACHER=str(teacher),
+        ranks=ranks, check=check, TEACHER=str(teacher),
     )  # fmt: skip
 
 
@@ -216,10 +217,8 @@ def test_another_teachers_projection_is_refused(
     whole: tuple[Run, Path], tmp_path: Path, data: Path
 ) -> None:
     wider = save_teacher(tmp_path / "wider", width=80)
-    run = train(
-        tmp_path / "run", "--data-path", data, "--load", whole[1] / "saved", "--ckpt-step", SAVED,
-        "--let-projection", "learned", check=False, TEACHER=str(wider),
-    )  # fmt: skip
+    flags = ("--ckpt-step", SAVED)
+    run = run_with(tmp_path / "run", wider, data, whole[1] / "saved", *flags, check=False)
     assert run.returncode != 0
     assert "projects to a teacher of width 48 and --let-teacher has 80" in run.error
 
