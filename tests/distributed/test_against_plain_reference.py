@@ -170,6 +170,9 @@ CASES = {
 }
 
 
+SLOW = ("learned projection, LogSum, per-token loss",)
+
+
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a data set of short documents, each with its end-of-document token."""
@@ -268,7 +271,10 @@ class Finished:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(c, id=n, marks=pytest.mark.distributed) for n, c in CASES.items()],
+    params=[
+        pytest.param(c, id=n, marks=[pytest.mark.distributed, *([pytest.mark.slow] * (n in SLOW))])
+        for n, c in CASES.items()
+    ],
 )
 def finished(
     request: pytest.FixtureRequest, documents: Path, tmp_path_factory: pytest.TempPathFactory

@@ -83,8 +83,13 @@ def test_log_shows_no_cosine_after_the_teacher(uninterrupted: tuple[Run, Path]) 
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--let-projection", "learned"), ("--let-method", "salt")],
-    ids=["let", "learned projection", "salt"],
+    [
+        pytest.param((), id="let"),
+        pytest.param(("--let-method", "salt"), id="salt"),
+        pytest.param(
+            ("--let-projection", "learned"), id="learned projection", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_teacher_leaves_the_memory_at_stop_step(
     flags: tuple[str, ...], tmp_path: Path, teacher: Path, data: Path
