@@ -7,7 +7,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import LAYER_PAIRS, LOSSES, METHODS, PLACEMENTS, LETConfig, LETError
+from megatron_let.config import (
+    LAYER_PAIRS,
+    LOSSES,
+    METHODS,
+    PLACEMENTS,
+    PROJECTIONS,
+    LETConfig,
+    LETError,
+)
 from megatron_let.ops.cca import TOKENS_PER_FEATURE
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import tapped_layer
@@ -50,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         " third), Middle or Last; what stands later on the command line wins",
     )
     add("loss", f"what is aligned (default: {default.loss})", choices=LOSSES)
+    add(
+        "projection",
+        "what brings the student's state to the teacher's width: interpolation, or a linear layer"
+        f" that learns with the student (default: {default.projection})",
+        choices=PROJECTIONS,
+    )
     add("weight", f"lambda_0, weight at the first step (default: {default.weight})", type=float)
     add(
         "stop-step",
@@ -215,6 +229,13 @@ def resumed_step(args: argparse.Namespace) -> int:
     return int(content) if content.isdecimal() else 0
 
 
+def loaded_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Folder of the checkpoint that the set-up has loaded to go on from; None in a new run."""
+    if args.load is None or args.finetune or not args.iteration:
+        return None
+    return Path(args.load) / f"iter_{args.iteration:07d}"
+
+
 # Flag value under which LET cannot work -> why, and what to do.
 _REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("cuda_graph_impl", "none", "CUDA graphs bypass the hook on layer k; drop --cuda-graph-impl"),
@@ -260,6 +281,32 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
 _FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
 
+# The same for a learned projection.
+_REFUSED_WITH_PROJECTION: tuple[tuple[str, Any, str], ...] = (
+    ("optimizer", "adam", "its linear layer is trained by Adam; give --optimizer adam"),
+    (
+        "optimizer_cuda_graph",
+        False,
+        "its update is in the optimizer's step; drop --optimizer-cuda-graph",
+    ),
+    (
+        "ckpt_format",
+        "torch_dist",
+        "only such checkpoints hold what is not the model's own; give --ckpt-format torch_dist",
+    ),
+    (
+        "ckpt_assume_constant_structure",
+        False,
+        "it leaves the checkpoints at --let-stop-step; drop --ckpt-assume-constant-structure",
+    ),
+    (
+        "non_persistent_save_interval",
+        None,
+        "it is not read from such checkpoints; drop --non-persistent-save-interval",
+    ),
+)
+
+
 # The same for the methods that learn from the teacher's logits.
 _REFUSED_WITH_LOGITS: tuple[tuple[str, Any, str], ...] = (
     ("mtp_num_layers", None, "the teacher predicts one token ahead; drop --mtp-num-layers"),
@@ -272,13 +319,22 @@ def check_supported(args: argparse.Namespace) -> None:
     Raises:
         LETError: names the flag and what to do.
     """
-    rows = _REFUSED if args.let_method == "let" else _REFUSED + _REFUSED_WITH_LOGITS
+    method = f"--let-method {args.let_method}"
+    _refuse(args, _REFUSED, method)
+    if args.let_method != "let":
+        _refuse(args, _REFUSED_WITH_LOGITS, method)
+    elif getattr(args, "let_projection", None) == "learned":
+        _refuse(args, _REFUSED_WITH_PROJECTION, "--let-projection learned")
+
+
+def _refuse(
+    args: argparse.Namespace, rows: tuple[tuple[str, Any, str], ...], with_what: str
+) -> None:
     for name, allowed, reason in rows:
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
             flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
-            method = f"--let-method {args.let_method}"
-            raise LETError(f"{method} cannot be used with {flag} {value}: {reason}.")
+            raise LETError(f"{with_what} cannot be used with {flag} {value}: {reason}.")
 
 
 # What the entry's own forward step does not do; a user's script with LET may.

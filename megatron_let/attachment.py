@@ -12,9 +12,10 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_let.alignment.hook import AlignmentHook
-from megatron_let.alignment.losses import alignment_loss
+from megatron_let.alignment.losses import AlignmentLoss, alignment_loss, behind_projection
+from megatron_let.alignment.projection import LearnedProjection
 from megatron_let.alignment.sharding import SequenceShard
-from megatron_let.config import LETConfig
+from megatron_let.config import LETConfig, LETError
 from megatron_let.global_batch import TokenSharing
 from megatron_let.placement.schedule import Pipeline
 from megatron_let.placement.simulate import Owner
@@ -69,6 +70,7 @@ def attach(
     shape: tuple[int, int, int],
     report: Callable[[str], None],
     sharding: Sharding | None = None,
+    projection: LearnedProjection | None = None,
 ) -> Attachment:
     """Load the teacher where it will run, and set the hook where layer k is.
 
@@ -77,6 +79,7 @@ def attach(
         model: this rank's model chunks.
         shape: (num_microbatches, b, s) of the first global batch.
         report: prints one line on one rank.
+        projection: where it is learned and this stage owns layer k.
     """
     num_microbatches, micro_batch_size, seq_length = shape
     device = next(model[0].parameters()).device
@@ -96,6 +99,11 @@ def attach(
             "LET: teacher %s (%.0f MiB) on stage %d", folder.path, teacher.num_bytes / 2**20, stage
         )
     width = folder.hidden_size if samples is None else samples.width
+    if projection is not None and width != len(projection.weight):
+        raise LETError(
+            f"The teacher {folder.path} gives states of width {width} where its config.json says"
+            f" {folder.hidden_size}, the width of --let-projection learned; use interpolate."
+        )
     transfer = Transfer(owner.stage, device) if placer.needs_teacher_everywhere else None
     local = (shard.num_local(seq_length), micro_batch_size, width)
     like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
@@ -106,9 +114,7 @@ def attach(
             f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB a rank"
         )
     return Attachment(
-        hook=None
-        if found is None
-        else AlignmentHook(found[1], alignment_loss(config.loss, _token_group(shard))),
+        hook=None if found is None else AlignmentHook(found[1], _loss(config, shard, projection)),
         states=PlacedStates(samples, transfer, stage, owner.stage, like, device),
         tokens=TokenSharing(folder, device),
         placer=placer,
@@ -116,6 +122,13 @@ def attach(
         # Without sequence parallelism every tensor-parallel rank holds the same tokens.
         counts_tokens=shard.sp_size > 1 or parallel_state.get_tensor_model_parallel_rank() == 0,
     )
+
+
+def _loss(
+    config: LETConfig, shard: SequenceShard, projection: LearnedProjection | None
+) -> AlignmentLoss:
+    loss = alignment_loss(config.loss, _token_group(shard))
+    return loss if projection is None else behind_projection(loss, projection)
 
 
 def _owner(mine: Owner | None, device: torch.device) -> Owner:

@@ -11,6 +11,8 @@ Method = Literal["none", "let", "rkd", "salt"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Loss = Literal["cosine", "logsum", "cca"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
+Projection = Literal["interpolate", "learned"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
@@ -62,6 +64,8 @@ class LETConfig:
         max_prefetch: microbatches whose teacher states the stage of layer k may hold before their
             backward; None for those of a global batch.
         loss: what is aligned: the cosine (equation 7), the LogSum loss or canonical correlations.
+        projection: what brings the student's state to the teacher's width: equation 6, or a linear
+            layer that is trained with the student and leaves with the teacher.
         cross_tokenizer: the teacher reads the text under a tokenizer of its own (the paper's LET†).
         kd_weight: w of `rkd` and `salt`, the share of the teacher's distribution in the targets.
         kd_temperature: divides the teacher's logits.
@@ -84,6 +88,7 @@ class LETConfig:
     placement: Placement = "auto"
     max_prefetch: int | None = None
     loss: Loss = "cosine"
+    projection: Projection = "interpolate"
     cross_tokenizer: bool = False
     kd_weight: float = 0.5
     kd_temperature: float = 1.0
@@ -94,6 +99,7 @@ class LETConfig:
         for name, value, choices in (
             ("method", self.method, METHODS),
             ("loss", self.loss, LOSSES),
+            ("projection", self.projection, PROJECTIONS),
             ("placement", self.placement, PLACEMENTS),
         ):
             if value not in choices:
@@ -137,6 +143,11 @@ class LETConfig:
             raise LETError(f"--let-teacher-layer is {tap!r}; give last, middle or a number from 1.")
 
     def _check_distillation(self) -> None:
+        if self.projection != "interpolate":
+            raise LETError(
+                f"--let-projection {self.projection} is for hidden states and --let-method"
+                f" {self.method} learns from logits; drop it, or give --let-method let."
+            )
         if not 0 <= self.kd_weight <= 1:
             raise LETError(
                 f"--let-kd-weight is {self.kd_weight}; give the teacher's share, from 0 to 1."

@@ -19,6 +19,7 @@ from megatron_let.config import LETConfig, LETError
 from megatron_let.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.metrics import WEIGHT_KEY, alignment_key
 from megatron_let.placement.plan import Plan
+from megatron_let.projection import ProjectionTraining
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.placer import PassTimes
@@ -40,6 +41,7 @@ class AlignedForwardBackward:
         num_steps: int,
         report: Callable[[str], None],
         sharding: Sharding | None = None,
+        projection: ProjectionTraining | None = None,
     ) -> None:
         """
         Args:
@@ -49,6 +51,7 @@ class AlignedForwardBackward:
             num_steps: of the run.
             report: prints one line on one rank.
             sharding: see `load_teacher`.
+            projection: where it is learned.
         """
         self._config = config
         self._folder = folder
@@ -57,6 +60,7 @@ class AlignedForwardBackward:
         self._loss_names = alignment_loss(config.loss, None).names
         self._num_steps = num_steps
         self._sharding = sharding
+        self._projection = projection
         self._attachment: Attachment | None = None
 
     def wrap_getter(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,9 +96,7 @@ class AlignedForwardBackward:
         model, num_microbatches = kwargs["model"], kwargs["num_microbatches"]
         shape = (num_microbatches, kwargs["micro_batch_size"], kwargs["seq_length"])
         if self._attachment is None:
-            self._attachment = attach(
-                self._config, self._folder, model, shape, self._report, self._sharding
-            )
+            self._attachment = self._attach(model, shape)
         attachment = self._attachment
         batch = self._read(attachment, shape, kwargs)
         plan = _begin(attachment, batch)
@@ -102,6 +104,8 @@ class AlignedForwardBackward:
         if attachment.hook is not None:
             scale = _gradient_scale(config, weight, batch)
             attachment.hook.open_step(attachment.states, scale, batch.tokens.device)
+        if self._projection is not None:
+            self._projection.open_step(weight, _num_tokens(batch))
         timer = attachment.placer.timer(batch.tokens.device)
         _before_schedule(attachment, plan, model, timer)
         kwargs["forward_step_func"] = _counted(
@@ -112,6 +116,12 @@ class AlignedForwardBackward:
         totals = self._close(attachment, num_microbatches, batch.tokens.device)
         attachment.placer.end_step(timer, attachment.stage, num_microbatches)
         return _with_metrics(losses, self._loss_names, totals, weight)
+
+    def _attach(self, model: list[torch.nn.Module], shape: tuple[int, int, int]) -> Attachment:
+        module = None if self._projection is None else self._projection.module
+        return attach(
+            self._config, self._folder, model, shape, self._report, self._sharding, module
+        )
 
     def _read(
         self, attachment: Attachment, shape: tuple[int, int, int], kwargs: dict[str, Any]
@@ -164,7 +174,9 @@ class AlignedForwardBackward:
             )
 
     def _release(self, step: int) -> None:
-        """Free the teacher and its buffers."""
+        """Free the teacher and its buffers, and a projection whose last step was not taken."""
+        if self._projection is not None:
+            self._projection.free()
         if self._attachment is None:
             return
         self._attachment.close()
@@ -252,15 +264,12 @@ def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
 def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | torch.Tensor:
     """Factor of d(sum of local losses)/dh, from Megatron's own scaling of the loss."""
     num_microbatches, micro_batch_size, _ = batch.tokens.shape
-    sequence_length = batch.sequence_length
     if batch.unmasked_tokens is not None:
-        replicas = parallel_state.get_data_parallel_world_size()
-        all_tokens = num_microbatches * micro_batch_size * sequence_length * replicas
-        factor = per_token_gradient_factor(batch.unmasked_tokens, all_tokens)
+        factor = per_token_gradient_factor(batch.unmasked_tokens, _num_tokens(batch))
     else:
         factor = 1 / gradient_denominator(
             micro_batch_size,
-            sequence_length,
+            batch.sequence_length,
             parallel_state.get_context_parallel_world_size(),
             num_microbatches,
         )
@@ -268,6 +277,13 @@ def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | t
         return weight * factor
     one = torch.ones((), dtype=torch.float32, device=batch.tokens.device)
     return config.grad_scale_func(one).view(()) * (weight * factor)
+
+
+def _num_tokens(batch: GlobalBatch) -> int:
+    """Of the global batch, over all replicas."""
+    num_microbatches, micro_batch_size, _ = batch.tokens.shape
+    replicas = parallel_state.get_data_parallel_world_size()
+    return int(num_microbatches * micro_batch_size * batch.sequence_length * replicas)
 
 
 def _with_metrics(losses: Any, names: tuple[str, ...], totals: torch.Tensor, weight: float) -> Any:

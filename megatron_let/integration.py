@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron.training import get_tokenizer, print_rank_0
 
+from megatron_let.alignment.schedule import alignment_weight
 from megatron_let.arguments import (
     add_arguments,
     check_fits,
@@ -23,6 +25,7 @@ from megatron_let.arguments import (
     check_teacher_shard,
     check_vocabulary_size,
     let_config_from_args,
+    loaded_checkpoint,
     num_steps,
     resumed_step,
 )
@@ -33,6 +36,7 @@ from megatron_let.forward_backward import AlignedForwardBackward
 from megatron_let.guard import load_guard
 from megatron_let.metrics import MetricsFile, forget_stale_averages
 from megatron_let.patches import PATCHES, PatchSet
+from megatron_let.projection import ProjectionTraining
 from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
 from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
@@ -132,7 +136,10 @@ def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
         folder = dataclasses.replace(folder, own_length=length)
     else:
         _check_tokenizer(folder, args)
-    method = _method(config, folder, args)
+    projection = _projection(config, folder, args)
+    if projection is not None:
+        patches.apply_all(PATCHES, {_TRAINING + "setup_model_and_optimizer": projection.wrap_setup})
+    method = _method(config, folder, args, projection)
     patches.apply_all(
         PATCHES,
         {
@@ -155,20 +162,50 @@ def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:
         check_same_tokenizer(tokenizer, folder)
 
 
-def _method(
+def _current_step(args: argparse.Namespace) -> Callable[[], int]:
+    return lambda: int(args.curr_iteration)
+
+
+def _projection(
     config: LETConfig, folder: TeacherFolder, args: argparse.Namespace
+) -> ProjectionTraining | None:
+    if config.projection != "learned":
+        return None
+    step = _current_step(args)
+
+    def is_last_step() -> bool:
+        return alignment_weight(step() + 1, config.weight, config.stop_step) == 0
+
+    return ProjectionTraining(
+        layer=config.layer,
+        teacher_width=folder.hidden_size,
+        seed=args.seed,
+        loaded_checkpoint=lambda: loaded_checkpoint(args),
+        is_last_step=is_last_step,
+        report=print_rank_0,
+    )
+
+
+def _method(
+    config: LETConfig,
+    folder: TeacherFolder,
+    args: argparse.Namespace,
+    projection: ProjectionTraining | None,
 ) -> AlignedForwardBackward | DistilledForwardBackward:
     """What runs a global batch."""
-
-    def current_step() -> int:
-        return int(args.curr_iteration)
-
+    step = _current_step(args)
     if config.method == "let":
         return AlignedForwardBackward(
-            config, folder, current_step, num_steps(args), print_rank_0, _teacher_sharding(args)
+            config,
+            folder,
+            step,
+            num_steps(args),
+            print_rank_0,
+            _teacher_sharding(args),
+            projection=projection,
         )
     vocab_size = get_tokenizer().vocab_size
-    return DistilledForwardBackward(config, folder, vocab_size, current_step, print_rank_0)
+    return DistilledForwardBackward(config, folder, vocab_size, step, print_rank_0)
 
 
 def _description(config: LETConfig, folder: TeacherFolder) -> str:

@@ -239,12 +239,15 @@ def _inspect(given: argparse.Namespace, console: Console) -> int:
         return 0
     shapes = found.pop("tensors")
     foreign = found.pop("not_of_a_gpt_model")
+    projection = found.pop("let_projection", None)
     for name, value in found.items():
         items = value.items() if isinstance(value, dict) else ()
         text = ", ".join(f"{k} {v}" for k, v in items) if items else _readable(value)
         print(f"{name.replace('_', ' ')}: {text or 'none'}")
     for name, shape in shapes.items():
         print(f"  {name}: {' x '.join(map(str, shape))}")
+    if projection is not None:
+        print(f"  let_projection: {' x '.join(map(str, projection))}, left out by megatron-to-hf")
     print(f"teacher: {'none' if not foreign else 'FOREIGN ENTRIES: ' + ', '.join(foreign)}")
     return 0
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_let.alignment.projection import LearnedProjection
 from megatron_let.config import Loss
 from megatron_let.ops import (
     Align,
     align_by_cca,
     align_by_logsum,
+    align_by_projection,
     align_hidden_state,
     interpolated_cosine,
 )
@@ -46,6 +48,21 @@ def alignment_loss(name: Loss, token_group: ProcessGroup | None) -> AlignmentLos
     return AlignmentLoss(
         ("cosine", name), _with_cosine(functools.partial(align_by_cca, group=token_group))
     )
+
+
+def behind_projection(loss: AlignmentLoss, projection: LearnedProjection) -> AlignmentLoss:
+    """The same loss on the projected state, which adds to the projection's gradient."""
+
+    def aligned(
+        hidden: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        hidden, values, gradient = align_by_projection(
+            hidden, teacher, scale, projection.weight, loss.align
+        )
+        projection.gradient += gradient
+        return hidden, values
+
+    return AlignmentLoss(loss.names, aligned)
 
 
 def _align_by_cosine(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE
+from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE, PROJECTION
 from megatron_let.checkpoint.torch_dist import TorchDist, iteration_folder
 from megatron_let.engines.deepspeed.export import ZeroCheckpoint, is_zero_checkpoint
 
@@ -20,7 +20,7 @@ _LAYOUT = (
 # What a GPT model, its run and its optimizer write; anything else is named.
 _EXPECTED = ("embedding.", "decoder.", "output_layer.")
 _STATES = ("common_state", "rng_state", "rerun_state_machine_state", *EXTRA_STATES,
-           *EXTRA_STATES_ONCE)  # fmt: skip
+           *EXTRA_STATES_ONCE, f"{PROJECTION}_")  # fmt: skip
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
     facts = _facts(folder, checkpoint.common_state(), checkpoint.tensors())
     return facts | {
         "engine": "megatron",
+        "let_projection": checkpoint.projection_shape(),
         "optimizer_tensors": len(checkpoint.optimizer_names()),
         "not_of_a_gpt_model": foreign_entries(checkpoint),
     }

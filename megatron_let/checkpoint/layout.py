@@ -11,6 +11,9 @@ from megatron_let.checkpoint.architecture import Llama
 
 Kind = Literal["copy", "vocabulary", "qkv", "gate_up"]
 
+# Begins the names of a learned projection (`--let-projection learned`), no part of the model.
+PROJECTION = "let_projection"
+
 
 @dataclass(frozen=True)
 class Block:

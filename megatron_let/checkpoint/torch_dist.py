@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_let.checkpoint.layout import PROJECTION
 from megatron_let.config import LETError, first_line
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -102,13 +103,19 @@ class TorchDist:
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """The model's tensors by name; the optimizer's are left out."""
+        """The model's tensors by name; the optimizer's and a projection's are left out."""
         found = self.metadata.state_dict_metadata.items()
+        left_out = (*_OPTIMIZER_PREFIXES, f"{PROJECTION}_")
         return {
             name: entry
             for name, entry in found
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith(_OPTIMIZER_PREFIXES)
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(left_out)
         }
+
+    def projection_shape(self) -> tuple[int, int] | None:
+        """(d_T, d_M) of a learned projection; None where there is none."""
+        entry = self.metadata.state_dict_metadata.get(f"{PROJECTION}_weight")
+        return (entry.size[0], entry.size[1]) if isinstance(entry, TensorStorageMetadata) else None
 
     def optimizer_names(self) -> list[str]:
         """Names of the optimizer's tensors."""

@@ -127,6 +127,20 @@ _LET_ROWS = (
     ),
 )
 
+_PROJECTION_ROWS = (
+    Patch(
+        target=_TRAINING + "setup_model_and_optimizer",
+        kind="wrap",
+        reason="a learned projection is put beside the model's layers once they are built and"
+        " loaded, and takes its step with the optimizer's",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("model_type", "model_provider_func", "checkpointing_context"),
+        unnecessary_when="pretrain() accepts a callback after the set-up, with model and optimizer",
+        test="tests/distributed/test_projection.py::test_layout_matches_one_process",
+    ),
+)
+
 _METRICS_ROWS = (
     Patch(
         target=_TRAINING + "train_step",
@@ -249,6 +263,7 @@ PATCHES: dict[str, Patch] = {
         *_PIP_ROWS,
         *_TORCH_OPTIMIZER_ROWS,
         *_LET_ROWS,
+        *_PROJECTION_ROWS,
         *_METRICS_ROWS,
         *_CONTROL_ROWS,
         *_WANDB_ROWS,

@@ -23,6 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_let.checkpoint.torch_dist import TorchDist
 from tests.helpers import plain_reference as plain
 from tests.helpers.models import random_model
 from tests.helpers.runs import Run
@@ -79,6 +80,7 @@ class Case:
         mask: end-of-document tokens have no language-model loss.
         per_token: the language-model loss is a mean over tokens, not over microbatches.
         loss: what is aligned.
+        learned: the projection is a linear layer, else the interpolation.
         method: `let`, or `rkd` or `salt` with the settings of `distillation`.
     """
 
@@ -94,6 +96,7 @@ class Case:
     mask: bool = False
     per_token: bool = False
     loss: str = "cosine"
+    learned: bool = False
     method: str = "let"
     distillation: Distillation | None = None
 
@@ -109,6 +112,7 @@ class Case:
             "--let-stop-step", self.stop_step,
             "--let-teacher-layer", self.teacher_layer,
             "--let-loss", self.loss,
+            *(["--let-projection", "learned"] if self.learned else []),
             "--let-teacher-final-norm" if self.final_norm else "--no-let-teacher-final-norm",
             *(groups if self.num_groups < NUM_HEADS else []),
             *(["--no-untie-embeddings-and-output-weights"] if self.tied else []),
@@ -142,6 +146,12 @@ CASES = {
     ),
     # 128 tokens a microbatch are four a feature.
     "CCA": Case(weight=1.0, loss="cca", teacher_width=32),
+    "learned projection, masked tokens": Case(
+        weight=1.0, teacher_width=80, mask=True, learned=True
+    ),
+    "learned projection, LogSum, per-token loss": Case(
+        layer=1, weight=1.0, loss="logsum", mask=True, per_token=True, learned=True
+    ),
     "RKD, masked tokens": Case(
         method="rkd",
         mask=True,
@@ -158,6 +168,9 @@ CASES = {
         ),
     ),
 }
+
+
+SLOW = ("learned projection, LogSum, per-token loss",)
 
 
 @pytest.fixture(scope="session")
@@ -258,7 +271,10 @@ class Finished:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(c, id=n, marks=pytest.mark.distributed) for n, c in CASES.items()],
+    params=[
+        pytest.param(c, id=n, marks=[pytest.mark.distributed, *([pytest.mark.slow] * (n in SLOW))])
+        for n, c in CASES.items()
+    ],
 )
 def finished(
     request: pytest.FixtureRequest, documents: Path, tmp_path_factory: pytest.TempPathFactory
@@ -274,15 +290,19 @@ def finished(
         "--eval-iters", 0,
         "--weight-decay", OPTIMIZATION.weight_decay,
         "--clip-grad", OPTIMIZATION.clip_grad,
-        "--save", folder / "saved", "--save-interval", NUM_STEPS, "--ckpt-format", "torch",
+        "--save", folder / "saved", "--save-interval", 1 if case.learned else NUM_STEPS,
+        "--ckpt-format", "torch_dist" if case.learned else "torch",
         "--save-params-interval", 1, "--save-wgrads-interval", 1,
         TEACHER=str(teacher),
     )  # fmt: skip
     after = [read_saved(folder, "params", step) for step in range(NUM_STEPS)]
+    gradients = [read_saved(folder, "wgrads", step) for step in range(NUM_STEPS)]
+    if case.learned:
+        add_projection(folder, after, gradients)
     return Finished(
         case,
         run,
-        [read_saved(folder, "wgrads", step) for step in range(NUM_STEPS)],
+        gradients,
         [after[0], *after],
         objective(case, load_teacher(teacher)),
         read_batches(documents, case.mask),
@@ -314,6 +334,20 @@ def read_saved(folder: Path, kind: str, step: int) -> dict[str, Tensor]:
     """Read the `params` or `wgrads` that Megatron saved at the 0-based step."""
     file = folder / "saved" / kind / f"iter_{step + 1:07d}" / "mp_rank_00.pth"
     return torch.load(file)["model_chunk0"]
+
+
+def add_projection(
+    folder: Path, parameters: list[dict[str, Tensor]], gradients: list[dict[str, Tensor]]
+) -> None:
+    """Add W after each update, and the gradient that the change of its first moment tells."""
+    beta = OPTIMIZATION.betas[0]
+    before = torch.zeros(())
+    for step in range(NUM_STEPS):
+        saved = TorchDist(folder / "saved" / f"iter_{step + 1:07d}")
+        parameters[step][plain.PROJECTION] = saved.read(plain.PROJECTION)
+        moment = saved.read("let_projection_exp_avg").double()
+        gradients[step][plain.PROJECTION] = (moment - beta * before) / (1 - beta)
+        before = moment
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:

@@ -107,6 +107,18 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
         (*RKD, "--cuda-graph-impl", "local"),
         "--let-method rkd cannot be used with --cuda-graph-impl local",
     ),
+    "RKD with a learned projection": (
+        (*RKD, "--let-projection", "learned"),
+        "--let-projection learned is for hidden states and --let-method rkd learns from logits",
+    ),
+    "learned projection in old checkpoints": (
+        ("--let-projection", "learned", "--ckpt-format", "torch"),
+        "--let-projection learned cannot be used with --ckpt-format torch",
+    ),
+    "learned projection with DeepSpeed": (
+        ("--let-projection", "learned", "--engine", "deepspeed"),
+        "--engine deepspeed cannot be used with --let-projection learned",
+    ),
     # What bypasses the hook, and what LET was never tried with
     "CUDA graphs": (("--cuda-graph-impl", "local"), "--cuda-graph-impl local"),
     "CUDA graphs of a step": (FULL_GRAPH, "--cuda-graph-impl full_iteration"),

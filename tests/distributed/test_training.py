@@ -81,9 +81,21 @@ def test_log_shows_no_cosine_after_the_teacher(uninterrupted: tuple[Run, Path]) 
     assert "the teacher is freed" in run.log
 
 
-def test_teacher_leaves_the_memory_at_stop_step(tmp_path: Path, teacher: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), id="let"),
+        pytest.param(("--let-method", "salt"), id="salt"),
+        pytest.param(
+            ("--let-projection", "learned"), id="learned projection", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_teacher_leaves_the_memory_at_stop_step(
+    flags: tuple[str, ...], tmp_path: Path, teacher: Path, data: Path
+) -> None:
     run = train(
-        tmp_path, "--data-path", data, "--train-iters", 4, "--let-stop-step", 2,
+        tmp_path, "--data-path", data, "--train-iters", 4, "--let-stop-step", 2, *flags,
         module="tests.helpers.freed_teacher", TEACHER=str(teacher),
     )  # fmt: skip
     assert len(run.steps) == 4

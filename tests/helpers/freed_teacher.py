@@ -1,4 +1,6 @@
-"""Run the entry and fail unless the teacher has left the memory after S_stop.
+"""Run the entry and fail unless the teacher has left the memory after S_stop, or after n_KD.
+
+So must its output layer, and a learned projection with the state of its optimizer.
 
 `-m tests.helpers.freed_teacher ARGS`, with the entry's arguments.
 """
@@ -18,9 +20,11 @@ if __name__ == "__main__":
 
     # The entry imports Megatron itself, after it has looked at the host.
     def _watch() -> None:
-        from megatron_let import attachment
+        from megatron_let import attachment, projection
+        from megatron_let.distill import forward_backward
 
-        load = attachment.load_teacher
+        load, load_with_head = attachment.load_teacher, forward_backward.load_teacher_with_head
+        make = projection.LearnedProjection
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             teacher = load(*args, **kwargs)
@@ -30,7 +34,19 @@ if __name__ == "__main__":
                 references.append(weakref.ref(teacher._model))
             return teacher
 
+        def watched_with_head(*args: Any, **kwargs: Any) -> Any:
+            teacher, head = load_with_head(*args, **kwargs)
+            references.extend(weakref.ref(x) for x in (teacher, teacher._model, head, head.weight))
+            return teacher, head
+
+        def watched_projection(*args: Any, **kwargs: Any) -> Any:
+            module = make(*args, **kwargs)
+            references.extend(weakref.ref(x) for x in (module, *module.buffers()))
+            return module
+
         attachment.load_teacher = watched
+        forward_backward.load_teacher_with_head = watched_with_head
+        projection.LearnedProjection = watched_projection
 
     host = pretrain.detect_host()
     pretrain.prepare_process(host, 0)

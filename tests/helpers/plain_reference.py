@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A learned projection among the parameters; no part of the gradient's norm.
+PROJECTION = "let_projection_weight"
+
 
 @dataclass(frozen=True)
 class LlamaShape:
@@ -284,6 +287,10 @@ class LETObjective:
     microbatch_size: int | None = None
     alignment: str = "cosine"
 
+    def projected(self, parameters: Mapping[str, Tensor], student: Tensor) -> Tensor:
+        """h_M, or W h_M where W is among the parameters."""
+        return student @ parameters[PROJECTION].T if PROJECTION in parameters else student
+
     def aligned(self, student: Tensor, teacher: Tensor) -> Tensor:
         """What is subtracted from the loss, times the weight."""
         if self.alignment == "cosine":
@@ -303,7 +310,8 @@ class LETObjective:
         token_mean = masked_mean(losses[None], mask[None]).mean()
         size = self.microbatch_size or len(mask)
         trained = masked_mean(losses.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size)))
-        student, teacher = states[self.layer], self.teacher(batch.tokens)
+        student = self.projected(parameters, states[self.layer])
+        teacher = self.teacher(batch.tokens)
         aligned = self.aligned(student, teacher)
         return trained.mean(), token_mean, mean_cosine(student, teacher), aligned
 
@@ -384,8 +392,9 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """2-norm of the whole gradient."""
-        return math.sqrt(sum(g.double().square().sum().item() for g in self.gradients.values()))
+        """2-norm of the model's gradient."""
+        of_model = (g for name, g in self.gradients.items() if name != PROJECTION)
+        return math.sqrt(sum(g.double().square().sum().item() for g in of_model))
 
 
 @dataclass(frozen=True)
@@ -413,7 +422,7 @@ class Optimization:
         return self.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
 
     def clip_factor(self, grad_norm: float) -> float:
-        """What every gradient is multiplied by."""
+        """What every gradient of the model is multiplied by."""
         return min(1.0, self.clip_grad / (grad_norm + 1e-6))
 
 
@@ -439,7 +448,7 @@ def train(
         yield result
         factor = optimization.clip_factor(result.grad_norm)
         for name, parameter in parameters.items():
-            parameter.grad = result.gradients[name] * factor
+            parameter.grad = result.gradients[name] * (1 if name == PROJECTION else factor)
         for group in optimizer.param_groups:
             group["lr"] = optimization.learning_rate_at(step)
         optimizer.step()

@@ -19,6 +19,7 @@ from megatron_let.arguments import (
     check_supported,
     check_vocabulary_size,
     let_config_from_args,
+    loaded_checkpoint,
     resumed_step,
 )
 from megatron_let.config import LETConfig, LETError
@@ -74,6 +75,11 @@ def test_defaults_are_the_papers() -> None:
     [
         ({"method": "kd"}, "--let-method is 'kd'; choose one of none, let, rkd, salt"),
         ({"loss": "mse"}, "--let-loss is 'mse'; choose one of cosine, logsum, cca"),
+        ({"projection": "mlp"}, "--let-projection is 'mlp'; choose one of interpolate, learned"),
+        (
+            {"method": "salt", "projection": "learned"},
+            "--let-projection learned is for hidden states and --let-method salt learns from",
+        ),
         ({"method": "rkd", "teacher": None}, "--let-method rkd needs --let-teacher"),
         ({"method": "rkd", "kd_weight": 1.5}, "--let-kd-weight is 1.5; give the teacher's share"),
         ({"method": "salt", "kd_weight": float("nan")}, "--let-kd-weight is nan"),
@@ -130,12 +136,14 @@ def test_every_setting_has_a_flag_and_the_flag_reaches_it() -> None:
         "--let-teacher-dtype", "fp32", "--let-loss", "logsum", "--let-kd-weight", "0.3",
         "--let-kd-temperature", "2", "--let-kd-top-k", "8", "--let-kd-fade",
         "--let-teacher-compile", "--let-placement", "spread", "--let-max-prefetch", "4",
+        "--let-projection", "learned",
     ]  # fmt: skip
     distillation: dict[str, Any] = {
         "kd_weight": 0.3, "kd_temperature": 2.0, "kd_top_k": 8, "kd_fade": True,
     }  # fmt: skip
     placed: dict[str, Any] = {
         "teacher_compile": True, "placement": "spread", "max_prefetch": 4,
+        "projection": "learned",
     }  # fmt: skip
     expected = LETConfig(
         "let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32", loss="logsum", **distillation,
@@ -242,6 +250,27 @@ def test_flag_that_bypasses_the_hook_is_refused_by_name(name: str, value: object
     with pytest.raises(LETError, match="--let-method let cannot be used with --") as error:
         check_supported(argparse.Namespace(let_method="let", **{name: value}))
     assert_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", "sgd"),
+        ("optimizer_cuda_graph", True),
+        ("ckpt_format", "torch"),
+        ("ckpt_assume_constant_structure", True),
+        ("non_persistent_save_interval", 5),
+    ],
+)
+def test_flag_that_a_learned_projection_cannot_have_is_refused_by_name(
+    name: str, value: object, parser: argparse.ArgumentParser
+) -> None:
+    given = {"let_method": "let", name: value}
+    check_supported(argparse.Namespace(**given, let_projection="interpolate"))
+    with pytest.raises(LETError, match="--let-projection learned cannot be used with --") as error:
+        check_supported(argparse.Namespace(**given, let_projection="learned"))
+    assert_one_sentence(str(error.value))
+    assert_flags_exist(str(error.value), parser)
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +400,19 @@ def checkpoints(tmp_path: Path) -> Path:
 def test_step_of_a_resumed_run(checkpoints: Path, values: dict[str, Any], expected: int) -> None:
     args = megatron_args(**{"load": str(checkpoints), **values})
     assert resumed_step(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"load": "/runs/a", "iteration": 40}, Path("/runs/a/iter_0000040")),
+        ({"load": "/runs/a", "iteration": 0}, None),
+        ({"load": "/runs/a", "iteration": 40, "finetune": True}, None),
+        ({"load": None, "iteration": 0}, None),
+    ],
+)
+def test_checkpoint_that_a_run_goes_on_from(values: dict[str, Any], expected: Path | None) -> None:
+    assert loaded_checkpoint(megatron_args(**values)) == expected
 
 
 @pytest.mark.parametrize("content", [None, "release", ""])

@@ -61,6 +61,12 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str, str], ...] = (
         "--calculate-per-token-loss",
         f"DeepSpeed averages over microbatches, whatever tokens they count; {_MEGATRON}",
     ),
+    (
+        "let_projection",
+        (None, "interpolate"),
+        "--let-projection",
+        f"its linear layer is trained beside Megatron's optimizer; {_MEGATRON}",
+    ),
     ("fp16", (False,), "--fp16", "it was never tried; use --bf16"),
     ("optimizer", ("adam",), "--optimizer", "give --optimizer adam"),
     (
