@@ -22,7 +22,7 @@ from megatron_let.placement.simulate import Owner
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import DTYPES, Sharding, load_teacher
 from megatron_let.teacher.placer import Placer
-from megatron_let.teacher.samples import SharedSamples
+from megatron_let.teacher.samples import SharedSamples, samples_group
 from megatron_let.teacher.states import PlacedStates
 from megatron_let.teacher.transfer import Transfer
 
@@ -91,13 +91,15 @@ def attach(
         config.placement, config.max_prefetch, _pipeline(model_config, len(model)), owner, report
     )
     shard = _this_rank(model_config)
-    samples = None
+    samples, group = None, samples_group(micro_batch_size)
     if placer.needs_teacher_everywhere or found is not None:
         teacher = load_teacher(folder, config, device, sharding)
-        samples = SharedSamples(teacher, shard, micro_batch_size)
+        samples = SharedSamples(teacher, shard, group)
         logger.info(
             "LET: teacher %s (%.0f MiB) on stage %d", folder.path, teacher.num_bytes / 2**20, stage
         )
+    elif group is not None:
+        torch.distributed.destroy_process_group(group)
     width = folder.hidden_size if samples is None else samples.width
     if projection is not None and width != len(projection.weight):
         raise LETError(

@@ -37,7 +37,7 @@ from megatron_let.planner.estimate import (
     share_of_training,
 )
 from megatron_let.planner.memory import Layout
-from megatron_let.planner.sizes import TEACHERS, student_size, teacher_size
+from megatron_let.planner.sizes import TEACHERS, TransformerSize, student_size, teacher_size
 from megatron_let.planner.zero import (
     Zero,
     assumptions,
@@ -82,6 +82,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plan_run: error: {error}", file=sys.stderr)
         return 2
     return 0 if estimates and estimates[0].fits else 1
+
+
+def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
+    """What a command line without `--sweep` asks for, and its estimate.
+
+    Raises:
+        LETError, RecipeError: it cannot be made.
+    """
+    options, rest = _parse(argv)
+    args = _megatron_arguments(options, rest)
+    request = _request(options, args)
+    return request, estimate(request, _layout(args, options.gpus, options.vpp))
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -171,7 +183,7 @@ def _layout(args: argparse.Namespace, gpus: int, vpp: int) -> Layout:
         sequence_parallel=args.sequence_parallel or tp == 1,
         distributed_optimizer=args.use_distributed_optimizer,
     )
-    problem = _does_not_divide(layout, args.num_layers, args.num_attention_heads)
+    problem = _does_not_divide(layout, student_size(args, 1, 1))
     if problem is not None:
         raise LETError(problem)
     return layout
@@ -216,13 +228,16 @@ def _recompute(args: argparse.Namespace) -> Any:
     return "block" if args.recompute_method == "block" else "full"
 
 
-def _does_not_divide(layout: Layout, num_layers: int, num_heads: int) -> str | None:
+def _does_not_divide(layout: Layout, student: TransformerSize) -> str | None:
+    num_layers, num_heads = student.num_layers, student.num_heads
     if num_layers % (layout.pp * layout.num_chunks):
         return (
             f"{num_layers} layers do not divide over PP {layout.pp} x {layout.num_chunks} chunks."
         )
     if num_heads % layout.tp:
         return f"{num_heads} attention heads do not divide over TP {layout.tp}."
+    if student.ffn_hidden_size % layout.tp:
+        return f"--ffn-hidden-size {student.ffn_hidden_size} does not divide over TP {layout.tp}."
     if layout.num_chunks > 1 and (layout.pp == 1 or layout.num_microbatches % layout.pp):
         return (
             f"{layout.num_microbatches} microbatches do not divide over PP {layout.pp}, which"
@@ -236,8 +251,7 @@ def _sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estima
     estimates = (
         estimate(request, layout)
         for layout in _layouts(args, gpus)
-        if _does_not_divide(layout, args.num_layers, args.num_attention_heads) is None
-        and fits(request, layout)
+        if _does_not_divide(layout, request.student) is None and fits(request, layout)
     )
     return sorted((e for e in estimates if e.fits), key=lambda e: e.best_seconds)
 

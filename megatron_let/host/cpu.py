@@ -27,11 +27,32 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
 
 
-def _backward(loss: torch.Tensor, gradient: torch.Tensor | None = None, **unused: Any) -> None:
-    """`loss.backward()` of a scalar, as Megatron calls it: straight to the autograd engine."""
-    from megatron.core.pipeline_parallel.schedules import custom_backward
+def _as_tuple(values: Any, length: int) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,) * length
 
-    custom_backward(loss, gradient)
+
+def _backward(
+    tensors: Any,
+    gradients: Any = None,
+    retain_graph: bool | None = None,
+    *,
+    gradient: Any = None,
+    grad_tensors: Any = None,
+    **unused: Any,
+) -> None:
+    """`Tensor.backward` and `torch.autograd.backward`, straight to the autograd engine."""
+    given = next((g for g in (gradients, gradient, grad_tensors) if g is not None), None)
+    outputs = _as_tuple(tensors, 1)
+    pairs = zip(outputs, _as_tuple(given, len(outputs)), strict=True)
+    torch.autograd.Variable._execution_engine.run_backward(
+        tensors=outputs,
+        grad_tensors=tuple(torch.ones_like(t) if g is None else g for t, g in pairs),
+        keep_graph=bool(retain_graph),
+        create_graph=False,
+        inputs=(),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 class CudaDeviceAsCpu(TorchFunctionMode):
@@ -39,7 +60,7 @@ class CudaDeviceAsCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.backward:
+        if func in (torch.Tensor.backward, torch.autograd.backward):
             # Torch would run it with this mode off, and a layer's backward would ask for CUDA.
             with self:
                 return _backward(*args, **kwargs)

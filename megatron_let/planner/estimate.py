@@ -12,6 +12,7 @@ from megatron_let.placement.simulate import Costs, Owner, simulate
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
+    pass_work,
     stage_memory,
     teacher_state,
     teacher_weights,
@@ -222,10 +223,13 @@ def _memory(
         in_flight = layout.pp - stage
         held = in_flight if placement == "aligned-stage" else request.prefetch(layout)
     state = teacher_state(request.teacher, layout, request.seq_length)
+    work = teacher_work(request.teacher, samples, request.seq_length)
+    # The teacher runs before a forward or a first backward, when these are not there.
+    not_then = pass_work(request.student, layout, request.seq_length, stage)
     return replace(
         student,
         teacher_weights=teacher_weights(request.teacher),
-        teacher_buffers=held * state + teacher_work(request.teacher, samples, request.seq_length),
+        teacher_buffers=held * state + max(0, work - not_then),
     )
 
 

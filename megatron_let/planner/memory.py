@@ -58,7 +58,8 @@ class StageMemory:
     Attributes:
         activations: at their peak, of all microbatches in flight.
         teacher_weights: 0 on a stage that never runs it.
-        teacher_buffers: states that are held, and what the teacher's forward needs.
+        teacher_buffers: states that are held, and what the teacher's forward needs beyond what
+            the student's passes do at another time.
         buffers: gathered parameters and buckets of gradients; DeepSpeed's ZeRO only.
         host: in the host's memory, not in the total.
     """
@@ -110,17 +111,34 @@ def stage_memory(size: TransformerSize, layout: Layout, seq_length: int, stage: 
 def activations(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
     """Kept by one rank of a stage for its backward passes, at their peak."""
     tokens = layout.micro_batch_size * seq_length // layout.cp
-    layer = tokens * _layer_bytes(size, layout)
-    layers = size.num_layers // layout.pp // layout.num_chunks
-    recomputed = {"none": 0, "full": layers}.get(
-        layout.recompute, min(layout.recompute_layers, layers)
-    )
+    layers = _layers_of_chunk(size, layout)
+    recomputed = _recomputed_layers(size, layout)
     checkpoint = tokens * _BF16 * size.hidden_size // _sequence_split(layout)
-    chunk = recomputed * checkpoint + (layers - recomputed) * layer
-    in_flight = _chunks_in_flight(layout, stage)
+    chunk = recomputed * checkpoint + (layers - recomputed) * tokens * _layer_bytes(size, layout)
+    work = pass_work(size, layout, seq_length, stage)
+    return _chunks_in_flight(layout, stage) * chunk + work
+
+
+def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
+    """What the student's passes need beside what waits for a backward: the head, or one layer's.
+
+    A recomputed layer is whole again in its backward; the head has been freed by then.
+    """
+    tokens = layout.micro_batch_size * seq_length // layout.cp
     head = tokens * _head_bytes(size, layout) if stage == layout.pp - 1 else 0
-    # The last layers are recomputed one at a time, after the head has been freed.
-    return in_flight * chunk + max(head, layer if recomputed else 0)
+    layer = _layer_bytes(size, layout) if _recomputed_layers(size, layout) else 0
+    return max(head, tokens * (layer + _layer_backward_bytes(size, layout)))
+
+
+def _layers_of_chunk(size: TransformerSize, layout: Layout) -> int:
+    return size.num_layers // layout.pp // layout.num_chunks
+
+
+def _recomputed_layers(size: TransformerSize, layout: Layout) -> int:
+    """Of a chunk."""
+    layers = _layers_of_chunk(size, layout)
+    block = min(layout.recompute_layers, layers)
+    return {"none": 0, "full": layers}.get(layout.recompute, block)
 
 
 def _sequence_split(layout: Layout) -> int:
@@ -137,6 +155,14 @@ def _layer_bytes(size: TransformerSize, layout: Layout) -> int:
     mlp = (3 if size.gated else 2) * size.ffn_hidden_size
     whole = 4 * size.hidden_size
     return _BF16 * (whole // _sequence_split(layout) + (heads + mlp) // layout.tp)
+
+
+def _layer_backward_bytes(size: TransformerSize, layout: Layout) -> int:
+    """Gradients alive at once in one layer's backward, for one token: of its output, and of the
+    MLP's first product, whose activation's own takes the place of what the layer has kept.
+    """
+    product = (2 if size.gated else 1) * size.ffn_hidden_size
+    return _BF16 * (size.hidden_size // _sequence_split(layout) + product // layout.tp)
 
 
 def _head_bytes(size: TransformerSize, layout: Layout) -> int:

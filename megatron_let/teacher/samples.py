@@ -22,22 +22,24 @@ class SharedSamples:
         width: d_T.
     """
 
-    def __init__(self, teacher: Teacher, shard: SequenceShard, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        shard: SequenceShard,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> None:
         """
         Args:
             teacher: whole, on this rank.
             shard: tokens of the student's hidden state that this rank holds.
-            micro_batch_size: b.
+            group: of `samples_group`; this object gives it back.
         """
         self.width = teacher.width
-        self._teacher, self._shard = teacher, shard
-        ranks = _peers(micro_batch_size)
-        self._group: torch.distributed.ProcessGroup | None = None
+        self._teacher, self._shard, self._group = teacher, shard, group
         self._shards = [shard]
-        if len(ranks) > 1:
-            self._group = new_group_of(ranks)
-            self._shards = [shard] * len(ranks)
-            torch.distributed.all_gather_object(self._shards, shard, group=self._group)
+        if group is not None:
+            self._shards = [shard] * group.size()
+            torch.distributed.all_gather_object(self._shards, shard, group=group)
 
     def state(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens [b, s] -> state of this rank's tokens [s_local, b, d_T], and whether it failed.
@@ -69,6 +71,15 @@ class SharedSamples:
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
             self._group = None
+
+
+def samples_group(micro_batch_size: int) -> torch.distributed.ProcessGroup | None:
+    """The ranks that share a microbatch's samples with this one; None where there is no other.
+
+    Every rank of the job calls it, also on stages that never run the teacher.
+    """
+    ranks = _peers(micro_batch_size)
+    return new_group_of(ranks) if len(ranks) > 1 else None
 
 
 def _peers(micro_batch_size: int) -> list[int]:

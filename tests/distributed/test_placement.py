@@ -31,12 +31,14 @@ LAYOUTS_OF_PIPELINES: dict[str, tuple[int, int, Flags, Flags]] = {
     "cp2-pp2": (4, 1, (*CP2, *PP2), ()),
     "dp2-pp2-per-token": (4, 3, (*PP2, *PER_TOKEN), PER_TOKEN),
     "tp2-pp2-sp-split": (4, 1, (*TP2, *PP2, *SP), ()),
+    "tp2-pp2-sp-full": (4, 1, (*TP2, *PP2, *SP, *FULL, "--recompute-num-layers", 1), ()),
     "pp2-block": (2, 1, (*PP2, *BLOCK, "--recompute-num-layers", 1), ()),
     "pp2-odd-microbatches": (2, 1, (*PP2, "--global-batch-size", 10), ("--global-batch-size", 10)),
     "vpp2-eight": (2, 3, (*PP2, *VPP2, "--micro-batch-size", 1), ("--micro-batch-size", 1)),
     "vpp2-full-first": (2, 1, (*PP2, *VPP2, *FULL, "--recompute-num-layers", 1), ()),
 }  # fmt: skip
 IN_THE_DEFAULT_SUITE = [
+    ("aligned-stage", "cp2-pp2"),
     ("bubble", "pp2-first-stage"),
     ("bubble", "tp2-pp2-sp-split"),
     ("bubble", "vpp2-full-first"),

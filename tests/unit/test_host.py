@@ -230,6 +230,37 @@ def heads(config: TransformerConfig, length: int) -> tuple[torch.Tensor, ...]:
     return query, keys[0], keys[1]
 
 
+class AsksForCuda(torch.autograd.Function):
+    """Its gradient is twice what comes in, added up on "cuda"."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(gradient.shape, device="cuda") + 2 * gradient
+
+
+@pytest.mark.parametrize(
+    ("backward", "expected"),
+    [
+        (lambda y: y.sum().backward(), 2),
+        (lambda y: y.backward(torch.full_like(y, 3)), 6),
+        (lambda y: y.backward(gradient=torch.full_like(y, 3)), 6),
+        # As full activation recompute calls it.
+        (lambda y: torch.autograd.backward((y,), (torch.full_like(y, 3),)), 6),
+        (lambda y: torch.autograd.backward(y, grad_tensors=torch.full_like(y, 3)), 6),
+        (lambda y: torch.autograd.backward([y.sum(), 3 * y.sum()]), 8),
+    ],
+)
+def test_a_layers_backward_may_ask_for_cuda(backward: Any, expected: int) -> None:
+    x = torch.ones(3, requires_grad=True)
+    with CudaDeviceAsCpu():
+        backward(AsksForCuda.apply(x))
+    assert x.grad is not None and x.grad.tolist() == [expected] * 3
+
+
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_is_megatrons(groups: int, scale: float | None, megatron_on_cpu: None) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_let.config import LETError
 from megatron_let.planner.estimate import GPUS, Request, estimate, owner_of, share_of_training
-from megatron_let.planner.memory import Layout, StageMemory, stage_memory
+from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
 from megatron_let.planner.sizes import TEACHERS, TransformerSize, teacher_size
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, environment
 from tools import plan_run
+from tools.benchmark import memory
 
 GIB = 2**30
 SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
@@ -22,26 +26,53 @@ RUN_7B = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-80g"])
 RUN_1P4B = Request(SIZE_1P4B, TEACHERS["smollm2-135m"], 3, 1280, GPUS["a100-80g"])
 RECIPES = sorted((ROOT / "configs").glob("*_[0-9]*b.yaml"))
 
-# GiB a rank of the first stage, of megatron-core's own model under fake tensors on 32 ranks:
-# parameters, gradients, optimizer, activations, without a teacher, with one.
-MEASURED = [
-    (RUN_7B, Layout(1, 1, 1, 32, 1, 4, 16), (12.81, 25.63, 2.40, 24.12, 64.97, 68.33)),
-    (RUN_7B, Layout(1, 1, 1, 32, 1, 4, 16, "full"), (12.81, 25.63, 2.40, 2.74, 43.58, 46.80)),
-    (RUN_7B, Layout(2, 1, 1, 16, 1, 4, 32), (6.41, 12.81, 2.40, 12.12, 33.74, 37.03)),
-    (RUN_7B, Layout(1, 4, 1, 8, 1, 4, 64), (3.39, 6.78, 2.54, 22.89, 35.60, 39.44)),
-    (RUN_1P4B, Layout(1, 1, 1, 32, 1, 16, 4), (2.63, 5.25, 0.49, 39.61, 47.98, 48.56)),
-]
+MEASURED = list(csv.DictReader(memory.RESULTS.open(newline="")))
 
 
-@pytest.mark.parametrize(("request_", "layout", "expected"), MEASURED)
-def test_memory_is_within_5_percent_of_the_real_model(
-    request_: Request, layout: Layout, expected: tuple[float, ...]
-) -> None:
-    alone = stage_memory(request_.student, layout, request_.seq_length, 0)
-    parts = (alone.params, alone.grads, alone.optimizer, alone.activations, alone.total)
-    taught = estimate(request_, layout).memory[0].total
-    for bytes_, gib in zip((*parts, taught), expected, strict=True):
-        assert bytes_ / GIB == pytest.approx(gib, rel=0.05)
+def case_of(row: dict[str, str]) -> memory.Case:
+    return memory.Case(row["recipe"], tuple(row["flags"].split()), int(row["chunks"]))
+
+
+@pytest.mark.parametrize(
+    "row", MEASURED, ids=lambda row: "-".join((row["recipe"], row["flags"], row["stage"]))
+)
+def test_memory_is_within_5_percent_of_the_real_model(row: dict[str, str]) -> None:
+    """Each part, and the total, of megatron-core's own code under fake tensors."""
+    _, planned = memory.planned_run(case_of(row))
+    predicted = memory.predicted_parts(planned.memory[int(row["stage"])])
+    for part, bytes_ in predicted.items():
+        assert bytes_ / GIB == pytest.approx(float(row[f"measured_{part}_gib"]), rel=0.05), part
+
+
+def test_every_case_of_the_benchmark_is_measured() -> None:
+    asked = {
+        (replace(case, stages=(0,)), stage) for case in memory.cases() for stage in case.stages
+    }
+    assert {(case_of(row), int(row["stage"])) for row in MEASURED} == asked
+
+
+def test_the_benchmark_still_measures(tmp_path: Path) -> None:
+    """Four layers of the paper's 1.4B with its teacher, in a process whose torch it may change."""
+    recipe, path = tmp_path / "small.yaml", tmp_path / "memory.csv"
+    paper = (ROOT / "configs" / "let_1p4b.yaml").read_text()
+    recipe.write_text(paper.replace("num-layers: 24", "num-layers: 4"))
+    command = [sys.executable, "tools/benchmark/memory.py", "--recipes", recipe, "--csv", path]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    (row,) = csv.DictReader(path.open(newline=""))
+    parameters = 4 * (4 * 2048**2 + 3 * 2048 * 5461 + 2 * 2048) + 2 * 49152 * 2048 + 2048
+    assert float(row["measured_params_gib"]) == pytest.approx(2 * parameters / GIB, abs=1e-3)
+    assert float(row["measured_teacher_weights_gib"]) == pytest.approx(0.2506, abs=1e-4)
+    for part in memory.PARTS:
+        assert float(row[f"{part}_ratio"]) == pytest.approx(1, abs=0.05), part
+
+
+def test_stages_at_a_peak_that_another_part_makes() -> None:
+    """The teacher's work and a layer's backward are not added to the head, which is larger."""
+    layout = Layout(1, 1, 1, 32, 1, 4, 16)
+    alone = stage_memory(SIZE_7B, layout, 1280, 0)
+    found = estimate(RUN_7B, layout).memory[0]
+    assert found.teacher_buffers == teacher_state(TEACHERS["smollm2-1.7b"], layout, 1280)
+    assert found.total == alone.total + found.teacher_weights + found.teacher_buffers
 
 
 def test_teachers_share_of_the_arithmetic() -> None:
@@ -108,6 +139,7 @@ def test_picture_of_the_stages(tmp_path: Path) -> None:
         (("--pp", "3"), "is no multiple of"),
         (("--micro-batch-size", "3"), "is no multiple of"),
         (("--pp", "4", "--vpp", "3"), "do not divide"),
+        (("--tp", "8", "--ffn-hidden-size", "11004"), "11004 does not divide over TP 8"),
         (("--teacher", "/nowhere"), "none of smollm2-135m"),
     ],
 )

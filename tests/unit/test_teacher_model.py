@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -108,6 +110,32 @@ def test_earlier_layer_is_never_normed(
     assert_same(
         teacher.hidden_state(tokens), hidden_states(causal_model(folders[name]), tokens)[layer]
     )
+
+
+@pytest.mark.parametrize("values", [{}, {"teacher_final_norm": False}, {"teacher_layer": "1"}])
+def test_compiled_teacher_gives_the_same_state(
+    values: dict[str, Any],
+    folders: dict[str, Path],
+    tokens: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a backend that counts graphs; the tap keeps a layer's output out of the graph."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    expected = load(folders["llama"], **values).hidden_state(tokens)
+    assert not graphs
+    # The CPU host turns it off in its own process.
+    with torch._dynamo.config.patch(disable=False):
+        teacher = load(folders["llama"], **values, teacher_compile=True)
+        first, second = (teacher.hidden_state(rows) for rows in (tokens, tokens.flip(0)))
+    assert graphs
+    assert_same(first, expected)
+    assert_same(second, expected.flip(0))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

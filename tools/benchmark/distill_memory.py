@@ -15,7 +15,6 @@ import argparse
 import csv
 import os
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peak_memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_let.host.device import Host, prepare_process
 from megatron_let.provenance import provenance
@@ -42,41 +40,6 @@ TEACHER: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_h
 OPTIMIZER_BYTES = 12 / 32
 WEIGHT = 0.5
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages alive that operators have returned, and the most there were.
-
-    `torch.distributed._tools.MemTracker` refuses parameters that need no gradient.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: set[int] = set()
-        self.bytes = 0
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one operator and count what it returned."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
 
 
 def main() -> int:

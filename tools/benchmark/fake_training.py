@@ -1,0 +1,381 @@
+"""One rank's training step under fake tensors: Megatron's own code, and no memory behind it.
+
+Model, DDP's buffers, the distributed optimizer, the pipeline's schedule, and with LET the teacher,
+its states and the hook are the real ones; process groups are torch's fake ones, so one process is
+any rank of any layout. Device and kernels are the CPU's, but for what `_like_a_gpu` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from peak_memory import PeakMemory
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_let.host.device import Host, prepare_process
+from megatron_let.placement.plan import Plan
+from megatron_let.planner.sizes import TransformerSize
+
+CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
+# Whose flags the run has: Megatron's fused activations decide what a layer keeps.
+GPU = Host(cuda=True, transformer_engine=False, fused_gradients=False)
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """One rank of a run.
+
+    Attributes:
+        config: the recipe.
+        flags: Megatron's, after the recipe's.
+        world_size: ranks of the run.
+        stage: of the pipeline; the rank is the first of this stage.
+        num_microbatches: of its global batch and replica; enough to fill the pipeline.
+        vocab_size: rows of the embedding, already padded.
+        teacher: its sizes; None for no teacher.
+        plan: where the teacher runs on which microbatch.
+        owner_stage: of layer k.
+        max_prefetch: states that the owner may hold.
+    """
+
+    config: Path
+    flags: tuple[str, ...]
+    world_size: int
+    stage: int
+    num_microbatches: int
+    vocab_size: int
+    teacher: TransformerSize | None = None
+    plan: Plan | None = None
+    owner_stage: int = 0
+    max_prefetch: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one rank at the peak of a step.
+
+    Attributes:
+        params, grads, optimizer, teacher_weights: of the tensors that hold them.
+        activations: all else, a teacher's states and work among it.
+    """
+
+    params: int
+    grads: int
+    optimizer: int
+    teacher_weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """At the peak."""
+        return self.params + self.grads + self.optimizer + self.teacher_weights + self.activations
+
+
+def measure(run: FakeRun) -> Measured:
+    """Build the rank, run a step's forward and backward passes, and count.
+
+    It changes torch for the rest of the process: call it in one of its own.
+    """
+    prepare_process(CPU, 0)
+    from megatron_let.host.apply import apply_host_patches
+
+    apply_host_patches(CPU)
+    args = _arguments(run)
+    _join(args, run)
+    with _stand_ins(), FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+        model, optimizer = _model_and_optimizer(args)
+        teacher = None if run.teacher is None else _teacher(run.teacher, args)
+        # Set-up needs more than training: DDP copies the parameters into its buffer.
+        gc.collect()
+        memory.reset_peak()
+        _step(args, run, model, teacher)
+        params = [p for chunk in model for p in chunk.parameters()]
+        held = {
+            "params": _bytes(params),
+            "grads": _bytes(p.main_grad for p in params),
+            "optimizer": _bytes(_optimizer_tensors(optimizer)),
+            "teacher_weights": 0 if teacher is None else teacher.num_bytes,
+        }
+    return Measured(**held, activations=memory.peak - sum(held.values()))
+
+
+def _arguments(run: FakeRun) -> argparse.Namespace:
+    """Megatron's, validated, of a run on GPUs without Transformer Engine."""
+    from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+
+    from megatron_let.arguments import add_arguments
+    from megatron_let.recipes import load_recipe, recipe_argv
+
+    rank = run.stage * run.world_size // _flag(run.flags, "--pipeline-model-parallel-size")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(run.world_size), LOCAL_RANK="0")
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    # Initial values and their checks would be read from tensors that hold none.
+    flags = ["--use-cpu-initialization", "--no-initialization"]
+    flags += ["--no-check-for-nan-in-loss-and-grad"]
+    variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
+    argv = recipe_argv(
+        load_recipe(run.config), parser, [*GPU.argv(), *flags, *run.flags], variables
+    )
+    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
+        args = parse_args(add_arguments)
+    validate_args(args)
+    args.padded_vocab_size = run.vocab_size
+    return args
+
+
+def _flag(flags: tuple[str, ...], name: str) -> int:
+    return int(flags[flags.index(name) + 1]) if name in flags else 1
+
+
+def _join(args: argparse.Namespace, run: FakeRun) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=args.rank, world_size=run.world_size
+    )
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """What fake tensors and process groups lack, and what a CPU does otherwise than a GPU."""
+    from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    from megatron_let.host.layer_spec import RMSNorm
+
+    collectives = torch.library.Library("c10d", "IMPL")
+    for name in ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_"):
+        collectives.impl(name, lambda *args: FakeWork().boxed(), "Meta")
+    with (
+        mock.patch.object(torch.distributed, "all_gather_object", _all_gather_object),
+        # It compares generators' states, and no dropout draws from them.
+        mock.patch.object(CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
+        mock.patch.object(RMSNorm, "forward", _like_a_gpu),
+        mock.patch.object(fused_bias_swiglu, "swiglu", _swiglu),
+        mock.patch.object(fused_bias_swiglu, "swiglu_back", _swiglu_back),
+    ):
+        yield
+
+
+def _all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
+    gathered[:] = [value] * len(gathered)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Allocates and keeps what CUDA's `_fused_rms_norm` does; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        rstd = hidden.new_empty((*hidden.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, rstd)
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden, weight, _ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _like_a_gpu(norm: Any, hidden: Tensor) -> Tensor:
+    # On a CPU torch's norm keeps three copies of its input in fp32.
+    return _FusedRMSNorm.apply(hidden, norm.weight)
+
+
+# What Megatron lets torch.compile fuse on a GPU allocates its result only.
+
+
+def _swiglu(inputs: Tensor) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], inputs.shape[-1] // 2))
+
+
+def _swiglu_back(gradient: Tensor, inputs: Tensor) -> Tensor:
+    return torch.empty_like(inputs)
+
+
+def _model_and_optimizer(args: argparse.Namespace) -> tuple[list[Any], Any]:
+    """This rank's model chunks under DDP, and the optimizer with its state allocated."""
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    from megatron_let.host.layer_spec import local_layer_spec
+
+    model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = local_layer_spec
+    config = pretrain_cfg_container_from_args(args, model_config)
+    model = model_config.get_builder_cls()(model_config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=config.ddp,
+        data_parallel_random_init=False,
+        mixed_precision_wrapper=_in_half_precision,
+    )
+    optimizer = get_megatron_optimizer(config.optimizer, model, use_gloo_process_groups=False)
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            # The only Adam of torch's that reads no value of its step counter.
+            group.update(fused=True, foreach=False)
+        part._init_optimizer_states_with_dummy_values()
+    return model, optimizer
+
+
+def _in_half_precision(config: Any, module: Any) -> Any:
+    """`Float16Module`, whose cast of parameters that are bf16 already fails on fake ones."""
+    from megatron.core.transformer.module import Float16Module
+
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    module.bfloat16 = lambda: module
+    return Float16Module(config, module)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """The parameters in fp32 and both moments."""
+    for part in _parts(optimizer):
+        for parameter, state in part.optimizer.state.items():
+            yield parameter
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _teacher(size: TransformerSize, args: argparse.Namespace) -> Any:
+    """A Llama of these sizes in bf16, as `load_teacher` hands it over."""
+    from transformers import AutoModel, LlamaConfig
+
+    from megatron_let.teacher.model import Teacher
+
+    config = LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.ffn_hidden_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        head_dim=size.head_dim,
+    )
+    model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    # The check compares values.
+    with mock.patch.object(Teacher, "_check_causal", lambda teacher: size.hidden_size):
+        return Teacher(model, size.num_layers, size.num_layers, args.let_teacher_final_norm)
+
+
+def _step(args: argparse.Namespace, run: FakeRun, model: list[Any], teacher: Any) -> None:
+    """Forward and backward passes of a global batch, and the reduction of its gradients."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    from megatron_let.forward_step import make_forward_step
+
+    config = get_model_config(model[0])
+    config.finalize_model_grads_func = finalize_model_grads
+    one = len(model) == 1
+    config.no_sync_func = model[0].no_sync if one else [chunk.no_sync for chunk in model]
+    data = [_microbatches(args) for _ in model]
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    with _aligned(args, run, model, teacher, make_forward_step(args)) as forward_step:
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data[0] if one else data,
+            model=model,
+            num_microbatches=run.num_microbatches,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=False,
+        )
+
+
+def _microbatches(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
+    shape = (args.micro_batch_size, args.seq_length)
+    while True:
+        yield {
+            "tokens": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.zeros(shape, dtype=torch.int64),
+            "loss_mask": torch.ones(shape),
+            "position_ids": torch.arange(shape[1]).expand(shape),
+        }
+
+
+@contextlib.contextmanager
+def _aligned(
+    args: argparse.Namespace,
+    run: FakeRun,
+    model: list[Any],
+    teacher: Any,
+    forward_step: Callable[..., Any],
+) -> Iterator[Callable[..., Any]]:
+    """The forward step of a step with LET, as `AlignedForwardBackward` puts it together."""
+    from megatron_let.alignment.hook import AlignmentHook
+    from megatron_let.alignment.losses import alignment_loss
+    from megatron_let.attachment import owned_layer
+
+    if teacher is None:
+        yield forward_step
+        return
+    states = _placed_states(args, run, model, teacher)
+    found = owned_layer(model, args.let_layer or 3)
+    if found is not None:
+        hook = AlignmentHook(found[1], alignment_loss("cosine", None))
+        hook.open_step(states, 1.0, torch.device("cpu"))
+    states.before_schedule()
+
+    def counted(*arguments: Any) -> Any:
+        result = forward_step(*arguments)
+        states.after_forward()
+        return result
+
+    yield counted
+    states.after_backward()
+    states.end()
+
+
+def _placed_states(args: argparse.Namespace, run: FakeRun, model: list[Any], teacher: Any) -> Any:
+    """This rank's share of the teacher's states, the global batch begun."""
+    from megatron.core.utils import get_model_config
+
+    from megatron_let.attachment import _this_rank
+    from megatron_let.teacher.samples import SharedSamples, samples_group
+    from megatron_let.teacher.states import PlacedStates
+    from megatron_let.teacher.transfer import Transfer
+
+    assert run.plan is not None, "a teacher needs a plan"
+    device, b, s = torch.device("cpu"), args.micro_batch_size, args.seq_length
+    shard = _this_rank(get_model_config(model[0]))
+    samples = SharedSamples(teacher, shard, samples_group(b))
+    like = torch.empty((shard.num_local(s), b, teacher.width), dtype=torch.bfloat16, device="meta")
+    transfer = Transfer(run.owner_stage, device) if len(run.plan.stages) > 1 else None
+    states = PlacedStates(samples, transfer, run.stage, run.owner_stage, like, device)
+    tokens = torch.zeros(run.num_microbatches, b, s, dtype=torch.int64)
+    states.begin(tokens, run.plan, run.max_prefetch, None)
+    return states

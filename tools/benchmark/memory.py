@@ -1,0 +1,214 @@
+"""Memory of the paper's runs: Megatron's own code under fake tensors, beside the planner's figures.
+
+    python tools/benchmark/memory.py
+
+Every row is one rank of 32: its parameters, gradients, optimizer and what else a step's forward and
+backward passes hold at their peak, as `fake_training.measure` counts them, and what
+`tools/plan_run.py` predicts. No GPU is needed, and no memory to speak of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "benchmark")]
+
+import plan_run  # noqa: E402
+from fake_training import FakeRun, measure  # noqa: E402
+
+from megatron_let.host.device import Host, prepare_process  # noqa: E402
+from megatron_let.placement.plan import plan  # noqa: E402
+from megatron_let.planner.estimate import Estimate, Request  # noqa: E402
+from megatron_let.planner.memory import StageMemory  # noqa: E402
+from megatron_let.provenance import provenance, write_csv  # noqa: E402
+
+RESULTS = ROOT / "tools" / "benchmark" / "results" / "memory.csv"
+GPUS = 32
+GIB = 2**30
+PARTS = ("params", "grads", "optimizer", "activations", "teacher_weights", "total")
+NONE: tuple[str, ...] = ()
+SELECTIVE = ("--recompute-granularity", "selective")
+WHOLE = ("--recompute-granularity", "full", "--recompute-method")
+FULL = (*WHOLE, "uniform", "--recompute-num-layers", "1")
+BLOCK = (*WHOLE, "block", "--recompute-num-layers", "4")
+TP2 = ("--tensor-model-parallel-size", "2")
+TP8 = ("--tensor-model-parallel-size", "8", "--sequence-parallel")
+SP = ("--sequence-parallel",)
+PP2 = ("--pipeline-model-parallel-size", "2")
+PP4 = ("--pipeline-model-parallel-size", "4")
+CP2 = ("--context-parallel-size", "2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of a recipe.
+
+    Attributes:
+        recipe: its name in configs/, or its path.
+        flags: Megatron's.
+        chunks: of a stage.
+        stages: to measure.
+    """
+
+    recipe: str
+    flags: tuple[str, ...] = ()
+    chunks: int = 1
+    stages: tuple[int, ...] = (0,)
+
+
+def cases() -> Iterator[Case]:
+    """The paper's runs in their own layout, with each way to recompute, and cut in each way."""
+    for size in ("1p4b", "3b", "7b"):
+        for recompute in (NONE, SELECTIVE, FULL):
+            yield Case(f"baseline_{size}", recompute)
+        yield Case(f"let_{size}")
+    yield Case("baseline_1p4b", BLOCK)
+    yield Case("baseline_1p4b", CP2)
+    yield Case("baseline_1p4b", PP4, stages=(0, 3))
+    yield Case("baseline_1p4b", (*PP4, *FULL), stages=(0, 3))
+    yield Case("baseline_3b", TP2)
+    yield Case("baseline_3b", (*TP2, *SP))
+    yield Case("let_3b", (*TP2, *SP))
+    yield Case("baseline_3b", PP2, stages=(0, 1))
+    yield Case("baseline_7b", (*TP2, *SP))
+    yield Case("baseline_7b", (*TP2, *SP, *FULL))
+    yield Case("baseline_7b", TP8)
+    yield Case("baseline_7b", PP4, stages=(0, 3))
+    yield Case("let_7b", FULL)
+    yield Case("let_7b", (*PP4, "--let-max-prefetch", "8"), stages=(0, 3))
+    yield Case("baseline_7b", PP2, chunks=2, stages=(0, 1))
+    yield Case("baseline_7b", (*TP2, *SP, *PP2, *CP2), stages=(0, 1))
+
+
+def main() -> int:
+    """Measure, print a table, write the CSV; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", help="only these, or a recipe's path")
+    parser.add_argument("--jobs", type=int, default=1, help="measurements at a time")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
+    options = parser.parse_args()
+    prepare_process(Host(cuda=False, transformer_engine=False, fused_gradients=False), 0)
+    # Planned before the forks, which so find Megatron imported.
+    planned = [(case, *planned_run(case)) for case in _chosen(options.recipes)]
+    tasks = [(*run, stage) for run in planned for stage in run[0].stages]
+    # A fork for each: a measurement changes torch for the rest of its process.
+    with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
+        rows = list(pool.imap(_row, tasks, chunksize=1))
+    _print(rows)
+    command = " ".join(["python tools/benchmark/memory.py", *sys.argv[1:]])
+    write_csv(options.csv, rows, provenance(command))
+    return 0
+
+
+def _chosen(recipes: list[str] | None) -> list[Case]:
+    if recipes is None:
+        return list(cases())
+    files = [Case(name) for name in recipes if name.endswith(".yaml")]
+    return files + [case for case in cases() if case.recipe in recipes]
+
+
+def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
+    """One stage of a case: where it was measured, and each part on both sides."""
+    case, request, planned, stage = task
+    measured = _measure(_fake_run(case, request, planned, stage))
+    predicted = predicted_parts(planned.memory[stage])
+    row: dict[str, Any] = {
+        "recipe": Path(case.recipe).stem,
+        "flags": " ".join(case.flags),
+        "chunks": case.chunks,
+        "stage": stage,
+    }
+    for part in PARTS:
+        row[f"measured_{part}_gib"] = round(measured[part] / GIB, 4)
+        row[f"planned_{part}_gib"] = round(predicted[part] / GIB, 4)
+        row[f"{part}_ratio"] = _ratio(predicted[part], measured[part])
+    print(*list(row.values())[:4], row["activations_ratio"], row["total_ratio"], flush=True)
+    return row
+
+
+def _ratio(predicted: int, measured: int) -> float:
+    return round(predicted / measured, 4) if measured else 1.0
+
+
+def predicted_parts(stage: StageMemory) -> dict[str, int]:
+    """The planner's bytes; the measurement has a teacher's buffers among the activations."""
+    parts = {part: getattr(stage, part) for part in PARTS}
+    parts["activations"] += stage.teacher_buffers
+    return parts
+
+
+def _config(case: Case) -> Path:
+    named = case.recipe.endswith(".yaml")
+    return Path(case.recipe) if named else ROOT / "configs" / f"{case.recipe}.yaml"
+
+
+def planned_run(case: Case) -> tuple[Request, Estimate]:
+    """What `tools/plan_run.py` says of a case."""
+    argv = ["--config", str(_config(case)), "--gpus", str(GPUS), "--gpu", "a100-80g"]
+    return plan_run.plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
+
+
+def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> FakeRun:
+    """The run of the estimate, with no more microbatches than fill its pipeline."""
+    layout = planned.layout
+    virtual = ("--num-virtual-stages-per-pipeline-rank", str(case.chunks))
+    run = FakeRun(
+        config=_config(case),
+        flags=case.flags + (virtual if case.chunks > 1 else ()),
+        world_size=GPUS,
+        stage=stage,
+        num_microbatches=min(layout.num_microbatches, 2 * layout.pp),
+        vocab_size=request.student.vocab_size,
+    )
+    if planned.placement is None:
+        return run
+    pipeline = replace(layout.pipeline, num_microbatches=run.num_microbatches)
+    prefetch = min(request.prefetch(layout), run.num_microbatches)
+    work = plan(
+        planned.placement, pipeline, planned.costs, planned.owner,
+        max_prefetch=prefetch, look_ahead=False,
+    )  # fmt: skip
+    return replace(
+        run, teacher=request.teacher, plan=work, owner_stage=planned.owner.stage,
+        max_prefetch=prefetch,
+    )  # fmt: skip
+
+
+def _measure(run: FakeRun) -> dict[str, int]:
+    # Megatron says much of no interest here.
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    with contextlib.redirect_stdout(None):
+        measured = measure(run)
+    return {part: getattr(measured, part) for part in PARTS}
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="GiB of one rank: measured under fake tensors, planned")
+    for heading in ("recipe", "flags", "stage", "activations", "", "total", "", "ratio"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "flags") else "right")
+    for row in rows:
+        figures = [f"{row[f'{side}_{part}_gib']:.2f}" for part in ("activations", "total")
+                   for side in ("measured", "planned")]  # fmt: skip
+        flags = row["flags"] + (f" x{row['chunks']}" if row["chunks"] > 1 else "")
+        table.add_row(
+            row["recipe"], flags, str(row["stage"]), *figures, f"{row['total_ratio']:.3f}"
+        )
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

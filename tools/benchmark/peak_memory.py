@@ -1,0 +1,51 @@
+"""Bytes alive under fake tensors, where no allocator can be asked."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages alive that operators have returned, and the most there were.
+
+    `torch.distributed._tools.mem_tracker.MemTracker` counts likewise, but fails on Megatron's DDP
+    (its `buffers` is a list) and on parameters that need no gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[int] = set()
+        self.bytes = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and count what it returned."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def reset_peak(self) -> None:
+        """Forget the most there were so far."""
+        self.peak = self.bytes
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
