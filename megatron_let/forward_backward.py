@@ -15,19 +15,20 @@ from megatron_let.alignment.losses import alignment_loss
 from megatron_let.alignment.schedule import alignment_weight
 from megatron_let.alignment.sharding import gradient_denominator, per_token_gradient_factor
 from megatron_let.attachment import Attachment, attach
-from megatron_let.config import LETConfig, LETError
+from megatron_let.config import LETConfig
 from megatron_let.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.metrics import WEIGHT_KEY, alignment_key
 from megatron_let.placement.plan import Plan
 from megatron_let.projection import ProjectionTraining
+from megatron_let.taught_step import TaughtForwardBackward
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.placer import PassTimes
 from megatron_let.teacher.states import PlacedStates
 
 
-class AlignedForwardBackward:
-    """Wraps the functions that `get_forward_backward_func` returns.
+class AlignedForwardBackward(TaughtForwardBackward):
+    """Trains with LET.
 
     The teacher is loaded at the first step whose weight is above 0, so a run resumed at or past
     S_stop never loads it, and dropped at the first step whose weight is 0.
@@ -53,35 +54,13 @@ class AlignedForwardBackward:
             sharding: see `load_teacher`.
             projection: where it is learned.
         """
+        super().__init__(folder, current_step, report)
         self._config = config
-        self._folder = folder
-        self._current_step = current_step
-        self._report = report
         self._loss_names = alignment_loss(config.loss, None).names
         self._num_steps = num_steps
         self._sharding = sharding
         self._projection = projection
         self._attachment: Attachment | None = None
-
-    def wrap_getter(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand in for `get_forward_backward_func`."""
-
-        @functools.wraps(original)
-        def getter(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-            return functools.partial(self.run, original(*args, **kwargs))
-
-        return getter
-
-    def run(self, forward_backward: Callable[..., Any], **kwargs: Any) -> Any:
-        """Run one global batch; keyword arguments are those of Megatron's schedules."""
-        if kwargs["forward_only"]:
-            return forward_backward(**kwargs)
-        step = self._current_step()
-        weight = self._weight(step)
-        if weight == 0:
-            self._release(step)
-            return forward_backward(**kwargs)
-        return self._run_aligned(forward_backward, weight, kwargs)
 
     def _is_aligned(self, step: int) -> bool:
         """Whether the run takes this step, and with a weight above 0."""
@@ -90,7 +69,7 @@ class AlignedForwardBackward:
     def _weight(self, step: int) -> float:
         return alignment_weight(step, self._config.weight, self._config.stop_step)
 
-    def _run_aligned(
+    def _run_taught(
         self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
     ) -> Any:
         model, num_microbatches = kwargs["model"], kwargs["num_microbatches"]
@@ -160,32 +139,17 @@ class AlignedForwardBackward:
         self._refuse_failed(totals[num_sums + 1 :])
         return totals[: num_sums + 1]
 
-    def _refuse_failed(self, not_finite: torch.Tensor) -> None:
-        """Raise on all ranks if any replica's teacher failed, so that none is left waiting."""
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(not_finite)
-        failed = not_finite.nonzero()
-        if len(failed):
-            raise LETError(
-                f"The teacher {self._folder.path} gave NaN or Inf in microbatch "
-                f"{int(failed[0])} of step {self._current_step() + 1}; the step was not taken. "
-                "Check its weights, or run it with --let-teacher-dtype fp32.",
-                collective=True,
-            )
-
-    def _release(self, step: int) -> None:
+    def _release(self) -> bool:
         """Free the teacher and its buffers, and a projection whose last step was not taken."""
         if self._projection is not None:
             self._projection.free()
         if self._attachment is None:
-            return
+            return False
         self._attachment.close()
         self._attachment = None
         if self._sharding is not None:
             self._sharding.free()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        self._report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
+        return True
 
 
 def _begin(attachment: Attachment, batch: GlobalBatch) -> Plan:

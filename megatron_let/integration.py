@@ -37,6 +37,7 @@ from megatron_let.guard import load_guard
 from megatron_let.metrics import MetricsFile, forget_stale_averages
 from megatron_let.patches import PATCHES, PatchSet
 from megatron_let.projection import ProjectionTraining
+from megatron_let.taught_step import TaughtForwardBackward
 from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
 from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
@@ -191,7 +192,7 @@ def _method(
     folder: TeacherFolder,
     args: argparse.Namespace,
     projection: ProjectionTraining | None,
-) -> AlignedForwardBackward | DistilledForwardBackward:
+) -> TaughtForwardBackward:
     """What runs a global batch."""
     step = _current_step(args)
     if config.method == "let":

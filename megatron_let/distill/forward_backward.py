@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,13 @@ from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.utils import unwrap_model
 
 from megatron_let.alignment.sharding import SequenceShard
-from megatron_let.config import LETConfig, LETError
+from megatron_let.config import LETConfig
 from megatron_let.distill.hook import DistillationHook
 from megatron_let.distill.loss import SoftTargets
 from megatron_let.distill.schedule import distillation_weight
 from megatron_let.global_batch import TokenSharing, read_ahead
 from megatron_let.metrics import SOFT_LOSS_KEY, WEIGHT_KEY
+from megatron_let.taught_step import TaughtForwardBackward
 from megatron_let.teacher.folder import TeacherFolder
 from megatron_let.teacher.head import OutputLayer, load_teacher_with_head
 from megatron_let.teacher.model import Teacher
@@ -50,8 +50,8 @@ class _Attachment:
         return self.shard.slice(state.transpose(0, 1)).contiguous().masked_fill_(failed, 0)
 
 
-class DistilledForwardBackward:
-    """Wraps the functions that `get_forward_backward_func` returns.
+class DistilledForwardBackward(TaughtForwardBackward):
+    """Trains with RKD or SALT.
 
     The teacher is on the ranks of the last stage from the first step whose weight is above 0 to
     the first whose weight is 0.
@@ -73,39 +73,20 @@ class DistilledForwardBackward:
             current_step: 0-based training step.
             report: prints one line on one rank.
         """
+        super().__init__(folder, current_step, report)
         self._config = config
-        self._folder = folder
         self._vocab_size = vocab_size
-        self._current_step = current_step
-        self._report = report
         self._started = False
         self._attachment: _Attachment | None = None
 
-    def wrap_getter(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand in for `get_forward_backward_func`."""
+    def _weight(self, step: int) -> float:
+        return distillation_weight(step, self._config)
 
-        @functools.wraps(original)
-        def getter(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-            return functools.partial(self.run, original(*args, **kwargs))
-
-        return getter
-
-    def run(self, forward_backward: Callable[..., Any], **kwargs: Any) -> Any:
-        """Run one global batch; keyword arguments are those of Megatron's schedules."""
-        if kwargs["forward_only"]:
-            return forward_backward(**kwargs)
-        step = self._current_step()
-        weight = distillation_weight(step, self._config)
-        if weight == 0:
-            self._release(step)
-            return forward_backward(**kwargs)
-        if not self._started:
-            self._attach(kwargs["model"])
-        return self._run_distilled(forward_backward, weight, kwargs)
-
-    def _run_distilled(
+    def _run_taught(
         self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
     ) -> Any:
+        if not self._started:
+            self._attach(kwargs["model"])
         num_microbatches = kwargs["num_microbatches"]
         shape = (kwargs["micro_batch_size"], kwargs["seq_length"])
         device = next(kwargs["model"][0].parameters()).device
@@ -172,29 +153,13 @@ class DistilledForwardBackward:
         self._refuse_failed(totals[2:])
         return totals[:2]
 
-    def _refuse_failed(self, not_finite: torch.Tensor) -> None:
-        """Raise on all ranks if any replica's teacher failed, so that none is left waiting."""
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(not_finite)
-        failed = not_finite.nonzero()
-        if len(failed):
-            raise LETError(
-                f"The teacher {self._folder.path} gave NaN or Inf in microbatch "
-                f"{int(failed[0])} of step {self._current_step() + 1}; the step was not taken. "
-                "Check its weights, or run it with --let-teacher-dtype fp32.",
-                collective=True,
-            )
-
-    def _release(self, step: int) -> None:
+    def _release(self) -> bool:
         """Free the teacher, and give the student its own loss back."""
         if self._attachment is not None:
             self._attachment.hook.remove()
             self._attachment = None
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-        if self._started:
-            self._report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
-            self._started = False
+        started, self._started = self._started, False
+        return started
 
 
 def _vocabulary(padded_size: int) -> range:
