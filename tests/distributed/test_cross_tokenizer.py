@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_let.data.indexed import write_indexed
+from tests.helpers.deepspeed import needs_deepspeed
 from tests.helpers.runs import Run, largest_difference, train
 
 pytestmark = pytest.mark.distributed
@@ -95,6 +96,16 @@ def test_layouts_and_workers_match_one_process(folder: Path, tmp_path: Path) -> 
         # The only placement that reads ahead, which the last stage's loader must not have to.
         "--let-placement", "bubble", ranks=4,
     )  # fmt: skip
+    for key in KEYS:
+        assert largest_difference(found, expected, key) < 1e-5, key
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeeds_engine_reads_both_tokenizers(folder: Path, tmp_path: Path) -> None:
+    flag = "--let-cross-tokenizer"
+    expected = run(folder, tmp_path / "megatron", "other", flag, ranks=2)
+    found = run(folder, tmp_path / "deepspeed", "other", flag, "--engine", "deepspeed", ranks=2)
     for key in KEYS:
         assert largest_difference(found, expected, key) < 1e-5, key
 
