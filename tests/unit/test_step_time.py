@@ -1,0 +1,120 @@
+"""The one-GPU benchmark: its figures on made-up steps, and the tool itself at a tiny size."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import ROOT
+from tools.benchmark import step_time
+
+BASELINE, TAUGHT = 100, 104
+
+
+def made_up(seconds: list[float], peaks: list[int], counted: int = 3) -> list[dict[str, Any]]:
+    """Blocks of equal steps, whose first ones are far slower and fuller."""
+    settling = [{"step_seconds": 99.0, "max_memory_bytes": 10**9}] * step_time.SETTLING
+    return [
+        step
+        for time, bytes_ in zip(seconds, peaks, strict=True)
+        for step in (*settling, *[{"step_seconds": time, "max_memory_bytes": bytes_}] * counted)
+    ]
+
+
+def test_first_steps_of_a_block_are_not_counted() -> None:
+    taken = step_time.blocks(made_up([1.0, 1.1, 1.0], [BASELINE, TAUGHT, BASELINE]), 3)
+    assert [len(block) for block in taken] == [3, 3, 3]
+    assert {step["step_seconds"] for block in taken for step in block} == {1.0, 1.1}
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2, 4])
+def test_a_run_that_ends_with_a_taught_block_is_refused(num_blocks: int) -> None:
+    with pytest.raises(ValueError, match="no odd number of blocks of 5"):
+        step_time.blocks(made_up([1.0] * num_blocks, [BASELINE] * num_blocks), 3)
+
+
+def test_a_run_that_was_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="14 steps"):
+        step_time.blocks(made_up([1.0] * 3, [BASELINE] * 3)[:-1], 3)
+
+
+def test_ratio_is_free_of_a_machine_that_slows_down_evenly() -> None:
+    """The baseline takes 1.0, 1.2, 1.4 s; each taught block 4 % more than there would be."""
+    seconds = [1.0, 1.04 * 1.1, 1.2, 1.04 * 1.3, 1.4]
+    taken = step_time.blocks(made_up(seconds, [BASELINE] * 5), 3)
+    assert step_time.step_ratios(taken) == pytest.approx([1.04, 1.04])
+
+
+def test_one_slow_step_does_not_move_a_block() -> None:
+    steps = made_up([1.0, 1.04, 1.0], [BASELINE] * 3)
+    steps[step_time.SETTLING + 3 + step_time.SETTLING + 1] = {"step_seconds": 50.0}
+    assert step_time.step_ratios(step_time.blocks(steps, 3)) == pytest.approx([1.04])
+
+
+def test_figures() -> None:
+    seconds, peaks = [1.0, 1.02, 1.0, 1.04, 1.0, 1.06, 1.0], [100, 104, 100, 103, 100, 102, 101]
+    row = step_time.figures(step_time.blocks(made_up(seconds, peaks), 3), BASELINE)
+    assert row == {
+        "step_ratio": 1.04, "step_ratio_q25": 1.03, "step_ratio_q75": 1.05,
+        "untaught_seconds": 1.0, "peak_ratio": 1.04, "peak_ratio_after": 1.01,
+        "baseline_peak_gib": 0.0, "cycles": 3, "steps": 3,
+    }  # fmt: skip
+
+
+def test_without_peaks_no_ratio_of_them_is_made_up() -> None:
+    taken = step_time.blocks(made_up([1.0] * 5, [BASELINE] * 5), 3)
+    row = step_time.figures(taken, None)
+    assert row["step_ratio"] == 1
+    assert row["peak_ratio"] is row["peak_ratio_after"] is row["baseline_peak_gib"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "met"),
+    [
+        ("step_ratio", 1.05, True), ("step_ratio", 1.0501, False), ("step_ratio", None, None),
+        ("peak_ratio", 1.0, True), ("peak_ratio", 1.154, False),
+        ("peak_ratio_after", 1.0, True), ("peak_ratio_after", 1.0001, False),
+        ("peak_ratio_after", 0.99, False),
+        ("peak_ratio_after", None, None),
+    ],
+)  # fmt: skip
+def test_verdict(name: str, value: float | None, met: bool | None) -> None:
+    assert step_time.is_met(name, value) is met
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_teacher_is_there_in_every_other_block(tmp_path: Path, teacher: Path) -> None:
+    options = argparse.Namespace(
+        config=ROOT / "configs" / "tiny.yaml", micro_batch_size=2, microbatches=2, cycles=1, steps=1
+    )
+    steps = step_time.train("let", tmp_path, teacher, options, [])
+    block = step_time.SETTLING + options.steps
+    assert len(steps) == 3 * block
+    assert ["let_cosine" in step for step in steps] == [False] * block + [True] * block + (
+        [False] * block
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_tool_runs_at_a_tiny_size(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ModelOpt's row where it is installed."""
+    path = tmp_path / "step_time.csv"
+    command = [
+        *("step_time.py", "--config", str(ROOT / "configs" / "tiny.yaml"), "--csv", str(path)),
+        *("--teacher", str(teacher), "--micro-batch-size", "2", "--microbatches", "2"),
+        *("--cycles", "2", "--steps", "2"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    assert step_time.main() == 0
+    rows = list(csv.DictReader(path.open(newline="")))
+    assert [row["method"] for row in rows] == step_time.methods()
+    assert all(0.5 < float(row["step_ratio"]) < 20 and row["cycles"] == "2" for row in rows)

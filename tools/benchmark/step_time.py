@@ -1,0 +1,241 @@
+"""Step time and peak memory of a teacher on one GPU (PP 1), LET's and ModelOpt's, over a baseline.
+
+    python tools/benchmark/step_time.py [--teacher $TEACHER]      # the paper's 1.4B and 135M
+
+A run of the entry takes blocks of steps in turn: without a teacher, with it, without it again. The
+first steps of a block are not counted: they load the teacher, allocate and compile. A ratio is a
+taught block's median step over the mean of its two neighbours'. ModelOpt's distillation wrapper
+(the cosine of layer k through its projection, the weight LET's) trains in a run of its own, whose
+blocks without a teacher call its `only_student_forward`; memory of both is over the peak of the
+first block of LET's run, which has not met a teacher. A CPU reports no peak of a step, so these
+columns stay empty on one.
+
+Without --teacher it is random, of SmolLM2-135M's shape: weights do not change a time. Data is
+Megatron's mock data. Other flags go to the entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.planner.sizes import TEACHERS, teacher_size
+from megatron_let.provenance import provenance, write_csv
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "tools" / "benchmark" / "results" / "step_time.csv"
+WORKER = Path(__file__).with_name("step_time_run.py")
+# The rest of a recipe is about its data and its folders.
+SECTIONS = ("model", "optimization", "parallelism", "let")
+SETTLING = 2
+TARGETS = {"step_ratio": 1.05, "peak_ratio": 1.05, "peak_ratio_after": 1.0}
+PAPER = {"step_ratio": 1.078, "peak_ratio": 1.154, "peak_ratio_after": 1.0}
+Step = dict[str, Any]
+Block = list[Step]
+
+
+def main() -> int:
+    """Run, compare, print and write the CSV; return the exit code."""
+    options, flags = _parse()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher = options.teacher or _save_teacher(folder / "teacher")
+        runs = {
+            method: blocks(train(method, folder, teacher, options, flags), options.steps)
+            for method in methods()
+        }
+    has_peaks = torch.cuda.is_available()
+    unmet_peak = peak(runs["let"][0]) if has_peaks else None
+    rows = [{"method": method, **figures(run, unmet_peak)} for method, run in runs.items()]
+    _print(rows)
+    common = {
+        "device": torch.cuda.get_device_name() if has_peaks else "CPU",
+        "config": options.config.name,
+        "micro_batch_size": options.micro_batch_size,
+        "microbatches": options.microbatches,
+    }
+    command = " ".join(["python tools/benchmark/step_time.py", *sys.argv[1:]])
+    write_csv(options.csv, [row | common for row in rows], provenance(command))
+    return 0
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Other flags go to the entry.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "let_1p4b.yaml")
+    parser.add_argument("--teacher", type=Path, help="folder (default: a random SmolLM2-135M)")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="the paper's: 16")
+    parser.add_argument("--microbatches", type=int, default=4, help="of a step (the paper's: 4)")
+    parser.add_argument("--cycles", type=int, default=5, help="taught blocks (default: 5)")
+    parser.add_argument("--steps", type=int, default=8, help="counted ones of a block (default: 8)")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
+    options, flags = parser.parse_known_args()
+    if options.cycles < 2 or options.steps < 1:
+        parser.error("quartiles need --cycles 2 or more, and a block --steps 1 or more")
+    return options, flags
+
+
+def methods() -> list[str]:
+    """LET, and ModelOpt where it is installed."""
+    if importlib.util.find_spec("modelopt") is not None:
+        return ["let", "modelopt"]
+    print("modelopt left out: pip install -c constraints.txt nvidia-modelopt to include it")
+    return ["let"]
+
+
+# The runs
+
+
+def train(
+    method: str, folder: Path, teacher: Path, options: argparse.Namespace, flags: list[str]
+) -> list[Step]:
+    """The rows of its metrics file."""
+    recipe, metrics = folder / "recipe.yaml", folder / f"{method}.jsonl"
+    sections = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    recipe.write_text(
+        yaml.safe_dump({name: sections[name] for name in SECTIONS if name in sections})
+    )
+    block = SETTLING + options.steps
+    steps = block * (2 * options.cycles + 1)
+    vocabulary = teacher_size(str(teacher)).vocab_size
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+        *(str(WORKER), method, str(block), "--config", str(recipe), "--mock-data"),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary)),
+        *("--micro-batch-size", str(options.micro_batch_size)),
+        *("--global-batch-size", str(options.micro_batch_size * options.microbatches)),
+        *("--train-iters", str(steps), "--eval-iters", "0", "--eval-interval", str(steps + 1)),
+        *("--lr-decay-iters", "100000", "--let-stop-step", "100000"),
+        *("--let-metrics-path", str(metrics), *flags),
+    ]
+    environment = {**os.environ, "PYTHONPATH": _python_path(), "TEACHER": str(teacher)}
+    run = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if run.returncode:
+        sys.exit(f"The run of {method} failed:\n{run.stdout[-4000:]}")
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def _save_teacher(folder: Path) -> Path:
+    """A random Llama of SmolLM2-135M's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = TEACHERS["smollm2-135m"]
+    config = LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.ffn_hidden_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=size.tied,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+# Figures
+
+
+def blocks(steps: list[Step], counted: int) -> list[Block]:
+    """The counted steps of each block; odd ones were taught.
+
+    Raises:
+        ValueError: the run did not end with a whole block without a teacher.
+    """
+    length = SETTLING + counted
+    if len(steps) % (2 * length) != length:
+        raise ValueError(f"{len(steps)} steps are no odd number of blocks of {length}")
+    return [steps[start + SETTLING : start + length] for start in range(0, len(steps), length)]
+
+
+def step_ratios(taken: list[Block]) -> list[float]:
+    """Of each taught block, its median step over the mean of its neighbours' medians."""
+    medians = [statistics.median(step["step_seconds"] for step in block) for block in taken]
+    return [
+        middle / ((before + after) / 2)
+        for before, middle, after in zip(medians[:-1:2], medians[1::2], medians[2::2], strict=True)
+    ]
+
+
+def peak(block: Block) -> int:
+    """Bytes, of the block's largest step."""
+    return max(step["max_memory_bytes"] for step in block)
+
+
+def figures(taken: list[Block], unmet_peak: int | None) -> dict[str, Any]:
+    """One row of the results.
+
+    Args:
+        taken: from `blocks`.
+        unmet_peak: bytes of a block that has not met a teacher; None where none were measured.
+    """
+    low, middle, high = statistics.quantiles(step_ratios(taken), n=4, method="inclusive")
+    untaught = [step["step_seconds"] for block in taken[::2] for step in block]
+    row: dict[str, Any] = {
+        "step_ratio": round(middle, 4),
+        "step_ratio_q25": round(low, 4),
+        "step_ratio_q75": round(high, 4),
+        "untaught_seconds": round(statistics.median(untaught), 4),
+        "peak_ratio": None,
+        "peak_ratio_after": None,
+        "baseline_peak_gib": None,
+        "cycles": len(taken) // 2,
+        "steps": len(taken[0]),
+    }
+    if unmet_peak is not None:
+        row["peak_ratio"] = round(max(map(peak, taken[1::2])) / unmet_peak, 4)
+        row["peak_ratio_after"] = round(max(map(peak, taken[2::2])) / unmet_peak, 4)
+        row["baseline_peak_gib"] = round(unmet_peak / 2**30, 3)
+    return row
+
+
+def is_met(name: str, value: float | None) -> bool | None:
+    """Whether a figure reaches its target; None where it was not measured.
+
+    The peak after the teacher must be the baseline's, to the four digits of the results.
+    """
+    if value is None:
+        return None
+    return value <= TARGETS[name] if name != "peak_ratio_after" else value == 1
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("method", "figure", "value", "target", "paper's", "met")
+    words = {True: "yes", False: "no", None: "not measured"}
+    for row, name in ((row, name) for row in rows for name in TARGETS):
+        value = row[name]
+        shown = "" if value is None else f"{value:.4f}"
+        if name == "step_ratio":
+            shown += f" ({row['step_ratio_q25']:.4f}-{row['step_ratio_q75']:.4f})"
+        table.add_row(
+            row["method"], name, shown, f"{TARGETS[name]:.2f}", str(PAPER[name]),
+            words[is_met(name, value)],
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
