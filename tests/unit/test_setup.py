@@ -19,7 +19,12 @@ from megatron_let.patches.table import MEGATRON_VERSIONS, TORCH_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Imported under another name than the package's; triton comes with torch, which pins it.
-PACKAGES = {"megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
+PACKAGES = {
+    "megatron": "megatron-core",
+    "modelopt": "nvidia-modelopt",
+    "triton": "torch",
+    "yaml": "pyyaml",
+}
 
 
 @pytest.fixture(scope="module")
