@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -226,8 +227,10 @@ def test_compile_without_a_graph_break() -> None:
     hidden, teacher = hidden_and_teacher(dtype=torch.float32)
     scale = torch.tensor(0.3)
     expected, expected_cosine = _gradient(_step, hidden, teacher, scale)
-    compiled = torch.compile(_step, backend="aot_eager", fullgraph=True)
-    gradient, cosine = _gradient(compiled, hidden, teacher, scale)
+    # A test of the CPU host, which turns it off, may have run in this process.
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(_step, backend="aot_eager", fullgraph=True)
+        gradient, cosine = _gradient(compiled, hidden, teacher, scale)
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(cosine, expected_cosine)
 
