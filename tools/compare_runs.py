@@ -44,7 +44,7 @@ def report(runs: list[ComparedRun], baseline: str | None, out: Path, title: str)
 
     name = find_baseline(runs, baseline)
     lines = compare(runs, name)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table(*COLUMNS, title=title)
     for row in table_rows(lines):
         table.add_row(*row)
