@@ -138,6 +138,12 @@ class LETConfig:
                 f"--let-cross-tokenizer leaves some tokens without a teacher, which --let-loss"
                 f" {self.loss} cannot leave out; use --let-loss cosine."
             )
+        if self.projection != "interpolate" and self.loss == "cca":
+            # Adam would take full steps on the rounding noise of the directions without a gradient.
+            raise LETError(
+                f"--let-projection {self.projection} has nothing to learn from --let-loss cca,"
+                " which no invertible linear map changes; use --let-loss cosine or logsum."
+            )
         tap = self.teacher_layer
         if tap not in ("last", "middle") and not (tap.isdecimal() and int(tap) >= 1):
             raise LETError(f"--let-teacher-layer is {tap!r}; give last, middle or a number from 1.")

@@ -103,16 +103,12 @@ def test_layout_matches_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["logsum", "cca"])
-def test_other_losses_match_one_process(
-    loss: str, tmp_path: Path, data: Path, weights: Path
-) -> None:
-    # 32 wide: the 128 tokens of a microbatch are four a feature.
+def test_logsum_matches_one_process(tmp_path: Path, data: Path, weights: Path) -> None:
     teacher = save_teacher(tmp_path / "narrow", width=32)
     ranks, _, layout = LAYOUTS["tp2-cp2-sp"]
     runs = []
     for folder, flags, size in ((tmp_path / "1", (), 1), (tmp_path / "4", layout, ranks)):
-        flags = (*NEW, "--let-loss", loss, *flags)
+        flags = (*NEW, "--let-loss", "logsum", *flags)
         runs.append((run_with(folder, teacher, data, weights, *flags, ranks=size), folder))
     assert_same(*runs)
 

@@ -75,6 +75,7 @@ def test_defaults_are_the_papers() -> None:
     [
         ({"method": "kd"}, "--let-method is 'kd'; choose one of none, let, rkd, salt"),
         ({"loss": "mse"}, "--let-loss is 'mse'; choose one of cosine, logsum, cca"),
+        ({"loss": "cca", "projection": "learned"}, "has nothing to learn from --let-loss cca"),
         ({"projection": "mlp"}, "--let-projection is 'mlp'; choose one of interpolate, learned"),
         (
             {"method": "salt", "projection": "learned"},
