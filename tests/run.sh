@@ -11,9 +11,9 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 SECONDS=0
 # DeepSpeed comes as source; where its build fails, everything else is tested all the same.
-ensure_environment dev deepspeed || {
+ensure_environment dev evaluation deepspeed || {
     echo "DeepSpeed could not be installed: the tests of --engine deepspeed are left out"
-    ensure_environment dev
+    ensure_environment dev evaluation
 }
 bash tests/launch/install_slurm.sh
 echo "environment: ${SECONDS} s"

@@ -147,18 +147,10 @@ def _of_megatron(tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
     possible = [_ids_hash(part) for part in (ids, ids[1:], ids[:-1], ids[1:-1])]
     values = {
         "vocab_size": tokenizer.vocab_size,
-        "eod": _end_of_document(tokenizer),
+        "eod": tokenizer.eod,
         "vocabulary": _vocabulary_hash(tokenizer.inv_vocab),
     }
     return values, possible
-
-
-def _end_of_document(tokenizer: Any) -> int:
-    # Which of them a tokenizer of Megatron's has, and what it raises or gives for want, differs.
-    try:
-        return int(tokenizer.eod)
-    except (AttributeError, NotImplementedError, TypeError):
-        return int(tokenizer.eos_id)
 
 
 def _vocabulary_hash(vocabulary: dict[int, str]) -> str:

@@ -11,7 +11,7 @@ from tests.helpers.runs import largest_difference, train
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 FLAGS = ("--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", 5, "--eval-iters", 0,
@@ -42,7 +42,7 @@ def test_half_precision_stays_near_fp32(
         assert largest_difference(half, full, key) < 5e-2, key
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
     "layout",
     [("--tensor-model-parallel-size", 2, "--sequence-parallel"),

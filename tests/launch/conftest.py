@@ -15,7 +15,7 @@ from tests.launch.jobs import Launcher
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     reason = missing()
     if reason:
-        pytest.skip(f"no Slurm: {reason}")
+        pytest.skip(f"needs a real Slurm: {reason}")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()

@@ -264,7 +264,7 @@ def test_full_disk_is_named_and_the_last_checkpoint_stays(
     launcher: Launcher, tmp_path: Path
 ) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "let", tmp_path]).returncode:
-        pytest.skip("a small file system cannot be mounted here")
+        pytest.skip("a disk of 40 MB is mounted, for which the tests must run as root")
     try:
         job = launcher.submit(
             "full", "--train-iters", NEVER, "--save-interval", 10, runs=tmp_path,

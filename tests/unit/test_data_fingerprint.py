@@ -104,6 +104,19 @@ def test_another_end_of_document_is_refused(tokenizers: dict[str, Path], tmp_pat
         check_data_tokenizer(arguments(prefix), megatron_tokenizer(tokenizers["hugging face"]))
 
 
+def test_tokenizer_without_an_end_of_document_is_refused(
+    tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    run([write_input(tmp_path / "in.jsonl", ["text"])], tmp_path / "out", tokenizers["smaller"])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["smaller"])
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(LETError, match="documents end with token 0 there, None in this run"):
+        check_data_tokenizer(
+            arguments(tmp_path / "out_text_document"), megatron_tokenizer(tmp_path / "endless")
+        )
+
+
 def test_no_tokenizer_needs_a_vocabulary_that_fits(
     tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:

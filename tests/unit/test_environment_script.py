@@ -120,7 +120,7 @@ def checkout(tmp_path: Path) -> Checkout:
     for name in [*TOOLS, "chmod", "env", "sleep"]:
         path = shutil.which(name)
         if path is None:
-            pytest.skip(f"this machine has no {name}")
+            pytest.skip(f"the script calls {name}, which is not installed")
         (tools / name).symlink_to(path)
     return Checkout(root, tools, tmp_path / "calls")
 

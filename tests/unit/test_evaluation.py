@@ -167,7 +167,9 @@ def test_watch_gives_whole_checkpoints_until_the_run_is_done(tmp_path: Path) -> 
 def test_lm_eval_scores_local_tasks_alike_in_both_formats(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra `evaluation`")
+    pytest.importorskip(
+        "lm_eval", reason="lm-eval is missing: bash launch/lib/environment.sh evaluation"
+    )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     megatron = as_megatron(model, tmp_path / "megatron")

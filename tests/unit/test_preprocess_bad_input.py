@@ -208,7 +208,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
     )
     if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
+        pytest.skip("a disk of 256 kB is mounted, for which the tests must run as root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 

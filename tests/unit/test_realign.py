@@ -290,7 +290,7 @@ def _download(name: str, command: list[str]) -> Path:
     if not (folder / name).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         if not shutil.which(command[0]):
-            pytest.skip(f"{name} comes by {command[0]}, which is not installed")
+            pytest.skip(f"{name} is downloaded by {command[0]}, which is not installed")
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if result.returncode != 0:
             pytest.skip(f"{name} cannot be downloaded: {result.stderr[-200:]}")

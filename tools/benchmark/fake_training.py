@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from peak_memory import PeakMemory
+from teacher_shape import llama_config
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -270,20 +271,13 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _teacher(size: TransformerSize, args: argparse.Namespace) -> Any:
     """A Llama of these sizes in bf16, as `load_teacher` hands it over."""
-    from transformers import AutoModel, LlamaConfig
+    from transformers import AutoModel
 
     from megatron_let.teacher.model import Teacher
 
-    config = LlamaConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.ffn_hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        head_dim=size.head_dim,
+    model = AutoModel.from_config(
+        llama_config(size), dtype=torch.bfloat16, attn_implementation="sdpa"
     )
-    model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     # The check compares values.
     with mock.patch.object(Teacher, "_check_causal", lambda teacher: size.hidden_size):
         return Teacher(model, size.num_layers, size.num_layers, args.let_teacher_final_norm)

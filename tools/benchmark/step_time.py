@@ -139,19 +139,10 @@ def _python_path() -> str:
 
 def _save_teacher(folder: Path) -> Path:
     """A random Llama of SmolLM2-135M's shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from teacher_shape import llama_config
+    from transformers import LlamaForCausalLM
 
-    size = TEACHERS["smollm2-135m"]
-    config = LlamaConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.ffn_hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=size.tied,
-    )
+    config = llama_config(TEACHERS["smollm2-135m"], max_position_embeddings=2048)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
