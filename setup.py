@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["megatron_let", "megatron_let.*"]),
     python_requires=">=3.12",
     install_requires=[
-        # Inside the range of megatron_let/patches/table.py, whose patches name symbols of these.
+        # Inside the range of compat/patch_table.py, whose patches name symbols of these.
         "megatron-core>=0.19.2,<0.20",
         "torch>=2.9",
         "numpy",

@@ -17,30 +17,29 @@ from pathlib import Path
 
 from megatron.training import get_tokenizer, print_rank_0
 
-from megatron_let.alignment.schedule import alignment_weight
-from megatron_let.arguments import (
+from megatron_let.compat import PATCHES, PatchSet
+from megatron_let.config.arguments import (
     add_arguments,
-    check_fits,
-    check_supported,
-    check_teacher_shard,
-    check_vocabulary_size,
     let_config_from_args,
     loaded_checkpoint,
     num_steps,
     resumed_step,
 )
-from megatron_let.config import LETConfig, LETError
-from megatron_let.data.realign import Realigner, load_realigner, teacher_length
-from megatron_let.distill.forward_backward import DistilledForwardBackward
-from megatron_let.forward_backward import AlignedForwardBackward
-from megatron_let.guard import load_guard
-from megatron_let.metrics import MetricsFile, forget_stale_averages
-from megatron_let.patches import PATCHES, PatchSet
-from megatron_let.projection import ProjectionTraining
-from megatron_let.taught_step import TaughtForwardBackward
-from megatron_let.teacher.folder import TeacherFolder, inspect_teacher
+from megatron_let.config.let_config import LETConfig
+from megatron_let.config.validation import check_supported, check_teacher_shard
+from megatron_let.data.token_alignment import Realigner, load_realigner, teacher_length
+from megatron_let.errors import LETError
+from megatron_let.methods.base import TaughtForwardBackward
+from megatron_let.methods.distillation import DistilledForwardBackward
+from megatron_let.methods.let import AlignedForwardBackward
+from megatron_let.methods.projection_training import ProjectionTraining
+from megatron_let.methods.schedules import alignment_weight
+from megatron_let.metrics.guard import load_guard
+from megatron_let.metrics.write import MetricsFile, forget_stale_averages
+from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
 from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
+from megatron_let.teacher.validation import check_fits, check_vocabulary_size
 
 __all__ = ["add_arguments", "enable", "realigner"]
 

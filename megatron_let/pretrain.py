@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_let.config import LETError
-from megatron_let.host.device import Host, detect_host, prepare_process
+from megatron_let.compat.device import Host, detect_host, prepare_process
+from megatron_let.errors import LETError
 
 USAGE_ERROR = 2
 
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     host = detect_host()
     # Before any module of Megatron, which looks at the environment when it is imported.
     prepare_process(host, rank)
-    from megatron_let.patches import PatchError
-    from megatron_let.recipes import RecipeError
+    from megatron_let.compat import PatchError
+    from megatron_let.config.recipes import RecipeError
 
     try:
         _run(sys.argv[1:] if argv is None else argv, host)
@@ -54,15 +54,17 @@ def _run(argv: list[str], host: Host) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_let import artifact_log, control, integration
-    from megatron_let.arguments import let_config_from_args
+    from megatron_let import integration
     from megatron_let.checkpoint.loaded import check_loaded
+    from megatron_let.compat.apply import apply_host_patches
+    from megatron_let.compat.local_layers import check_local_layers, local_layer_spec
+    from megatron_let.config.arguments import let_config_from_args
     from megatron_let.data.fingerprint import check_data_tokenizer
     from megatron_let.data.gpt import check_data, datasets_provider
-    from megatron_let.forward_step import make_forward_step
-    from megatron_let.host.apply import apply_host_patches
-    from megatron_let.host.layer_spec import check_local_layers, local_layer_spec
-    from megatron_let.run_folder import claim
+    from megatron_let.methods.forward_step import make_forward_step
+    from megatron_let.run import artifacts as artifact_log
+    from megatron_let.run import control_files as control
+    from megatron_let.run.output_folder import claim
 
     host_patches = apply_host_patches(host)
     sys.argv = [sys.argv[0], *host.argv(), *_expand_recipe(argv)]
@@ -97,7 +99,7 @@ def _enable_engine(args: argparse.Namespace, host: Host) -> Callable[[argparse.N
     if args.engine == "megatron":
         from megatron.training.argument_utils import gpt_config_from_args
 
-        from megatron_let.arguments import resumed_step
+        from megatron_let.config.arguments import resumed_step
         from megatron_let.engines.deepspeed.checkpoint_info import folder_name, refuse_deepspeeds
 
         if args.load is not None:
@@ -110,7 +112,7 @@ def _enable_engine(args: argparse.Namespace, host: Host) -> Callable[[argparse.N
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    from megatron_let.arguments import add_arguments
+    from megatron_let.config.arguments import add_arguments
 
     return add_arguments(parser)
 
@@ -119,9 +121,9 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     """Replace `--config FILE` by the recipe's arguments."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_let.arguments import check_entry_supports, check_supported
+    from megatron_let.config.recipes import load_recipe, recipe_argv
+    from megatron_let.config.validation import check_entry_supports, check_supported
     from megatron_let.engines.deepspeed import refusals
-    from megatron_let.recipes import load_recipe, recipe_argv
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.data import write_indexed_data
 from tests.helpers.models import save_teacher
 from tests.helpers.runs import train
+
+# The suite shares two cores with other ranks: a slow example is not a failure.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.comparison.runs import ComparedRun, compare, find_baseline, load_run
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
+from megatron_let.metrics.compare import ComparedRun, compare, find_baseline, load_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +39,8 @@ def report(runs: list[ComparedRun], baseline: str | None, out: Path, title: str)
     Raises:
         LETError: there is no baseline.
     """
-    from megatron_let.comparison.page import COLUMNS, notes, table_rows, write_comparison
-    from megatron_let.provenance import provenance
+    from megatron_let.metrics.provenance import provenance
+    from megatron_let.metrics.report import COLUMNS, notes, table_rows, write_comparison
 
     name = find_baseline(runs, baseline)
     lines = compare(runs, name)

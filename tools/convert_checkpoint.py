@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 if TYPE_CHECKING:
     from megatron_let.checkpoint.verify import LogitComparison, TensorAudit

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.config import LETError
-from megatron_let.provenance import provenance, write_csv
+from megatron_let.errors import LETError
+from megatron_let.metrics.provenance import provenance, write_csv
 
 if TYPE_CHECKING:
     from megatron_let.evaluation.perplexity import Perplexity

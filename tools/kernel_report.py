@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 
-from megatron_let.ops import kernels, launch  # noqa: E402
+from megatron_let.losses import cosine_kernels as kernels  # noqa: E402
+from megatron_let.losses import cosine_launch as launch  # noqa: E402
 
 # (d_M, d_T): the paper's pairs; an equal and a half width; a ratio below 2; a wider teacher.
 WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (576, 2048)]

@@ -21,10 +21,10 @@ from typing import Any
 
 import zstandard
 
-from megatron_let.config import LETError
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.files import partial_path, publish, write_json
 from megatron_let.data.packaged_text import PACKAGES
+from megatron_let.errors import LETError
 
 USAGE_ERROR = 2
 ENVIRONMENT = "environment"

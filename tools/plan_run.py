@@ -22,11 +22,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.config import LETError
+from megatron_let.compat.device import detect_host, prepare_process
+from megatron_let.config.recipes import RecipeError, load_recipe, recipe_argv
 from megatron_let.engines.deepspeed.ds_config import complete_config, read_config
 from megatron_let.engines.deepspeed.recipe import recipe_from_args
 from megatron_let.engines.deepspeed.refusals import check_supported
-from megatron_let.host.device import detect_host, prepare_process
+from megatron_let.errors import LETError
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.planner.estimate import (
     GPUS,
@@ -45,7 +46,6 @@ from megatron_let.planner.zero import (
     step_seconds,
     zero_from_config,
 )
-from megatron_let.recipes import RecipeError, load_recipe, recipe_argv
 
 # The paper teaches students of 1.4B with 135M and larger ones with 1.7B.
 _LARGE_STUDENT = 2e9
@@ -124,7 +124,7 @@ def _megatron_arguments(options: argparse.Namespace, rest: list[str]) -> argpars
     """The recipe and the flags after it, as Megatron parses them, without its validation."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_let.arguments import add_arguments
+    from megatron_let.config.arguments import add_arguments
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     for name, flag in _SHORT_FLAGS.items():

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.config import LETError
 from megatron_let.data.selection import Selection
 from megatron_let.data.text_tokenizer import HUGGING_FACE, TOKENIZER_TYPES
+from megatron_let.errors import LETError
 
 if TYPE_CHECKING:
     from megatron_let.data.preprocess import PreprocessOptions

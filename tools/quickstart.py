@@ -19,20 +19,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.comparison.head_to_head import (
+from megatron_let.cli.local_run import train_locally
+from megatron_let.data.environment_text import environment_text
+from megatron_let.data.indexed import IndexedCounts, write_indexed
+from megatron_let.data.text_tokenizer import load_hugging_face
+from megatron_let.errors import LETError
+from megatron_let.metrics.head_to_head import (
     comparison_table,
     head_to_head,
     plot_losses,
     sentences,
 )
-from megatron_let.comparison.local_run import train_locally
-from megatron_let.config import LETError
-from megatron_let.data.environment_text import environment_text
-from megatron_let.data.indexed import IndexedCounts, write_indexed
-from megatron_let.data.text_tokenizer import load_hugging_face
-from megatron_let.provenance import provenance, write_csv
-from megatron_let.run_metrics import load_metrics
-from megatron_let.teacher.folder import inspect_teacher
+from megatron_let.metrics.provenance import provenance, write_csv
+from megatron_let.metrics.read import load_metrics
+from megatron_let.teacher.inspect import inspect_teacher
 from megatron_let.teacher.package import packaged_teacher
 
 ROOT = Path(__file__).resolve().parents[1]

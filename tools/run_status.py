@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_let.recipes import RecipeError, load_recipe
-from megatron_let.run_folder import DONE, SAVE_NOW, STOP
-from megatron_let.run_metrics import RunMetrics, load_metrics
+from megatron_let.config.recipes import RecipeError, load_recipe
+from megatron_let.metrics.read import RunMetrics, load_metrics
+from megatron_let.run.output_folder import DONE, SAVE_NOW, STOP
 
 # Enough steps to be steady, few enough to be of now.
 _RECENT_STEPS = 20

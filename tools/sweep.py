@@ -16,11 +16,11 @@ from pathlib import Path
 from compare_runs import report
 from rich.console import Console
 
-from megatron_let.comparison.local_run import train_locally
-from megatron_let.comparison.runs import load_run
-from megatron_let.comparison.sweep import Sweep, SweepRun, load_sweep, runs_of, sbatch_line
-from megatron_let.config import LETError
-from megatron_let.recipes import RecipeError
+from megatron_let.cli.local_run import train_locally
+from megatron_let.config.recipes import RecipeError
+from megatron_let.errors import LETError
+from megatron_let.metrics.compare import load_run
+from megatron_let.metrics.sweep import Sweep, SweepRun, load_sweep, runs_of, sbatch_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,7 +103,7 @@ def _environment() -> dict[str, str]:
         )
     teacher = os.environ.get("TEACHER")
     if not teacher:
-        from megatron_let.teacher.folder import inspect_teacher
+        from megatron_let.teacher.inspect import inspect_teacher
         from megatron_let.teacher.package import packaged_teacher
 
         teacher = str(inspect_teacher(packaged_teacher()).path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 @dataclass(frozen=True)

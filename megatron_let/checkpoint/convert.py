@@ -19,19 +19,19 @@ from megatron_let.checkpoint.architecture import (
     to_hugging_face,
     to_megatron,
 )
-from megatron_let.checkpoint.layout import (
+from megatron_let.checkpoint.output_folder import whole_folder
+from megatron_let.checkpoint.parameter_mapping import (
     EXTRA_STATES,
     EXTRA_STATES_ONCE,
     Block,
     blocks,
     merge,
 )
-from megatron_let.checkpoint.output_folder import whole_folder
 from megatron_let.checkpoint.safetensors_files import TensorPlan, write_safetensors
 from megatron_let.checkpoint.torch_dist import COMMON_STATE, TRACKER
 from megatron_let.checkpoint.torch_dist_writer import Shard, write_torch_dist
 from megatron_let.checkpoint.weights import Weights
-from megatron_let.config import LETError, first_line
+from megatron_let.errors import LETError, first_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.checkpoint.layout import EXTRA_STATES, EXTRA_STATES_ONCE, PROJECTION
+from megatron_let.checkpoint.parameter_mapping import EXTRA_STATES, EXTRA_STATES_ONCE, PROJECTION
 from megatron_let.checkpoint.torch_dist import TorchDist, iteration_folder
 from megatron_let.engines.deepspeed.export import ZeroCheckpoint, is_zero_checkpoint
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_let.checkpoint.torch_dist import legacy_files
-from megatron_let.config import LETError, first_line
+from megatron_let.errors import LETError, first_line
 
 
 class LegacyTensors:

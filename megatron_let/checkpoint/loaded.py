@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_let.checkpoint.architecture import first_difference, from_megatron
 from megatron_let.checkpoint.torch_dist import FORMAT, TRACKER, TorchDist, iteration_folder
-from megatron_let.config import LETError
 from megatron_let.engines.deepspeed.export import is_zero_checkpoint, read_state
+from megatron_let.errors import LETError
 
 
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 @contextlib.contextmanager

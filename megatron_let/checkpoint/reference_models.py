@@ -18,9 +18,9 @@ import torch
 from megatron_let.checkpoint.architecture import Llama
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import HuggingFaceWeights, MegatronWeights, Weights
-from megatron_let.config import LETError
+from megatron_let.compat.device import Host, prepare_process
 from megatron_let.engines.deepspeed.export import ZeroCheckpoint
-from megatron_let.host.device import Host, prepare_process
+from megatron_let.errors import LETError
 
 
 def logits(weights: Weights, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +89,7 @@ def _megatron_on_cpu() -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from megatron_let.host.apply import apply_host_patches
+    from megatron_let.compat.apply import apply_host_patches
 
     if not torch.cuda.is_available():
         apply_host_patches(host)
@@ -110,7 +110,7 @@ def _build(llama: Llama, rows: int, dtype: torch.dtype) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_let.host.layer_spec import local_layer_spec
+    from megatron_let.compat.local_layers import local_layer_spec
 
     config = TransformerConfig(
         num_layers=llama.num_layers,

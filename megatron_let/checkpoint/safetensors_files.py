@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from megatron_let.config import LETError, first_line
+from megatron_let.errors import LETError, first_line
 
 _DTYPES = {
     torch.float32: "F32",

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_let.checkpoint.layout import PROJECTION
-from megatron_let.config import LETError, first_line
+from megatron_let.checkpoint.parameter_mapping import PROJECTION
+from megatron_let.errors import LETError, first_line
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"

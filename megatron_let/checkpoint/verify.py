@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from megatron_let.checkpoint.architecture import first_difference
-from megatron_let.checkpoint.layout import blocks
+from megatron_let.checkpoint.parameter_mapping import blocks
 from megatron_let.checkpoint.reference_models import logits
 from megatron_let.checkpoint.weights import Weights
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 @dataclass(frozen=True)

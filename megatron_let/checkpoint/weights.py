@@ -15,8 +15,8 @@ from megatron_let.checkpoint.architecture import (
     from_megatron,
     padded_vocab_size,
 )
-from megatron_let.checkpoint.layout import Block, blocks, split
 from megatron_let.checkpoint.legacy import read_legacy
+from megatron_let.checkpoint.parameter_mapping import Block, blocks, split
 from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
 from megatron_let.checkpoint.torch_dist import (
     TorchDist,
@@ -24,8 +24,8 @@ from megatron_let.checkpoint.torch_dist import (
     iteration_folder,
     legacy_files,
 )
-from megatron_let.config import LETError, first_line
 from megatron_let.engines.deepspeed.export import ZeroCheckpoint, is_zero_checkpoint
+from megatron_let.errors import LETError, first_line
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

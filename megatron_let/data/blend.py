@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_let.config import LETError
 from megatron_let.data.files import partial_path, publish, write_json
+from megatron_let.errors import LETError
 
 
 def blend_weights(tokens: Mapping[str, int], factors: Mapping[str, float]) -> dict[str, float]:

@@ -18,8 +18,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_let.config import LETError
-from megatron_let.data.realign import RealignedDataset, Realigner
+from megatron_let.data.token_alignment import RealignedDataset, Realigner
+from megatron_let.errors import LETError
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 

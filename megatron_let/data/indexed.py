@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_let.config import LETError
 from megatron_let.data.counts import Tally
 from megatron_let.data.files import partial_path, publish
 from megatron_let.data.fingerprint import fingerprint, write_side_file
 from megatron_let.data.text_tokenizer import HuggingFaceText
+from megatron_let.errors import LETError
 
 # What was written: documents, tokens with end-of-document, and bytes of text.
 IndexedCounts = Tally

@@ -13,8 +13,8 @@ from typing import Literal
 import pyarrow
 from pyarrow import parquet
 
-from megatron_let.config import LETError
 from megatron_let.data.streams import InputStream
+from megatron_let.errors import LETError
 
 Kind = Literal["lines", "parquet", "text"]
 

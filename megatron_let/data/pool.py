@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 _PR_SET_PDEATHSIG = 1
 

@@ -18,7 +18,6 @@ from typing import IO, Any
 from megatron.core.datasets.indexed_dataset import DType
 from rich.console import Console
 
-from megatron_let.config import LETError
 from megatron_let.data.blend import (
     blend_list,
     blend_weights,
@@ -43,6 +42,7 @@ from megatron_let.data.progress import ProgressBar
 from megatron_let.data.selection import SPLITS, Selection
 from megatron_let.data.shards import Shards, ShardWriter
 from megatron_let.data.text_tokenizer import TextTokenizer, load_text_tokenizer
+from megatron_let.errors import LETError
 
 # Part of every plan: shards of another format are not continued.
 _FORMAT = 1

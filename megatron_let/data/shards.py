@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from megatron_let.config import LETError
 from megatron_let.data.counts import NO_SUBSET, Counts, Tally
 from megatron_let.data.files import partial_path, publish, write_json
 from megatron_let.data.inputs import REJECTED, Source, Unit
 from megatron_let.data.records import Record, Rejection, decode_text, lookup, read_records
 from megatron_let.data.selection import Selection
 from megatron_let.data.text_tokenizer import TextTokenizer
+from megatron_let.errors import LETError
 
 # Enough text to be worth a call, little enough that its encodings stay small.
 _BATCH_BYTES = 512 * 1024

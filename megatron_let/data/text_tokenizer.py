@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_let.config import LETError
-from megatron_let.data.word_cache import WordCache, cutting_pattern
+from megatron_let.data.pre_token_cache import WordCache, cutting_pattern
+from megatron_let.errors import LETError
 
 HUGGING_FACE = "HuggingFaceTokenizer"
 # Megatron reads one .model file under any of these names.

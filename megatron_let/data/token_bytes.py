@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import LETError
 from megatron_let.data.text_tokenizer import HUGGING_FACE, load_text_tokenizer
+from megatron_let.errors import LETError
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # of SentencePiece

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 def open_indexed(prefix: Path) -> IndexedDataset:

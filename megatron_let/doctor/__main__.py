@@ -11,10 +11,10 @@ import warnings
 from rich.console import Console
 from rich.table import Table
 
+from megatron_let.compat.device import detect_host, prepare_process
 from megatron_let.doctor.build import build_kernels
 from megatron_let.doctor.check import Check
 from megatron_let.doctor.machine import as_json, check_machine
-from megatron_let.host.device import detect_host, prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:

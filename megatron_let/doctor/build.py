@@ -6,9 +6,9 @@ import importlib
 import time
 from collections.abc import Callable
 
-from megatron_let.config import first_line
 from megatron_let.doctor.build_locks import find_locks
 from megatron_let.doctor.check import is_there
+from megatron_let.errors import first_line
 
 # What offload uses; ZeRO without it steps torch's own AdamW.
 KERNELS = ("cpu_adam", "async_io")

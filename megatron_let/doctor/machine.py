@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from megatron_let.compat.device import Host
 from megatron_let.doctor import packages
 from megatron_let.doctor.build_locks import check_locks
 from megatron_let.doctor.check import GIB, Check, nvidia_smi
-from megatron_let.host.device import Host
 
 
 def check_machine(host: Host) -> list[Check]:

@@ -16,9 +16,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_let.compat.device import detect_host, prepare_process
 from megatron_let.doctor.check import GIB, nvidia_smi
 from megatron_let.doctor.machine import check_machine
-from megatron_let.host.device import detect_host, prepare_process
 
 # The recipes are sized for GPUs of 80 GB, which show 79 GiB.
 MIN_GPU_GIB = 75

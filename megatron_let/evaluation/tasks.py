@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 SPLITS = ("train", "validation", "test")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import PLACEMENTS, Placement, Plan, plan
-from megatron_let.placement.schedule import Pipeline
 from megatron_let.placement.simulate import Costs, Owner, Timeline, simulate
 
 # A faster placement must be worth the memory that it takes: 0.1 % of a step.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from megatron_let.placement.schedule import Pipeline
+from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.simulate import (
     Costs,
     DeadlockError,

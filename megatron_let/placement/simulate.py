@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from megatron_let.placement.schedule import Pass, Pipeline
+from megatron_let.placement.pipeline import Pass, Pipeline
 
 
 class DeadlockError(RuntimeError):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_let.placement.choose import steady_timeline
+from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import PLACEMENTS, Placement, samples_split
-from megatron_let.placement.schedule import Pipeline
 from megatron_let.placement.simulate import Costs, Owner, simulate
 from megatron_let.planner.memory import (
     Layout,

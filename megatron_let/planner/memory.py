@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from megatron_let.placement.schedule import Pipeline
+from megatron_let.placement.pipeline import Pipeline
 from megatron_let.planner.sizes import TransformerSize
 
 Recompute = Literal["none", "full", "block"]

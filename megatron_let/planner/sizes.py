@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 from megatron_let.placement.plan import samples_split
 from megatron_let.placement.simulate import Costs, Owner
 from megatron_let.planner.estimate import Estimate, Gpu, Request, stage_costs

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_let.config import LETConfig, LETError
-from megatron_let.teacher.folder import TeacherFolder
+from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.model import PROBE_TOKENS, Teacher, load_model
 
 

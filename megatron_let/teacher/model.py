@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from megatron_let.config import LETConfig, LETError, first_line
-from megatron_let.teacher.folder import TeacherFolder
+from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.quiet import quiet_transformers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

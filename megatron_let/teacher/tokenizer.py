@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from megatron_let.config import LETError, first_line
-from megatron_let.teacher.folder import TeacherFolder
+from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.inspect import TeacherFolder
 
 # Merges, spaces, digits and bytes, which two vocabularies can split apart though they are equal.
 _PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."

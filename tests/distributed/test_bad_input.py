@@ -412,7 +412,7 @@ def arguments(folder: Path, broken: dict[str, Path], flags: tuple[Any, ...]) -> 
 def serve(request: Path) -> None:
     """Import everything once and fork for each case; exit codes go to found.json."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    from megatron_let.host.device import detect_host, prepare_process
+    from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), 0)
     import megatron_let.integration  # noqa: F401

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.host.cpu import stand_ins
+from megatron_let.compat.cpu_shims import stand_ins
 from tests.helpers.runs import ROOT, command, environment
 
 # Stand-ins without which this small run still ends -> what they are for.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_let.ops import align_hidden_state, interpolated_cosine
-from tests.unit.test_ops_reference import (
+from megatron_let.losses import align_hidden_state, interpolated_cosine
+from tests.unit.losses.test_cosine_reference import (
     COSINE_ERROR,
     GRADIENT_ERROR,
     WIDTHS,

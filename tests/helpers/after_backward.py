@@ -26,7 +26,7 @@ if __name__ == "__main__":
     pretrain.prepare_process(host, 0)
     # The entry imports Megatron itself, after it has looked at the host.
     from megatron_let.engines.deepspeed.optimizer import DeepSpeedOptimizer
-    from megatron_let.teacher.states import PlacedStates
+    from megatron_let.placement.state_buffer import PlacedStates
 
     found: list[str] = []
     _record(found, PlacedStates, "after_backward", "teacher")

@@ -18,8 +18,8 @@ if __name__ == "__main__":
     # The entry imports Megatron itself, after it has looked at the host.
     from megatron.core.rerun_state_machine import RerunMode
 
+    from megatron_let.placement import scheduler as placer
     from megatron_let.placement.simulate import Costs
-    from megatron_let.teacher import placer
 
     def fixed(self: Any, pipeline: Any, stage: int) -> Costs:
         return Costs.uniform(pipeline.num_stages, 1, 2, TEACHER_COST)

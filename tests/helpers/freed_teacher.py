@@ -20,8 +20,9 @@ if __name__ == "__main__":
 
     # The entry imports Megatron itself, after it has looked at the host.
     def _watch() -> None:
-        from megatron_let import attachment, projection
-        from megatron_let.distill import forward_backward
+        from megatron_let.methods import distillation as forward_backward
+        from megatron_let.methods import let_context as attachment
+        from megatron_let.methods import projection_training as projection
 
         load, load_with_head = attachment.load_teacher, forward_backward.load_teacher_with_head
         make = projection.LearnedProjection

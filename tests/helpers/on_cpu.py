@@ -9,12 +9,12 @@ import os
 import runpy
 import sys
 
-from megatron_let.host.device import detect_host, prepare_process
+from megatron_let.compat.device import detect_host, prepare_process
 
 if __name__ == "__main__":
     host = detect_host()
     prepare_process(host, int(os.environ["RANK"]))
-    from megatron_let.host.apply import apply_host_patches
+    from megatron_let.compat.apply import apply_host_patches
 
     apply_host_patches(host)
     script, *arguments = sys.argv[1:]

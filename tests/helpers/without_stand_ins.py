@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from megatron_let import pretrain
-from megatron_let.host.device import detect_host, prepare_process
+from megatron_let.compat.device import detect_host, prepare_process
 from tests.helpers.forks import exit_code_in_fork
 
 SECONDS = 120
@@ -26,7 +26,8 @@ def run_without(target: str | None, arguments: list[str], folder: Path) -> int:
 
 
 def _in_child(target: str | None, arguments: list[str], folder: Path) -> int:
-    from megatron_let.host import apply, cpu
+    from megatron_let.compat import apply
+    from megatron_let.compat import cpu_shims as cpu
 
     signal.alarm(SECONDS)
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -42,7 +43,7 @@ if __name__ == "__main__":
     import megatron.training  # noqa: F401
 
     import megatron_let.integration  # noqa: F401
-    from megatron_let.host import apply, cpu  # noqa: F401
+    from megatron_let.compat import cpu_shims as cpu
 
     result, *rest = sys.argv[1:]
     targets = [None, *cpu.stand_ins()]

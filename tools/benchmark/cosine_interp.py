@@ -6,7 +6,7 @@
 Each provider passes a hidden state on and aligns it: forward gives the hidden state and the cosine,
 backward takes the hidden state's incoming gradient and gives its sum with the alignment's.
 
-    fused     megatron_let.ops: the Triton kernels on a GPU, the chunked torch path on a CPU
+    fused     megatron_let.losses: the Triton kernels on a GPU, the chunked torch path on a CPU
     eager     F.interpolate and F.cosine_similarity in fp32
     compiled  eager under torch.compile
     modelopt  nvidia-modelopt's HiddenStateCosineLoss with its linear projection, if installed
@@ -50,8 +50,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from kernel_report import SHAPES, minimal_bytes  # noqa: E402
 
-from megatron_let.ops import align_hidden_state  # noqa: E402
-from tests.unit.test_ops_reference import (  # noqa: E402
+from megatron_let.losses import align_hidden_state  # noqa: E402
+from tests.unit.losses.test_cosine_reference import (  # noqa: E402
     exact_cosine,
     exact_gradient,
     relative_error,

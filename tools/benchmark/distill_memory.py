@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_let.host.device import Host, prepare_process
-from megatron_let.provenance import provenance
+from megatron_let.compat.device import Host, prepare_process
+from megatron_let.metrics.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"
@@ -75,7 +75,7 @@ def _start_megatron() -> None:
     prepare_process(host, 0)
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_let.host.apply import apply_host_patches
+    from megatron_let.compat.apply import apply_host_patches
 
     apply_host_patches(host)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
@@ -88,7 +88,7 @@ def _student(options: argparse.Namespace) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_let.host.layer_spec import local_layer_spec
+    from megatron_let.compat.local_layers import local_layer_spec
 
     config = TransformerConfig(
         num_layers=options.num_layers, hidden_size=2048, ffn_hidden_size=5461,
@@ -141,7 +141,7 @@ def _teacher_loss(name: str, tokens: Tensor) -> Loss:
 def _rkd(state: Callable[[], Tensor], head: Tensor) -> Loss:
     from megatron.core import parallel_state
 
-    from megatron_let.distill.loss import SoftTargets, distilled_cross_entropy
+    from megatron_let.losses.distilled_cross_entropy import SoftTargets, distilled_cross_entropy
 
     group = parallel_state.get_tensor_model_parallel_group()
     targets = SoftTargets(lambda hidden: F.linear(hidden, head), 0, WEIGHT, 1.0, 0, group)

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.run_metrics import load_metrics
+from megatron_let.metrics.read import load_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "engines.csv"

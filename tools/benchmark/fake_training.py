@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_let.host.device import Host, prepare_process
+from megatron_let.compat.device import Host, prepare_process
 from megatron_let.placement.plan import Plan
 from megatron_let.planner.sizes import TransformerSize
 
@@ -91,7 +91,7 @@ def measure(run: FakeRun) -> Measured:
     It changes torch for the rest of the process: call it in one of its own.
     """
     prepare_process(CPU, 0)
-    from megatron_let.host.apply import apply_host_patches
+    from megatron_let.compat.apply import apply_host_patches
 
     apply_host_patches(CPU)
     args = _arguments(run)
@@ -117,8 +117,8 @@ def _arguments(run: FakeRun) -> argparse.Namespace:
     """Megatron's, validated, of a run on GPUs without Transformer Engine."""
     from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
-    from megatron_let.arguments import add_arguments
-    from megatron_let.recipes import load_recipe, recipe_argv
+    from megatron_let.config.arguments import add_arguments
+    from megatron_let.config.recipes import load_recipe, recipe_argv
 
     rank = run.stage * run.world_size // _flag(run.flags, "--pipeline-model-parallel-size")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(run.world_size), LOCAL_RANK="0")
@@ -163,7 +163,7 @@ def _stand_ins() -> Iterator[None]:
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    from megatron_let.host.layer_spec import RMSNorm
+    from megatron_let.compat.local_layers import RMSNorm
 
     collectives = torch.library.Library("c10d", "IMPL")
     for name in ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_"):
@@ -223,7 +223,7 @@ def _model_and_optimizer(args: argparse.Namespace) -> tuple[list[Any], Any]:
         pretrain_cfg_container_from_args,
     )
 
-    from megatron_let.host.layer_spec import local_layer_spec
+    from megatron_let.compat.local_layers import local_layer_spec
 
     model_config = gpt_config_from_args(args)
     model_config.transformer_layer_spec = local_layer_spec
@@ -289,7 +289,7 @@ def _step(args: argparse.Namespace, run: FakeRun, model: list[Any], teacher: Any
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
-    from megatron_let.forward_step import make_forward_step
+    from megatron_let.methods.forward_step import make_forward_step
 
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads
@@ -330,9 +330,9 @@ def _aligned(
     forward_step: Callable[..., Any],
 ) -> Iterator[Callable[..., Any]]:
     """The forward step of a step with LET, as `AlignedForwardBackward` puts it together."""
-    from megatron_let.alignment.hook import AlignmentHook
-    from megatron_let.alignment.losses import alignment_loss
-    from megatron_let.attachment import owned_layer
+    from megatron_let.losses.registry import alignment_loss
+    from megatron_let.methods.alignment_hook import AlignmentHook
+    from megatron_let.methods.let_context import owned_layer
 
     if teacher is None:
         yield forward_step
@@ -358,10 +358,10 @@ def _placed_states(args: argparse.Namespace, run: FakeRun, model: list[Any], tea
     """This rank's share of the teacher's states, the global batch begun."""
     from megatron.core.utils import get_model_config
 
-    from megatron_let.attachment import _this_rank
-    from megatron_let.teacher.samples import SharedSamples, samples_group
-    from megatron_let.teacher.states import PlacedStates
-    from megatron_let.teacher.transfer import Transfer
+    from megatron_let.methods.let_context import _this_rank
+    from megatron_let.placement.sample_sharing import SharedSamples, samples_group
+    from megatron_let.placement.state_buffer import PlacedStates
+    from megatron_let.placement.transfer import Transfer
 
     assert run.plan is not None, "a teacher needs a plan"
     device, b, s = torch.device("cpu"), args.micro_batch_size, args.seq_length

@@ -29,11 +29,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "benchmark"
 import plan_run  # noqa: E402
 from fake_training import FakeRun, measure  # noqa: E402
 
-from megatron_let.host.device import Host, prepare_process  # noqa: E402
+from megatron_let.compat.device import Host, prepare_process  # noqa: E402
+from megatron_let.metrics.provenance import provenance, write_csv  # noqa: E402
 from megatron_let.placement.plan import plan  # noqa: E402
 from megatron_let.planner.estimate import Estimate, Request  # noqa: E402
 from megatron_let.planner.memory import StageMemory  # noqa: E402
-from megatron_let.provenance import provenance, write_csv  # noqa: E402
 
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "memory.csv"
 GPUS = 32

@@ -77,10 +77,10 @@ def _parse() -> argparse.Namespace:
 def _worker(argv: list[str]) -> int:
     """The entry, with the variants in turn."""
     from megatron_let import pretrain
-    from megatron_let.host.device import detect_host, prepare_process
+    from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), int(os.environ["RANK"]))
-    from megatron_let.forward_backward import AlignedForwardBackward
+    from megatron_let.methods.let import AlignedForwardBackward
 
     if os.environ.get("EMULATE_STAGES"):
         _emulate(int(os.environ["EMULATE_STAGES"]))
@@ -188,8 +188,8 @@ def _rows(
     stages: int, log: str, steps: list[dict[str, Any]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     from megatron_let.placement.choose import step_time_ratio
+    from megatron_let.placement.pipeline import Pipeline
     from megatron_let.placement.plan import PLACEMENTS
-    from megatron_let.placement.schedule import Pipeline
     from megatron_let.placement.simulate import Costs, Owner
 
     measured = COSTS.search(log)

@@ -32,8 +32,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from megatron_let.metrics.provenance import provenance, write_csv
 from megatron_let.planner.sizes import TEACHERS, teacher_size
-from megatron_let.provenance import provenance, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "step_time.csv"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_let import pretrain
-from megatron_let.host.device import detect_host, prepare_process
+from megatron_let.compat.device import detect_host, prepare_process
 
 Taught = Callable[[int], bool]
 
@@ -40,7 +40,7 @@ def main() -> int:
 
 def _peaks_of_one_step() -> None:
     """Let `max_memory_bytes` of the metrics be the peak since the last row, not the run's."""
-    from megatron_let.metrics import MetricsFile
+    from megatron_let.metrics.write import MetricsFile
 
     original = MetricsFile._step_row
 
@@ -56,7 +56,7 @@ def _peaks_of_one_step() -> None:
 
 def _let_in_turn(taught: Taught) -> None:
     """The weight is 0 in every other block, which frees the teacher as S_stop does."""
-    from megatron_let.forward_backward import AlignedForwardBackward
+    from megatron_let.methods.let import AlignedForwardBackward
 
     original = AlignedForwardBackward._weight
 
@@ -73,7 +73,7 @@ def _modelopt_in_turn(taught: Taught) -> None:
     """Wrap the student when it is built, and the loss of every microbatch."""
     from megatron.training import argument_utils
 
-    from megatron_let import forward_step
+    from megatron_let.methods import forward_step
 
     make_config, make_step = argument_utils.gpt_config_from_args, forward_step.make_forward_step
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_let.config import LETError, first_line
+from megatron_let.errors import LETError, first_line
 
 FILE_NAME = "deepspeed.json"
 

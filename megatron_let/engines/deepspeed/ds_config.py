@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config import LETError, first_line
 from megatron_let.engines.deepspeed.recipe import Recipe
+from megatron_let.errors import LETError, first_line
 
 Config = dict[str, Any]
 

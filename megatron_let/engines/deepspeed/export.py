@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch.serialization import safe_globals
 
-from megatron_let.config import LETError, first_line
 from megatron_let.engines.deepspeed.checkpoint_info import FILE_NAME, CheckpointInfo, read_info
+from megatron_let.errors import LETError, first_line
 
 # Keys of the state that `checkpoint.universal_info` writes, in DeepSpeed's words.
 _INFO = "universal_checkpoint_info"

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 
 def checksums(module: torch.nn.Module) -> list[int]:

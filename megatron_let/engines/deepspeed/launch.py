@@ -17,8 +17,8 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.training import get_megatron_optimizer_config
 
-from megatron_let.arguments import resumed_step
-from megatron_let.config import LETError
+from megatron_let.compat import PATCHES, PatchSet
+from megatron_let.config.arguments import resumed_step
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
     Resume,
@@ -34,7 +34,7 @@ from megatron_let.engines.deepspeed.ds_config import (
 )
 from megatron_let.engines.deepspeed.recipe import recipe_from_args
 from megatron_let.engines.deepspeed.refusals import take_over
-from megatron_let.patches import PATCHES, PatchSet
+from megatron_let.errors import LETError
 
 if TYPE_CHECKING:
     import deepspeed

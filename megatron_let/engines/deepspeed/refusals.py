@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatron_let.config import LETError
+from megatron_let.errors import LETError
 
 _MEGATRON = "use --engine megatron, which has it"
 

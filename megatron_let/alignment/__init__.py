@@ -1,1 +1,0 @@
-"""Aligning a student layer with the teacher: weight, shards, and the hook."""

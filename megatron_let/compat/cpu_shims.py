@@ -1,0 +1,156 @@
+"""Megatron on a CPU with gloo: a stand-in for every CUDA call that its training loop makes.
+
+Each stand-in is a row of `compat/patch_table.py`, and `stand_ins()` gives its function. They
+were found by removing them one at a time from a run that trains, evaluates and saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+_WRITER = "megatron.core.dist_checkpointing.strategies.async_utils:"
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    # Megatron passes torch.cuda.current_device(), an integer, where torch means the current GPU.
+    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+
+
+def _as_tuple(values: Any, length: int) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,) * length
+
+
+def _backward(
+    tensors: Any,
+    gradients: Any = None,
+    retain_graph: bool | None = None,
+    *,
+    gradient: Any = None,
+    grad_tensors: Any = None,
+    **unused: Any,
+) -> None:
+    """`Tensor.backward` and `torch.autograd.backward`, straight to the autograd engine."""
+    given = next((g for g in (gradients, gradient, grad_tensors) if g is not None), None)
+    outputs = _as_tuple(tensors, 1)
+    pairs = zip(outputs, _as_tuple(given, len(outputs)), strict=True)
+    torch.autograd.Variable._execution_engine.run_backward(
+        tensors=outputs,
+        grad_tensors=tuple(torch.ones_like(t) if g is None else g for t, g in pairs),
+        keep_graph=bool(retain_graph),
+        create_graph=False,
+        inputs=(),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
+class CudaDeviceAsCpu(TorchFunctionMode):
+    """Turns `device="cuda"` into the CPU and drops `pin_memory=True`, in every torch call."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.backward, torch.autograd.backward):
+            # Torch would run it with this mode off, and a layer's backward would ask for CUDA.
+            with self:
+                return _backward(*args, **kwargs)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream on a machine that runs everything in program order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return SimpleNamespace(
+        name="CPU", major=0, minor=0, total_memory=total, multi_processor_count=os.cpu_count()
+    )
+
+
+def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        # Optimizers select parameters by 'torch.cuda.FloatTensor' and its half-precision kin.
+        # Under CudaDeviceAsCpu the original comes back here, and the name is done already.
+        return "torch.cuda." + original(self).removeprefix("torch.").removeprefix("cuda.")
+
+    return tensor_type
+
+
+def write_checkpoints(*args: Any, **kwargs: Any) -> None:
+    """Stand in for the loop of the asynchronous checkpoint writer, a process without patches."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    for name in ("device_count", "set_device", "synchronize"):
+        setattr(torch.cuda, name, stand_ins()[f"torch.cuda:{name}"](None))
+    PersistentAsyncCaller.async_loop(*args, **kwargs)
+
+
+def _replace_by(function: Any) -> Callable[[Any], Any]:
+    return lambda original: function
+
+
+def stand_ins() -> dict[str, Callable[[Any], Any]]:
+    """Return {patch target: function from the original to its CPU stand-in}."""
+    rng = "megatron.core.tensor_parallel.random:"
+    return {
+        "torch.cuda:is_available": _replace_by(lambda: True),
+        "torch.cuda:device_count": _replace_by(lambda: 1),
+        "torch.cuda:set_device": _replace_by(lambda device: None),
+        "torch.cuda:current_device": _replace_by(lambda: 0),
+        "torch.cuda:get_device_properties": _replace_by(_device_properties),
+        "torch.cuda:synchronize": _replace_by(lambda device=None: None),
+        "torch.cuda:get_rng_state": _replace_by(lambda device="cuda": torch.get_rng_state()),
+        "torch.cuda:manual_seed": _replace_by(torch.default_generator.manual_seed),
+        "torch.cuda:Stream": _replace_by(_Stream),
+        "torch.cuda:current_stream": _replace_by(lambda device=None: _Stream()),
+        "torch.cuda:stream": _replace_by(_stream_context),
+        "torch.accelerator:is_available": _replace_by(lambda: False),
+        "torch:Tensor.cuda": _replace_by(lambda self, *args, **kwargs: self),
+        "torch:Tensor.type": _tensor_type,
+        rng + "_get_cuda_rng_state": _replace_by(
+            lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+        ),
+        rng + "_set_cuda_rng_state": _replace_by(
+            lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+        ),
+        # By its name in this module, under which the writer's process finds it.
+        _WRITER + "PersistentAsyncCaller.async_loop": _replace_by(staticmethod(write_checkpoints)),
+    }

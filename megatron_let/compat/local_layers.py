@@ -1,0 +1,198 @@
+"""GPT layer spec of torch modules only, for hosts without Transformer Engine.
+
+Megatron's own local spec refuses sequence parallelism in its norm and context parallelism in its
+attention, and materialises [b, heads, s, s] scores. The two modules here do neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models import GPTModelConfig
+
+from megatron_let.errors import LETError
+
+
+class RMSNorm(torch.nn.Module):
+    """`torch.nn.functional.rms_norm` whose weight takes part in sequence parallelism.
+
+    Same parameters as Megatron's norms; [s, b, h] or [s/tp, b, h] to the same shape.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # finalize_model_grads sums the gradient of marked parameters over the TP ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+def zigzag_positions(local_length: int, cp_size: int, device: torch.device) -> torch.Tensor:
+    """Global positions of the tokens of all CP ranks, in the order of an all-gather over them.
+
+    Rank r holds the chunks r and 2*cp-1-r of 2*cp equal chunks (Megatron's load balancing).
+
+    Returns:
+        [local_length * cp_size] int64.
+    """
+    chunk = torch.arange(local_length // 2, device=device)
+    starts = [
+        index * (local_length // 2)
+        for rank in range(cp_size)
+        for index in (rank, 2 * cp_size - 1 - rank)
+    ]
+    return torch.cat([chunk + start for start in starts])
+
+
+class SDPAttention(MegatronModule):
+    """Core attention by torch `scaled_dot_product_attention`, causal, with context parallelism.
+
+    With CP > 1, K and V are gathered over the context-parallel group ([s, b, groups, d]) and the
+    mask follows the zigzag order of the shards.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"SDPAttention is causal only, not {attn_mask_type}.")
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group = (
+            pg_collection.cp
+            if pg_collection is not None
+            else parallel_state.get_context_parallel_group()
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [s, b, heads/tp, d]; key, value [s, b, groups/tp, d] -> [s, b, heads/tp * d]."""
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("Packed sequences and attention bias need Transformer Engine.")
+        mask = None
+        if self.cp_group.size() > 1:
+            positions = zigzag_positions(query.shape[0], self.cp_group.size(), query.device)
+            key, value = self._gather(key), self._gather(value)
+            local = positions.view(self.cp_group.size(), -1)[self.cp_group.rank()]
+            mask = local[:, None] >= positions[None, :]
+        dropout = self.dropout if self.training else 0.0
+        with self._dropout_generator(dropout):
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[2] != query.shape[2],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        # As Megatron's attention: tensor-parallel ranks hold different heads and must not share
+        # one mask; under sequence parallelism their default generators differ by themselves.
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[s/cp, b, groups, d] -> [s, b, groups, d]; the backward is a reduce-scatter."""
+        return gather_from_sequence_parallel_region(tensor, group=self.cp_group)
+
+
+# Setting of the model -> the only value that torch's layers have here.
+_LOCAL_LAYERS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "num_moe_experts": None,
+    "num_experts": None,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "reset_attention_mask": False,
+}
+
+
+def check_local_layers(settings: Any) -> None:
+    """Check that a model can be built without Transformer Engine.
+
+    Args:
+        settings: Megatron's arguments or a `TransformerConfig`.
+
+    Raises:
+        LETError: names the flag, its value and the value that is possible.
+    """
+    for name, possible in _LOCAL_LAYERS.items():
+        value = getattr(settings, name, possible)
+        if value != possible:
+            flag = "--" + name.replace("_moe", "").replace("_", "-")
+            remedy = f"give {flag} {possible}" if possible else f"drop {flag}"
+            raise LETError(
+                f"Without Transformer Engine there is no {flag} {value}; {remedy}, or install"
+                " Transformer Engine."
+            )
+
+
+def local_layer_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layer spec for `GPTModelConfig.transformer_layer_spec` (dense Llama-style models).
+
+    Raises:
+        LETError: the model needs Transformer Engine.
+    """
+    transformer = config.transformer
+    check_local_layers(transformer)
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
+    )
+    submodules = layer.submodules
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    attention = submodules.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    # A block of submodules, not a layer: a bare layer keeps the stock final norm.
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(transformer, vp_stage), layer_norm=RMSNorm
+    )

@@ -1,0 +1,272 @@
+"""The one table of everything that is patched, in Megatron or torch, and why.
+
+`python -m megatron_let.compat` prints it. Hooks come first: what `pretrain()`, its arguments,
+its config container and the layer spec offer is used through them and is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_let.compat.patch_set import Patch
+
+# pip's is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
+MEGATRON_VERSIONS = ">=0.19.0.dev0,<0.20"
+TORCH_VERSIONS = ">=2.9"
+
+
+def _cpu(target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch") -> Patch:
+    return Patch(
+        target=target,
+        kind="replace",
+        reason=reason,
+        package=package,
+        versions=MEGATRON_VERSIONS if package == "megatron-core" else TORCH_VERSIONS,
+        parameters=None,
+        unnecessary_when="Megatron's training loop runs on a CPU by itself",
+        test="tests/distributed/test_cpu_host.py::test_every_stand_in_is_needed_or_documented",
+    )
+
+
+_CPU_ROWS = (
+    _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is there"),
+    _cpu("torch.cuda:device_count", "0 devices skip initialize_model_parallel"),
+    _cpu("torch.cuda:set_device", "initialize_distributed selects a GPU"),
+    _cpu("torch.cuda:current_device", "tensors are created on the current GPU by number"),
+    _cpu("torch.cuda:get_device_properties", "argument validation reads the capability"),
+    _cpu("torch.cuda:synchronize", "timers synchronise"),
+    _cpu("torch.cuda:get_rng_state", "the RNG tracker and checkpoints save the generator"),
+    _cpu("torch.cuda:manual_seed", "each rank's dropout generator is seeded apart"),
+    _cpu("torch.cuda:Stream", "DDP is built on a side stream"),
+    _cpu("torch.cuda:current_stream", "collectives wait for the current stream"),
+    _cpu("torch.cuda:stream", "DDP is built on a side stream"),
+    _cpu("torch.accelerator:is_available", "DataLoader would pin memory for a GPU"),
+    _cpu("torch:Tensor.cuda", "batches and models are moved to the GPU"),
+    _cpu("torch:Tensor.type", "optimizers accept parameters of type torch.cuda.*Tensor only"),
+    _cpu(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        "the RNG tracker reads a CUDA generator",
+        "megatron-core",
+    ),
+    _cpu(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        "the RNG tracker writes a CUDA generator",
+        "megatron-core",
+    ),
+    _cpu(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
+        "the asynchronous checkpoint writer selects a GPU and dies, and training waits for it",
+        "megatron-core",
+    ),
+)
+
+_TRAINING = "megatron.training.training:"
+
+_PIP_ROWS = (
+    Patch(
+        target="megatron.core.datasets.utils:compile_helpers",
+        kind="replace",
+        reason="pip's wheel has the compiled helper but no makefile, and start-up exits with 1",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=(),
+        unnecessary_when="the wheel ships core/datasets/Makefile or the loop does not call make",
+        test="tests/unit/compat/test_patch_table.py::test_compile_helpers_is_replaced_without_a_makefile",
+    ),
+)
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
+
+_TORCH_OPTIMIZER_ROWS = (
+    Patch(
+        target=_OPTIMIZER + "state_dict",
+        kind="wrap",
+        reason="with torch's Adam it asserts that a step was taken, and no checkpoint can be"
+        " loaded",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("self",),
+        unnecessary_when="state_dict() of a new optimizer over torch's Adam returns step 0",
+        test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
+    ),
+    Patch(
+        target=_OPTIMIZER + "load_state_dict",
+        kind="wrap",
+        reason="with torch's Adam the step counter is 0 after a resume, so the bias correction"
+        " starts over, and fp32 parameters cannot be loaded",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("self", "state_dict"),
+        unnecessary_when="load_state_dict() restores the step of torch's Adam",
+        test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
+    ),
+)
+
+_LET_ROWS = (
+    Patch(
+        target=_TRAINING + "get_forward_backward_func",
+        kind="wrap",
+        reason="the alignment needs a global batch's tokens on the stage that owns layer k, the"
+        " index of each microbatch, and a place before the optimizer step",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=None,
+        unnecessary_when="pretrain() accepts a forward-backward function or a step callback",
+        test="tests/distributed/test_layout_matrix.py::test_layout_matches_one_process",
+    ),
+    Patch(
+        target=_TRAINING + "training_log",
+        kind="wrap",
+        reason="an average that is no longer reported is printed as 0, so the log would show a"
+        " cosine where there is no teacher",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("loss_dict", "total_loss_dict"),
+        unnecessary_when="training_log drops keys that loss_dict no longer has",
+        test="tests/distributed/test_training.py::test_log_shows_no_cosine_after_the_teacher",
+    ),
+)
+
+_PROJECTION_ROWS = (
+    Patch(
+        target=_TRAINING + "setup_model_and_optimizer",
+        kind="wrap",
+        reason="a learned projection is put beside the model's layers once they are built and"
+        " loaded, and takes its step with the optimizer's",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("model_type", "model_provider_func", "checkpointing_context"),
+        unnecessary_when="pretrain() accepts a callback after the set-up, with model and optimizer",
+        test="tests/distributed/test_projection.py::test_layout_matches_one_process",
+    ),
+)
+
+_METRICS_ROWS = (
+    Patch(
+        target=_TRAINING + "train_step",
+        kind="wrap",
+        reason="one JSON line a step needs the loss, the gradient norm and the time together",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=(
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "config",
+            "forward_backward_func",
+            "iteration",
+        ),
+        unnecessary_when="pretrain() accepts a logger",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+    ),
+    Patch(
+        target=_TRAINING + "evaluate_and_print_results",
+        kind="wrap",
+        reason="evaluate() does not know its iteration nor whether it scores validation or test",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
+        unnecessary_when="pretrain() accepts a logger",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+    ),
+    Patch(
+        target=_TRAINING + "evaluate",
+        kind="wrap",
+        reason="the validation loss is printed but returned to nobody",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("forward_step_func", "data_iterator", "model"),
+        unnecessary_when="pretrain() accepts a logger",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+    ),
+)
+
+_CONTROL_ROWS = (
+    Patch(
+        target=_TRAINING + "checkpoint_and_decide_exit",
+        kind="wrap",
+        reason="a file that asks to stop or to save now must be looked at between two steps, where"
+        " the model, the optimizer and the data iterator are at hand",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=(
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "iteration",
+            "num_floating_point_operations_so_far",
+            "checkpointing_context",
+            "train_data_iterator",
+        ),
+        unnecessary_when="pretrain() accepts a step callback that can save and exit",
+        test="tests/distributed/test_control.py::test_stop_saves_and_ends_the_run",
+    ),
+)
+
+_DEEPSPEED_TESTS = "tests/distributed/test_deepspeed"
+
+
+def _deepspeed(target: str, reason: str, parameters: tuple[str, ...], test: str) -> Patch:
+    return Patch(
+        target=_TRAINING + target,
+        kind="replace",
+        reason=reason,
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=parameters,
+        unnecessary_when="pretrain() takes these functions from its config container",
+        test=_DEEPSPEED_TESTS + test,
+    )
+
+
+_DEEPSPEED_ROWS = (
+    _deepspeed(
+        "get_megatron_optimizer",
+        "under --engine deepspeed the optimizer is inside DeepSpeed's engine",
+        ("config", "model_chunks", "config_overrides"),
+        ".py::test_engine_takes_megatrons_steps",
+    ),
+    _deepspeed(
+        "save_checkpoint",
+        "ZeRO's shards of masters and moments are saved by DeepSpeed's engine",
+        ("iteration", "model", "optimizer", "opt_param_scheduler"),
+        "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
+    _deepspeed(
+        "load_checkpoint",
+        "ZeRO's shards of masters and moments are loaded by DeepSpeed's engine",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
+)
+
+_WANDB_ROWS = (
+    Patch(
+        target="megatron.training.wandb_utils:on_save_checkpoint_success",
+        kind="wrap",
+        reason="pretrain() finishes wandb before the last asynchronous save, whose artifact then"
+        " fails and ends the last rank with a traceback",
+        package="megatron-core",
+        versions=MEGATRON_VERSIONS,
+        parameters=("checkpoint_path", "tracker_filename", "save_dir", "iteration"),
+        unnecessary_when="pretrain() finishes wandb after maybe_finalize_async_save()",
+        test="tests/unit/run/test_artifacts.py::test_artifact_is_logged_while_wandb_runs",
+    ),
+)
+
+PATCHES: dict[str, Patch] = {
+    row.target: row
+    for row in (
+        *_CPU_ROWS,
+        *_PIP_ROWS,
+        *_TORCH_OPTIMIZER_ROWS,
+        *_LET_ROWS,
+        *_PROJECTION_ROWS,
+        *_METRICS_ROWS,
+        *_CONTROL_ROWS,
+        *_WANDB_ROWS,
+        *_DEEPSPEED_ROWS,
+    )
+}

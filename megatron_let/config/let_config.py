@@ -1,0 +1,169 @@
+"""LETConfig: what a run asks of Late-to-Early Training, checked on construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from megatron_let.errors import LETError
+
+Method = Literal["none", "let", "rkd", "salt"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Loss = Literal["cosine", "logsum", "cca"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+Projection = Literal["interpolate", "learned"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+
+# Paper, section 3.3: --let-layer and --let-teacher-layer of each pair; "early" is the third layer.
+LAYER_PAIRS: dict[str, tuple[int | str, str]] = {
+    "L2E": (3, "last"),
+    "L2M": ("middle", "last"),
+    "L2L": ("last", "last"),
+    "M2E": (3, "middle"),
+    "M2M": ("middle", "middle"),
+    "M2L": ("last", "middle"),
+}
+
+
+@dataclass(frozen=True)
+class LETConfig:
+    """Settings of Late-to-Early Training (paper, Algorithm 1).
+
+    Attributes:
+        method: `let` aligns layer `layer` of the student with the teacher; `rkd` and `salt` learn
+            from its output distribution, to the end or for `stop_step` steps; `none` is stock.
+        teacher: Hugging Face folder or `.gguf` file of a causal language model.
+        layer: k, the student's aligned layer, 1-based.
+        weight: lambda_0, the weight of the alignment loss at step 0.
+        stop_step: S_stop, the 0-based step at which the weight has decayed to 0; n_KD of `salt`.
+        teacher_layer: `last`, `middle` (half of the layers, rounded down) or a 1-based number.
+        teacher_final_norm: whether the teacher's final norm is applied to its last layer.
+        teacher_dtype: precision of the teacher's weights, forward pass and exchanged states.
+        teacher_compile: whether the teacher goes through `torch.compile`.
+        placement: where in the pipeline the teacher runs; `auto` measures the first steps and
+            takes the fastest. It does not change the numbers.
+        max_prefetch: microbatches whose teacher states the stage of layer k may hold before their
+            backward; None for those of a global batch.
+        loss: what is aligned: the cosine (equation 7), the LogSum loss or canonical correlations.
+        projection: what brings the student's state to the teacher's width: equation 6, or a linear
+            layer that is trained with the student and leaves with the teacher.
+        cross_tokenizer: the teacher reads the text under a tokenizer of its own (the paper's LET†).
+        kd_weight: w of `rkd` and `salt`, the share of the teacher's distribution in the targets.
+        kd_temperature: divides the teacher's logits.
+        kd_top_k: keep the teacher's so many largest entries of each token; 0 keeps all.
+        kd_fade: `salt` only: let w fall linearly to 0 at `stop_step` rather than stay.
+
+    Raises:
+        LETError: a value is out of range.
+    """
+
+    method: Method = "none"
+    teacher: Path | None = None
+    layer: int = 3
+    weight: float = 0.1
+    stop_step: int = 1500
+    teacher_layer: str = "last"
+    teacher_final_norm: bool = True
+    teacher_dtype: Literal["bf16", "fp32"] = "bf16"
+    teacher_compile: bool = False
+    placement: Placement = "auto"
+    max_prefetch: int | None = None
+    loss: Loss = "cosine"
+    projection: Projection = "interpolate"
+    cross_tokenizer: bool = False
+    kd_weight: float = 0.5
+    kd_temperature: float = 1.0
+    kd_top_k: int = 0
+    kd_fade: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("method", self.method, METHODS),
+            ("loss", self.loss, LOSSES),
+            ("projection", self.projection, PROJECTIONS),
+            ("placement", self.placement, PLACEMENTS),
+        ):
+            if value not in choices:
+                raise LETError(f"--let-{name} is {value!r}; choose one of {', '.join(choices)}.")
+        if self.method == "none":
+            return
+        if self.teacher is None:
+            raise LETError(
+                f"--let-method {self.method} needs --let-teacher DIR, the small trained model."
+            )
+        if self.method == "let":
+            self._check_alignment()
+        else:
+            self._check_distillation()
+        if self.stop_step <= 0:
+            raise LETError(
+                f"--let-stop-step is {self.stop_step}; give the step, at least 1, at which the"
+                " weight reaches 0, or --let-method none for a run without a teacher."
+            )
+
+    def _check_alignment(self) -> None:
+        if self.layer < 1:
+            raise LETError(f"--let-layer is {self.layer}; layers are counted from 1.")
+        if not math.isfinite(self.weight) or self.weight < 0:
+            raise LETError(
+                f"--let-weight is {self.weight}; give a finite weight of at least 0 (the paper's"
+                " is 0.1)."
+            )
+        if self.max_prefetch is not None and self.max_prefetch < 1:
+            raise LETError(
+                f"--let-max-prefetch is {self.max_prefetch}; the stage of layer k holds at least 1"
+                " microbatch's states."
+            )
+        if self.cross_tokenizer and self.loss != "cosine":
+            raise LETError(
+                f"--let-cross-tokenizer leaves some tokens without a teacher, which --let-loss"
+                f" {self.loss} cannot leave out; use --let-loss cosine."
+            )
+        if self.projection != "interpolate" and self.loss == "cca":
+            # Adam would take full steps on the rounding noise of the directions without a gradient.
+            raise LETError(
+                f"--let-projection {self.projection} has nothing to learn from --let-loss cca,"
+                " which no invertible linear map changes; use --let-loss cosine or logsum."
+            )
+        tap = self.teacher_layer
+        if tap not in ("last", "middle") and not (tap.isdecimal() and int(tap) >= 1):
+            raise LETError(f"--let-teacher-layer is {tap!r}; give last, middle or a number from 1.")
+
+    def _check_distillation(self) -> None:
+        if self.projection != "interpolate":
+            raise LETError(
+                f"--let-projection {self.projection} is for hidden states and --let-method"
+                f" {self.method} learns from logits; drop it, or give --let-method let."
+            )
+        if not 0 <= self.kd_weight <= 1:
+            raise LETError(
+                f"--let-kd-weight is {self.kd_weight}; give the teacher's share, from 0 to 1."
+            )
+        if not (math.isfinite(self.kd_temperature) and self.kd_temperature > 0):
+            raise LETError(
+                f"--let-kd-temperature is {self.kd_temperature}; give a finite number above 0."
+            )
+        if self.kd_top_k < 0:
+            raise LETError(
+                f"--let-kd-top-k is {self.kd_top_k}; give how many of the teacher's entries to"
+                " keep, or 0 for all."
+            )
+        if self.kd_fade and self.method != "salt":
+            raise LETError(
+                f"--let-kd-fade is for --let-method salt; {self.method} keeps its weight to the"
+                " end, so drop the flag."
+            )
+
+    @property
+    def initial_weight(self) -> float:
+        """Weight of the teacher's loss at step 0: lambda_0, or w of the distillation."""
+        return self.weight if self.method == "let" else self.kd_weight
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any step of the run can have a weight above 0."""
+        return self.method != "none" and self.initial_weight > 0

@@ -1,1 +1,0 @@
-"""Learning from the teacher's output distribution: RKD and SALT."""

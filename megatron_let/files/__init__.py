@@ -1,0 +1,1 @@
+"""Atomic writes and the names of a run's files."""

@@ -1,1 +1,0 @@
-"""Running Megatron on what the machine has: a GPU or a CPU, Transformer Engine or torch."""

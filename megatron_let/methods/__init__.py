@@ -1,0 +1,1 @@
+"""What each training method does around one step of Megatron."""

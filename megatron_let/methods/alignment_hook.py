@@ -1,0 +1,121 @@
+"""The hook on the student's layer k, where the alignment enters the backward as a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_let.losses import align_in_backward
+from megatron_let.losses.registry import AlignmentLoss
+
+
+def _in_backward() -> bool:
+    # Activation recompute runs the layer, and so the hook, inside the backward pass.
+    return torch._C._current_graph_task_id() != -1
+
+
+class TeacherStates(Protocol):
+    """Where the hook takes the teacher's states from."""
+
+    def before_forward(self, microbatch: int) -> None:
+        """Hear that a microbatch is in its forward pass."""
+
+    def state(self, microbatch: int) -> torch.Tensor:
+        """The teacher's [s_local, b, d_T]; called once a microbatch, in its backward pass."""
+
+
+@dataclass
+class _OpenStep:
+    """State of one global batch."""
+
+    teacher: TeacherStates
+    gradient_scale: torch.Tensor
+    sums: torch.Tensor
+    num_tokens: int = 0
+    num_forward: int = 0
+    num_recomputed: int = 0
+
+    def count(self, values: list[torch.Tensor]) -> None:
+        """Add the loss's numbers of a microbatch, [s_local, b] each."""
+        self.sums += torch.stack([value.sum() for value in values])
+        self.num_tokens += values[0].numel()
+
+
+class AlignmentHook:
+    """Aligns the hidden state of one transformer layer in each microbatch of an open step.
+
+    Outside an open step (evaluation, weight 0) the layer's output passes unchanged.
+    """
+
+    def __init__(self, layer: torch.nn.Module, loss: AlignmentLoss) -> None:
+        self._loss = loss
+        self._step: _OpenStep | None = None
+        self._handle = layer.register_forward_hook(self._on_output)
+
+    def open_step(
+        self,
+        teacher: TeacherStates,
+        gradient_scale: float | torch.Tensor,
+        device: torch.device,
+    ) -> None:
+        """Begin a global batch.
+
+        Args:
+            teacher: gives the states of this global batch.
+            gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor stays on its
+                device (the loss scale of fp16).
+            device: of the hidden states.
+        """
+        if not isinstance(gradient_scale, torch.Tensor):
+            gradient_scale = torch.tensor(gradient_scale, dtype=torch.float64)
+        sums = torch.zeros(len(self._loss.names), dtype=torch.float32, device=device)
+        self._step = _OpenStep(teacher, gradient_scale, sums)
+
+    def close_step(self) -> tuple[torch.Tensor, int]:
+        """End the global batch.
+
+        Returns:
+            Sums over local tokens, one for each of the loss's names, and the number of tokens.
+        """
+        assert self._step is not None, "close_step without open_step"
+        step, self._step = self._step, None
+        return step.sums, step.num_tokens
+
+    def remove(self) -> None:
+        """Take the hook off the layer."""
+        self._handle.remove()
+        self._step = None
+
+    def _next_microbatch(self, step: _OpenStep) -> int:
+        # Forwards and backwards of one model chunk each run in microbatch order, but not together.
+        if _in_backward():
+            step.num_recomputed += 1
+            return step.num_recomputed - 1
+        step.num_forward += 1
+        step.teacher.before_forward(step.num_forward - 1)
+        return step.num_forward - 1
+
+    def _on_output(self, layer: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        step = self._step
+        if step is None:
+            return None
+        microbatch = self._next_microbatch(step)
+        if not torch.is_grad_enabled():
+            # First pass of a recomputed layer: the second one, in the backward, is the one that
+            # counts.
+            return None
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        hidden = align_in_backward(
+            hidden,
+            partial(step.teacher.state, microbatch),
+            step.gradient_scale,
+            self._loss.align,
+            step.count,
+        )
+        # The pipeline frees a stage's output and asserts that it is no view.
+        hidden = make_viewless_tensor(hidden, requires_grad=True, keep_graph=True)
+        return (hidden, *rest) if isinstance(output, tuple) else hidden

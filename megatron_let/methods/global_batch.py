@@ -1,0 +1,220 @@
+"""Reading a global batch before its first microbatch runs, and sharing its tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_let.data.token_alignment import TEACHER_TOKENS
+from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import TeacherFolder
+
+Iterators = Iterator[Any] | list[Any] | None
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The microbatches of one data-parallel replica, known on all of its model-parallel ranks.
+
+    Attributes:
+        tokens: [num_microbatches, b, s] int64, whole sequences as the teacher reads them, on the
+            training device; with a tokenizer of its own, [num_microbatches, b, own_length + s].
+        sequence_length: s, of the student.
+        unmasked_tokens: sum of the loss mask over all replicas; None unless asked for.
+        begins_with_shared: the first microbatches are those shared ahead with the batch before.
+        next_tokens: [num_ahead, b, row] of the next global batch; None if it is not known.
+    """
+
+    tokens: torch.Tensor
+    sequence_length: int
+    unmasked_tokens: float | None
+    begins_with_shared: bool
+    next_tokens: torch.Tensor | None
+
+
+def read_ahead(iterators: Iterators, num_microbatches: int) -> tuple[Iterators, list[Any] | None]:
+    """Take a global batch from the data iterators of this rank.
+
+    Args:
+        iterators: one, one per model chunk (interleaved pipeline), or None where this rank reads
+            no data.
+        num_microbatches: to take.
+
+    Returns:
+        Iterators over the same microbatches for the schedule, and the microbatches of the first
+        iterator that this rank reads (None where it reads none).
+    """
+    if isinstance(iterators, list):
+        pairs = [read_ahead(iterator, num_microbatches) for iterator in iterators]
+        first = next((batch for _, batch in pairs if batch is not None), None)
+        return [iterator for iterator, _ in pairs], first
+    if iterators is None:
+        return None, None
+    batch = [next(iterators) for _ in range(num_microbatches)]
+    # The schedule's get_batch changes the dicts that it takes.
+    return iter(batch), [dict(microbatch) for microbatch in batch]
+
+
+class LookAhead:
+    """An iterator whose next items can be seen before they are taken.
+
+    It stands under Megatron's `RerunDataIterator`, so that what a step takes, replays and saves
+    stays what it was.
+    """
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self._seen: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._seen.popleft() if self._seen else next(self._iterator)
+
+    def peek(self, num_items: int) -> list[Any]:
+        """The next items, fewer where the data ends."""
+        while len(self._seen) < num_items:
+            try:
+                self._seen.append(next(self._iterator))
+            except StopIteration:
+                break
+        return list(self._seen)[:num_items]
+
+
+def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor | None:
+    """Tokens of the microbatches after those that `read_ahead` took, left where they are.
+
+    For the first model-parallel rank, whose tokens are shared.
+
+    Args:
+        iterators: as in `read_ahead`.
+        num_microbatches: to look at.
+        key: `TokenSharing.key`.
+
+    Returns:
+        [num_microbatches, b, row] int64; None where this rank reads no data, the data ends before,
+        or its iterator cannot be looked into.
+    """
+    if num_microbatches == 0:
+        return None
+    if isinstance(iterators, list):
+        iterators = next((iterator for iterator in iterators if iterator is not None), None)
+    source = getattr(iterators, "iterable", None)
+    # An iterator that saves its own place would save the place after what was only looked at.
+    if source is None or hasattr(source, "save_state"):
+        return None
+    if not isinstance(source, LookAhead):
+        source = iterators.iterable = LookAhead(source)  # type: ignore[union-attr]
+    microbatches = source.peek(num_microbatches)
+    if len(microbatches) < num_microbatches:
+        return None
+    return torch.stack([microbatch[key] for microbatch in microbatches])
+
+
+class TokenSharing:
+    """Gives every model-parallel rank the tokens that the first one has read.
+
+    On the first rank it also remembers the tokens that were shared ahead, and says whether the
+    next global batch begins with them: if not (a skipped iteration, a step that is run again), the
+    states that were computed from them are of no use.
+
+    Attributes:
+        key: of a microbatch's tokens as the teacher reads them.
+    """
+
+    def __init__(self, teacher: TeacherFolder, device: torch.device) -> None:
+        """
+        Args:
+            teacher: whose tokens these are.
+            device: of training.
+        """
+        self._vocab_size, self._device = teacher.vocab_size, device
+        self._own_length = teacher.own_length or 0
+        self.key = "tokens" if teacher.own_length is None else TEACHER_TOKENS
+        self._shared_ahead: torch.Tensor | None = None
+
+    def share(
+        self,
+        batch: list[Any] | None,
+        ahead: torch.Tensor | None,
+        shape: tuple[int, int, int],
+        num_ahead: int,
+        count_unmasked: bool,
+    ) -> GlobalBatch:
+        """Share one global batch and the beginning of the next.
+
+        Args:
+            batch: the first stage's microbatches, with `tokens` [b, s] and `loss_mask` [b, s].
+            ahead: the first rank's next tokens, [num_ahead, b, row], if they are known.
+            shape: (num_microbatches, b, s).
+            num_ahead: microbatches of the next global batch to share.
+            count_unmasked: also sum the loss mask over the data-parallel replicas.
+
+        Raises:
+            LETError: a token id that the teacher does not know, or none of its own.
+        """
+        group = parallel_state.get_model_parallel_group()
+        num_microbatches, micro_batch_size, sequence_length = shape
+        rest = (micro_batch_size, self._own_length + sequence_length)
+        # One message: whether the batch begins with what was shared ahead, whether the next is
+        # known, the loss mask's sum, the tokens, the next tokens.
+        header = torch.zeros(3, dtype=torch.int64)
+        tokens = torch.zeros(num_microbatches + num_ahead, *rest, dtype=torch.int64)
+        if group.rank() == 0:
+            assert batch is not None, "the first model-parallel rank reads no data"
+            _check_key(batch[0], self.key)
+            torch.stack([m[self.key] for m in batch], out=tokens[:num_microbatches])
+            header[0] = self._begins_with_shared(tokens)
+            if ahead is not None:
+                tokens[num_microbatches:] = ahead
+                header[1] = 1
+            if count_unmasked:
+                header[2] = int(sum(m["loss_mask"].sum().item() for m in batch))
+            _check_ids(tokens, self._vocab_size)
+            self._shared_ahead = ahead
+        message = torch.cat([header, tokens.flatten()]).to(self._device, non_blocking=True)
+        if group.size() > 1:
+            torch.distributed.broadcast(message, group=group, group_src=0)
+        num_unmasked = _over_replicas(message[2:3]) if count_unmasked else None
+        begins_with_shared, next_is_known = map(bool, message[:2].tolist())
+        tokens = message[3:].view(-1, *rest)
+        return GlobalBatch(
+            tokens=tokens[:num_microbatches],
+            sequence_length=sequence_length,
+            unmasked_tokens=num_unmasked,
+            begins_with_shared=begins_with_shared,
+            next_tokens=tokens[num_microbatches:] if next_is_known else None,
+        )
+
+    def _begins_with_shared(self, tokens: torch.Tensor) -> bool:
+        shared = self._shared_ahead
+        return shared is not None and torch.equal(tokens[: len(shared)], shared)
+
+
+def _over_replicas(count: torch.Tensor) -> float:
+    total = count.clone()
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return float(total.item())
+
+
+def _check_key(microbatch: dict[str, Any], key: str) -> None:
+    if key not in microbatch:
+        raise LETError(
+            f"The data loader gives no {key}, which --let-cross-tokenizer needs; wrap its datasets"
+            " in megatron_let.data.token_alignment.RealignedDataset, or use this package's entry."
+        )
+
+
+def _check_ids(tokens: torch.Tensor, teacher_vocab_size: int) -> None:
+    largest = int(tokens.max())
+    if largest >= teacher_vocab_size:
+        raise LETError(
+            f"The data has token id {largest} but the teacher knows ids below "
+            f"{teacher_vocab_size}; prepare the data with the teacher's tokenizer."
+        )

@@ -1,0 +1,1 @@
+"""Metrics files: write, read, compare, report."""

@@ -1,0 +1,1 @@
+"""One training run: its forward step, output folder, control files and artifacts."""

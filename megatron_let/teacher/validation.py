@@ -1,0 +1,67 @@
+"""Check a teacher against the student, its data and its tokenizer's size."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+from megatron_let.config.arguments import num_steps
+from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import LETError
+from megatron_let.losses.cca import TOKENS_PER_FEATURE
+from megatron_let.teacher.inspect import TeacherFolder
+from megatron_let.teacher.model import tapped_layer
+
+
+def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespace) -> None:
+    """Check the teacher and the aligned layers against the student and its data.
+
+    Raises:
+        LETError: names both sizes.
+    """
+    if config.method == "let":
+        _check_layers(config, folder, args)
+    # With a tokenizer of its own the teacher reads as much as it can.
+    limit = None if config.cross_tokenizer else folder.max_positions
+    if limit is not None and args.seq_length > limit:
+        raise LETError(
+            f"--seq-length is {args.seq_length} but the teacher was built for "
+            f"{folder.max_positions} positions; shorten the sequence or use another teacher."
+        )
+    steps = num_steps(args)
+    if config.stop_step > steps and config.method != "rkd":
+        warnings.warn(
+            f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
+            " the weight never reaches 0 and the teacher stays to the end.",
+            stacklevel=2,
+        )
+
+
+def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Namespace) -> None:
+    if config.layer > args.num_layers:
+        raise LETError(
+            f"--let-layer is {config.layer} but the student has {args.num_layers} layers; give a"
+            f" number from 1 to {args.num_layers}."
+        )
+    tapped_layer(config.teacher_layer, folder.num_layers)
+    tokens = args.micro_batch_size * args.seq_length
+    needed = TOKENS_PER_FEATURE * folder.hidden_size
+    if config.loss == "cca" and tokens < needed:
+        raise LETError(
+            f"--let-loss cca correlates the {folder.hidden_size} features of the teacher over the"
+            f" {tokens} tokens of a microbatch, which chance alone would; raise --micro-batch-size"
+            f" to at least {-(-needed // args.seq_length)}, or use another --let-loss."
+        )
+
+
+def check_vocabulary_size(folder: TeacherFolder, vocab_size: int) -> None:
+    """Check that the teacher's embedding has a row for each of the student's tokens.
+
+    Raises:
+        LETError: names both sizes.
+    """
+    if vocab_size > folder.vocab_size:
+        raise LETError(
+            f"The student's tokenizer has {vocab_size} tokens but the teacher knows "
+            f"{folder.vocab_size}; train the student on the teacher's tokenizer."
+        )

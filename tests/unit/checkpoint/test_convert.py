@@ -1,0 +1,343 @@
+"""Conversion both ways and through the program, and everything it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_let.checkpoint import output_folder
+from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
+from megatron_let.checkpoint.torch_dist import TorchDist
+from megatron_let.checkpoint.weights import open_weights
+from megatron_let.errors import LETError
+from tests.helpers.checkpoints import as_megatron, equal, save_llama, tensors_of, with_tokenizer
+from tests.helpers.models import save_teacher
+from tools.convert_checkpoint import main
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gqa untied": {},
+    "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "odd ffn": {"intermediate_size": 91},
+    "wide heads": {"head_dim": 32},
+}
+
+
+@pytest.fixture(autouse=True)
+def keep_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program hides the GPUs of its process."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    return with_tokenizer(save_llama(folder, vocab_size=600))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a tokenizer in several files."""
+    folder = tmp_path_factory.mktemp("sharded") / "llama"
+    return with_tokenizer(save_llama(folder, 200_000, vocab_size=600))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source: Path) -> Path:
+    """The same as Megatron's checkpoint."""
+    return as_megatron(source, source.with_name("megatron"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit code and the last line of stderr."""
+    code = main([str(argument) for argument in arguments])
+    return code, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shard_bytes", [None, 40_000], ids=["one file", "shards"])
+def test_round_trip_is_bitwise(kind: str, shard_bytes: int | None, tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", shard_bytes, **KINDS[kind])
+    assert (len(list(source.glob("*.safetensors"))) > 1) == (shard_bytes is not None)
+    size = ("--max-shard-size", f"{shard_bytes // 1000}KB") if shard_bytes else ()
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert main(["hf-to-megatron", "--input", str(source), "--output", str(megatron)]) == 0
+    assert main(["megatron-to-hf", "--input", str(megatron), "--output", str(back), *size]) == 0
+    assert equal(tensors_of(back), tensors_of(source))
+    assert main(["verify", str(source), str(back), "--weights-only"]) == 0
+
+
+def _without_transformer_engine(name: str) -> str:
+    fused = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+             "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}  # fmt: skip
+    for theirs, ours in fused.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def test_names_without_transformer_engine_convert_too(
+    source: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    renamed = as_megatron(source, tmp_path / "local", _without_transformer_engine)
+    names = TorchDist(renamed / "release").tensors()
+    assert "decoder.layers.input_layernorm.weight" in names
+    assert (
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+        in TorchDist(checkpoint / "release").tensors()
+    )
+    ours, theirs = open_weights(renamed), open_weights(source)
+    for name in tensors_of(source):
+        assert torch.equal(ours.read(name), theirs.read(name)), name
+    assert ours.unused() == []
+
+
+def test_padded_rows_do_not_come_back(source: Path, tmp_path: Path) -> None:
+    layout = MegatronLayout(tensor_parallel=2, vocab_divisible_by=128)
+    to_megatron_checkpoint(open_weights(source), tmp_path / "padded", layout=layout)
+    stored = TorchDist(tmp_path / "padded/release")
+    assert stored.tensors()["embedding.word_embeddings.weight"].size[0] == 768
+    back = open_weights(tmp_path / "padded")
+    assert back.llama.vocab_size == 600
+    assert torch.equal(
+        back.read("model.embed_tokens.weight"),
+        open_weights(source).read("model.embed_tokens.weight"),
+    )
+
+
+def test_exported_folder_is_complete(checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    output = tmp_path / "out"
+    assert main(["megatron-to-hf", "--input", str(checkpoint), "--output", str(output)]) == 0
+    theirs = AutoTokenizer.from_pretrained(source)
+    ours = AutoTokenizer.from_pretrained(output)
+    assert ours("def f(x): return 1").input_ids == theirs("def f(x): return 1").input_ids
+    assert GenerationConfig.from_pretrained(output).eos_token_id == theirs.eos_token_id
+    config = json.loads((output / "config.json").read_text())
+    assert config["eos_token_id"] == theirs.eos_token_id and config["torch_dtype"] == "float32"
+
+
+def test_each_tensor_is_read_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    megatron = as_megatron(source, source.with_name("once"))
+    weights = open_weights(megatron)
+    read: list[Any] = []
+    original = TorchDist.read
+    monkeypatch.setattr(
+        TorchDist,
+        "read",
+        lambda s, *a: read.append(a) or original(s, *a),  # type: ignore[func-returns-value]
+    )
+    for name in tensors_of(source):
+        weights.read(name)
+    assert len(read) == len(set(read)) == 4 * 6 + 3
+
+
+# what is wrong -> (a change to a copy of the checkpoint or model, the sentence)
+BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "still being written": (lambda f: (f / ".metadata").unlink(), "is still being written"),
+    "not finished": (lambda f: (f / "metadata.json").unlink(), "is still being written"),
+    "cut short": (lambda f: _cut(f / "__0_0.distcp"), "copy the checkpoint again"),
+    "file missing": (lambda f: (f / "__0_0.distcp").unlink(), "is missing; copy"),
+    "index damaged": (lambda f: _cut(f / ".metadata"), "cannot be read"),
+    "index of an attacker": (lambda f: _poison(f / ".metadata"), "posix.system has no place"),
+    "old format": (lambda f: _legacy(f), "add --trust"),
+    "other format": (
+        lambda f: (f / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        "has the format 'zarr'",
+    ),
+    "arguments of an attacker": (lambda f: _poison(f / "common.pt", torch=True), "read safely"),
+}
+
+
+class _Attack:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        import os
+
+        return os.system, (f"touch {self.marker}",)
+
+
+def _poison(path: Path, **with_torch: bool) -> None:
+    attack = _Attack(path.parent / "attacked")
+    if with_torch:
+        torch.save({"args": attack}, path)
+    else:
+        path.write_bytes(pickle.dumps(attack))
+
+
+def _cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def _legacy(folder: Path) -> None:
+    (folder / "mp_rank_00").mkdir()
+    (folder / "mp_rank_00/model_optim_rng.pt").write_bytes(b"")
+
+
+@pytest.mark.parametrize("what", BROKEN_CHECKPOINTS)
+def test_broken_checkpoint_is_refused(
+    what: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = BROKEN_CHECKPOINTS[what]
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "broken")) / "release"
+    change(folder)
+    code, line = run(
+        capsys, "megatron-to-hf", "--input", tmp_path / "broken", "--output", tmp_path / "out"
+    )
+    assert code == 2 and line.startswith("convert_checkpoint: error: ") and words in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "something was left behind"
+    assert not (folder / "attacked").exists(), "code of the checkpoint was run"
+
+
+BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[object, ...], str]] = {
+    "shard missing": (lambda f: next(f.glob("*-of-*")).unlink(), (), "is missing; copy"),
+    "shard cut short": (lambda f: _cut(next(f.glob("*-of-*"))), (), "cut short or damaged"),
+    "tensor missing": (lambda f: _without_a_tensor(f), (), "has no tensor"),
+    "no config": (lambda f: (f / "config.json").unlink(), (), "nor a Hugging Face model"),
+    "pickles only": (lambda f: _as_pickle(f), (), "pickle pytorch_model.bin"),
+    "a tensor too many": (lambda f: _with_a_tensor(f), (), "no part of a Llama"),
+    "another width": (lambda f: _config(f, intermediate_size=99), (), "config.json asks for"),
+    "smaller vocabulary": (lambda f: with_tokenizer(f, 700), (), "700 tokens"),
+    "TP that does not divide": (
+        lambda f: None, ("--tensor-model-parallel-size", 3), "4 attention heads, which"
+    ),
+    "PP that does not divide": (
+        lambda f: None, ("--pipeline-model-parallel-size", 3), "4 layers, which"
+    ),
+}  # fmt: skip
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _without_a_tensor(folder: Path) -> None:
+    path = next(folder.glob("*-of-*"))
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+
+
+def _with_a_tensor(folder: Path) -> None:
+    path = next(folder.glob("*-of-*"))
+    save_file(load_file(path) | {"model.layers.0.self_attn.q_norm.weight": torch.ones(1)}, path)
+
+
+def _as_pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("what", BROKEN_MODELS)
+def test_broken_model_is_refused(
+    what: str, sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, flags, words = BROKEN_MODELS[what]
+    model = Path(shutil.copytree(sharded, tmp_path / "broken"))
+    change(model)
+    code, line = run(
+        capsys, "hf-to-megatron", "--input", model, "--output", tmp_path / "out", *flags
+    )
+    assert code == 2 and line.startswith("convert_checkpoint: error: ") and words in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "something was left behind"
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt_neox", "gpt2"])
+def test_other_architecture_is_refused(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_teacher(tmp_path / "model", kind)
+    code, line = run(capsys, "hf-to-megatron", "--input", model, "--output", tmp_path / "out")
+    assert code == 2 and f"a model of type '{kind}'" in line
+
+
+def test_tokenizer_of_another_model_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_tokenizer(tmp_path / "tokenizer", 700)
+    code, line = run(
+        capsys, "megatron-to-hf", "--input", checkpoint, "--output", tmp_path / "out",
+        "--tokenizer", other,
+    )  # fmt: skip
+    assert code == 2 and "700 tokens" in line and not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_kept_unless_forced(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").touch()
+    command = ("megatron-to-hf", "--input", checkpoint, "--output", tmp_path / "out")
+    code, line = run(capsys, *command)
+    assert code == 2 and "--force" in line and (tmp_path / "out/precious").exists()
+    assert run(capsys, *command, "--force")[0] == 0
+    assert not (tmp_path / "out/precious").exists() and (tmp_path / "out/config.json").exists()
+
+
+def test_folder_that_fails_midway_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with (
+        pytest.raises(RuntimeError),
+        output_folder.whole_folder(tmp_path / "old", force=True) as folder,
+    ):
+        (folder / "half").touch()
+        raise RuntimeError
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["old"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_old_format_is_read_on_trust(
+    ranks: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = open_weights(as_megatron(source, tmp_path / "new"))
+    state = _legacy_state(weights)
+    for rank in range(ranks):
+        folder = tmp_path / f"old/iter_0000007/mp_rank_{rank:02d}"
+        folder.mkdir(parents=True)
+        torch.save(state, folder / "model_optim_rng.pt")
+    (tmp_path / "old/latest_checkpointed_iteration.txt").write_text("7")
+    code, line = run(
+        capsys, "megatron-to-hf", "--input", tmp_path / "old", "--output", tmp_path / "out",
+        "--trust",
+    )  # fmt: skip
+    if ranks == 1:
+        assert code == 0 and equal(tensors_of(tmp_path / "out"), tensors_of(source))
+    else:
+        assert code == 2 and "split over 2 ranks" in line
+
+
+def _legacy_state(weights: Any) -> dict[str, Any]:
+    model = {}
+    for name in weights.store.tensors():
+        tensor = weights.store.read(name)
+        if not name.startswith("decoder.layers."):
+            model[name] = tensor
+            continue
+        for layer, part in enumerate(tensor):
+            model[name.replace("layers.", f"layers.{layer}.")] = part.clone()
+    return {"model": model, "args": argparse.Namespace(**weights.args), "iteration": 7}
+
+
+def test_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    stored = TorchDist(checkpoint / "release")
+    state = stored.common_state()
+    state["args"].ffn_hidden_size = 100
+    copy = Path(shutil.copytree(checkpoint / "release", tmp_path / "copy"))
+    torch.save(state, copy / "common.pt")
+    weights = open_weights(copy)
+    with pytest.raises(LETError, match="do not belong together"):
+        weights.read("model.layers.0.mlp.gate_proj.weight")

@@ -1,0 +1,354 @@
+"""The host chooses Megatron's flags, and its torch layers compute what Megatron's do."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_let.compat import PATCHES, PatchSet
+from megatron_let.compat import local_layers as layer_spec
+from megatron_let.compat.cpu_shims import CudaDeviceAsCpu, stand_ins
+from megatron_let.compat.device import Host, detect_host, prepare_process
+from megatron_let.compat.local_layers import (
+    RMSNorm,
+    SDPAttention,
+    check_local_layers,
+    local_layer_spec,
+    zigzag_positions,
+)
+from megatron_let.errors import LETError
+
+CPU_HOST = Host(cuda=False, transformer_engine=False, fused_gradients=False)
+HOSTS = {
+    "CPU": CPU_HOST,
+    "GPU with torch": Host(True, False, False),
+    "GPU with Apex": Host(True, False, True),
+    "GPU with everything": Host(True, True, True),
+}
+
+# Flags
+
+
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+def test_megatron_knows_every_flag_of_the_host(host: Host) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser.parse_args(host.argv())
+
+
+def test_flags_of_a_cpu() -> None:
+    flags = " ".join(CPU_HOST.argv())
+    for expected in (
+        "--distributed-backend gloo", "--use-cpu-initialization", "--transformer-impl local",
+        "--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion",
+    ):  # fmt: skip
+        assert expected in flags
+
+
+def test_gpu_with_everything_is_left_as_it_is() -> None:
+    assert HOSTS["GPU with everything"].argv() == []
+
+
+def test_gpu_without_transformer_engine_gets_local_layers_under_nccl() -> None:
+    flags = HOSTS["GPU with torch"].argv()
+    assert flags[:2] == ["--transformer-impl", "local"]
+    assert "gloo" not in flags and "--use-cpu-initialization" not in flags
+    assert "--no-gradient-accumulation-fusion" in flags
+    assert "--no-gradient-accumulation-fusion" not in HOSTS["GPU with Apex"].argv()
+
+
+def test_host_is_described_in_one_line() -> None:
+    assert CPU_HOST.describe() == "device CPU, backend gloo, layers by torch"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("installed", [set(), {"apex"}, {"fused_weight_gradient_mlp_cuda"}])
+def test_apex_by_name_alone_proves_nothing(
+    cuda: bool, installed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: True if name in installed else None
+    )
+    expected = cuda and "fused_weight_gradient_mlp_cuda" in installed
+    assert detect_host() == Host(cuda, False, expected)
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "WANDB_MODE", "WANDB_API_KEY"):
+        # Set first, so that what the function sets is undone.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    # A module that keeps its settings elsewhere, so that monkeypatch would delete this one.
+    disabled = torch._dynamo.config.disable
+    with warnings.catch_warnings():
+        yield monkeypatch
+    torch._dynamo.config.disable = disabled
+
+
+def test_wandb_is_offline_without_a_key(clean_process: pytest.MonkeyPatch) -> None:
+    prepare_process(CPU_HOST, rank=0)
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [({"WANDB_API_KEY": "key"}, None), ({"WANDB_MODE": "disabled"}, "disabled")],
+)
+def test_users_wandb_settings_stay(
+    variables: dict[str, str], mode: str | None, clean_process: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        clean_process.setenv(name, value)
+    prepare_process(CPU_HOST, rank=0)
+    assert os.environ.get("WANDB_MODE") == mode
+
+
+def test_our_own_warnings_are_shown_on_the_first_rank(clean_process: pytest.MonkeyPatch) -> None:
+    prepare_process(CPU_HOST, rank=0)
+    with pytest.warns(UserWarning, match="seen"):
+        warnings.warn_explicit(
+            "seen", UserWarning, "arguments.py", 1, "megatron_let.config.arguments"
+        )
+
+
+# RMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_its_formula(dtype: torch.dtype) -> None:
+    norm = RMSNorm(transformer_config(params_dtype=dtype), 32, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    hidden = torch.randn(7, 2, 32, dtype=dtype)
+    exact = hidden.double()
+    expected = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(norm(hidden).double(), expected, rtol=tolerance, atol=tolerance)
+    assert norm(hidden).dtype == dtype
+
+
+def test_rms_norm_tells_megatron_of_sequence_parallelism() -> None:
+    parallel = transformer_config(tensor_model_parallel_size=2, sequence_parallel=True)
+    assert RMSNorm(parallel, 32).weight.sequence_parallel
+    assert not RMSNorm(transformer_config(), 32).weight.sequence_parallel
+
+
+# Context parallel positions
+
+
+@given(st.integers(1, 5), st.integers(1, 6))
+def test_zigzag_positions_are_megatrons_load_balancing(cp: int, chunk: int) -> None:
+    length = 2 * chunk * cp
+    positions = zigzag_positions(2 * chunk, cp, torch.device("cpu"))
+    assert sorted(positions.tolist()) == list(range(length))
+    for rank, local in enumerate(positions.view(cp, -1).tolist()):
+        owners = [p * 2 * cp // length for p in local]
+        assert owners == [rank] * chunk + [2 * cp - 1 - rank] * chunk
+        assert local == sorted(local)
+
+
+def test_zigzag_positions_of_two_ranks() -> None:
+    assert zigzag_positions(4, 2, torch.device("cpu")).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+
+
+# Attention
+
+
+class Group:
+    """A process group of one size, seen from one rank."""
+
+    def __init__(self, size: int = 1, rank: int = 0) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def transformer_config(**values: Any) -> TransformerConfig:
+    common: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "masked_softmax_fusion": False,
+    }
+    return TransformerConfig(**common | values)
+
+
+def attention(kind: type, config: TransformerConfig, cp: Group | None = None, **values: Any) -> Any:
+    groups = SimpleNamespace(tp=Group(), cp=cp or Group())
+    return kind(config, 1, AttnMaskType.causal, "self", pg_collection=groups, **values)
+
+
+@pytest.fixture
+def megatron_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Megatron's own attention allocates on the current GPU and forks its RNG."""
+    patches = PatchSet()
+    patches.apply_all(PATCHES, stand_ins())
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("model-parallel-rng", 1)
+    parallel_state._set_global_memory_buffer()
+    with CudaDeviceAsCpu():
+        yield
+    parallel_state.destroy_global_memory_buffer()
+    tracker.reset()
+    patches.undo()
+
+
+def heads(config: TransformerConfig, length: int) -> tuple[torch.Tensor, ...]:
+    """query [s, b, heads, d], key and value [s, b, groups, d]."""
+    torch.manual_seed(0)
+    width = config.kv_channels
+    query = torch.randn(length, 2, config.num_attention_heads, width)
+    keys = torch.randn(2, length, 2, config.num_query_groups, width)
+    return query, keys[0], keys[1]
+
+
+class AsksForCuda(torch.autograd.Function):
+    """Its gradient is twice what comes in, added up on "cuda"."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(gradient.shape, device="cuda") + 2 * gradient
+
+
+@pytest.mark.parametrize(
+    ("backward", "expected"),
+    [
+        (lambda y: y.sum().backward(), 2),
+        (lambda y: y.backward(torch.full_like(y, 3)), 6),
+        (lambda y: y.backward(gradient=torch.full_like(y, 3)), 6),
+        # As full activation recompute calls it.
+        (lambda y: torch.autograd.backward((y,), (torch.full_like(y, 3),)), 6),
+        (lambda y: torch.autograd.backward(y, grad_tensors=torch.full_like(y, 3)), 6),
+        (lambda y: torch.autograd.backward([y.sum(), 3 * y.sum()]), 8),
+    ],
+)
+def test_a_layers_backward_may_ask_for_cuda(backward: Any, expected: int) -> None:
+    x = torch.ones(3, requires_grad=True)
+    with CudaDeviceAsCpu():
+        backward(AsksForCuda.apply(x))
+    assert x.grad is not None and x.grad.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_is_megatrons(groups: int, scale: float | None, megatron_on_cpu: None) -> None:
+    config = transformer_config(num_query_groups=groups)
+    query, key, value = (t.requires_grad_() for t in heads(config, 12))
+    future = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
+    upstream = torch.randn(12, 2, 32)
+    results = []
+    for kind in (DotProductAttention, SDPAttention):
+        core = attention(kind, config, softmax_scale=scale)
+        context = core(query, key, value, future, AttnMaskType.causal)
+        results.append((context, *torch.autograd.grad(context, (query, key, value), upstream)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cp", [2, 3])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_of_context_parallel_ranks_is_that_of_the_whole(
+    cp: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformer_config(num_query_groups=groups)
+    length = 4 * cp
+    query, key, value = heads(config, length)
+    whole = attention(SDPAttention, config)(query, key, value, None)
+    order = zigzag_positions(length // cp, cp, torch.device("cpu"))
+    for rank in range(cp):
+        core = attention(SDPAttention, config, cp=Group(cp, rank))
+        gathered = {"key": key[order], "value": value[order]}
+        local = order.view(cp, -1)[rank]
+        shards = {"key": key[local], "value": value[local]}
+        monkeypatch.setattr(
+            core,
+            "_gather",
+            lambda shard, s=shards, g=gathered: next(g[n] for n in s if s[n] is shard),
+        )
+        context = core(query[local], shards["key"], shards["value"], None)
+        torch.testing.assert_close(context, whole[local], rtol=1e-6, atol=1e-6)
+
+
+def test_attention_default_scale_is_one_over_root_of_the_head() -> None:
+    config = transformer_config()
+    query, key, value = heads(config, 6)
+    default = attention(SDPAttention, config)(query, key, value, None)
+    explicit = attention(SDPAttention, config, softmax_scale=1 / math.sqrt(8))
+    torch.testing.assert_close(default, explicit(query, key, value, None))
+
+
+def test_dropout_is_off_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    forks: list[str] = []
+
+    @contextlib.contextmanager
+    def fork() -> Iterator[None]:
+        forks.append("model-parallel-rng")
+        yield
+
+    tracker = SimpleNamespace(fork=fork)
+    monkeypatch.setattr(layer_spec, "get_cuda_rng_tracker", lambda: tracker)
+    config = transformer_config(attention_dropout=0.5)
+    core = attention(SDPAttention, config)
+    query, key, value = heads(config, 6)
+    assert not torch.equal(core(query, key, value, None), core(query, key, value, None))
+    assert len(forks) == 2, "tensor-parallel ranks would share one mask"
+    core.eval()
+    assert torch.equal(core(query, key, value, None), core(query, key, value, None))
+    assert len(forks) == 2
+
+
+# What the torch layers cannot do
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"normalization": "LayerNorm"}, "no --normalization LayerNorm; give --normalization RMS"),
+        ({"normalization": "RMSNorm", "num_moe_experts": 4}, "no --num-experts 4"),
+    ],
+)
+def test_model_that_cannot_be_built_is_refused_in_a_sentence(
+    values: dict[str, Any], expected: str
+) -> None:
+    config = SimpleNamespace(transformer=transformer_config(**values))
+    with pytest.raises(LETError, match=expected):
+        local_layer_spec(config)
+
+
+def test_window_is_refused_in_a_sentence() -> None:
+    with pytest.raises(LETError, match="--window-size"):
+        check_local_layers(transformer_config(normalization="RMSNorm", window_size=(4, 0)))

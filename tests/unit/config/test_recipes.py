@@ -1,0 +1,338 @@
+"""Recipes become command lines that Megatron accepts, and the paper's carry its numbers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.config.arguments import add_arguments
+from megatron_let.config.recipes import RecipeError, load_recipe, recipe_argv
+from tests.helpers.runs import ROOT
+
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set((ROOT / "configs").glob("sweep_*")))
+VARIABLES = {"DATA": "/d/pile", "TEACHER": "/t/small", "OUTPUT": "/o/run", "TOKENIZER": "/tok"}
+PAPER_GPUS = 32
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """The parser of Megatron and LET together, as the entry builds it."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        bare = argparse.ArgumentParser(allow_abbrev=False)
+        return add_arguments(add_megatron_arguments(bare))
+
+
+@pytest.fixture
+def small_parser() -> argparse.ArgumentParser:
+    """One flag of each kind."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--widths", type=int, nargs="*")
+    parser.add_argument("--fuse", action="store_true")
+    parser.add_argument("--norm", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--format", choices=["zarr", "dist"])
+    return parser
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def assert_one_sentence(error: pytest.ExceptionInfo[RecipeError]) -> None:
+    message = str(error.value)
+    assert "\n" not in message and message.endswith((".", "?")), message
+
+
+# The files in configs/
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_megatrons_parser_takes_every_setting(path: Path, parser: argparse.ArgumentParser) -> None:
+    settings = load_recipe(path)
+    args = vars(parser.parse_args(recipe_argv(settings, parser, [], VARIABLES)))
+    for name, value in settings.items():
+        action = parser._option_string_actions["--" + name]
+        found = args[action.dest]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            assert found == value, name
+        elif action.nargs == 0:
+            assert found == (action.const if value else action.default), name
+        elif isinstance(value, str) and "$" in value:
+            for variable, content in VARIABLES.items():
+                value = value.replace("${" + variable + "}", content)
+            assert str(found) in (value, f"['{value}']"), name
+        else:
+            assert str(found) == str(value), name
+
+
+@pytest.fixture
+def megatron_on_any_host() -> Iterator[None]:
+    """Megatron's validation asks for a GPU's properties."""
+    from megatron_let.compat import PATCHES, PatchSet
+    from megatron_let.compat.cpu_shims import stand_ins
+
+    patches = PatchSet()
+    patches.apply_all(PATCHES, stand_ins())
+    yield
+    patches.undo()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_megatrons_validation_takes_the_recipe(
+    path: Path, parser: argparse.ArgumentParser, megatron_on_any_host: None
+) -> None:
+    from megatron.training.arguments import validate_args
+
+    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
+    args.rank, args.world_size = 0, PAPER_GPUS if is_paper(path) else 1
+    args._is_global_batch_size_explicitly_specified = True
+    with contextlib.redirect_stdout(io.StringIO()):
+        validate_args(args)
+
+
+def is_paper(path: Path) -> bool:
+    return path.stem.split("_")[-1] in ("1p4b", "3b", "7b")
+
+
+# name -> layers, width, ffn, heads, micro batch, accumulation steps, peak learning rate
+PAPER = {
+    "1p4b": (24, 2048, 5461, 32, 16, 4, 4e-4),
+    "3b": (None, None, None, None, None, None, 3e-4),
+    "7b": (32, 4096, 11008, 32, 4, 16, 3e-4),
+}
+
+
+@pytest.mark.parametrize("method", ["baseline", "let"])
+@pytest.mark.parametrize("size", PAPER)
+def test_paper_recipe_carries_the_papers_numbers(
+    size: str, method: str, parser: argparse.ArgumentParser
+) -> None:
+    path = ROOT / f"configs/{method}_{size}.yaml"
+    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
+    layers, width, ffn, heads, micro_batch, accumulation, peak = PAPER[size]
+    if layers is not None:
+        shape = (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads)
+        assert shape == (layers, width, ffn, heads)
+        assert (args.micro_batch_size, accumulation) == (
+            micro_batch,
+            args.global_batch_size // args.micro_batch_size // PAPER_GPUS,
+        )
+    assert args.normalization == "RMSNorm" and args.swiglu and args.bf16
+    assert (args.seq_length, args.global_batch_size, args.train_iters) == (1280, 2048, 7629)
+    assert args.seq_length * args.global_batch_size * args.train_iters == pytest.approx(2e10, 1e-3)
+    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
+    assert (args.weight_decay, args.clip_grad) == (0.01, 1.0)
+    assert (args.lr, args.min_lr) == (peak, pytest.approx(0.1 * peak))
+    assert args.lr_decay_style == "cosine" and args.optimizer == "adam"
+    assert args.lr_warmup_iters == pytest.approx(0.1 * args.train_iters, abs=1)
+    assert args.global_batch_size % (args.micro_batch_size * PAPER_GPUS) == 0
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_paper_let_recipe_carries_the_papers_alignment(
+    size: str, parser: argparse.ArgumentParser
+) -> None:
+    path = ROOT / f"configs/let_{size}.yaml"
+    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
+    assert (args.let_method, args.let_layer) == ("let", 3)
+    assert (args.let_weight, args.let_stop_step) == (0.1, 1500)
+    assert args.let_teacher_layer == "last"
+
+
+@pytest.mark.parametrize("name", ["1p4b", "3b", "7b", "quickstart"])
+def test_let_and_baseline_differ_in_the_alignment_only(name: str) -> None:
+    pair = ("quickstart_baseline", "quickstart_let") if name == "quickstart" else None
+    baseline, let = (
+        load_recipe(ROOT / f"configs/{stem}.yaml")
+        for stem in pair or (f"baseline_{name}", f"let_{name}")
+    )
+    differing = {key for key in baseline | let if baseline.get(key) != let.get(key)}
+    assert all(key.startswith("let-") or key == "tokenizer-model" for key in differing), differing
+    assert "let-method" in differing
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("command_line", "expected"),
+    [
+        ([], {"layers": 4, "fuse": True, "norm": True, "widths": [1, 2]}),
+        (["--layers", "6"], {"layers": 6}),
+        (["--layers=6"], {"layers": 6}),
+        (["--widths", "9"], {"widths": [9]}),
+        (["--no-norm"], {"norm": False}),
+        (["--no-fuse"], {"fuse": False}),
+        (["--fuse"], {"fuse": True}),
+    ],
+)
+def test_command_line_wins(
+    command_line: list[str], expected: dict[str, Any], small_parser: argparse.ArgumentParser
+) -> None:
+    settings = {"layers": 4, "fuse": True, "norm": True, "widths": [1, 2]}
+    args = vars(small_parser.parse_args(recipe_argv(settings, small_parser, command_line, {})))
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_overridden_flag_stands_on_the_command_line_once(
+    small_parser: argparse.ArgumentParser,
+) -> None:
+    argv = recipe_argv({"layers": 4, "widths": [1]}, small_parser, ["--layers", "6"], {})
+    assert argv == ["--widths", "1", "--layers", "6"]
+
+
+def test_command_line_wins_over_the_tiny_recipe(parser: argparse.ArgumentParser) -> None:
+    settings = load_recipe(ROOT / "configs/tiny.yaml")
+    flags = ["--num-layers", "2", "--no-swiglu", "--let-teacher", "/mine", "--data-path", "/d"]
+    args = parser.parse_args(recipe_argv(settings, parser, flags, {}))
+    assert (args.num_layers, args.swiglu, str(args.let_teacher)) == (2, False, "/mine")
+    assert args.hidden_size == settings["hidden-size"]
+
+
+def test_switch_that_the_recipe_sets_to_false_is_left_out(
+    small_parser: argparse.ArgumentParser,
+) -> None:
+    assert recipe_argv({"fuse": False, "norm": False}, small_parser, [], {}) == ["--no-norm"]
+
+
+def test_negative_and_quoted_values_reach_the_parser(parser: argparse.ArgumentParser) -> None:
+    settings = {"let-weight": -0.5, "split": "90,10,0", "let-layer": "3"}
+    args = parser.parse_args(recipe_argv(settings, parser, [], {}))
+    assert (args.let_weight, args.split, args.let_layer) == (-0.5, "90,10,0", 3)
+
+
+# Variables
+
+
+def test_variables_are_put_in(small_parser: argparse.ArgumentParser) -> None:
+    settings = {"data-path": ["0.5", "${A}/x", "0.5", "${A}${B}"]}
+    argv = recipe_argv(settings, small_parser, [], {"A": "/a", "B": "b"})
+    assert argv == ["--data-path", "0.5", "/a/x", "0.5", "/ab"]
+
+
+def test_content_of_a_variable_is_taken_as_it_is(small_parser: argparse.ArgumentParser) -> None:
+    argv = recipe_argv({"data-path": "${A}"}, small_parser, [], {"A": "${B} c", "B": "no"})
+    assert argv == ["--data-path", "${B} c"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"A": ""}], ids=["missing", "empty"])
+def test_missing_variable_is_named_with_its_flag(
+    variables: dict[str, str], small_parser: argparse.ArgumentParser
+) -> None:
+    with pytest.raises(RecipeError, match="environment variable A for --data-path") as error:
+        recipe_argv({"data-path": "${A}"}, small_parser, [], variables)
+    assert_one_sentence(error)
+
+
+def test_variable_of_an_overridden_flag_is_not_needed(
+    small_parser: argparse.ArgumentParser,
+) -> None:
+    argv = recipe_argv({"data-path": "${A}"}, small_parser, ["--data-path", "/b"], {})
+    assert argv == ["--data-path", "/b"]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("let-wieght", "let-weight"),
+        ("num_layers", "num-layers"),
+        ("learning-rate", None),
+        ("let-stop-steps", "let-stop-step"),
+        ("Seq-Length", "seq-length"),
+    ],
+)
+def test_unknown_setting_names_its_nearest_match(
+    name: str, nearest: str | None, parser: argparse.ArgumentParser
+) -> None:
+    with pytest.raises(RecipeError, match=f"sets {name}, which is no flag") as error:
+        recipe_argv({name: 1}, parser, [], {})
+    assert nearest is None or f"did you mean {nearest}?" in str(error.value)
+    assert_one_sentence(error)
+
+
+def test_unlike_any_flag_gives_no_suggestion(small_parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe_argv({"zzzzzz": 1}, small_parser, [], {})
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fuse", "yes please"),
+        ("fuse", 1),
+        ("layers", True),
+        ("layers", None),
+        ("layers", "four"),
+        ("layers", 4.5),
+        ("layers", [4, 5]),
+        ("layers", {"first": 4}),
+        ("widths", [1, None]),
+        ("widths", [1, "x"]),
+        ("format", "floppy"),
+    ],
+)
+def test_value_of_the_wrong_kind_is_named(
+    name: str, value: object, small_parser: argparse.ArgumentParser
+) -> None:
+    with pytest.raises(RecipeError, match=f"sets {name} to ") as error:
+        recipe_argv({name: value}, small_parser, [], {})
+    assert_one_sentence(error)
+
+
+def test_sections_are_flattened_and_their_names_mean_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, "model:\n  layers: 4\nanything:\n  fuse: true\n  lr: 1e-3\n")
+    assert load_recipe(path) == {"layers": 4, "fuse": True, "lr": "1e-3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("layers: 4\n", "must be sections of"),
+        ("- layers\n", "must be sections of"),
+        ("", "must be sections of"),
+        ("model: [4\n", "is no YAML"),
+        ("model:\n\tlayers: 4\n", "is no YAML"),
+        ("model:\n  layers: 4\nagain:\n  layers: 5\n", "sets layers twice"),
+        ("model:\n  layers: 4\n  layers: 5\n", "sets layers twice"),
+        ("model:\n  layers: 4\nmodel:\n  width: 5\n", "sets model twice"),
+    ],
+    ids=[
+        "no section", "list", "empty", "open bracket", "tab", "twice", "twice in one section",
+        "section twice",
+    ],
+)  # fmt: skip
+def test_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError, match=expected) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value)
+    assert_one_sentence(error)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nothing\.yaml does not exist"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"model:\n  name: \xff\xfe\n")
+    with pytest.raises(RecipeError, match="is no YAML"):
+        load_recipe(path)

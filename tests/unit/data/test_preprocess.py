@@ -1,0 +1,388 @@
+"""tools/preprocess_data.py: the same documents and tokens, whatever the format and the workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.tokenizers import MegatronTokenizer
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
+
+from megatron_let.data.blend import blend_weights
+from megatron_let.data.inputs import gather, group_sources
+from megatron_let.data.merge import StreamedDatasetBuilder
+from megatron_let.data.selection import draw_split
+from megatron_let.data.text_tokenizer import load_text_tokenizer
+from megatron_let.errors import LETError
+from tests.helpers.text_data import (
+    documents_of,
+    files_of,
+    real_texts,
+    run,
+    save_hugging_face_tokenizer,
+    save_sentence_piece,
+    write_input,
+)
+from tools.preprocess_data import main
+
+FORMATS = ("jsonl", "jsonl.zst", "jsonl.gz", "parquet")
+SUBSETS = ("Github", "Books3", "Wikipedia (en)")
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_hugging_face_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sentence_piece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return real_texts(150_000)
+
+
+def direct_ids(tokenizer: Path, text: str) -> list[int]:
+    """Ids from the library itself, one document at a time."""
+    if tokenizer.is_dir():
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        return [*loaded(text, add_special_tokens=False).input_ids, loaded.eos_token_id]
+    processor = SentencePieceProcessor(model_file=str(tokenizer))
+    return [*processor.encode(text), processor.eos_id()]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", ["hugging_face", "sentence_piece"])
+def test_documents_equal_the_tokenizer_called_directly(
+    kind: str, suffix: str, texts: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    source = write_input(tmp_path / f"in.{suffix}", texts)
+    report = run([source], tmp_path / "out", tokenizer, block_bytes=20_000)
+    documents = documents_of(tmp_path / "out_text_document")
+    assert documents == [direct_ids(tokenizer, text) for text in texts]
+    assert report["documents_in"] == report["written"]["documents"] == len(texts)
+    assert report["written"]["tokens"] == sum(map(len, documents))
+    assert report["written"]["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert report["dtype"] == "uint16"
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    texts=st.lists(st.text(max_size=60), min_size=1, max_size=12),
+    suffix=st.sampled_from(FORMATS),
+    block_bytes=st.integers(1, 300),
+)
+def test_any_documents_come_out_once_and_in_order(
+    texts: list[str],
+    suffix: str,
+    block_bytes: int,
+    hugging_face: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("property")
+    loaded = AutoTokenizer.from_pretrained(hugging_face)
+    ids = [loaded(text, add_special_tokens=False).input_ids for text in texts]
+    expected = [[*document, loaded.eos_token_id] for document in ids if document]
+    source = write_input(folder / f"in.{suffix}", texts)
+    if not expected:
+        with pytest.raises(LETError, match="No document was written"):
+            run([source], folder / "out", hugging_face, block_bytes=block_bytes)
+        return
+    report = run([source], folder / "out", hugging_face, block_bytes=block_bytes)
+    assert documents_of(folder / "out_text_document") == expected
+    assert report["documents_in"] == len(texts)
+    assert report["rejected"].get("empty", 0) == len(texts) - len(expected)
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(texts=st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=12))
+def test_sentence_piece_on_any_text(
+    texts: list[str], sentence_piece: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ours = load_text_tokenizer("SentencePieceTokenizer", sentence_piece).encode(texts)
+    processor = SentencePieceProcessor(model_file=str(sentence_piece))
+    assert [ids.tolist() for ids in ours] == [processor.encode(text) for text in texts]
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    texts: list[str], hugging_face: Path, tmp_path: Path
+) -> None:
+    inputs = [write_input(tmp_path / f"{i}.{f}", texts, SUBSETS) for i, f in enumerate(FORMATS)]
+    (tmp_path / "e.txt").write_text(texts[0])
+    inputs.append(tmp_path / "e.txt")
+    results = []
+    for workers in (1, 3):
+        folder = tmp_path / f"w{workers}"
+        run(inputs, folder / "out", hugging_face, workers=workers, block_bytes=9_000)
+        results.append(files_of(folder))
+    assert results[0] == results[1]
+    assert len(documents_of(tmp_path / "w1/out_text_document")) == 4 * len(texts) + 1
+
+
+def test_text_files_globs_and_folders(hugging_face: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "deep/c.txt"):
+        (folder / name).write_text(f"text of {name}\n")
+    (folder / "README").write_text("not an input")
+    (folder / "manifest.json").write_text("{}")
+    # What an earlier run wrote below its own input.
+    (folder / "out.rejected.jsonl").write_text('{"reason": "empty"}\n')
+    report = run([folder], tmp_path / "all", hugging_face)
+    ignored = [Path(p).name for p in report["ignored_files"]]
+    assert ignored == ["README", "manifest.json", "out.rejected.jsonl"]
+    names = ["a.txt", "b.txt", "deep/c.txt"]
+    expected = [direct_ids(hugging_face, f"text of {name}\n") for name in names]
+    assert documents_of(tmp_path / "all_text_document") == expected
+    # A file that two patterns name is read once.
+    run([folder / "*.txt", folder / "a.txt"], tmp_path / "glob", hugging_face)
+    assert documents_of(tmp_path / "glob_text_document") == expected[:2]
+
+
+def test_several_keys_make_several_data_sets(hugging_face: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a b", "title": "T"}\n{"text": "c d"}\n')
+    report = run([source], tmp_path / "out", hugging_face, json_keys=("text", "title"))
+    assert len(documents_of(tmp_path / "out_text_document")) == 2
+    assert documents_of(tmp_path / "out_title_document") == [direct_ids(hugging_face, "T")]
+    assert (report["documents_in"], report["rejected"]) == (4, {"missing_key": 1})
+
+
+def test_without_end_of_document(hugging_face: Path, tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl", ["one two"])
+    run([source], tmp_path / "out", hugging_face, append_eod=False)
+    [document] = documents_of(tmp_path / "out_text_document")
+    assert document == direct_ids(hugging_face, "one two")[:-1]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_subsets_are_filtered_and_counted(
+    suffix: str, texts: list[str], hugging_face: Path, tmp_path: Path
+) -> None:
+    source = write_input(tmp_path / f"in.{suffix}", texts[:30], SUBSETS)
+    report = run([source], tmp_path / "out", hugging_face, exclude_subsets=("Books3",))
+    kept = [text for i, text in enumerate(texts[:30]) if i % 3 != 1]
+    expected = [direct_ids(hugging_face, text) for text in kept]
+    assert documents_of(tmp_path / "out_text_document") == expected
+    assert report["filtered"] == {"Books3": 10}
+    assert {n: s["documents"] for n, s in report["subsets"].items()} == {
+        "Github": 10,
+        "Wikipedia (en)": 10,
+    }
+    only = run([source], tmp_path / "only", hugging_face, include_subsets=("Books3",))
+    assert only["written"]["documents"] == 10
+
+
+def test_subset_blend_is_read_by_megatron(
+    texts: list[str], hugging_face: Path, tmp_path: Path
+) -> None:
+    source = write_input(tmp_path / "in.jsonl", texts[:60], SUBSETS)
+    report = run(
+        [source], tmp_path / "out", hugging_face, per_subset=True, block_bytes=5_000,
+        subset_weights={"Github": 3.0, "Books3": 0.0},
+    )  # fmt: skip
+    for index, name in enumerate(("Github", "Books3", "Wikipedia__en")):
+        expected = [direct_ids(hugging_face, text) for text in texts[index:60:3]]
+        assert documents_of(tmp_path / f"out_text_{name}_document") == expected
+    weights, prefixes = megatron_blend(data_args_path=report["data_args"])[0]
+    github, wikipedia = (report["subsets"][n]["tokens"] for n in ("Github", "Wikipedia (en)"))
+    assert [Path(p).name for p in weights] == [
+        "out_text_Github_document",
+        "out_text_Wikipedia__en_document",
+    ]
+    total = 3 * github + wikipedia
+    np.testing.assert_allclose(prefixes, [3 * github / total, wikipedia / total], atol=1e-7)
+
+
+def test_weight_of_an_unknown_subset_can_be_corrected(hugging_face: Path, tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl", ["a", "b", "c"], SUBSETS)
+    options: dict[str, Any] = {"per_subset": True, "include_subsets": ("Github", "Gihtub")}
+    with pytest.raises(LETError, match=r"names 'Gihtub', .* the subsets are Github"):
+        run([source], tmp_path / "out", hugging_face, subset_weights={"Gihtub": 2.0}, **options)
+    with pytest.raises(LETError, match="leaves nothing"):
+        run([source], tmp_path / "out", hugging_face, subset_weights={"Github": 0.0}, **options)
+    report = run([source], tmp_path / "out", hugging_face, subset_weights={"Github": 2}, **options)
+    assert report["subsets_not_found"] == ["Gihtub"]
+    with pytest.raises(LETError, match="its subset_weights differs"):
+        run([source], tmp_path / "out", hugging_face, **options)
+
+
+def test_splits_are_disjoint_and_read_by_megatron(
+    texts: list[str], hugging_face: Path, tmp_path: Path
+) -> None:
+    source = write_input(tmp_path / "in.jsonl", texts, SUBSETS)
+    report = run(
+        [source], tmp_path / "out", hugging_face, split=(6, 2, 2), per_subset=True,
+        block_bytes=5_000,
+    )  # fmt: skip
+    per_split = megatron_blend(per_split_data_args_path=report["data_args"])[1]
+    found = []
+    for name, blend in zip(("train", "valid", "test"), per_split, strict=True):
+        ours = [d for prefix in blend[0] for d in documents_of(prefix)]
+        expected = [t for t in texts if draw_split(t, (6, 2, 2)) == name]
+        key = lambda d: tuple(d)  # noqa: E731
+        assert sorted(ours, key=key) == sorted(
+            (direct_ids(hugging_face, t) for t in expected), key=key
+        )
+        found.append(len(ours))
+    assert sum(found) == len(texts)
+    assert found[0] > found[1] > 0 and found[2] > 0
+
+
+def test_finished_run_is_left_alone_and_another_one_refused(
+    hugging_face: Path, tmp_path: Path
+) -> None:
+    source = write_input(tmp_path / "in.jsonl", ["one", "two"])
+    prefix = tmp_path / "sub" / "out"
+    first = run([source], prefix, hugging_face)
+    before = {p: p.stat().st_mtime_ns for p in prefix.parent.iterdir()}
+    assert run([source], prefix, hugging_face) == first
+    assert {p: p.stat().st_mtime_ns for p in prefix.parent.iterdir()} == before
+    with pytest.raises(LETError, match="belongs to another run: its selection differs"):
+        run([source], prefix, hugging_face, append_eod=False)
+    write_input(source, ["one", "twx"])
+    with pytest.raises(LETError, match="belongs to another run: its input differs"):
+        run([source], prefix, hugging_face)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_streamed_builder_writes_the_bytes_of_megatrons(dtype: Any, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 60_000, size=n) for n in (1, 7, 3, 500)]
+    stock = IndexedDatasetBuilder(str(tmp_path / "stock.bin"), dtype=dtype)
+    ours = StreamedDatasetBuilder(tmp_path / "ours", dtype)
+    for document in documents:
+        tokens = document.astype(dtype)
+        stock.add_document(tokens, [len(tokens)])
+        ours.add_tokens(tokens, np.array([len(tokens)], dtype=np.int32))
+    stock.finalize(str(tmp_path / "stock.idx"))
+    ours.publish()
+    for suffix in (".bin", ".idx"):
+        stock_bytes = (tmp_path / f"stock{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == stock_bytes
+
+
+def test_streamed_index_in_several_pieces(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("megatron_let.data.merge._DOCUMENTS_AT_A_TIME", 3)
+    test_streamed_builder_writes_the_bytes_of_megatrons(np.uint16, tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [600, 70_000])
+def test_width_follows_the_vocabulary(vocab_size: int) -> None:
+    assert DType.optimal_dtype(vocab_size) is (np.uint16 if vocab_size < 65_500 else np.int32)
+
+
+def test_end_and_size_are_megatrons(hugging_face: Path, sentence_piece: Path) -> None:
+    for library, kind, path in (
+        ("huggingface", "HuggingFaceTokenizer", hugging_face),
+        ("sentencepiece", "SentencePieceTokenizer", sentence_piece),
+    ):
+        theirs = MegatronTokenizer.from_pretrained(
+            tokenizer_path=str(path), metadata_path={"library": library}
+        )
+        ours = load_text_tokenizer(kind, path)
+        assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eos_id)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "runs"),
+    [
+        ([], 5, []),
+        ([2, 2, 2], 4, [(0, 1), (2,)]),
+        ([9, 1, 9], 4, [(0,), (1,), (2,)]),
+        ([1, 1], 9, [(0, 1)]),
+    ],
+)
+def test_gather(sizes: list[int], limit: int, runs: list[tuple[int, ...]]) -> None:
+    assert list(gather(sizes, limit)) == runs
+
+
+def test_small_text_files_share_a_source() -> None:
+    files = [(Path(n), 4) for n in ("a.txt", "b.txt", "c.jsonl", "d.txt", "e.txt", "f.txt")]
+    sources = group_sources(files, 8)
+    names = [[p.name for p in s.paths] for s in sources]
+    assert names == [["a.txt", "b.txt"], ["c.jsonl"], ["d.txt", "e.txt"], ["f.txt"]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(), weights=st.tuples(*[st.floats(0, 100)] * 3).filter(lambda w: sum(w) > 0))
+def test_split_has_weight(text: str, weights: tuple[float, float, float]) -> None:
+    assert (
+        dict(zip(("train", "valid", "test"), weights, strict=True))[
+            draw_split(text.encode(errors="replace").decode(), weights)
+        ]
+        > 0
+    )
+
+
+def test_blend_weights() -> None:
+    assert blend_weights({"a": 30, "b": 10, "c": 5}, {"b": 2, "c": 0}) == {"a": 0.6, "b": 0.4}
+
+
+def test_command_line(hugging_face: Path, tmp_path: Path, capsys: Any) -> None:
+    source = write_input(tmp_path / "in.jsonl", ["a b", "c", ""], SUBSETS)
+    subsets = tmp_path / "keep.txt"
+    subsets.write_text("# kept\nGithub\nBooks3  # for a test\n")
+    code = main(
+        ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-model",
+         str(hugging_face), "--include-subsets", str(subsets), "--workers", "1"]
+    )  # fmt: skip
+    assert code == 0
+    assert "3 documents in, 2 out" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert report["filtered"] == {"Wikipedia (en)": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "1,2"], "--split is '1,2'; give three weights"),
+        (["--split=-1,2,3"], "--split is -1,2,3; give three weights from 0"),
+        (["--workers", "0"], "--workers is 0; give at least 1"),
+        (["--subset-weights", "a=2"], "--subset-weights needs --per-subset"),
+        (["--per-subset", "--subset-weights", "a"], "has 'a'; give NAME=FACTOR"),
+        (["--include-subsets", "a", "--exclude-subsets", "a"], "leave it in one"),
+        (["--json-keys", "text", "title", "--per-subset"], "give one key a run"),
+        (["--input", "nothing.jsonl"], "matches no file"),
+        (["--input", "/dev/null"], "matches no file"),
+        (["--tokenizer-model", "none"], "does not exist"),
+        (["--tokenizer-type", "SentencePieceTokenizer"], "is no SentencePiece model"),
+    ],
+)
+def test_unfit_flags(
+    arguments: list[str], message: str, hugging_face: Path, tmp_path: Path, capsys: Any
+) -> None:
+    source = write_input(tmp_path / "in.jsonl", ["a b"])
+    code = main(
+        ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-model",
+         str(hugging_face), *arguments]
+    )  # fmt: skip
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def megatron_blend(**paths: Any) -> Any:
+    """What Megatron reads from a data-args file."""
+    from argparse import Namespace
+
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    none = dict.fromkeys(
+        ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path",
+         "per_split_data_args_path")
+    )  # fmt: skip
+    return get_blend_and_blend_per_split(Namespace(**(none | paths)))

@@ -1,0 +1,188 @@
+"""Tasks, tables and results of the evaluation, and lm-eval itself where it is installed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.errors import LETError
+from megatron_let.evaluation import harness
+from megatron_let.evaluation.harness import Result, Settings, evaluate
+from megatron_let.evaluation.models import checkpoint_hash
+from megatron_let.evaluation.table import Row, csv_rows, plot_average, write_results_json
+from megatron_let.evaluation.tasks import TASKS, local_data, tasks_named
+from megatron_let.evaluation.watch import finished_checkpoints, new_checkpoints
+from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
+from tools.evaluate import main
+
+QUESTIONS = {
+    "arc_easy": [
+        {"question": f"What comes after {n}?", "answerKey": "B",
+         "choices": {"text": [str(n), str(n + 1), "nothing"], "label": ["A", "B", "C"]}}
+        for n in range(12)
+    ],
+    "lambada_openai": [{"text": f"One, two, three and again {n} four"} for n in range(12)],
+    "boolq": [
+        {"passage": "Water is wet.", "question": f"is water wet {n}", "label": n % 2}
+        for n in range(12)
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer, for 512 positions."""
+    folder = tmp_path_factory.mktemp("evaluated") / "llama"
+    return with_tokenizer(save_llama(folder, vocab_size=600, max_position_embeddings=512))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tasks of a few questions."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, rows in QUESTIONS.items():
+        (folder / name).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name / "validation.jsonl").write_text(lines)
+    return folder
+
+
+def result(task: str, percent: float, error: float = 2.0) -> Result:
+    scores = {"acc": percent / 100, "acc_stderr": error / 100}
+    other = {"acc_norm": percent / 200, "acc_norm_stderr": error / 100}
+    return Result(task, scores | other, 4, "1.0", "0110")
+
+
+def row(name: str, tokens: int | None, percent: float) -> Row:
+    return Row(name, tokens, tuple(result(task.name, percent) for task in TASKS))
+
+
+def test_the_papers_nine_tasks_in_its_order() -> None:
+    columns = ["ARC-c", "ARC-e", "HS", "LAMB", "OBQA", "PIQA", "SciQ", "Wino.", "BoolQ"]
+    assert [task.column for task in TASKS] == columns
+    assert [task.name for task in TASKS if task.metric == "acc_norm"] == ["openbookqa"]
+
+
+def test_average_and_its_standard_error() -> None:
+    # Eight tasks at 40, OpenBookQA at half of it by its own metric; all errors 2.
+    average, error = row("m", None, 40.0).average(TASKS)
+    assert average == pytest.approx((8 * 40 + 20) / 9)
+    assert error == pytest.approx(2.0 / math.sqrt(9))
+
+
+def test_csv_has_both_accuracies() -> None:
+    lines = csv_rows([row("m", 10, 40.0)], TASKS)
+    assert len(lines) == 2 * 9 + 1 and lines[-1]["task"] == "average"
+    found = [line for line in lines if line["task"] == "openbookqa"]
+    assert [(line["metric"], line["percent"]) for line in found] == [("acc", 40), ("acc_norm", 20)]
+
+
+def test_plot_needs_two_models_whose_tokens_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "average.png"
+    assert not plot_average(path, [row("a", None, 30.0), row("b", 5, 30.0)], TASKS)
+    assert not path.exists()
+    rows = [row("run/iter_0000010", 10, 30.0), row("run/iter_0000020", 20, 40.0)]
+    assert plot_average(path, rows, TASKS) and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_json_has_every_answer(tmp_path: Path) -> None:
+    write_results_json(tmp_path / "r.json", [row("a", 7, 30.0)], TASKS, {"command": "c"})
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["models"][0]["results"][0]["answers"] == "0110" and found["command"] == "c"
+
+
+def test_unknown_task_and_missing_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LETError, match="'mmlu' is none of"):
+        tasks_named(["mmlu"])
+    with pytest.raises(LETError, match="no arc_challenge/validation"):
+        local_data(TASKS[0], tmp_path)
+
+
+def test_local_splits_take_the_hubs_place(data: Path) -> None:
+    (task,) = tasks_named(["arc_easy"])
+    found = local_data(task, data)
+    assert found["dataset_path"] == "json"
+    assert found["validation_split"] == "validation"
+    assert found["training_split"] is None and found["test_split"] is None
+
+
+def test_hash_is_of_the_content(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    assert checkpoint_hash(moved) == checkpoint_hash(model)
+    changed = save_llama(tmp_path / "changed", vocab_size=600, rms_norm_eps=1e-6)
+    assert checkpoint_hash(changed) != checkpoint_hash(model)
+    megatron = as_megatron(model, tmp_path / "megatron")
+    again = as_megatron(model, tmp_path / "again")
+    assert checkpoint_hash(megatron) == checkpoint_hash(megatron / "release")
+    assert checkpoint_hash(megatron) != checkpoint_hash(again)
+
+
+def test_scores_are_computed_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_let.checkpoint.weights import open_weights
+
+    asked: list[list[str]] = []
+
+    def run(weights: Any, tasks: Any, *rest: Any) -> list[Result]:
+        asked.append([task.name for task in tasks])
+        return [result(task.name, 50.0) for task in tasks]
+
+    monkeypatch.setattr(harness, "_run", run)
+    monkeypatch.setattr(harness, "versions", lambda: {"lm-eval": "0"})
+    weights = open_weights(model)
+    two = tasks_named(["arc_easy", "boolq"])
+    first = evaluate(weights, two, Settings(), tmp_path)
+    assert evaluate(weights, two, Settings(), tmp_path) == first
+    evaluate(weights, tasks_named(["arc_easy", "sciq"]), Settings(), tmp_path)
+    evaluate(weights, two, Settings(num_fewshot=0), tmp_path)
+    assert asked == [["arc_easy", "boolq"], ["sciq"], ["arc_easy", "boolq"]]
+
+
+def test_watch_gives_whole_checkpoints_until_the_run_is_done(tmp_path: Path) -> None:
+    def add(name: str, *files: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        for file in files:
+            (tmp_path / name / file).touch()
+
+    add("iter_0000010", ".metadata", "metadata.json")
+    add("iter_0000020", "__0_0.distcp")
+    add("other")
+    watch = new_checkpoints(tmp_path, 0.0)
+    assert [path.name for path in next(watch)] == ["iter_0000010"]
+    add("iter_0000020", ".metadata", "metadata.json")
+    (tmp_path / "DONE").touch()
+    assert [path.name for path in next(watch)] == ["iter_0000010", "iter_0000020"]
+    assert list(watch) == []
+    assert len(finished_checkpoints(tmp_path)) == 2
+
+
+def test_lm_eval_scores_local_tasks_alike_in_both_formats(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "lm_eval", reason="lm-eval is missing: bash launch/lib/environment.sh evaluation"
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    megatron = as_megatron(model, tmp_path / "megatron")
+    arguments = ["tasks", model, megatron, "--data", data, "--output", tmp_path / "out",
+                 "--limit", 6, "--device", "cpu", "--tasks", *QUESTIONS]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    ours, theirs = (models["results"] for models in found["models"])
+    assert ours == theirs and [r["items"] for r in ours] == [6, 6, 6]
+    assert all(0 <= r["scores"]["acc"] <= 1 for r in ours)
+    assert found["num_fewshot"] == "1" and found["lm-eval"]
+    with (tmp_path / "out/results.csv").open() as file:
+        assert {line["task"] for line in csv.DictReader(file)} == {*QUESTIONS, "average"}
+    # The second call is answered by the cache: the data is not even read.
+    monkeypatch.setattr(harness, "_run", None)
+    assert main([str(argument) for argument in arguments]) == 0

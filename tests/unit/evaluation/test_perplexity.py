@@ -1,0 +1,137 @@
+"""Perplexity over indexed data, against a plain computation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_let.checkpoint.weights import open_weights
+from megatron_let.data.indexed import write_indexed
+from megatron_let.errors import LETError
+from megatron_let.evaluation.models import load_model
+from megatron_let.evaluation.perplexity import Perplexity, blend_of, perplexity, total, windows
+from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
+from tools.evaluate import main
+
+TEXTS = ["Late to early, naïve café 東京.", "def f(x):\n    return x + 1\n", "The end of it all."]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer."""
+    return with_tokenizer(save_llama(tmp_path_factory.mktemp("m") / "llama", vocab_size=600))
+
+
+@pytest.fixture(scope="module")
+def data(model: Path) -> Path:
+    """Three short documents."""
+    prefix = model.with_name("texts")
+    write_indexed(prefix, TEXTS, AutoTokenizer.from_pretrained(model))
+    return prefix
+
+
+def test_every_token_but_the_first_is_predicted_once(data: Path, model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = [i for text in TEXTS for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+    for length in (1, 7, 16, len(ids), 10_000):
+        cut = list(windows(data, length, None))
+        assert np.concatenate([cut[0][:1], *[part[1:] for part in cut]]).tolist() == ids
+        assert all(len(part) <= length + 1 for part in cut)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("length", [8, 1000])
+def test_loss_is_that_of_a_plain_loop(
+    length: int, batch_size: int, data: Path, model: Path
+) -> None:
+    llama = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = [i for text in TEXTS for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+    expected = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, length):
+            window = torch.tensor(ids[start : start + length + 1])
+            scores = llama(window[None, :-1]).logits[0].double().log_softmax(-1)
+            expected -= float(scores.gather(1, window[1:, None]).sum())
+    found = perplexity(llama, data, length, tokenizer, batch_size)
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert found.tokens == len(ids) - 1
+    assert found.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert found.per_token == pytest.approx(math.exp(expected / (len(ids) - 1)), rel=1e-5)
+    assert found.per_byte is not None and found.bits_per_byte is not None
+    assert 2**found.bits_per_byte == pytest.approx(found.per_byte)
+
+
+def test_part_of_a_data_set(data: Path) -> None:
+    (window,) = windows(data, 100, 5)
+    assert len(window) == 5
+
+
+def test_data_sets_add_up() -> None:
+    parts = [Perplexity("a", 10, 40, 30.0), Perplexity("b", 30, 60, 50.0)]
+    both = total(parts)
+    assert (both.tokens, both.bytes, both.loss) == (40, 100, 80.0)
+    assert total([*parts, Perplexity("c", 1, None, 1.0)]).per_byte is None
+
+
+@pytest.mark.parametrize(
+    ("items", "names"),
+    [(["a", "b"], ["a", "b"]), (["0.3", "a", "0.7", "b"], ["a", "b"]), (["a"], ["a"])],
+)
+def test_blend_is_read_as_training_reads_it(items: list[str], names: list[str]) -> None:
+    assert [str(path) for path in blend_of(items)] == names
+
+
+def test_blend_without_turns_is_refused() -> None:
+    with pytest.raises(LETError, match="WEIGHT PREFIX pairs"):
+        blend_of(["0.3", "a", "b"])
+
+
+def test_both_formats_and_a_blend_through_the_program(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    megatron = as_megatron(model, tmp_path / "megatron")
+    (tmp_path / "blend.txt").write_text(f"0.5 {data}\n0.5 {data}\n")
+    arguments = ["perplexity", model, megatron, "--data-args-path", tmp_path / "blend.txt",
+                 "--seq-length", 16, "--json", tmp_path / "out.json",
+                 "--device", "cpu"]  # fmt: skip
+    assert main([str(argument) for argument in arguments]) == 0
+    ours, theirs = json.loads((tmp_path / "out.json").read_text())["models"].values()
+    assert ours == theirs and [part["name"] for part in ours] == ["texts", "texts", "all"]
+    assert ours[2]["loss"] == pytest.approx(ours[0]["loss"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_of_a_checkpoint_is_the_model(tied: bool, tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", tie_word_embeddings=tied)
+    megatron = as_megatron(source, tmp_path / "megatron")
+    ours = load_model(open_weights(megatron), torch.float32, "cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(source)
+    tokens = torch.arange(50)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data-path", "{here}/nowhere"], "nowhere.bin is missing"),
+        (["--data-args-path", "{here}/nowhere"], "does not exist"),
+        (["--data-path", "{here}/large"], "made with another tokenizer"),
+    ],
+)
+def test_bad_data_is_named(
+    flags: list[str], words: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_tokenizer(tmp_path / "tokenizer", 700)
+    write_indexed(tmp_path / "large", TEXTS * 40, AutoTokenizer.from_pretrained(other))
+    given = [flag.format(here=tmp_path) for flag in flags]
+    assert main(["perplexity", str(model), *given]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("evaluate: error: ") and words in line

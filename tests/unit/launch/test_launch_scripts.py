@@ -1,0 +1,276 @@
+"""What the launch scripts show, refuse and decide, without a Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_let.config.recipes import load_recipe
+from tests.helpers.runs import ROOT
+
+DEEPSPEED = ROOT / "launch/pretrain_7b_let_deepspeed.sh"
+SCRIPTS = sorted(set((ROOT / "launch").glob("pretrain_*.sh")) - {DEEPSPEED})
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    path = tmp_path / "site.sh"
+    path.write_text(
+        f"LET_RUNS={tmp_path}/runs LET_PYTHON=/bin/true\n"
+        ': "${DATA=/d/pile}" "${LET_MODELS:=/models}" "${LET_FABRIC:=infiniband}"\n'
+    )
+    return path
+
+
+def launch(script: Path, site: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    result = subprocess.run(
+        ["bash", str(script), *arguments], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**kept, "LET_SITE": str(site), **variables},
+    )  # fmt: skip
+    return result.returncode, result.stdout
+
+
+def test_there_is_a_script_for_each_paper_recipe() -> None:
+    names = [script.stem.removeprefix("pretrain_") for script in SCRIPTS]
+    assert len(names) == 6
+    for name in names:
+        size, method = name.split("_")
+        assert (ROOT / f"configs/{method}_{size}.yaml").is_file()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_dry_run_shows_job_and_command(script: Path, site: Path) -> None:
+    code, shown = launch(script, site, "--dry-run", "--", "--train-iters", "5", "--lr", "1e-4")
+    assert code == 0, shown
+    size, method = script.stem.removeprefix("pretrain_").split("_")
+    for expected in (
+        "#SBATCH --nodes=4", "#SBATCH --gpus-per-node=8", "#SBATCH --signal=URG@600",
+        f"configs/{method}_{size}.yaml", "--nproc-per-node 8", "--exit-signal SIGURG",
+        "torch.distributed.run", "--train-iters 5 --lr 1e-4", f"runs/{method}_{size}",
+        "#   DATA=/d/pile", "#   TEACHER=/models/SmolLM2-", "#   CUDA_DEVICE_MAX_CONNECTIONS=1",
+    ):  # fmt: skip
+        assert expected in shown, expected
+
+
+def test_deepspeeds_script_is_one_node_of_its_recipe(site: Path) -> None:
+    code, shown = launch(DEEPSPEED, site, "--dry-run")
+    assert code == 0, shown
+    for expected in (
+        "#SBATCH --nodes=1", "#SBATCH --gpus-per-node=8", "#SBATCH --signal=URG@600",
+        "configs/let_7b_deepspeed.yaml", "--nproc-per-node 8", "runs/let_7b_deepspeed",
+        "#   TEACHER=/models/SmolLM2-1.7B",
+    ):  # fmt: skip
+        assert expected in shown, expected
+    settings = load_recipe(ROOT / "configs/let_7b_deepspeed.yaml")
+    assert settings["engine"] == "deepspeed" and settings["exit-signal-handler"]
+    assert settings["save"] == settings["load"] == "${OUTPUT}/checkpoints"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_recipe_saves_as_the_launcher_expects(script: Path) -> None:
+    size, method = script.stem.removeprefix("pretrain_").split("_")
+    settings = load_recipe(ROOT / f"configs/{method}_{size}.yaml")
+    # Without any one of the three Megatron saves synchronously, or refuses.
+    assert settings["async-save"] and settings["use-persistent-ckpt-worker"]
+    assert settings["async-strategy"] == "mcore" and settings["exit-signal-handler"]
+    assert settings["save"] == settings["load"] == "${OUTPUT}/checkpoints"
+
+
+# Table 3 and appendix B: layers, width, feed-forward, heads, peak rate, batch a GPU, accumulation.
+# The appendix gives no batch a GPU for 3B; 8 x 8 is ours.
+PAPER = {
+    "1p4b": (24, 2048, 5461, 32, 4e-4, 16, 4),
+    "3b": (None, None, None, None, 3e-4, 8, 8),
+    "7b": (32, 4096, 11008, 32, 3e-4, 4, 16),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_sizes_are_the_papers(script: Path) -> None:
+    size, method = script.stem.removeprefix("pretrain_").split("_")
+    header = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script.read_text(), re.MULTILINE))
+    assert header["job-name"] == f"{method}_{size}"
+    ranks = int(header["nodes"]) * int(header["gpus-per-node"])
+    assert ranks == 32
+    settings = load_recipe(ROOT / f"configs/{method}_{size}.yaml")
+    names = ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "lr")
+    for name, expected in zip(names, PAPER[size], strict=False):
+        assert expected is None or settings[name] == expected, name
+    micro, accumulation = PAPER[size][-2:]
+    assert settings["micro-batch-size"] == micro
+    assert settings["global-batch-size"] == micro * accumulation * ranks == 2048
+    assert settings["seq-length"] == settings["max-position-embeddings"] == 1280
+    # 20B tokens, a tenth of it warm-up, down to a tenth of the rate.
+    assert settings["train-iters"] * 2048 * 1280 == pytest.approx(20e9, rel=1e-3)
+    assert settings["lr-warmup-iters"] == pytest.approx(settings["train-iters"] / 10, abs=1)
+    assert settings["min-lr"] == pytest.approx(settings["lr"] / 10)
+    adam = {"adam-beta1": 0.9, "adam-beta2": 0.999, "weight-decay": 0.01, "clip-grad": 1.0}
+    assert settings.items() >= adam.items() and settings["lr-decay-style"] == "cosine"
+    for name in ("use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"):
+        assert settings[name], name
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_baseline_and_let_differ_in_the_method_only(size: str) -> None:
+    baseline, let = (load_recipe(ROOT / f"configs/{m}_{size}.yaml") for m in ("baseline", "let"))
+    names = {name for name in baseline.keys() | let.keys() if baseline.get(name) != let.get(name)}
+    assert {name for name in names if not name.startswith("let-")} <= {"tokenizer-model"}
+
+
+@pytest.mark.parametrize(
+    ("container", "expected"),
+    [
+        ("pyxis", "--container-image=image.sqsh"),
+        ("pyxis", "/d:/d,/models/SmolLM2-135M:/models/SmolLM2-135M,/a:/b"),
+        ("apptainer", "apptainer exec --nv"),
+        ("apptainer", "/d,/models/SmolLM2-135M,/a:/b image.sqsh bash"),
+    ],
+)
+def test_container_runs_the_same_inner_script(container: str, expected: str, site: Path) -> None:
+    text = site.read_text().replace("LET_PYTHON=/bin/true", "LET_PYTHON=")
+    site.write_text(text)
+    code, shown = launch(
+        SCRIPTS[0], site, "--dry-run",
+        LET_CONTAINER=container, LET_IMAGE="image.sqsh", LET_MOUNTS="/a:/b",
+    )  # fmt: skip
+    shown = shown.replace("\\,", ",")
+    assert code == 0 and expected in shown, shown
+    assert "launch/lib/node.sh ranks megatron_let.pretrain" in shown
+    assert "rank.sh python3 -u -m megatron_let.pretrain" in shown, "the container's own Python"
+
+
+@pytest.mark.parametrize("option", [["--job-name=two"], ["--job-name", "two"], ["-J", "two"]])
+def test_job_name_is_the_run(option: list[str], site: Path) -> None:
+    code, shown = launch(SCRIPTS[0], site, "--dry-run", *option)
+    assert code == 0 and f"# run folder: {site.parent}/runs/two\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"DATA": ""}, "error: DATA is not set"),
+        ({"LET_FABRIC": "carrier-pigeon"}, "LET_FABRIC is 'carrier-pigeon'"),
+        ({"LET_CONTAINER": "docker", "LET_IMAGE": "x"}, "LET_CONTAINER is 'docker'"),
+        ({"LET_CONTAINER": "pyxis"}, "error: LET_IMAGE is not set"),
+        ({"LET_SITE": "/nowhere"}, "there is no site file /nowhere"),
+    ],
+)
+def test_mistake_gets_one_line(variables: dict[str, str], expected: str, site: Path) -> None:
+    code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
+    assert code == 2 and expected in shown and shown.count("error:") == 1
+
+
+def test_scripts_name_no_site_and_each_setting_its_reason() -> None:
+    for path in (ROOT / "launch/env").glob("*.sh"):
+        reason = False
+        for line in path.read_text().splitlines():
+            assert not line.startswith("export") or reason, (path, line)
+            reason = line.startswith("#")
+    for path in (ROOT / "launch").rglob("*.sh"):
+        if path.name != "site.example.sh":
+            assert not re.search(r"/(scratch|lustre|gpfs|home)/", path.read_text()), path
+
+
+# What is decided at the end of an attempt
+
+
+DECIDE = """
+set -euo pipefail
+. {root}/launch/lib/job.sh
+scontrol() {{ echo "scontrol $1"; }}
+sleep() {{ exit 0; }}
+OUTPUT={output} CHECKPOINTS={output}/checkpoints ATTEMPT={output} LET_STEP_DIR={output}
+RUN=run SLURM_JOB_ID=7 LET_NODE_SHIFT=0 SLURM_RESTART_COUNT={restarts}
+finish_attempt {code}
+"""
+
+
+def decide(
+    output: Path,
+    rank_code: int,
+    *,
+    starts: tuple[int, ...] = (0,),
+    now: int = 100,
+    mark: str = "",
+    restarts: int = 0,
+) -> tuple[int, str]:
+    """Run `finish_attempt` after attempts that started at `starts`, with `now` saved."""
+    (output / "checkpoints").mkdir()
+    (output / "exits").mkdir()
+    (output / "logs").mkdir()
+    (output / "logs/rank_0005.log").write_text("==== attempt 2\nof rank 5\n")
+    (output / "logs/rank_0003.log").write_text("==== attempt 1\nold\n==== attempt 2\nlast words\n")
+    (output / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(now))
+    table = "".join(f"{i}\t7\t{start}\t0\tn1\n" for i, start in enumerate(starts))
+    (output / "attempts.tsv").write_text("0\t6\t100\t0\tn1\n" + table)
+    if rank_code:
+        # Rank 5 was ended by what rank 3 did.
+        (output / "exits/5").write_text("2000.5 1 5 n2\n")
+        (output / "exits/3").write_text(f"1000.5 {rank_code} 3 n1\n")
+    if mark:
+        (output / "checkpoints" / mark).touch()
+    return end_attempt(output, int(rank_code > 0), restarts)
+
+
+def end_attempt(output: Path, code: int, restarts: int = 0) -> tuple[int, str]:
+    """What the launcher does after a step that ended with this code."""
+    script = DECIDE.format(root=ROOT, output=output, code=code, restarts=restarts)
+    result = subprocess.run(
+        ["bash", "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank_code", "situation", "code", "expected"),
+    [
+        (0, {}, 0, "requeueing run run at iteration 100"),
+        (0, {"mark": "DONE"}, 0, "run run is done at iteration 100"),
+        (0, {"mark": "STOP"}, 0, "was stopped by"),
+        (1, {}, 0, "rank 3 on node n1 failed first, with exit code 1"),
+        (1, {"starts": (0, 100)}, 0, "requeueing"),
+        (1, {"starts": (100, 100)}, 4, "stands at iteration 100 after two tries"),
+        (0, {"restarts": 50}, 5, "was requeued 50 times"),
+        (2, {}, 2, "the run cannot start as it is asked for: not requeued"),
+        (16, {}, 0, "again on another GPU (exit code 16)"),
+        (17, {}, 17, "Megatron found a result invalid (exit code 17): not requeued"),
+    ],
+)
+def test_end_of_an_attempt(
+    rank_code: int, situation: dict[str, object], code: int, expected: str, tmp_path: Path
+) -> None:
+    found, shown = decide(tmp_path, rank_code, **situation)  # type: ignore[arg-type]
+    assert found == code and expected in shown, shown
+    assert ("scontrol requeue" in shown) == (code == 0 and "mark" not in situation)
+    if rank_code:
+        assert "last words" in shown and "old" not in shown, "only this attempt's lines"
+
+
+def test_rank_that_lost_its_peer_did_not_fail_first(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "exits").mkdir()
+    (tmp_path / "logs/rank_0000.log").write_text("RuntimeError: Connection closed by peer [::1]\n")
+    (tmp_path / "logs/rank_0001.log").write_text("==== attempt 1\nCUDA out of memory\n")
+    (tmp_path / "exits/0").write_text("1000.1 1 0 n1\n")
+    (tmp_path / "exits/1").write_text("1000.9 1 1 n2\n")
+    code, shown = end_attempt(tmp_path, 1)
+    assert code == 4 and "rank 1 on node n2 failed first" in shown and "out of memory" in shown
+
+
+def test_end_before_any_rank_shows_what_the_nodes_said(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/node_n2.log").write_text("address already in use\n")
+    (tmp_path / "attempts.tsv").write_text("1\t7\t0\t0\tn1\n")
+    code, shown = end_attempt(tmp_path, 1)
+    assert code == 0 and "no rank said how it ended; the step ended with code 1" in shown
+    assert "    address already in use" in shown and "requeueing run run at iteration 0" in shown
+
+
+def test_rerun_elsewhere_moves_the_ranks(tmp_path: Path) -> None:
+    decide(tmp_path, 16)
+    assert (tmp_path / "node_shift").read_text() == "1\n"

@@ -1,0 +1,239 @@
+"""The Triton kernels under Triton's interpreter, against the dense fp64 reference.
+
+The interpreter is chosen when Triton is imported, so the tests run in a process of their own: the
+one test that pytest collects here starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.unit.losses.test_cosine_reference import (
+    COSINE_ERROR,
+    GRADIENT_ERROR,
+    WIDTHS,
+    exact_cosine,
+    exact_gradient,
+    gradient_error,
+    random,
+    random_pair,
+    relative_error,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton", reason="Triton is not installed: a CPU build of torch has none")
+if INTERPRETED:
+    from megatron_let.losses import cosine_launch as launch
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs outside of the interpreter, and starts it")
+def test_in_a_process_with_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+class InterpretedKernels:
+    """Each test compares `launch`'s two functions with equations 4 and 6 in fp64."""
+
+    @pytest.fixture(autouse=True)
+    def poison(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Outputs start as NaN, so that an element no program writes is found."""
+
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+    @staticmethod
+    def cosine_and_gradient(
+        student: Tensor, teacher: Tensor, weight: Tensor, grad: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The cosine, and `grad + d sum(weight * cos) / d student`."""
+        cosine, coefficients = launch.cosine_forward(student, teacher, mask)
+        scaled = (coefficients * weight).to(coefficients.dtype)
+        return cosine, launch.cosine_backward(student, teacher, scaled, grad)
+
+    def check(
+        self, student: Tensor, teacher: Tensor, grad: Tensor | None, mask: Tensor | None = None
+    ) -> None:
+        weight = random(student.shape[0])
+        cosine, gradient = self.cosine_and_gradient(student, teacher, weight, grad, mask)
+        live = torch.ones(len(student), dtype=torch.bool) if mask is None else ~mask
+        expected = torch.zeros(student.shape, dtype=torch.float64)
+        expected[live] = exact_gradient(student[live], teacher[live], weight[live])
+        if grad is not None:
+            expected += grad
+        dtype = student.dtype
+        assert gradient.dtype == dtype and gradient.is_contiguous()
+        exact = exact_cosine(student[live], teacher[live])
+        torch.testing.assert_close(cosine[live].double(), exact, rtol=0, atol=COSINE_ERROR[dtype])
+        assert not cosine[~live].any()
+        error = gradient_error(gradient[live], expected[live], student[live], weight[live])
+        assert error < GRADIENT_ERROR[dtype]
+        assert torch.equal(gradient[~live].double(), expected[~live])
+
+    @pytest.mark.parametrize("dtype", COSINE_ERROR)
+    @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
+    def test_against_fp64(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
+        student, teacher = random_pair(5, d_m, d_t, dtype, seed=d_m + d_t)
+        self.check(student, teacher, random(5, d_m).to(dtype))
+
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 9])
+    @pytest.mark.parametrize(("d_m", "d_t"), [(300, 150), (300, 110), (70, 200)])
+    def test_token_counts_around_the_tile(self, d_m: int, d_t: int, num_tokens: int) -> None:
+        student, teacher = random_pair(num_tokens, d_m, d_t, torch.float32)
+        mask = torch.arange(num_tokens) % 3 == 1
+        self.check(student, teacher, None, mask)
+
+    @pytest.mark.parametrize(
+        ("d_m", "d_t"), [(256, 128), (258, 129), (512, 512), (260, 64), (512, 96), (64, 257)]
+    )
+    def test_widths_around_the_tile(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(3, d_m, d_t, torch.bfloat16)
+        self.check(student, teacher, random(3, d_m).bfloat16())
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(1, 90), st.integers(2, 90), st.integers(1, 6), st.integers(0, 2**16))
+    def test_any_widths(self, d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
+        student, teacher = random_pair(num_tokens, d_m, d_t, torch.float64, seed)
+        self.check(student, teacher, random(num_tokens, d_m))
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_strided_inputs(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(6, d_m, d_t, torch.float32)
+        grad = random(6, d_m).float()
+        weight = random(6)
+        expected = self.cosine_and_gradient(student, teacher, weight, grad)
+        layouts = {
+            "rows apart": lambda x: torch.stack([x, torch.full_like(x, 9)], 1)[:, 0],
+            "columns apart": lambda x: x.T.contiguous().T,
+            "shard of a sequence": lambda x: torch.cat([x * 0 + 9, x, x * 0 + 9])[6:12],
+        }
+        inputs = {"student": student, "teacher": teacher, "grad": grad}
+        for layout, name in product(layouts.values(), inputs):
+            strided = {**inputs, name: layout(inputs[name])}
+            result = self.cosine_and_gradient(**strided, weight=weight)
+            assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    @pytest.mark.parametrize(
+        ("d_m", "d_t"), [(48, 24), (256, 64), (40, 15), (512, 96), (15, 40), (1, 4), (320, 64)]
+    )
+    def test_nothing_is_read_beside_the_rows(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(5, d_m, d_t, torch.float32)
+        grad = random(5, d_m).float()
+        expected = self.cosine_and_gradient(student, teacher, random(5), grad)
+        flanked = [F.pad(x, (8, 8, 1, 1), value=torch.nan)[1:-1, 8:-8] for x in (student, teacher)]
+        result = self.cosine_and_gradient(*flanked, random(5), grad)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_expanded_gradient(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(3, d_m, d_t, torch.float32)
+        self.check(student, teacher, torch.ones(()).expand(3, d_m))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_zero_vectors(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
+        student, teacher = random_pair(4, d_m, d_t, dtype)
+        student[0], teacher[1], student[2], teacher[2] = 0, 0, 0, 0
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(4))
+        assert cosine[:3].tolist() == [0, 0, 0] and cosine[3] != 0
+        assert not gradient[:3].any() and gradient[3].any()
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_ignored_tokens_even_if_they_hold_nan(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(6, d_m, d_t, torch.float32)
+        student[1], teacher[5] = torch.nan, torch.inf
+        mask = torch.tensor([False, True, True, False, False, True])
+        grad = random(6, d_m).float()
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(6), grad, mask)
+        assert not cosine[mask].any()
+        assert torch.equal(gradient[mask], grad[mask])
+        clean = self.cosine_and_gradient(student[~mask], teacher[~mask], torch.ones(3), grad[~mask])
+        assert torch.equal(cosine[~mask], clean[0]) and torch.equal(gradient[~mask], clean[1])
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_nan_in_a_live_token_shows(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(2, d_m, d_t, torch.float32)
+        student[1, -1] = torch.nan
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(2))
+        assert cosine.isnan().tolist() == [False, True]
+        assert gradient[0].isfinite().all() and gradient[1].isnan().all()
+
+    @pytest.mark.parametrize("scale", [1e-4, 1e4])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("d_m", "d_t"), [(260, 130), (321, 130)])
+    def test_small_and_large_rows(
+        self, d_m: int, d_t: int, dtype: torch.dtype, scale: float
+    ) -> None:
+        student, teacher = random_pair(4, d_m, d_t, torch.float64)
+        student, teacher = (student * scale).to(dtype), (teacher * scale).to(dtype)
+        # Scaled as a loss scale would, so that fp16 holds the gradient of large rows.
+        weight = torch.full((4,), scale, dtype=torch.float64)
+        cosine, gradient = self.cosine_and_gradient(student, teacher, weight)
+        assert (cosine - exact_cosine(student, teacher)).abs().max() < 1e-5
+        expected = exact_gradient(student, teacher, weight)
+        assert relative_error(gradient, expected) < GRADIENT_ERROR[dtype]
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(256, 128), (321, 130)])
+    def test_two_runs_and_any_batch_give_the_same_bits(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(7, d_m, d_t, torch.bfloat16)
+        grad, weight = random(7, d_m).bfloat16(), random(7)
+        first = self.cosine_and_gradient(student, teacher, weight, grad)
+        again = self.cosine_and_gradient(student, teacher, weight, grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        alone = self.cosine_and_gradient(student[4:5], teacher[4:5], weight[4:5], grad[4:5])
+        assert torch.equal(first[0][4:5], alone[0]) and torch.equal(first[1][4:5], alone[1])
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_the_incoming_gradient_is_left_alone(self, d_m: int, d_t: int) -> None:
+        student, teacher = random_pair(3, d_m, d_t, torch.float32)
+        inputs = [student, teacher, random(3, d_m).float()]
+        kept = [x.clone() for x in inputs]
+        self.cosine_and_gradient(inputs[0], inputs[1], torch.ones(3), inputs[2])
+        assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+
+    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
+    def test_rows_past_two_to_the_31_elements(self, d_m: int, d_t: int) -> None:
+        apart = 2**30 + 16
+        student, teacher = random_pair(3, d_m, d_t, torch.float32)
+        grad = random(3, d_m).float()
+        far = far_apart(student, apart), far_apart(teacher, apart), far_apart(grad, apart)
+        weight = torch.ones(3)
+        expected = self.cosine_and_gradient(student, teacher, weight, grad)
+        result = self.cosine_and_gradient(far[0], far[1], weight, far[2])
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+    def test_which_kernel(self) -> None:
+        block = [(64, 64), (48, 24), (96, 24), (4096, 2048)]
+        gather = [(48, 16), (64, 8), (24, 48), (2048, 576), (2048, 768), (7, 5)]
+        assert all(launch.is_block_diagonal(*widths) for widths in block)
+        assert not any(launch.is_block_diagonal(*widths) for widths in gather)
+
+    def test_widths_whose_product_overflows_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="below 2\\*\\*31"):
+            launch.cosine_forward(torch.zeros(1, 50_000), torch.zeros(1, 50_001), None)
+
+
+def far_apart(rows: Tensor, stride: int) -> Tensor:
+    """The rows at a distance of `stride` elements, in memory that is reserved but not touched."""
+    storage = torch.UntypedStorage(((len(rows) - 1) * stride + rows.shape[1]) * rows.element_size())
+    view = torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.shape, (stride, 1))
+    return view.copy_(rows)
+
+
+if INTERPRETED:
+    TestInterpretedKernels = InterpretedKernels

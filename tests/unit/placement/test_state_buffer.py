@@ -1,0 +1,105 @@
+"""What the owner of layer k holds, and when a stage computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_let.placement.plan import Plan
+from megatron_let.placement.simulate import StagePlan
+from megatron_let.placement.state_buffer import PlacedStates
+from megatron_let.placement.transfer import Message
+
+NUM_MICROBATCHES = 6
+TOKENS = torch.arange(NUM_MICROBATCHES)[:, None, None].expand(-1, 2, 3)
+NEXT_TOKENS = TOKENS[:2] + 100
+
+
+class Samples:
+    """A state is its microbatch's first token, and -1 counts as not finite."""
+
+    def __init__(self) -> None:
+        self.computed: list[int] = []
+
+    def state(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.computed.append(int(tokens[0, 0]))
+        return torch.full((3, 2, 4), float(tokens[0, 0])), torch.tensor(float(tokens[0, 0] == 3))
+
+
+class Mail:
+    """A transfer that delivers at once, and counts what the owner has asked for."""
+
+    def __init__(self) -> None:
+        self.sent: dict[int, torch.Tensor] = {}
+        self.asked: list[int] = []
+
+    def send(self, state: torch.Tensor, tag: int) -> Message:
+        self.sent[tag] = state
+        return Message(state, None)
+
+    def receive(self, buffer: torch.Tensor, stage: int, tag: int) -> Message:
+        self.asked.append(tag // 2)
+        return Message(buffer.copy_(self.sent[tag]), None)
+
+
+def states(stage: int, samples: Samples, mail: Mail) -> PlacedStates:
+    like, anything = torch.empty(3, 2, 4, device="meta"), (samples, mail)
+    given: Any = anything
+    return PlacedStates(given[0], given[1], stage, 0, like, torch.device("cpu"))
+
+
+PLAN = Plan(
+    "bubble",
+    (
+        StagePlan(waiting=(3,), at_forward=(5,), num_forwards_to_wait=2),
+        StagePlan(before=(0, 1), waiting=(2, 4), after=(0, 1)),
+    ),
+)
+
+
+def test_work_is_done_in_its_place_and_the_owner_holds_no_more_than_it_may() -> None:
+    mail, first, second = Mail(), Samples(), Samples()
+    helper, owner = states(1, second, mail), states(0, first, mail)
+    helper.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
+    helper.before_schedule()
+    assert second.computed == [0, 1]
+    helper.after_forward()
+    assert second.computed == [0, 1, 2, 4]
+    owner.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
+    assert mail.asked == [0, 1]
+    owner.before_schedule()
+    owner.after_forward()
+    assert first.computed == []
+    owner.after_forward()
+    assert first.computed == [3]
+    for microbatch in range(NUM_MICROBATCHES):
+        owner.before_forward(microbatch)
+        assert owner.state(microbatch).eq(microbatch).all()
+        assert max(mail.asked) <= microbatch + 2
+    assert mail.asked == [0, 1, 2, 4] and first.computed == [3, 5]
+    helper.after_backward()
+    assert second.computed[-2:] == [100, 101]
+    owner.after_backward()
+    assert owner.num_computed_ahead == helper.num_computed_ahead == 2
+    assert owner.end().tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_states_computed_ahead_are_used_or_dropped() -> None:
+    mail, samples = Mail(), Samples()
+    helper, owner = states(1, samples, mail), states(0, Samples(), mail)
+    for one in (helper, owner):
+        one.begin(TOKENS, PLAN, 6, NEXT_TOKENS)
+        one.before_schedule()
+        one.after_forward()
+        one.after_backward()
+        one.end()
+    later = Plan("bubble", (StagePlan(at_forward=(2, 3, 4, 5)), StagePlan()))
+    owner.begin(TOKENS + 100, later, 6, None)
+    assert owner.state(0).eq(100).all() and owner.state(1).eq(101).all()
+    owner.after_backward()
+    assert owner.num_computed_ahead == 0
+    # The same batch is taken again: nothing of the next one may be taken for its own.
+    helper.begin(TOKENS, PLAN, 6, NEXT_TOKENS)
+    helper.before_schedule()
+    assert samples.computed[-2:] == [0, 1]

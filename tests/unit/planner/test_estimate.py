@@ -1,0 +1,176 @@
+"""The planner, against figures of the real model code and against the recipes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_let.errors import LETError
+from megatron_let.planner.estimate import GPUS, Request, estimate, owner_of, share_of_training
+from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
+from megatron_let.planner.sizes import TEACHERS, TransformerSize, teacher_size
+from tests.helpers.runs import ROOT, environment
+from tools import plan_run
+from tools.benchmark import memory
+
+GIB = 2**30
+SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
+SIZE_1P4B = TransformerSize(24, 2048, 5461, 32, 32, 64, True, 49152)
+RUN_7B = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-80g"])
+RUN_1P4B = Request(SIZE_1P4B, TEACHERS["smollm2-135m"], 3, 1280, GPUS["a100-80g"])
+RECIPES = sorted((ROOT / "configs").glob("*_[0-9]*b.yaml"))
+
+MEASURED = list(csv.DictReader(memory.RESULTS.open(newline="")))
+
+
+def case_of(row: dict[str, str]) -> memory.Case:
+    return memory.Case(row["recipe"], tuple(row["flags"].split()), int(row["chunks"]))
+
+
+@pytest.mark.parametrize(
+    "row", MEASURED, ids=lambda row: "-".join((row["recipe"], row["flags"], row["stage"]))
+)
+def test_memory_is_within_5_percent_of_the_real_model(row: dict[str, str]) -> None:
+    """Each part, and the total, of megatron-core's own code under fake tensors."""
+    _, planned = memory.planned_run(case_of(row))
+    predicted = memory.predicted_parts(planned.memory[int(row["stage"])])
+    for part, bytes_ in predicted.items():
+        assert bytes_ / GIB == pytest.approx(float(row[f"measured_{part}_gib"]), rel=0.05), part
+
+
+def test_every_case_of_the_benchmark_is_measured() -> None:
+    asked = {
+        (replace(case, stages=(0,)), stage) for case in memory.cases() for stage in case.stages
+    }
+    assert {(case_of(row), int(row["stage"])) for row in MEASURED} == asked
+
+
+def test_the_benchmark_still_measures(tmp_path: Path) -> None:
+    """Four layers of the paper's 1.4B with its teacher, in a process whose torch it may change."""
+    recipe, path = tmp_path / "small.yaml", tmp_path / "memory.csv"
+    paper = (ROOT / "configs" / "let_1p4b.yaml").read_text()
+    recipe.write_text(paper.replace("num-layers: 24", "num-layers: 4"))
+    command = [sys.executable, "tools/benchmark/memory.py", "--recipes", recipe, "--csv", path]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    (row,) = csv.DictReader(path.open(newline=""))
+    parameters = 4 * (4 * 2048**2 + 3 * 2048 * 5461 + 2 * 2048) + 2 * 49152 * 2048 + 2048
+    assert float(row["measured_params_gib"]) == pytest.approx(2 * parameters / GIB, abs=1e-3)
+    assert float(row["measured_teacher_weights_gib"]) == pytest.approx(0.2506, abs=1e-4)
+    for part in memory.PARTS:
+        assert float(row[f"{part}_ratio"]) == pytest.approx(1, abs=0.05), part
+
+
+def test_stages_at_a_peak_that_another_part_makes() -> None:
+    """The teacher's work and a layer's backward are not added to the head, which is larger."""
+    layout = Layout(1, 1, 1, 32, 1, 4, 16)
+    alone = stage_memory(SIZE_7B, layout, 1280, 0)
+    found = estimate(RUN_7B, layout).memory[0]
+    assert found.teacher_buffers == teacher_state(TEACHERS["smollm2-1.7b"], layout, 1280)
+    assert found.total == alone.total + found.teacher_weights + found.teacher_buffers
+
+
+def test_teachers_share_of_the_arithmetic() -> None:
+    assert share_of_training(RUN_7B) == pytest.approx(0.0825, abs=5e-5)
+    assert share_of_training(RUN_1P4B) == pytest.approx(0.0350, abs=5e-5)
+
+
+def test_owner_of_a_layer_in_chunks() -> None:
+    layout = Layout(1, 2, 1, 1, 2, 1, 4)
+    owners = [owner_of(layer, 8, layout) for layer in range(1, 9)]
+    assert owners == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+def test_the_middle_of_a_long_batch_repeats_itself() -> None:
+    exact = Layout(1, 2, 1, 1, 1, 4, 32)
+    long = Layout(1, 2, 1, 1, 1, 4, 320)
+    short_found, long_found = estimate(RUN_7B, exact), estimate(RUN_7B, long)
+    per_microbatch = short_found.costs.forward[-1] + short_found.costs.backward[-1]
+    added = long_found.baseline_seconds - short_found.baseline_seconds
+    assert added == pytest.approx(288 * per_microbatch, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_papers_runs_fit_their_gpus_with_a_tenth_to_spare(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = plan_run.main(["--config", str(recipe), "--gpus", "32", "--gpu", "a100-80g", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and found["fits"]
+    assert max(stage["total"] for stage in found["memory_gib"]) < 0.9 * 80
+    assert bool(found["seconds"]) == recipe.stem.startswith("let_")
+
+
+def run(*flags: str) -> int:
+    recipe = str(ROOT / "configs" / "let_7b.yaml")
+    return plan_run.main(["--config", recipe, "--gpus", "32", "--gpu", "a100-80g", *flags])
+
+
+def test_a_plan_that_does_not_fit_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--micro-batch-size", "8") == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_megatrons_flags_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--pp", "4", "--json", "--let-max-prefetch", "8") == 0
+    few = json.loads(capsys.readouterr().out)
+    assert run("--pp", "4", "--json") == 0
+    many = json.loads(capsys.readouterr().out)
+    buffers = [found["memory_gib"][0]["teacher_buffers"] for found in (few, many)]
+    state = 1280 * 4 * 2048 * 2 / GIB
+    assert buffers[1] - buffers[0] == pytest.approx((64 - 8) * state)
+    assert many["placement"] == "bubble" and many["ratio"]["bubble"] < few["ratio"]["spread"]
+
+
+def test_picture_of_the_stages(tmp_path: Path) -> None:
+    assert run("--pp", "4", "--plot", str(tmp_path / "stages.svg")) == 0
+    text = (tmp_path / "stages.svg").read_text()
+    assert "stage 3" in text or "<svg" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--pp", "3"), "is no multiple of"),
+        (("--micro-batch-size", "3"), "is no multiple of"),
+        (("--pp", "4", "--vpp", "3"), "do not divide"),
+        (("--tp", "8", "--ffn-hidden-size", "11004"), "11004 does not divide over TP 8"),
+        (("--teacher", "/nowhere"), "none of smollm2-135m"),
+    ],
+)
+def test_impossible_requests_get_one_sentence(
+    flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_size_of_a_folder(teacher: Path) -> None:
+    size = teacher_size(str(teacher))
+    assert size == TransformerSize(3, 48, 96, 4, 2, 12, True, 256, False)
+    with pytest.raises(LETError, match="no folder of a model"):
+        teacher_size("smollm9")
+
+
+def test_memory_adds_up() -> None:
+    assert StageMemory(1, 2, 3, 4, 5, 6).total == 21
+
+
+def test_measured_placements_follow_the_simulation() -> None:
+    path = ROOT / "tools" / "benchmark" / "results" / "placement.csv"
+    rows = list(csv.DictReader(path.open(newline="")))
+    groups = {(row["stages"], row["passes"]) for row in rows}
+    for group in groups:
+        ratios = {
+            row["placement"]: float(row["ratio"])
+            for row in rows
+            if (row["stages"], row["passes"]) == group
+        }
+        assert ratios["bubble"] < ratios["spread"] < ratios["aligned-stage"]
+        assert ratios["bubble"] - 1 <= (ratios["aligned-stage"] - 1) / 2

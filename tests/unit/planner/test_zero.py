@@ -1,0 +1,253 @@
+"""The planner under DeepSpeed: against DeepSpeed's estimators, by hand, and for the recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.errors import LETError
+from megatron_let.planner.estimate import GPUS, Request
+from megatron_let.planner.memory import Layout, StageMemory
+from megatron_let.planner.sizes import TEACHERS, TransformerSize
+from megatron_let.planner.zero import (
+    Zero,
+    data_parallel_bytes,
+    estimate_zero,
+    step_seconds,
+    zero_from_config,
+    zero_memory,
+)
+from tests.helpers.deepspeed import needs_deepspeed
+from tests.helpers.runs import ROOT, environment
+from tools import plan_run
+
+GIB = 2**30
+SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
+PARAMS_7B = 32 * SIZE_7B.layer_params + 2 * SIZE_7B.embedding_params
+LARGEST = SIZE_7B.embedding_params
+ALONE = Request(SIZE_7B, None, 3, 1280, GPUS["a100-40g"])
+TAUGHT = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-40g"])
+OFFLOAD = {"offload_optimizer": True}
+
+
+@pytest.fixture(autouse=True)
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it fails, as where it is not installed."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+
+
+def layout(dp: int, tp: int = 1, num_microbatches: int = 64) -> Layout:
+    return Layout(tp, 1, 1, dp, 1, 4, num_microbatches, "full")
+
+
+def states(memory: StageMemory) -> int:
+    return memory.params + memory.grads + memory.optimizer
+
+
+@pytest.fixture(scope="module")
+def estimators() -> dict[str, Any]:
+    """DeepSpeed's own, (host, GPU[, largest layer]) bytes by name, on one node of 8."""
+    code = f"""
+import json
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two
+P, L, bare = {PARAMS_7B}, {LARGEST}, {{"additional_buffer_factor": 1}}
+print(json.dumps({{
+    "2": two(P, 8, cpu_offload=False, **bare), "2 offload": two(P, 1, cpu_offload=True, **bare),
+    "3": three(P, L, 8, cpu_offload=False, cpu_offload_params=False, **bare),
+    "3 offload": three(P, L, 8, cpu_offload=True, cpu_offload_params=False, **bare),
+    "3 offload all": three(P, L, 8, cpu_offload=True, cpu_offload_params=True, **bare),
+}}))"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(DS_ACCELERATOR="cpu"), text=True,
+        capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [
+        ("3", Zero(3)),
+        ("3 offload", Zero(3, offload_optimizer=True)),
+        ("3 offload all", Zero(3, offload_optimizer=True, offload_param=True)),
+    ],
+)
+def test_zero_3s_states_are_those_of_deepspeeds_estimator(
+    name: str, zero: Zero, estimators: dict[str, Any]
+) -> None:
+    host, gpu, largest = estimators[name]
+    found = zero_memory(ALONE, layout(dp=8), zero)
+    # The largest layer, gathered and with its gradient, is among the planner's buffers.
+    assert states(found) == pytest.approx(gpu - largest, rel=0.05, abs=1)
+    assert found.buffers > largest
+    if zero.offload_optimizer:
+        # Its default reserve is half as much again; the sum of gradients lies beside the step's.
+        assert host < 8 * found.host < 1.5 * host
+
+
+@needs_deepspeed
+def test_zero_2s_states_are_those_of_deepspeeds_estimator(estimators: dict[str, Any]) -> None:
+    _, gpu = estimators["2"]
+    found = zero_memory(ALONE, layout(dp=8), Zero(2))
+    # It also counts a shard of bf16 gradients, which summing up in fp32 does not keep.
+    assert states(found) == pytest.approx(gpu - 2 * PARAMS_7B / 8, rel=0.05)
+    host, gpu = estimators["2 offload"]
+    found = zero_memory(ALONE, layout(dp=1), Zero(2, **OFFLOAD))
+    # It does not count the sum in fp32, which stays on the GPU.
+    assert states(found) == pytest.approx(gpu + 4 * PARAMS_7B, rel=0.05)
+    assert host < found.host < 1.5 * host
+
+
+@pytest.mark.parametrize(
+    ("zero", "dp", "params", "grads", "optimizer", "host"),
+    [
+        (Zero(0), 8, 2, 6, 12, 0),
+        (Zero(1), 8, 2, 4.5, 1.5, 0),
+        (Zero(2), 8, 2, 0.5, 1.5, 0),
+        (Zero(3), 8, 0.25, 0.5, 1.5, 0),
+        (Zero(1, **OFFLOAD), 2, 2, 6, 0, 9),
+        (Zero(2, **OFFLOAD), 2, 2, 2, 0, 9),
+        (Zero(3, **OFFLOAD), 2, 1, 0, 0, 10),
+        (Zero(3, offload_param=True, **OFFLOAD), 2, 0, 0, 0, 11),
+    ],
+)
+def test_bytes_a_parameter(
+    zero: Zero, dp: int, params: float, grads: float, optimizer: float, host: float
+) -> None:
+    found = zero_memory(ALONE, layout(dp), zero)
+    expected = [PARAMS_7B * share for share in (params, grads, optimizer, host)]
+    assert [found.params, found.grads, found.optimizer, found.host] == pytest.approx(
+        expected, abs=8
+    )
+
+
+def test_tensor_parallel_cuts_the_states_again() -> None:
+    one, two = (zero_memory(ALONE, layout(4, tp), Zero(3)) for tp in (1, 2))
+    assert 2 * states(two) == pytest.approx(states(one), abs=16)
+
+
+def test_pinned_buffers_are_powers_of_two() -> None:
+    # fp32 masters and gradients of 25.6 GiB take 32, bf16 weights of 12.8 take 16; moments as is.
+    found = zero_memory(ALONE, layout(1), Zero(2, pin_memory=True, **OFFLOAD))
+    assert found.host == 80 * GIB + 8 * PARAMS_7B
+
+
+def test_sharding_pays_for_a_large_teacher_only() -> None:
+    def taught(request: Request, shard: bool) -> int:
+        memory = zero_memory(request, layout(8), Zero(3, shard_teacher=shard))
+        return memory.teacher_weights + memory.teacher_buffers
+
+    small = Request(SIZE_7B, TEACHERS["smollm2-135m"], 3, 1280, GPUS["a100-40g"])
+    assert taught(TAUGHT, True) < taught(TAUGHT, False)
+    assert taught(small, True) > taught(small, False)
+
+
+def test_bytes_moved_in_a_step() -> None:
+    moved = {stage: data_parallel_bytes(800, 8, 10, Zero(stage)) / 700 for stage in range(4)}
+    # Passes x bytes: 2 x 2; 2 x 4 + 2; 10 x 2 x 4 + 2; 10 x (2 x 2 + 4).
+    assert moved == {0: 4, 1: 10, 2: 82, 3: 80}
+    assert data_parallel_bytes(800, 1, 10, Zero(3)) == 0
+
+
+def test_nodes_are_joined_by_the_network() -> None:
+    node, nodes = (step_seconds(ALONE, layout(dp), Zero(2)).data_parallel for dp in (8, 32))
+    assert nodes / node == pytest.approx(31 / 32 * 8 / 7 * 300 / 200)
+
+
+def test_offload_is_paid_once_a_step() -> None:
+    few, many = (
+        step_seconds(ALONE, layout(1, num_microbatches=n), Zero(2, **OFFLOAD)) for n in (1, 512)
+    )
+    assert few.offload == many.offload == pytest.approx(PARAMS_7B * (6 / 25e9 + 30 / 50e9))
+    assert many.total(overlaps=False) == many.passes + many.offload
+
+
+def test_what_overlaps_costs_what_it_is_longer() -> None:
+    parts = step_seconds(ALONE, layout(8), Zero(3, overlap_comm=True))
+    assert 0 < parts.data_parallel < parts.passes
+    assert parts.total(overlaps=True) == parts.passes
+    assert estimate_zero(ALONE, layout(8), Zero(3, overlap_comm=True)).seconds == {}
+
+
+def test_config_is_read_with_deepspeeds_defaults() -> None:
+    found = zero_from_config({"zero_optimization": {"stage": 3}}, shard_teacher=True)
+    assert found == Zero(3, overlap_comm=True, shard_teacher=True)
+    section = {
+        "stage": 2, "reduce_bucket_size": 1e6, "overlap_comm": True,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    }  # fmt: skip
+    found = zero_from_config({"zero_optimization": section}, shard_teacher=False)
+    assert found == Zero(2, True, False, True, 1_000_000, overlap_comm=True)
+
+
+def test_nvme_is_not_planned() -> None:
+    section = {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+    with pytest.raises(LETError, match="says nvme"):
+        zero_from_config({"zero_optimization": section}, shard_teacher=False)
+
+
+# The recipes
+
+
+def plan(recipe: str, gpus: int, gpu: str, *flags: str) -> int:
+    path = str(ROOT / f"configs/{recipe}.yaml")
+    return plan_run.main(["--config", path, "--gpus", str(gpus), "--gpu", gpu, *flags])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "gpu", "host"),
+    [
+        ("let_7b_deepspeed", 8, "a100-40g", 0),
+        ("let_7b_deepspeed_1gpu", 1, "a100-80g", 131),
+    ],
+)
+def test_recipes_fit_their_gpus_with_a_tenth_to_spare(
+    recipe: str, gpus: int, gpu: str, host: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(recipe, gpus, gpu, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (memory,) = found["memory_gib"]
+    assert found["fits"] and memory["total"] < 0.9 * GPUS[gpu].memory / GIB
+    assert memory["host"] == pytest.approx(host, abs=1)
+    assert found["ratio"].keys() == {"aligned-stage"} and found["assumptions"]
+    # The header of the recipe says what the host needs.
+    header = Path(ROOT / f"configs/{recipe}.yaml").read_text().partition("model:")[0]
+    assert f"{host} GiB" in header or not host
+
+
+def test_plan_is_printed_with_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("let_7b_deepspeed_1gpu", 1, "a100-80g") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "131 GiB of the host's memory" in text and "ZeRO-2; of a step" in text
+    assert "PCIe carries 25 GB/s" in text
+
+
+def test_small_gpu_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("let_7b_deepspeed_1gpu", 1, "a100-40g") == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--sweep",), "--sweep is about pipelines"),
+        (("--plot", "x.svg"), "--plot is about pipelines"),
+        (("--pp", "2"), "--pipeline-model-parallel-size 2: DeepSpeed's ZeRO has no pipelines"),
+        (("--vpp", "2"), "do not divide over PP 1"),
+    ],
+)
+def test_pipelines_are_refused(
+    flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("let_7b_deepspeed", 8, "a100-40g", *flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1

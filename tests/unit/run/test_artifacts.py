@@ -1,0 +1,37 @@
+"""A checkpoint that is complete after wandb has finished ends no run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from megatron.training import wandb_utils
+
+from megatron_let.run import artifacts as artifact_log
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_artifact_is_logged_while_wandb_runs(
+    runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    run = SimpleNamespace(log_artifact=lambda *a, **_: logged.append(a), entity="e", project="p")
+    artifact = SimpleNamespace(add_reference=lambda *_, **__: None, add_file=lambda *_: None)
+    wandb = SimpleNamespace(run=run if runs else None, Artifact=lambda *_, **__: artifact)
+    monkeypatch.setattr(wandb_utils, "get_wandb_writer", lambda: wandb)
+    monkeypatch.setattr(artifact_log, "get_wandb_writer", lambda: wandb)
+    patches = artifact_log.enable(argparse.Namespace(wandb_project="let", async_save=True))
+    try:
+        wandb_utils.on_save_checkpoint_success(str(tmp_path), "tracker", str(tmp_path), 30)
+    finally:
+        patches.undo()
+    assert len(logged) == runs
+
+
+def test_nothing_is_patched_without_both() -> None:
+    for project, save in (("", True), ("let", False)):
+        args = argparse.Namespace(wandb_project=project, async_save=save)
+        assert not artifact_log.enable(args).applied

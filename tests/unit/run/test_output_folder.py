@@ -1,0 +1,190 @@
+"""An output folder belongs to one run: it is continued, or refused with nothing written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import LETError
+from megatron_let.run.output_folder import FILE_NAME, claim, identity
+
+LET = LETConfig("let", Path("/models/small"))
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def run_args(save: Path | None, **values: Any) -> argparse.Namespace:
+    common: dict[str, Any] = {
+        "save": str(save) if save else None,
+        "load": str(save) if save else None,
+        "finetune": False,
+        "let_metrics_path": None,
+        "num_layers": 4,
+        "hidden_size": 64,
+        "seq_length": 64,
+        "seed": 1234,
+        "data_path": ["/data/pile"],
+        "tokenizer_model": "/models/small",
+        "global_batch_size": 8,
+        "train_iters": 10,
+        "tensor_model_parallel_size": 1,
+        "lr": 1e-3,
+    }
+    return argparse.Namespace(**common | values)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_refused(folder: Path, args: argparse.Namespace, config: LETConfig, match: str) -> None:
+    before = contents(folder)
+    with pytest.raises(LETError, match=match) as error:
+        claim(args, config)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("."), message
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """Folder of a LET run with a checkpoint at iteration 5."""
+    save = tmp_path / "run"
+    claim(run_args(save), LET)
+    (save / TRACKER).write_text("5")
+    (save / "iter_0000005").mkdir()
+    (save / "iter_0000005" / "weights").write_bytes(b"weights")
+    return save
+
+
+def test_new_folder_is_signed(tmp_path: Path) -> None:
+    args = run_args(tmp_path / "deep" / "run")
+    claim(args, LET)
+    signature = json.loads((tmp_path / "deep/run" / FILE_NAME).read_text())
+    assert signature.pop("settings").keys() >= {"lr", "global_batch_size", "train_iters"}
+    assert signature == identity(args, LET) | {"let_metrics_path": "None"}
+    assert list(contents(tmp_path)) == ["deep/run/" + FILE_NAME]
+
+
+def test_same_run_continues(trained: Path) -> None:
+    before = contents(trained)
+    claim(run_args(trained), LET)
+    assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"train_iters": 20},
+        {"global_batch_size": 16},
+        {"tensor_model_parallel_size": 2},
+        {"lr": 5e-4},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_steps_batch_and_layout_may_change_on_resume(
+    trained: Path, changed: dict[str, Any]
+) -> None:
+    claim(run_args(trained, **changed), LET)
+
+
+def test_teacher_may_move_to_another_disk(trained: Path) -> None:
+    claim(run_args(trained), LETConfig("let", Path("/another/disk/small")))
+
+
+@pytest.mark.parametrize(
+    ("args", "config", "expected"),
+    [
+        ({"num_layers": 6}, LET, "--num-layers is 4 there and 6 here"),
+        ({"seed": 1}, LET, "--seed is 1234 there and 1 here"),
+        ({"data_path": ["/other"]}, LET, "--data-path is .* there and .*other.* here"),
+        ({}, LETConfig("let", Path("/models/small"), weight=0.2), "--let-weight is 0.1 there"),
+        ({}, LETConfig("let", Path("/models/large")), "--let-teacher is small there and large"),
+        ({}, LETConfig(), "--let-method is let there and none here"),
+    ],
+)
+def test_folder_of_another_run_is_refused(
+    trained: Path, args: dict[str, Any], config: LETConfig, expected: str
+) -> None:
+    assert_refused(trained, run_args(trained, **args), config, expected)
+
+
+def test_let_does_not_write_over_a_baseline(tmp_path: Path) -> None:
+    claim(run_args(tmp_path), LETConfig())
+    (tmp_path / TRACKER).write_text("5")
+    assert_refused(tmp_path, run_args(tmp_path), LET, "holds another run: --let-method is none")
+
+
+@pytest.mark.parametrize("load", [None, "/somewhere/else"])
+def test_trained_folder_is_not_started_over(trained: Path, load: str | None) -> None:
+    args = run_args(trained, load=load)
+    assert_refused(trained, args, LET, f"holds this run at iteration 5; add --load {trained}")
+
+
+def test_finetuning_does_not_start_over_where_it_loads_from(trained: Path) -> None:
+    assert_refused(trained, run_args(trained, finetune=True), LET, "at iteration 5")
+
+
+def test_stock_megatrons_folder_is_refused_unless_continued(tmp_path: Path) -> None:
+    (tmp_path / TRACKER).write_text("7")
+    assert_refused(tmp_path, run_args(tmp_path, load=None), LET, "holds another run at iteration 7")
+    claim(run_args(tmp_path), LET)
+
+
+def test_same_folder_by_another_name_is_continued(trained: Path) -> None:
+    claim(run_args(trained, load=f"{trained}/../{trained.name}/"), LET)
+
+
+def test_run_that_never_saved_may_be_corrected(tmp_path: Path) -> None:
+    """It was refused after it had signed: data too short, no such layer, out of memory."""
+    claim(run_args(tmp_path, data_path=["/typo"]), LET)
+    claim(run_args(tmp_path, data_path=["/data/pile"]), LET)
+
+
+# Metrics
+
+
+def test_metrics_of_another_run_are_refused(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"iteration": 1, "lm_loss": 5.0}\n')
+    for save in (None, tmp_path / "new"):
+        args = run_args(save, let_metrics_path=metrics)
+        assert_refused(tmp_path, args, LET, r"metrics\.jsonl holds another run; give another")
+
+
+def test_metrics_are_appended_when_the_run_continues(trained: Path) -> None:
+    metrics = trained / "metrics.jsonl"
+    args = run_args(trained, let_metrics_path=metrics)
+    claim(args, LET)
+    metrics.write_text('{"iteration": 5, "lm_loss": 5.0}\n')
+    claim(args, LET)
+
+
+def test_continued_run_does_not_append_to_another_runs_metrics(
+    trained: Path, tmp_path: Path
+) -> None:
+    claim(run_args(trained, let_metrics_path=trained / "metrics.jsonl"), LET)
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text('{"iteration": 1, "lm_loss": 5.0}\n')
+    args = run_args(trained, let_metrics_path=theirs)
+    assert_refused(tmp_path, args, LET, r"theirs\.jsonl holds another run")
+
+
+def test_empty_or_new_metrics_file_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    claim(run_args(None, let_metrics_path=tmp_path / "empty.jsonl"), LET)
+    claim(run_args(None, let_metrics_path=tmp_path / "deep" / "new.jsonl"), LET)
+
+
+def test_nothing_is_written_without_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    claim(run_args(None), LET)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,69 @@
+"""The teacher's output layer by parts, against the model's own logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
+
+from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import LETError
+from megatron_let.teacher.head import load_teacher_with_head
+from megatron_let.teacher.inspect import inspect_teacher
+from tests.helpers.models import VOCAB_SIZE, save_teacher
+
+CPU = torch.device("cpu")
+
+
+def config(folder: Path) -> LETConfig:
+    return LETConfig("rkd", folder, teacher_dtype="fp32")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gpt2"])
+def test_parts_together_are_the_models_own_logits(architecture: str, tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / architecture, architecture)
+    tokens = torch.randint(VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = model(input_ids=tokens).logits
+        parts = []
+        # Three uneven parts, the last beyond the teacher's vocabulary.
+        for part in (range(0, 100), range(100, 200), range(200, 300)):
+            teacher, head = load_teacher_with_head(
+                inspect_teacher(folder), config(folder), CPU, part
+            )
+            parts.append(head(teacher.hidden_state(tokens)))
+    assert [p.shape[-1] for p in parts] == [100, 100, VOCAB_SIZE - 200]
+    torch.testing.assert_close(torch.cat(parts, -1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_part_that_the_teacher_does_not_know_is_empty(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "llama")
+    part = range(300, 400)
+    teacher, head = load_teacher_with_head(inspect_teacher(folder), config(folder), CPU, part)
+    assert head(teacher.hidden_state(torch.zeros(1, 4, dtype=torch.int64))).shape == (1, 4, 0)
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("gpt2", True), ("llama", False)])
+def test_only_the_part_is_in_memory(architecture: str, tied: bool, tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / architecture, architecture)
+    part = range(64, 128)
+    teacher, head = load_teacher_with_head(inspect_teacher(folder), config(folder), CPU, part)
+    embedding = teacher._model.get_input_embeddings().weight
+    shared = head.weight.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()
+    assert shared == tied
+    rows = VOCAB_SIZE if tied else len(part)
+    assert head.weight.untyped_storage().nbytes() == rows * 48 * 4
+    assert not head.weight.requires_grad
+
+
+def test_teacher_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    CohereForCausalLM(
+        CohereConfig(vocab_size=VOCAB_SIZE, logit_scale=0.1, **sizes, **heads)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(LETError, match=r"scales or caps its logits .* or --let-method let"):
+        load_teacher_with_head(inspect_teacher(tmp_path), config(tmp_path), CPU, range(64))

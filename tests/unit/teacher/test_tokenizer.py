@@ -1,0 +1,167 @@
+"""Real tokenizers compared: equal ones pass, and the first token that differs is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.tokenizers import MegatronTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import TeacherFolder
+from megatron_let.teacher.tokenizer import check_same_tokenizer, check_same_vocabulary
+from tests.helpers.models import save_teacher
+
+TEXT = ["def f(x):\n    return x + 1\n", "the end of the text, the end", "12345 naïve café"] * 20
+
+
+def byte_level_bpe(text: list[str] = TEXT, vocab_size: int = 320) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<end>", "<begin>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> Path:
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", bos_token="<begin>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def student(folder: Path) -> Any:
+    """Megatron's own wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
+    return MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
+    )
+
+
+def teacher(folder: Path) -> TeacherFolder:
+    return TeacherFolder(folder, num_layers=2, hidden_size=8, vocab_size=999, max_positions=64)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(byte_level_bpe(), tmp_path_factory.mktemp("tokenizers") / "plain")
+
+
+def refused(ours: Path, theirs: Path) -> str:
+    with pytest.raises(LETError) as error:
+        check_same_tokenizer(student(ours), teacher(theirs))
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+def test_same_tokenizer_passes(plain: Path, tmp_path: Path) -> None:
+    check_same_tokenizer(student(plain), teacher(plain))
+    again = save(byte_level_bpe(), tmp_path / "again")
+    check_same_tokenizer(student(again), teacher(plain))
+
+
+@pytest.mark.parametrize("template", ["<begin> $A", "$A <end>", "<begin> $A <end>"])
+def test_special_tokens_around_the_text_are_no_difference(tmp_path: Path, template: str) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<end>", 0), ("<begin>", 1)]
+    )
+    folder = save(tokenizer, tmp_path / "tokenizer")
+    check_same_tokenizer(student(folder), teacher(folder))
+
+
+def test_swapped_tokens_are_named(plain: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    path = save(tokenizer, tmp_path / "swapped") / "tokenizer.json"
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    first, second = names[40], names[50]
+    text = path.read_text()
+    for old, new in ((f'"{first}": 40', f'"{first}": 50'), (f'"{second}": 50', f'"{second}": 40')):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    message = refused(plain, path.parent)
+    assert f"token 40 is {first!r} for the student and {second!r} for the teacher" in message
+
+
+def test_student_with_more_tokens_names_the_first_that_the_teacher_lacks(
+    plain: Path, tmp_path: Path
+) -> None:
+    tokenizer = byte_level_bpe()
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<new>"])
+    larger = save(tokenizer, tmp_path / "larger")
+    message = refused(larger, plain)
+    assert f"token {size} is '<new>' for the student and None for the teacher" in message
+    assert f"({size + 1} and {size} tokens)" in message
+    assert f"token {size} is None for the student and '<new>'" in refused(plain, larger)
+
+
+def test_tokenizer_of_other_text_names_a_token(plain: Path, tmp_path: Path) -> None:
+    other = save(byte_level_bpe(["quick brown foxes jump over"] * 20), tmp_path / "other")
+    ours, theirs = (
+        {i: t for t, i in Tokenizer.from_file(str(f / "tokenizer.json")).get_vocab().items()}
+        for f in (plain, other)
+    )
+    first = next(i for i in range(len(ours)) if ours[i] != theirs.get(i))
+    assert f"token {first} is {ours[first]!r} for the student" in refused(plain, other)
+
+
+def test_same_vocabulary_that_splits_otherwise_is_refused(plain: Path, tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(True)]
+    )
+    digits = save(tokenizer, tmp_path / "digits")
+    assert "has the student's vocabulary but splits text differently" in refused(plain, digits)
+
+
+def test_vocabulary_with_an_unused_id_is_compared_to_its_end(tmp_path: Path) -> None:
+    """Ids need not be consecutive: some models leave a gap before their special tokens."""
+
+    def with_gap(last: str) -> Path:
+        words = {"<unk>": 0, "<end>": 1, "<begin>": 2, "the": 3, "end": 5, last: 6}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        return save(tokenizer, tmp_path / last)
+
+    ours, theirs = with_gap("ours"), with_gap("theirs")
+    check_same_tokenizer(student(ours), teacher(ours))
+    assert "token 6 is 'ours' for the student and 'theirs'" in refused(ours, theirs)
+
+
+def test_teacher_without_a_tokenizer_is_named(plain: Path, tmp_path: Path) -> None:
+    bare = save_teacher(tmp_path / "bare")
+    assert f"The teacher {bare} has no tokenizer to compare" in refused(plain, bare)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {}}'])
+def test_damaged_tokenizer_is_named(plain: Path, tmp_path: Path, content: str) -> None:
+    damaged = save(byte_level_bpe(), save_teacher(tmp_path / "damaged"))
+    (damaged / "tokenizer.json").write_text(content)
+    assert str(damaged) in refused(plain, damaged)
+
+
+vocabularies = st.lists(st.text(max_size=4), max_size=8).map(lambda tokens: dict(enumerate(tokens)))
+
+
+@given(vocabularies, vocabularies)
+def test_vocabularies_pass_only_when_equal(ours: dict[int, str], theirs: dict[int, str]) -> None:
+    if ours == theirs:
+        check_same_vocabulary(ours, theirs)
+        return
+    first = next(i for i in range(9) if ours.get(i) != theirs.get(i))
+    with pytest.raises(LETError) as error:
+        check_same_vocabulary(ours, theirs)
+    assert f": token {first} is {ours.get(first)!r} for" in str(error.value)
