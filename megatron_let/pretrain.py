@@ -100,10 +100,11 @@ def _enable_engine(args: argparse.Namespace, host: Host) -> Callable[[argparse.N
         from megatron.training.argument_utils import gpt_config_from_args
 
         from megatron_let.config.arguments import resumed_step
-        from megatron_let.engines.deepspeed.checkpoint_info import folder_name, refuse_deepspeeds
+        from megatron_let.engines.deepspeed.checkpoint_info import refuse_deepspeeds
+        from megatron_let.files.names import checkpoint_name
 
         if args.load is not None:
-            refuse_deepspeeds(Path(args.load) / folder_name(resumed_step(args)))
+            refuse_deepspeeds(Path(args.load) / checkpoint_name(resumed_step(args)))
         return gpt_config_from_args
     from megatron_let.engines.deepspeed import launch
 

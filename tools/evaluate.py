@@ -213,7 +213,7 @@ def _perplexity(given: argparse.Namespace, console: Console) -> None:
         found[str(model)] = [_values(part) for part in parts]
         _print(_perplexity_table(str(model), parts))
     if given.json is not None:
-        from megatron_let.data.files import write_json
+        from megatron_let.files.atomic import write_json
 
         command = " ".join(["python tools/evaluate.py", *sys.argv[1:]])
         write_json(given.json, provenance(command) | {"models": found})

@@ -22,9 +22,9 @@ from typing import Any
 import zstandard
 
 from megatron_let.data.environment_text import environment_text
-from megatron_let.data.files import partial_path, publish, write_json
 from megatron_let.data.packaged_text import PACKAGES
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import partial_path, replace_from_partial, write_json
 
 USAGE_ERROR = 2
 ENVIRONMENT = "environment"
@@ -119,7 +119,7 @@ def _write(output: Path, name: str, texts: Iterator[str], budget_bytes: int) -> 
             text_bytes += len(text.encode())
             if text_bytes >= budget_bytes:
                 break
-    publish(path)
+    replace_from_partial(path)
     with path.open("rb") as file:
         digest_of_file = hashlib.file_digest(file, "sha256").hexdigest()
     return {

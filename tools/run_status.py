@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_let.config.recipes import RecipeError, load_recipe
+from megatron_let.files.names import DONE, SAVE_NOW, STOP, TRACKER
 from megatron_let.metrics.read import RunMetrics, load_metrics
-from megatron_let.run.output_folder import DONE, SAVE_NOW, STOP
 
 # Enough steps to be steady, few enough to be of now.
 _RECENT_STEPS = 20
@@ -40,7 +40,7 @@ def num_steps(run: Path) -> int | None:
 
 def checkpoint(run: Path) -> tuple[int, float] | None:
     """Iteration and age in seconds of the last complete checkpoint."""
-    tracker = run / "checkpoints/latest_checkpointed_iteration.txt"
+    tracker = run / "checkpoints" / TRACKER
     content = tracker.read_text().strip() if tracker.exists() else ""
     return (int(content), time.time() - tracker.stat().st_mtime) if content.isdigit() else None
 

@@ -19,7 +19,6 @@ from megatron_let.checkpoint.architecture import (
     to_hugging_face,
     to_megatron,
 )
-from megatron_let.checkpoint.output_folder import whole_folder
 from megatron_let.checkpoint.parameter_mapping import (
     EXTRA_STATES,
     EXTRA_STATES_ONCE,
@@ -28,10 +27,12 @@ from megatron_let.checkpoint.parameter_mapping import (
     merge,
 )
 from megatron_let.checkpoint.safetensors_files import TensorPlan, write_safetensors
-from megatron_let.checkpoint.torch_dist import COMMON_STATE, TRACKER
+from megatron_let.checkpoint.torch_dist import COMMON_STATE
 from megatron_let.checkpoint.torch_dist_writer import Shard, write_torch_dist
 from megatron_let.checkpoint.weights import Weights
 from megatron_let.errors import LETError, first_line
+from megatron_let.files.atomic import atomic_folder
+from megatron_let.files.names import TRACKER
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json",
@@ -60,7 +61,7 @@ def to_hugging_face_folder(
         for block in blocks(weights.llama)
         for name, shape in block.tensors
     ]
-    with whole_folder(output, force) as folder:
+    with atomic_folder(output, force) as folder:
         special = _copy_tokenizer(weights.tokenizer, folder)
         config = to_hugging_face(weights.llama, str(dtype).removeprefix("torch.")) | special
         _write_json(folder / "config.json", config)
@@ -148,7 +149,7 @@ def to_megatron_checkpoint(
     shards = [_shard(weights, b, dtype, args.padded_vocab_size) for b in blocks(weights.llama)]
     objects: dict[str, Any] = {COMMON_STATE: [_common_state(args)]}
     objects |= {name: [None] for name in _extra_states(weights.llama.num_layers)}
-    with whole_folder(output, force) as folder:
+    with atomic_folder(output, force) as folder:
         write_torch_dist(folder / "release", shards, objects)
         (folder / TRACKER).write_text("release\n")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.checkpoint.architecture import first_difference, from_megatron
-from megatron_let.checkpoint.torch_dist import FORMAT, TRACKER, TorchDist, iteration_folder
+from megatron_let.checkpoint.torch_dist import FORMAT, TorchDist, iteration_folder
 from megatron_let.engines.deepspeed.export import is_zero_checkpoint, read_state
 from megatron_let.errors import LETError
+from megatron_let.files.names import TRACKER, checkpoint_name
 
 
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
@@ -58,7 +59,7 @@ def _folder_to_load(args: argparse.Namespace) -> Path | None:
         return None
     folder = iteration_folder(Path(args.load))
     if args.ckpt_step is not None:
-        folder = Path(args.load) / f"iter_{args.ckpt_step:07d}"
+        folder = Path(args.load) / checkpoint_name(args.ckpt_step)
     known = (folder / FORMAT).is_file() or is_zero_checkpoint(folder)
     return folder if known else None
 

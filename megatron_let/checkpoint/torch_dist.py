@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_let.checkpoint.parameter_mapping import PROJECTION
 from megatron_let.errors import LETError, first_line
+from megatron_let.files.names import TRACKER, checkpoint_name
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
 INDEX = ".metadata"
 FORMAT = "metadata.json"
@@ -194,7 +194,7 @@ def iteration_folder(path: Path) -> Path:
     if not tracker.is_file():
         return path
     content = tracker.read_text().strip()
-    name = f"iter_{int(content):07d}" if content.isdecimal() else content
+    name = checkpoint_name(int(content)) if content.isdecimal() else content
     if not (path / name).is_dir():
         raise LETError(f"{tracker} says {content!r}, but {path / name} does not exist.")
     return path / name

@@ -15,6 +15,7 @@ from megatron_let.config.let_config import (
     PROJECTIONS,
     LETConfig,
 )
+from megatron_let.files.names import TRACKER, checkpoint_name
 
 _PREFIX = "let_"
 
@@ -202,7 +203,7 @@ def resumed_step(args: argparse.Namespace) -> int:
         return 0
     if args.ckpt_step is not None:
         return int(args.ckpt_step)
-    tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
+    tracker = Path(args.load) / TRACKER
     content = tracker.read_text().strip() if tracker.is_file() else ""
     return int(content) if content.isdecimal() else 0
 
@@ -211,7 +212,7 @@ def loaded_checkpoint(args: argparse.Namespace) -> Path | None:
     """Folder of the checkpoint that the set-up has loaded to go on from; None in a new run."""
     if args.load is None or args.finetune or not args.iteration:
         return None
-    return Path(args.load) / f"iter_{args.iteration:07d}"
+    return Path(args.load) / checkpoint_name(args.iteration)
 
 
 def num_steps(args: argparse.Namespace) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_let.data.files import partial_path, publish, write_json
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import partial_path, replace_from_partial, write_json
 
 
 def blend_weights(tokens: Mapping[str, int], factors: Mapping[str, float]) -> dict[str, float]:
@@ -35,7 +35,7 @@ def write_data_args(path: Path, blend: list[str]) -> None:
     """Write a file for `--data-args-path`, one data set a line."""
     lines = (f"{weight} {prefix}\n" for weight, prefix in zip(blend[::2], blend[1::2], strict=True))
     partial_path(path).write_text("".join(lines))
-    publish(path)
+    replace_from_partial(path)
 
 
 def write_per_split_data_args(path: Path, blends: Mapping[str, list[str]]) -> None:

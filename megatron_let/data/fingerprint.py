@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.data.files import write_json
 from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import write_json
 
 # Spaces, case, digits, code, scripts and bytes, which two tokenizers of one vocabulary can split
 # apart though their vocabularies are equal. Changing it makes every data set look foreign.

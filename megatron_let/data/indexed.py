@@ -11,10 +11,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_let.data.counts import Tally
-from megatron_let.data.files import partial_path, publish
 from megatron_let.data.fingerprint import fingerprint, write_side_file
 from megatron_let.data.text_tokenizer import HuggingFaceText
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import partial_path, replace_from_partial
 
 # What was written: documents, tokens with end-of-document, and bytes of text.
 IndexedCounts = Tally
@@ -50,7 +50,7 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Ind
         partial_path(bin_path).unlink()
         raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
     builder.finalize(str(partial_path(idx_path)))
-    publish(bin_path)
-    publish(idx_path)
+    replace_from_partial(bin_path)
+    replace_from_partial(idx_path)
     write_side_file(prefix, fingerprint(text_tokenizer), Path(tokenizer.name_or_path).name)
     return counts

@@ -17,8 +17,8 @@ from megatron.core.datasets.indexed_dataset import (
     _IndexWriter,
 )
 
-from megatron_let.data.files import partial_path, publish
 from megatron_let.data.shards import Shards
+from megatron_let.files.atomic import partial_path
 
 _DOCUMENTS_AT_A_TIME = 1024 * 1024
 
@@ -63,8 +63,8 @@ class StreamedDatasetBuilder(IndexedDatasetBuilder):
         with _IndexWriter(str(partial_path(self._idx)), self.dtype) as writer:
             self._write_index(writer.idx_writer)
         os.unlink(self._lengths_path)
-        publish(self._bin)
-        publish(self._idx)
+        replace_from_partial(self._bin)
+        replace_from_partial(self._idx)
 
     def _write_index(self, file: Any) -> None:
         """What `_IndexWriter.write` writes, piece by piece, for one sequence a document."""

@@ -25,7 +25,6 @@ from megatron_let.data.blend import (
     write_per_split_data_args,
 )
 from megatron_let.data.counts import Counts
-from megatron_let.data.files import partial_path, publish, remove_partial, write_json
 from megatron_let.data.fingerprint import TokenizerFingerprint, fingerprint, write_side_file
 from megatron_let.data.inputs import (
     REJECTED,
@@ -43,6 +42,7 @@ from megatron_let.data.selection import SPLITS, Selection
 from megatron_let.data.shards import Shards, ShardWriter
 from megatron_let.data.text_tokenizer import TextTokenizer, load_text_tokenizer
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import partial_path, remove_partial, replace_from_partial, write_json
 
 # Part of every plan: shards of another format are not continued.
 _FORMAT = 1
@@ -389,5 +389,5 @@ def _concatenate(paths: list[Path], target: Path) -> list[dict[str, Any]]:
                     out.write(line)
                     if len(examples) < _EXAMPLES:
                         examples.append(json.loads(line))
-    publish(target)
+    replace_from_partial(target)
     return examples

@@ -14,12 +14,12 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_let.data.counts import NO_SUBSET, Counts, Tally
-from megatron_let.data.files import partial_path, publish, write_json
 from megatron_let.data.inputs import REJECTED, Source, Unit
 from megatron_let.data.records import Record, Rejection, decode_text, lookup, read_records
 from megatron_let.data.selection import Selection
 from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import partial_path, replace_from_partial, write_json
 
 # Enough text to be worth a call, little enough that its encodings stay small.
 _BATCH_BYTES = 512 * 1024
@@ -104,7 +104,7 @@ class ShardWriter:
             lines = "".join(json.dumps(asdict(r)) + "\n" for r in rejected)
             partial_path(rejected_path).write_text(lines)
             for path in (bin_path, idx_path, rejected_path):
-                publish(path)
+                replace_from_partial(path)
             counts.check()
             record = {"outputs": names, "counts": counts.to_json()}
             write_json(self._shards.record(unit.name), record)
@@ -219,7 +219,7 @@ class ShardWriter:
         path = self._shards.outputs(unit.name)
         with partial_path(path).open("wb") as file:
             np.save(file, np.array([numbers[name] for name in outputs], dtype=np.uint16))
-        publish(path)
+        replace_from_partial(path)
 
 
 def _subset(record: Record, key: str) -> str | None:

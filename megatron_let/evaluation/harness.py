@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_let.data.files import write_json
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import checkpoint_hash, load_model, load_tokenizer
 from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
+from megatron_let.files.atomic import write_json
 
 _ACCURACIES = ("acc", "acc_norm")
 

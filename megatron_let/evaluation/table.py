@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_let.data.files import partial_path, publish, write_json
 from megatron_let.evaluation.harness import Result
 from megatron_let.evaluation.tasks import Task
+from megatron_let.files.atomic import partial_path, replace_from_partial, write_json
 
 
 @dataclass(frozen=True)
@@ -139,5 +139,5 @@ def plot_average(path: Path, rows: Sequence[Row], tasks: Sequence[Task]) -> bool
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(partial_path(path), format=path.suffix.removeprefix("."))
-    publish(path)
+    replace_from_partial(path)
     return True

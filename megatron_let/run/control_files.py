@@ -17,7 +17,7 @@ import torch
 from megatron.training import print_rank_0, training
 
 from megatron_let.compat import PATCHES, PatchSet
-from megatron_let.run.output_folder import DONE, SAVE_NOW, STOP
+from megatron_let.files.names import DONE, SAVE_NOW, STOP
 
 # A request's number among the ranks is its place here; 0 is no request. STOP comes first.
 _REQUESTS = (None, STOP, SAVE_NOW)

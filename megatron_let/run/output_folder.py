@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import write_json
+from megatron_let.files.names import RUN, TRACKER
 
-FILE_NAME = "run.json"
-# Files by which an operator steers the run (control_files.py), and the run's own last mark.
-STOP = "STOP"
-SAVE_NOW = "SAVE_NOW"
-DONE = "DONE"
-_TRACKER = "latest_checkpointed_iteration.txt"
 _METRICS = "let_metrics_path"
 _SETTINGS = "settings"
 
@@ -104,9 +99,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_signature(save: Path | None) -> dict[str, Any] | None:
-    if save is None or not (save / FILE_NAME).is_file():
+    if save is None or not (save / RUN).is_file():
         return None
-    values: dict[str, Any] = json.loads((save / FILE_NAME).read_text())
+    values: dict[str, Any] = json.loads((save / RUN).read_text())
     return values
 
 
@@ -116,7 +111,7 @@ def _not_empty(path: Path) -> bool:
 
 def _has_begun(save: Path, theirs: dict[str, Any]) -> bool:
     """Whether the signed run took a step; one that was refused after signing may be corrected."""
-    return (save / _TRACKER).is_file() or _not_empty(Path(theirs[_METRICS]))
+    return (save / TRACKER).is_file() or _not_empty(Path(theirs[_METRICS]))
 
 
 def _check_same(save: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -131,12 +126,12 @@ def _check_same(save: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> Non
 
 
 def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -> None:
-    if not (save / _TRACKER).is_file():
+    if not (save / TRACKER).is_file():
         return
     loads_it = args.load is not None and Path(args.load).resolve() == save.resolve()
     if loads_it and not args.finetune:
         return
-    iteration = (save / _TRACKER).read_text().strip()
+    iteration = (save / TRACKER).read_text().strip()
     whose = "this run" if known else "another run"
     raise LETError(
         f"The output folder {save} holds {whose} at iteration {iteration}; add --load {save} to"
@@ -155,6 +150,4 @@ def _check_metrics(path: Path | None, theirs: dict[str, Any] | None) -> None:
 
 def _sign(save: Path, values: dict[str, Any]) -> None:
     save.mkdir(parents=True, exist_ok=True)
-    partial = save / (FILE_NAME + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, save / FILE_NAME)
+    write_json(save / RUN, values)

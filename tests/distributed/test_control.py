@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.run.control_files import DONE, SAVE_NOW, STOP
+from megatron_let.files.names import DONE, SAVE_NOW, STOP
 from tests.helpers.runs import Run, largest_difference, train
 
 pytestmark = pytest.mark.distributed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.run.control_files import DONE, SAVE_NOW, STOP
+from megatron_let.files.names import DONE, SAVE_NOW, STOP
 from tests.helpers.runs import ROOT, largest_difference
 from tests.launch.jobs import Job, Launcher, kill
 

@@ -32,11 +32,11 @@ from megatron.training.checkpointing import (
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
     Resume,
-    folder_name,
     write_info,
 )
 from megatron_let.engines.deepspeed.cpu_adam import replay_steps
 from megatron_let.engines.deepspeed.model import DeepSpeedModel
+from megatron_let.files.names import checkpoint_name
 
 _VERSION = 3.0  # of Megatron's checkpoints
 
@@ -84,7 +84,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint under a temporary name, and name it when it is whole."""
         (chunk,), save = model, Path(self._args.save)
-        partial, folder = save / "partial", save / folder_name(iteration)
+        partial, folder = save / "partial", save / checkpoint_name(iteration)
         _on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
         state = {
             "args": self._args,
@@ -117,7 +117,9 @@ class Checkpoints:
         if interval is None or not previous.isdecimal() or int(previous) == iteration:
             return
         if int(previous) % interval != 0:
-            shutil.rmtree(Path(self._args.save) / folder_name(int(previous)), ignore_errors=True)
+            shutil.rmtree(
+                Path(self._args.save) / checkpoint_name(int(previous)), ignore_errors=True
+            )
 
     def load(
         self,

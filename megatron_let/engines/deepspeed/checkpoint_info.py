@@ -40,11 +40,6 @@ class Resume:
     universal: bool
 
 
-def folder_name(iteration: int) -> str:
-    """Megatron's name of a checkpoint's folder."""
-    return f"iter_{iteration:07d}"
-
-
 def write_info(folder: Path, info: CheckpointInfo) -> None:
     """Write `deepspeed.json` into a checkpoint's folder."""
     (folder / FILE_NAME).write_text(json.dumps(asdict(info)) + "\n")

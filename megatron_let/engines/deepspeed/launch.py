@@ -22,7 +22,6 @@ from megatron_let.config.arguments import resumed_step
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
     Resume,
-    folder_name,
     plan_resume,
     universal_folder,
 )
@@ -35,6 +34,7 @@ from megatron_let.engines.deepspeed.ds_config import (
 from megatron_let.engines.deepspeed.recipe import recipe_from_args
 from megatron_let.engines.deepspeed.refusals import take_over
 from megatron_let.errors import LETError
+from megatron_let.files.names import checkpoint_name
 
 if TYPE_CHECKING:
     import deepspeed
@@ -83,7 +83,7 @@ def _resume(args: argparse.Namespace, layout: CheckpointInfo) -> Resume | None:
     iteration = resumed_step(args)
     if iteration == 0:
         return None
-    folder = Path(args.load) / folder_name(iteration)
+    folder = Path(args.load) / checkpoint_name(iteration)
     return plan_resume(folder, layout, (universal_folder(folder) / "zero").is_dir())
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_let.checkpoint import output_folder
 from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.errors import LETError
+from megatron_let.files import atomic
 from tests.helpers.checkpoints import as_megatron, equal, save_llama, tensors_of, with_tokenizer
 from tests.helpers.models import save_teacher
 from tools.convert_checkpoint import main
@@ -292,7 +292,7 @@ def test_folder_that_fails_midway_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     with (
         pytest.raises(RuntimeError),
-        output_folder.whole_folder(tmp_path / "old", force=True) as folder,
+        atomic.atomic_folder(tmp_path / "old", force=True) as folder,
     ):
         (folder / "half").touch()
         raise RuntimeError

@@ -96,7 +96,7 @@ def test_killed_runs_end_with_the_same_bytes(
         assert not (folder / "out.work").exists()
 
 
-@pytest.mark.parametrize("stage", ["publish", "write_side_file", "rmtree"])
+@pytest.mark.parametrize("stage", ["replace_from_partial", "write_side_file", "rmtree"])
 def test_killed_while_merging(
     stage: str,
     inputs: list[Path],
@@ -108,7 +108,11 @@ def test_killed_while_merging(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    target = "megatron_let.data.merge." if stage == "publish" else "megatron_let.data.preprocess."
+    target = (
+        "megatron_let.data.merge."
+        if stage == "replace_from_partial"
+        else "megatron_let.data.preprocess."
+    )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(target + ("shutil." if stage == "rmtree" else "") + stage, killed)
         run(inputs, tmp_path / "out", tokenizer, **OPTIONS)

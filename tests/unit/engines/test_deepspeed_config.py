@@ -16,7 +16,6 @@ from megatron_let.config.validation import check_teacher_shard
 from megatron_let.engines.deepspeed import refusals
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
-    folder_name,
     plan_resume,
     read_info,
     refuse_deepspeeds,
@@ -26,6 +25,7 @@ from megatron_let.engines.deepspeed.checkpoint_info import (
 from megatron_let.engines.deepspeed.ds_config import complete_config, read_config
 from megatron_let.engines.deepspeed.recipe import Recipe
 from megatron_let.errors import LETError
+from megatron_let.files.names import checkpoint_name
 from tests.helpers.runs import ROOT
 
 RECIPE = Recipe(
@@ -239,7 +239,7 @@ def checkpoint(folder: Path, stage: int, dp: int, tp: int) -> Path:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_same_layout_resumes_plainly(tmp_path: Path, stage: int) -> None:
-    folder = checkpoint(tmp_path / folder_name(5), stage, 2, 2)
+    folder = checkpoint(tmp_path / checkpoint_name(5), stage, 2, 2)
     resume = plan_resume(folder, CheckpointInfo(0, stage, 2, 2), universal_exists=True)
     assert (resume.folder, resume.universal) == (folder, False)
 
@@ -248,7 +248,7 @@ def test_same_layout_resumes_plainly(tmp_path: Path, stage: int) -> None:
 def test_other_number_of_replicas_resumes_the_universal_form(
     tmp_path: Path, stage: int, universal: bool
 ) -> None:
-    folder = checkpoint(tmp_path / folder_name(5), stage, 2, 1)
+    folder = checkpoint(tmp_path / checkpoint_name(5), stage, 2, 1)
     resume = plan_resume(folder, CheckpointInfo(0, stage, 4, 1), universal_exists=True)
     assert resume.universal == universal
     assert resume.folder == (universal_folder(folder) if universal else folder)
@@ -266,7 +266,7 @@ def test_other_number_of_replicas_resumes_the_universal_form(
 def test_resume_that_would_not_be_exact_is_refused(
     tmp_path: Path, saved: tuple[int, int, int], now: tuple[int, int, int], message: str
 ) -> None:
-    folder = checkpoint(tmp_path / folder_name(5), *saved)
+    folder = checkpoint(tmp_path / checkpoint_name(5), *saved)
     with pytest.raises(LETError, match=message):
         plan_resume(folder, CheckpointInfo(0, *now), universal_exists=False)
 
@@ -285,7 +285,7 @@ def test_folder_that_is_no_deepspeed_checkpoint(
 
 def test_megatrons_engine_refuses_a_deepspeed_checkpoint(tmp_path: Path) -> None:
     refuse_deepspeeds(tmp_path)
-    folder = checkpoint(tmp_path / folder_name(5), 1, 2, 1)
+    folder = checkpoint(tmp_path / checkpoint_name(5), 1, 2, 1)
     with pytest.raises(LETError, match="is of --engine deepspeed; resume it with that"):
         refuse_deepspeeds(folder)
 

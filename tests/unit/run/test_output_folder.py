@@ -11,7 +11,8 @@ import pytest
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
-from megatron_let.run.output_folder import FILE_NAME, claim, identity
+from megatron_let.files.names import RUN
+from megatron_let.run.output_folder import claim, identity
 
 LET = LETConfig("let", Path("/models/small"))
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -68,10 +69,10 @@ def trained(tmp_path: Path) -> Path:
 def test_new_folder_is_signed(tmp_path: Path) -> None:
     args = run_args(tmp_path / "deep" / "run")
     claim(args, LET)
-    signature = json.loads((tmp_path / "deep/run" / FILE_NAME).read_text())
+    signature = json.loads((tmp_path / "deep/run" / RUN).read_text())
     assert signature.pop("settings").keys() >= {"lr", "global_batch_size", "train_iters"}
     assert signature == identity(args, LET) | {"let_metrics_path": "None"}
-    assert list(contents(tmp_path)) == ["deep/run/" + FILE_NAME]
+    assert list(contents(tmp_path)) == ["deep/run/" + RUN]
 
 
 def test_same_run_continues(trained: Path) -> None:

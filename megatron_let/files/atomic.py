@@ -1,0 +1,86 @@
+"""Write files and folders atomically: they appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_let.errors import LETError
+
+_PARTIAL = ".partial"
+
+
+def partial_path(path: Path) -> Path:
+    """Return the temporary name of a file that is being written."""
+    return path.with_name(path.name + _PARTIAL)
+
+
+def replace_from_partial(path: Path) -> None:
+    """Move a finished file from its temporary name to `path`, after an fsync."""
+    partial = partial_path(path)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, and replace `path` with it if the block ends without an error."""
+    try:
+        yield partial_path(path)
+        replace_from_partial(path)
+    finally:
+        partial_path(path).unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder`."""
+    for path in folder.glob("*" + _PARTIAL):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to `path` if the block ends without an error.
+
+    Args:
+        path: the final name.
+        force: replace an existing folder, once the new one is complete.
+
+    Raises:
+        LETError: `path` exists and `force` is not set.
+    """
+    path = path.absolute()
+    if path.exists() and not force:
+        raise LETError(f"The output {path} exists; give another one, or --force to replace it.")
+    if path.is_file():
+        raise LETError(f"The output {path} is a file; give the name of a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        _replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old)
