@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import (
 )
 
 from megatron_let.data.shards import Shards
-from megatron_let.files.atomic import partial_path
+from megatron_let.files.atomic import partial_path, replace_from_partial
 
 _DOCUMENTS_AT_A_TIME = 1024 * 1024
 
