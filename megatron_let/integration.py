@@ -27,7 +27,7 @@ from megatron_let.config.arguments import (
 )
 from megatron_let.config.let_config import LETConfig
 from megatron_let.config.validation import check_supported, check_teacher_shard
-from megatron_let.data.token_alignment import Realigner, load_realigner, teacher_length
+from megatron_let.data.token_alignment import TokenAligner, load_token_aligner, teacher_length
 from megatron_let.errors import LETError
 from megatron_let.methods.base import TaughtForwardBackward
 from megatron_let.methods.distillation import DistilledForwardBackward
@@ -41,7 +41,7 @@ from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 from megatron_let.teacher.validation import check_fits, check_vocabulary_size
 
-__all__ = ["add_arguments", "enable", "realigner"]
+__all__ = ["add_arguments", "enable", "token_aligner"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +105,19 @@ def _warn(message: str) -> None:
     print(f"LET: warning: {message}", flush=True)
 
 
-def realigner(args: argparse.Namespace) -> Realigner | None:
+def token_aligner(args: argparse.Namespace) -> TokenAligner | None:
     """What gives the samples the teacher's own tokens, if the flags ask for it.
 
-    For data sets of a user's own: wrap the training set in `data.realign.RealignedDataset`.
+    For custom data sets: wrap the training set in `data.token_alignment.TokenAlignedDataset`.
     """
     config = let_config_from_args(args)
     over = resumed_step(args) >= config.stop_step
     if not (config.enabled and config.cross_tokenizer) or over or config.teacher is None:
         return None
     folder = inspect_teacher(config.teacher)
-    return load_realigner(args.tokenizer_type, Path(args.tokenizer_model), folder, args.seq_length)
+    return load_token_aligner(
+        args.tokenizer_type, Path(args.tokenizer_model), folder, args.seq_length
+    )
 
 
 def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:

@@ -86,7 +86,7 @@ def _run(argv: list[str], host: Host) -> None:
         model.transformer_layer_spec = local_layer_spec
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        datasets_provider(args, integration.realigner(args)),
+        datasets_provider(args, integration.token_aligner(args)),
         ModelType.encoder_or_decoder,
         make_forward_step(args),
     )

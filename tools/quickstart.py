@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.cli.local_run import train_locally
+from megatron_let.data.counts import Tally
 from megatron_let.data.environment_text import environment_text
-from megatron_let.data.indexed import IndexedCounts, write_indexed
+from megatron_let.data.indexed import write_indexed
 from megatron_let.data.text_tokenizer import load_hugging_face
 from megatron_let.errors import LETError
 from megatron_let.metrics.head_to_head import (
@@ -185,7 +186,7 @@ def _split(documents: list[str]) -> tuple[list[str], list[str]]:
     return held_out, documents
 
 
-def _check_enough(counts: dict[str, IndexedCounts]) -> None:
+def _check_enough(counts: dict[str, Tally]) -> None:
     for name, count in counts.items():
         if count.tokens <= 8 * SEQUENCE_LENGTH:
             raise LETError(

@@ -137,7 +137,7 @@ def sample_tokens(weights: Weights, count: int, length: int, data: Path | None) 
 
 
 def _from_data(prefix: Path, needed: int) -> torch.Tensor:
-    from megatron_let.data.windows import open_indexed
+    from megatron_let.data.indexed import open_indexed
 
     data = open_indexed(prefix)
     parts: list[np.ndarray] = []

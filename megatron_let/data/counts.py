@@ -1,4 +1,4 @@
-"""What became of every document: counts that add up over shards."""
+"""Document counts of preprocessing: written, filtered and rejected, additive over shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_SUBSET = "(none)"
 
 @dataclass
 class Tally:
-    """Documents, tokens (end of document included), and bytes of UTF-8 text."""
+    """Number of documents, tokens (end of document included) and UTF-8 bytes of text."""
 
     documents: int = 0
     tokens: int = 0
@@ -26,14 +26,14 @@ class Tally:
 
 @dataclass
 class Counts:
-    """Documents of one shard or of a whole run; a document is one key of one line.
+    """Counts of one shard or of a whole run; a document is one key of one line.
 
     Attributes:
-        documents_in: read; equals written + filtered + rejected.
-        outputs: what was written, by data set.
-        subsets: what was written, by subset.
-        filtered: documents left out by `--include-subsets` and `--exclude-subsets`, by subset.
-        rejected: documents that could not be used, by reason.
+        documents_in: documents read; equals written + filtered + rejected.
+        outputs: written documents, by data set.
+        subsets: written documents, by subset.
+        filtered: documents excluded by `--include-subsets` and `--exclude-subsets`, by subset.
+        rejected: unusable documents, by reason.
     """
 
     documents_in: int = 0
@@ -43,7 +43,7 @@ class Counts:
     rejected: Counter[str] = field(default_factory=Counter)
 
     def written(self) -> Tally:
-        """Everything that was written."""
+        """Return the total over all data sets."""
         total = Tally()
         for tally in self.outputs.values():
             total.add(tally)
@@ -65,17 +65,17 @@ class Counts:
         self.rejected.update(other.rejected)
 
     def check(self) -> None:
-        """Check that no document went missing.
+        """Check that every document is counted once.
 
         Raises:
-            RuntimeError: the counts do not add up, which is a defect of this program.
+            RuntimeError: the counts do not add up, which is a bug.
         """
         out = self.written().documents + self.filtered.total() + self.rejected.total()
         if out != self.documents_in:
             raise RuntimeError(f"{self.documents_in} documents in, {out} written or reported")
 
     def to_json(self) -> dict[str, Any]:
-        """As plain types, sorted by name."""
+        """Return the counts as plain types, sorted by name."""
         return {
             "documents_in": self.documents_in,
             "outputs": {name: vars(self.outputs[name]) for name in sorted(self.outputs)},
@@ -86,7 +86,7 @@ class Counts:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Counts:
-        """The inverse of `to_json`."""
+        """Return the counts that `to_json` wrote."""
         return cls(
             values["documents_in"],
             {name: Tally(**tally) for name, tally in values["outputs"].items()},

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the sources and documents of the Python environment."""
+"""Real text that every machine has: sources and documents of the Python environment."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _MIN_BYTES, _MAX_BYTES = 1_000, 100_000
 def environment_text(budget_bytes: int) -> Iterator[str]:
     """Yield the text of files of the standard library and the installed packages.
 
-    The order is that of a hash of each file's path, so that packages are mixed and two machines
-    with the same packages get the same text. Duplicates, files outside 1 to 100 kB and files that
-    are no UTF-8 are left out.
+    Files are ordered by a hash of their relative path, so that packages are mixed and two machines
+    with the same packages get the same text. Skips duplicates, files outside 1 to 100 kB and files
+    that are not UTF-8.
 
     Args:
-        budget_bytes: stop after this much text.
+        budget_bytes: stop once this much text was yielded.
     """
     seen: set[bytes] = set()
     total = 0

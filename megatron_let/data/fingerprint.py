@@ -1,4 +1,4 @@
-"""Which tokenizer made a data set, in a side file, and the check that training makes of it."""
+"""Tokenizer fingerprint of a data set, in a sidecar file, and the check that uses it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 
-# Spaces, case, digits, code, scripts and bytes, which two tokenizers of one vocabulary can split
-# apart though their vocabularies are equal. Changing it makes every data set look foreign.
+# Spaces, case, digits, code, scripts and bytes: what two tokenizers with equal vocabularies may
+# split differently. A change makes every existing data set fail the check.
 _PROBE_TEXT = (
     "The quick brown fox jumped; it's 1234567890 o'clock (isn't it?).\n\n  Late to Early\tTraining"
     "\r\n    def f(x_1: int) -> str:\n        return f'{x_1 + 0x1F:>10,.2f}'  # naïve café\n"
@@ -27,11 +27,11 @@ _PROBE_TEXT = (
 
 @dataclass(frozen=True)
 class TokenizerFingerprint:
-    """What two tokenizers must share to be the same.
+    """Identity of a tokenizer.
 
     Attributes:
         vocabulary: hash of every id and its token.
-        splitting: hash of the ids of a fixed text, no special token added.
+        splitting: hash of the ids of a fixed text, without special tokens.
     """
 
     vocab_size: int
@@ -41,7 +41,7 @@ class TokenizerFingerprint:
 
 
 def fingerprint(tokenizer: TextTokenizer) -> TokenizerFingerprint:
-    """Fingerprint of a tokenizer that preprocessing uses."""
+    """Return the fingerprint of a preprocessing tokenizer."""
     return TokenizerFingerprint(
         tokenizer.vocab_size,
         tokenizer.eod,
@@ -50,22 +50,18 @@ def fingerprint(tokenizer: TextTokenizer) -> TokenizerFingerprint:
     )
 
 
-def side_file(prefix: str | Path) -> Path:
-    """Path of the side file of an indexed data set."""
+def sidecar_file(prefix: str | Path) -> Path:
+    """Return the path of the sidecar file of an indexed data set."""
     return Path(f"{prefix}.tokenizer.json")
 
 
-def write_side_file(prefix: str | Path, made_with: TokenizerFingerprint, name: str) -> None:
-    """Write down which tokenizer made a data set.
-
-    Args:
-        name: of the tokenizer, for people.
-    """
-    write_json(side_file(prefix), {"tokenizer": name, **asdict(made_with)})
+def write_sidecar_file(prefix: str | Path, made_with: TokenizerFingerprint, name: str) -> None:
+    """Write a data set's fingerprint and the tokenizer's readable `name` to its sidecar file."""
+    write_json(sidecar_file(prefix), {"tokenizer": name, **asdict(made_with)})
 
 
 def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
-    """Check that the run's tokenizer made its data; data without a side file passes.
+    """Check that the run's tokenizer made its data; data without a sidecar file passes.
 
     Args:
         args: Megatron's arguments.
@@ -74,14 +70,14 @@ def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
     Raises:
         LETError: a data set was made with another tokenizer.
     """
-    # Here, because preprocessing fingerprints too and needs no training loop.
+    # Imported here because preprocessing needs this module without Megatron's training loop.
     from megatron.training.utils import get_blend_and_blend_per_split
 
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
     prefixes = [p for b in (blend, *(per_split or ())) if b is not None for p in b[0]]
-    made = {p: json.loads(side_file(p).read_text()) for p in prefixes if side_file(p).is_file()}
+    made = {p: _read_sidecar(p) for p in prefixes if sidecar_file(p).is_file()}
     if not made:
         return
     if args.tokenizer_type == "NullTokenizer":
@@ -89,31 +85,27 @@ def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
         return
     ours = _of_megatron(tokenizer)
     for prefix, values in made.items():
-        difference = _difference(values, *ours)
-        if difference:
-            raise LETError(
-                f"The data {prefix} was made with another tokenizer ({values['tokenizer']}):"
-                f" {difference}; give --tokenizer-model that one, or build the data again with"
-                " tools/preprocess_data.py."
-            )
+        _check_equal(
+            prefix, values, *ours,
+            "give --tokenizer-model that tokenizer, or build the data again with"
+            " tools/preprocess_data.py",
+        )  # fmt: skip
 
 
 def check_same_fingerprint(prefix: str | Path, tokenizer: TextTokenizer) -> None:
-    """Check that a tokenizer made a data set; data without a side file passes.
+    """Check that `tokenizer` made a data set; data without a sidecar file passes.
 
     Raises:
-        LETError: another one did.
+        LETError: another tokenizer made it.
     """
-    if not side_file(prefix).is_file():
-        return
-    made = json.loads(side_file(prefix).read_text())
-    ours = asdict(fingerprint(tokenizer))
-    difference = _difference(made, ours, [ours["splitting"]])
-    if difference:
-        raise LETError(
-            f"The data {prefix} was made with another tokenizer ({made['tokenizer']}):"
-            f" {difference}; give data of the model's tokenizer."
-        )
+    if sidecar_file(prefix).is_file():
+        ours = asdict(fingerprint(tokenizer))
+        advice = "give data of the model's tokenizer"
+        _check_equal(prefix, _read_sidecar(prefix), ours, [ours["splitting"]], advice)
+
+
+def _read_sidecar(prefix: str | Path) -> dict[str, Any]:
+    return json.loads(sidecar_file(prefix).read_text())
 
 
 def _check_ids_fit(made: dict[str, dict[str, Any]], vocab_size: int | None) -> None:
@@ -125,23 +117,31 @@ def _check_ids_fit(made: dict[str, dict[str, Any]], vocab_size: int | None) -> N
             )
 
 
-def _difference(
-    made: dict[str, Any], tokenizer: dict[str, Any], splittings: Sequence[str]
-) -> str | None:
-    """The first thing that differs, in words."""
+def _check_equal(
+    prefix: str | Path,
+    made: dict[str, Any],
+    tokenizer: dict[str, Any],
+    splittings: Sequence[str],
+    advice: str,
+) -> None:
     if made["vocab_size"] != tokenizer["vocab_size"]:
-        return f"{made['vocab_size']} tokens there, {tokenizer['vocab_size']} in this run"
-    if made["vocabulary"] != tokenizer["vocabulary"]:
-        return f"another vocabulary, though both have {made['vocab_size']} tokens"
-    if made["eod"] != tokenizer["eod"]:
-        return f"documents end with token {made['eod']} there, {tokenizer['eod']} in this run"
-    if made["splitting"] not in splittings:
-        return "the same vocabulary, but text is split differently"
-    return None
+        difference = f"{made['vocab_size']} tokens there, {tokenizer['vocab_size']} in this run"
+    elif made["vocabulary"] != tokenizer["vocabulary"]:
+        difference = f"another vocabulary, though both have {made['vocab_size']} tokens"
+    elif made["eod"] != tokenizer["eod"]:
+        difference = f"documents end with token {made['eod']} there, {tokenizer['eod']} in this run"
+    elif made["splitting"] not in splittings:
+        difference = "the same vocabulary, but text is split differently"
+    else:
+        return
+    raise LETError(
+        f"The data {prefix} was made with another tokenizer ({made['tokenizer']}): {difference};"
+        f" {advice}."
+    )
 
 
 def _of_megatron(tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
-    """Vocabulary and end of document of Megatron's tokenizer, and its possible splittings."""
+    """Return vocabulary and end of document of Megatron's tokenizer, and possible splittings."""
     ids = list(tokenizer.tokenize(_PROBE_TEXT))
     # Megatron's wrapper may add a token at either end.
     possible = [_ids_hash(part) for part in (ids, ids[1:], ids[:-1], ids[1:-1])]

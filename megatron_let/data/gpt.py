@@ -1,11 +1,10 @@
-"""GPT datasets and batches, from Megatron's own builders."""
+"""GPT datasets and batches by Megatron's builders, and the check of a run's data."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,19 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_let.data.token_alignment import RealignedDataset, Realigner
+from megatron_let.data.indexed import open_indexed
+from megatron_let.data.token_alignment import TokenAlignedDataset, TokenAligner
 from megatron_let.errors import LETError
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
-    """Dataset settings from Megatron's arguments."""
+    """Return the dataset settings of Megatron's arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
@@ -51,13 +50,13 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
 
 
 def datasets_provider(
-    args: argparse.Namespace, realign: Realigner | None = None
+    args: argparse.Namespace, aligner: TokenAligner | None = None
 ) -> Callable[..., Any]:
     """Return the provider that `pretrain()` calls with (train, validation, test) sample counts.
 
     Args:
-        args: Megatron's.
-        realign: gives the training samples the teacher's tokens too.
+        args: Megatron's arguments.
+        aligner: adds the teacher's tokens to the training samples.
     """
 
     def provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
@@ -70,8 +69,8 @@ def datasets_provider(
         train, valid, test = BlendedMegatronDatasetBuilder(
             kind, num_samples, built_on_this_rank, dataset_config(args)
         ).build()
-        if realign is not None and train is not None and parallel_state.is_pipeline_first_stage():
-            train = RealignedDataset(train, realign)
+        if aligner is not None and train is not None and parallel_state.is_pipeline_first_stage():
+            train = TokenAlignedDataset(train, aligner)
         return train, valid, test
 
     provider.is_distributed = True  # type: ignore[attr-defined]
@@ -81,11 +80,11 @@ def datasets_provider(
 def get_batch(
     data_iterator: Any, args: argparse.Namespace, vp_stage: int | None
 ) -> dict[str, torch.Tensor | None]:
-    """This rank's share of the next microbatch.
+    """Return this rank's share of the next microbatch.
 
     Returns:
-        `tokens`, `labels`, `loss_mask`, `position_ids` [b, s / cp] and `attention_mask`; None
-        where the stage needs none of them.
+        `tokens`, `labels`, `loss_mask`, `position_ids` [b, s / cp] and `attention_mask`; all None
+        on a stage that needs none of them.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return dict.fromkeys(_BATCH_KEYS)
@@ -122,14 +121,14 @@ def check_data(args: argparse.Namespace) -> None:
     """Check the indexed data before anything is built.
 
     Raises:
-        LETError: no data is named, a file is missing, or a split that the run samples holds less
-            than one sequence (Megatron would repeat it without end, or fail to open it).
+        LETError: no data is given, a file is missing, or a split that the run samples holds less
+            than one sequence (Megatron would repeat it endlessly, or fail to open it).
     """
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
     if blend is None and per_split is None:
-        raise LETError("No data is named; give --data-path PREFIX of an indexed data set.")
+        raise LETError("No data is given; set --data-path to the prefix of an indexed data set.")
     samples = {"train": True, "validation": args.eval_iters != 0, "test": args.eval_iters != 0}
     if blend is not None:
         weights = [float(weight) for weight in re.split("[,/]", args.split)]
@@ -146,24 +145,16 @@ def check_data(args: argparse.Namespace) -> None:
 def _check_prefix(
     prefix: str, weights: list[float], samples: dict[str, bool], sequence_length: int
 ) -> None:
-    for suffix in (".bin", ".idx"):
-        if not Path(prefix + suffix).is_file():
-            raise LETError(
-                f"The data file {prefix}{suffix} does not exist; --data-path takes the prefix of"
-                " an indexed data set, without .bin or .idx."
-            )
-    if not Path(prefix + ".bin").stat().st_size:
-        raise LETError(f"The data set {prefix} is empty; prepare it from text again.")
-    dataset = IndexedDataset(prefix)  # kept: its arrays are views into a file it maps
+    dataset = open_indexed(prefix)  # kept: its arrays are views into its memory map
     lengths = dataset.sequence_lengths
     bounds = np.cumsum([0.0, *weights]) / sum(weights) * len(lengths)
     for (name, sampled), start, end in zip(samples.items(), bounds[:-1], bounds[1:], strict=True):
         documents = lengths[round(start) : round(end)]
         if end == start:
             continue
-        # A split that no step samples is built too, and without a document for ever.
+        # Megatron also builds a split that no step samples, and hangs if it has no document.
         needed = sequence_length if sampled else 0
-        # A few documents mostly suffice; the whole file is read only if they do not.
+        # A few documents usually suffice; read the whole index only if they do not.
         if documents[:10_000].sum() <= needed and documents.sum() <= needed:
             raise LETError(
                 f"The {name} split of {prefix} has {int(documents.sum())} tokens, less than one"

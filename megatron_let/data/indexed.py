@@ -1,4 +1,4 @@
-"""Documents in memory to Megatron's indexed format."""
+"""Megatron's indexed format: write documents from memory, open a data set."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_let.data.counts import Tally
-from megatron_let.data.fingerprint import fingerprint, write_side_file
+from megatron_let.data.fingerprint import fingerprint, write_sidecar_file
 from megatron_let.data.text_tokenizer import HuggingFaceText
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import partial_path, replace_from_partial
-
-# What was written: documents, tokens with end-of-document, and bytes of text.
-IndexedCounts = Tally
+from megatron_let.files.atomic import atomic_file
 
 
-def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> IndexedCounts:
-    """Tokenise documents into `prefix`.bin and `prefix`.idx, each ended by the EOS token.
-
-    Files are written under temporary names and renamed when whole.
+def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Tally:
+    """Tokenize documents into `prefix`.bin and `prefix`.idx, each ended by the EOS token.
 
     Args:
         prefix: path without suffix.
-        documents: texts; empty ones are not written.
+        documents: texts; empty ones are skipped.
         tokenizer: fast Hugging Face tokenizer with an EOS token.
+
+    Returns:
+        Number of documents, tokens (EOS included) and bytes of text.
 
     Raises:
         LETError: there is no text; nothing is written.
@@ -37,20 +35,39 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Ind
     text_tokenizer = HuggingFaceText(tokenizer)
     bin_path, idx_path = (prefix.with_name(prefix.name + s) for s in (".bin", ".idx"))
     dtype = DType.optimal_dtype(text_tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(str(partial_path(bin_path)), dtype=dtype)
-    counts = IndexedCounts()
-    for text in documents:
-        ids = text_tokenizer.encode([text])[0]
-        if not len(ids):
-            continue
-        ended = np.append(ids, text_tokenizer.eod).astype(dtype)
-        builder.add_document(torch.from_numpy(ended), [len(ended)])
-        counts.add(Tally(1, len(ended), len(text.encode())))
-    if not counts.documents:
-        partial_path(bin_path).unlink()
-        raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
-    builder.finalize(str(partial_path(idx_path)))
-    replace_from_partial(bin_path)
-    replace_from_partial(idx_path)
-    write_side_file(prefix, fingerprint(text_tokenizer), Path(tokenizer.name_or_path).name)
+    counts = Tally()
+    with atomic_file(idx_path) as idx_partial, atomic_file(bin_path) as bin_partial:
+        builder = IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
+        for text in documents:
+            ids = text_tokenizer.encode([text])[0]
+            if not len(ids):
+                continue
+            ended = np.append(ids, text_tokenizer.eod).astype(dtype)
+            builder.add_document(torch.from_numpy(ended), [len(ended)])
+            counts.add(Tally(1, len(ended), len(text.encode())))
+        if not counts.documents:
+            raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
+        builder.finalize(str(idx_partial))
+    write_sidecar_file(prefix, fingerprint(text_tokenizer), Path(tokenizer.name_or_path).name)
     return counts
+
+
+def open_indexed(prefix: str | Path) -> IndexedDataset:
+    """Open a data set of Megatron's indexed format.
+
+    Args:
+        prefix: path without suffix.
+
+    Raises:
+        LETError: a file is missing or empty.
+    """
+    for suffix in (".bin", ".idx"):
+        path = Path(f"{prefix}{suffix}")
+        if not path.is_file():
+            raise LETError(
+                f"The data file {path} does not exist; give the prefix of an indexed data set,"
+                " without .bin or .idx."
+            )
+        if not path.stat().st_size:
+            raise LETError(f"The data file {path} is empty; prepare the data from text again.")
+    return IndexedDataset(str(prefix))

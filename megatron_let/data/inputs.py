@@ -1,4 +1,4 @@
-"""Which input files there are, and how each is cut into units of work."""
+"""Find the input files and cut each into units of work."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _KINDS: dict[Kind, re.Pattern[str]] = {
     "text": re.compile(r".\.txt$"),
 }
 _SAMPLE_BYTES = 64 * 1024
-# Ends the names of our own lists of documents that could not be used.
+# Suffix of preprocessing's lists of unusable documents.
 REJECTED = ".rejected.jsonl"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read one after the other: one file, or small text files together.
+    """Files that are read in sequence: one file, or several small text files.
 
     Attributes:
-        index: place among the sources, from 0.
+        index: position among the sources, from 0.
         num_bytes: size on disk.
     """
 
@@ -45,14 +45,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of one source that one worker turns into one shard.
+    """A part of one source that one worker turns into one shard.
 
     Attributes:
-        block: place in its source, from 0.
-        first_line: number, from 1, of its first line or row.
+        block: position in its source, from 0.
+        first_line: number of its first line or row, from 1.
         data: the lines, for a source of lines.
-        row_groups: of the Parquet file.
-        input_bytes: what it adds to the bytes read from disk.
+        row_groups: row groups, for a Parquet file.
+        input_bytes: bytes on disk that it accounts for.
     """
 
     source: int
@@ -68,13 +68,13 @@ class Unit:
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Input files of `--input`: files, globs and folders, in the order given, each once.
+    """Return the files of `--input` (files, globs, folders) in the order given, each once.
 
     Returns:
-        The files, and those of the folders that are left out for their suffix.
+        The input files, and the files of the folders that are ignored because of their names.
 
     Raises:
-        LETError: a pattern matches nothing, or a named file is of no known kind.
+        LETError: a pattern matches nothing, or a named file is of an unknown kind.
     """
     found: dict[Path, None] = {}
     ignored: dict[Path, None] = {}
@@ -83,16 +83,15 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
         for path in paths:
             if path.is_dir():
                 for file in sorted(p for p in path.rglob("*") if p.is_file()):
-                    # In a folder a .json is more often a description than lines, and an output
-                    # below it is no input of the next start.
-                    aside = file.name.endswith((".json", REJECTED))
-                    taken = kind_of(file) is not None and not aside
+                    # A .json in a folder is usually metadata; an output in it is not an input.
+                    excluded = file.name.endswith((".json", REJECTED))
+                    taken = kind_of(file) is not None and not excluded
                     (found if taken else ignored)[file.resolve()] = None
             elif not path.is_file():
                 raise LETError(f"--input {pattern} matches no file or folder.")
             elif kind_of(path) is None:
                 raise LETError(
-                    f"--input {path} is of no known kind; name it .jsonl, .jsonl.zst, .jsonl.gz,"
+                    f"--input {path} is of an unknown kind; name it .jsonl, .jsonl.zst, .jsonl.gz,"
                     " .parquet or .txt."
                 )
             else:
@@ -106,14 +105,14 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """How a file is read, by its name; None if it is not."""
+    """Return how a file is read, by its name; None for an unknown name."""
     return next((kind for kind, name in _KINDS.items() if name.search(path.name)), None)
 
 
 def group_sources(files: Iterable[tuple[Path, int]], block_bytes: int) -> list[Source]:
-    """Group files, with their sizes in bytes, into sources.
+    """Group files, given with their sizes in bytes, into sources.
 
-    Consecutive text files share a source up to `block_bytes`; every other file is its own.
+    Consecutive text files share a source up to `block_bytes`; any other file is one source.
     """
     sources: list[Source] = []
     for path, size in files:
@@ -128,7 +127,7 @@ def group_sources(files: Iterable[tuple[Path, int]], block_bytes: int) -> list[S
 
 
 def file_signature(path: Path) -> str:
-    """Name, size and a hash of both ends: tells a replaced file without reading all of it."""
+    """Return name, size and a hash of both ends: detects a replaced file without reading it all."""
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(_SAMPLE_BYTES))
@@ -138,7 +137,7 @@ def file_signature(path: Path) -> str:
 
 
 class UnitReader:
-    """The units of one source, in order.
+    """Yields the units of one source, in order.
 
     Attributes:
         damage: why the source ended early, or None; known after the last unit.

@@ -1,4 +1,4 @@
-"""Shards to data sets, one after the other, in constant memory."""
+"""Merge shards into data sets, in constant memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _DOCUMENTS_AT_A_TIME = 1024 * 1024
 
 
 class StreamedDatasetBuilder(IndexedDatasetBuilder):
-    """Megatron's builder, with the lengths of the documents on disk instead of in lists.
+    """Megatron's builder, with the document lengths on disk instead of in lists.
 
-    The Pile's 200M documents would take it 17 GB; the bytes written are the same.
+    Megatron's lists would take 17 GB for the Pile's 200M documents; the bytes written are the same.
 
     Args:
-        prefix: of the data set; its files appear when `publish` is called.
+        prefix: path of the data set without suffix; its files appear when `finish` is called.
         dtype: of the token ids.
     """
 
@@ -42,22 +42,18 @@ class StreamedDatasetBuilder(IndexedDatasetBuilder):
         self._lengths = self._lengths_path.open("wb")
 
     def add_shard(self, prefix: Path, lengths: npt.NDArray[np.int32]) -> None:
-        """Add a whole shard.
-
-        Args:
-            lengths: tokens of each of its documents.
-        """
+        """Add a whole shard, whose documents have these numbers of tokens."""
         with prefix.with_suffix(".bin").open("rb") as shard:
             shutil.copyfileobj(shard, self.data_file)
         self._lengths.write(lengths.tobytes())
 
     def add_tokens(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Add documents that lie one after the other in `tokens`."""
+        """Add documents that are concatenated in `tokens`."""
         self.data_file.write(tokens.tobytes())
         self._lengths.write(lengths.tobytes())
 
-    def publish(self) -> None:
-        """Write the index, and give both files their names."""
+    def finish(self) -> None:
+        """Write the index and move both files to their names."""
         self._lengths.close()
         self.data_file.close()
         with _IndexWriter(str(partial_path(self._idx)), self.dtype) as writer:
@@ -67,7 +63,7 @@ class StreamedDatasetBuilder(IndexedDatasetBuilder):
         replace_from_partial(self._idx)
 
     def _write_index(self, file: Any) -> None:
-        """What `_IndexWriter.write` writes, piece by piece, for one sequence a document."""
+        """Write in pieces what `_IndexWriter.write` writes for one sequence per document."""
         documents = self._lengths_path.stat().st_size // np.dtype(np.int32).itemsize
         file.write(struct.pack("<QQ", documents, documents + 1))
         for lengths in self._pieces():
@@ -96,7 +92,8 @@ def merge_shards(
     """Write the data sets of a run from its shards, in the order of `names`.
 
     Args:
-        prefixes: of each data set, by its name.
+        names: shards.
+        prefixes: path of each data set without suffix, by its name.
         dtype: of the token ids.
     """
     builders = {name: StreamedDatasetBuilder(prefixes[name], dtype) for name in sorted(prefixes)}
@@ -105,13 +102,13 @@ def merge_shards(
         if outputs:
             _add_shard(shards, name, [builders[output] for output in outputs])
     for builder in builders.values():
-        builder.publish()
+        builder.finish()
 
 
 def _add_shard(shards: Shards, name: str, builders: list[StreamedDatasetBuilder]) -> None:
-    """Add a shard to its data sets, given in the order of its record."""
+    """Add a shard to its data sets, which are in the order of its record."""
     prefix = shards.prefix(name)
-    # Kept, because its lengths lie in a memory map that it closes when it goes.
+    # Kept, because its lengths are views into a memory map that it closes when collected.
     shard = IndexedDataset(str(prefix))
     lengths = shard.sequence_lengths
     if len(builders) == 1:

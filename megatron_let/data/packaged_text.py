@@ -1,4 +1,4 @@
-"""Documents out of the files of Debian's documentation packages."""
+"""Extract documents from the files of Debian's documentation packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _R_VERSION_WITH_ENCODING = 3
 
 
 def html_text(html: str) -> str:
-    """Text of an HTML page, one block a line."""
+    """Return the text of an HTML page, one block per line."""
     parser = _TextOfHtml()
     parser.feed(html)
     parser.close()
@@ -52,13 +52,13 @@ class _TextOfHtml(HTMLParser):
 
 
 def r_string_vectors(database: bytes) -> Iterator[list[str]]:
-    """The character vectors of an R lazy-load database (`.rdb`), in file order.
+    """Yield the character vectors of an R lazy-load database (`.rdb`), in file order.
 
     Raises:
-        ValueError: a record is no plain character vector.
+        ValueError: a record is not a plain character vector.
     """
     while database:
-        # Four bytes of length, then a zlib stream, one record after the other.
+        # A record is four bytes of length and a zlib stream.
         stream = zlib.decompressobj()
         record = stream.decompress(database[4:]) + stream.flush()
         database = stream.unused_data
@@ -73,7 +73,7 @@ def _r_strings(record: bytes) -> list[str]:
         offset += 4 + struct.unpack_from(">i", record, offset)[0]
     flags, count = struct.unpack_from(">ii", record, offset)
     if form != b"X\n" or flags & 0xFF != _R_STRING_VECTOR:
-        raise ValueError(f"an R record of type {flags & 0xFF} is no character vector")
+        raise ValueError(f"an R record of type {flags & 0xFF} is not a character vector")
     offset += 8
     strings = []
     for _ in range(count):
@@ -81,7 +81,7 @@ def _r_strings(record: bytes) -> list[str]:
         if flags & 0xFF != _R_STRING:
             raise ValueError(f"an R string of type {flags & 0xFF}")
         offset += 8
-        # A length of -1 stands for a missing value.
+        # A length of -1 marks a missing value.
         strings.append(record[offset : offset + max(length, 0)].decode())
         offset += max(length, 0)
     return strings
@@ -95,7 +95,7 @@ def _html_pages(folder: Path) -> Iterator[str]:
 def _text_files(suffix: str) -> Callable[[Path], Iterator[str]]:
     def read(folder: Path) -> Iterator[str]:
         for path in sorted(folder.rglob(f"*{suffix}")):
-            # Links among the documents can lead out of the package.
+            # Symbolic links may point outside the package.
             if path.is_file():
                 opener = gzip.open if suffix.endswith(".gz") else open
                 with opener(path, "rt", errors="replace") as file:
@@ -113,13 +113,13 @@ def _dictionary(folder: Path) -> Iterator[str]:
 
 
 def _novels(folder: Path) -> Iterator[str]:
-    """One document a chapter: six whole novels would make too few documents to split."""
+    """Yield one document per chapter: six whole novels are too few documents to split."""
     [path] = folder.rglob("data/Rdata.rdb")
     for lines in r_string_vectors(path.read_bytes()):
         yield from re.split(r"(?mi)^(?=chapter\b)", "\n".join(lines))
 
 
-# Package name -> reader of the folder it was unpacked into; yields documents.
+# Package name -> function that yields the documents of the folder it was unpacked into.
 PACKAGES: dict[str, Callable[[Path], Iterator[str]]] = {
     "anarchism": _html_pages,
     "dict-gcide": _dictionary,

@@ -1,4 +1,4 @@
-"""Worker processes that take one piece of work at a time, so that memory stays constant."""
+"""Worker processes that take one item at a time, so that memory stays constant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WorkerPool[Item, Result]:
 
     Args:
         num_workers: at least 1.
-        work: called in the workers.
+        work: function that the workers call on each item.
     """
 
     def __init__(self, num_workers: int, work: Callable[[Item], Result]) -> None:
@@ -50,11 +50,11 @@ class WorkerPool[Item, Result]:
             process.join()
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """Yield results as they come; the next item is read while all workers are busy.
+        """Yield results as they arrive; the next item is read while all workers are busy.
 
         Raises:
             LETError: a worker was killed.
-            Exception: what the work raised in a worker.
+            Exception: `work` raised it in a worker.
         """
         idle = list(self._processes)
         for item in items:
@@ -86,14 +86,14 @@ class WorkerPool[Item, Result]:
         process = self._processes[connection]
         process.join()
         raise LETError(
-            f"A worker died with exit code {process.exitcode} (-9 is often the kernel, short of"
-            " memory); give fewer --workers and run the same command again, which goes on where"
+            f"A worker died with exit code {process.exitcode} (-9: often the kernel's out-of-memory"
+            " killer); give fewer --workers and run the same command again, which continues where"
             " it stopped."
         )
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], parent: int) -> None:
-    # A worker must not outlive its parent, whose lock it holds.
+    # A worker must not outlive its parent, because it inherits the parent's lock.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return

@@ -1,10 +1,9 @@
-"""Byte-level BPE, faster: each distinct word is encoded once.
+"""Pre-token cache: byte-level BPE that encodes each distinct pre-token once.
 
-A byte-level BPE cuts text into words by a regular expression and encodes each word by itself, so
-the ids of a text are those of its words. The tokenizer's own model gives the ids of a word. Its
-cutting is done again here; a character takes part only after both cuttings agreed on it, and a
-text with another character, or in a form that the normalizer would change, goes through the
-tokenizer itself.
+A byte-level BPE splits text into pre-tokens by a regular expression and encodes each separately.
+The cache splits the text itself and takes a pre-token's ids from the tokenizer's model. It handles
+a character only after its split and the tokenizer's agreed on it; a text with any other character,
+or one that the normalizer would change, goes through the tokenizer.
 """
 
 from __future__ import annotations
@@ -21,38 +20,40 @@ import regex
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut out first, so that text before one ends there.
+# Digits are split off first, so that text before a digit ends there.
 _GPT2_DIGITS = _CONTRACTIONS + r"| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-_MAX_WORDS = 300_000
-_MAX_WORD_LENGTH = 40
-# Characters; a list of the words of a longer text would take more memory than the text.
+_MAX_ENTRIES = 300_000
+_MAX_ENTRY_LENGTH = 40
+# Characters; a list of the pre-tokens of a longer text would take more memory than the text.
 _LONG_TEXT = 1_000_000
 
 
-class WordCache(dict[str, list[int]]):
-    """Ids of words, and of texts made of them.
+class PreTokenCache(dict[str, list[int]]):
+    """Ids by pre-token; encodes texts.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer` for which `cutting_pattern` is not None.
+        tokenizer: a `tokenizers.Tokenizer` for which `split_pattern` is not None.
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         super().__init__()
         description = json.loads(tokenizer.to_str())
-        pattern = cutting_pattern(description)
+        pattern = split_pattern(description)
         assert pattern is not None
-        self._words = regex.compile(pattern)
+        self._pattern = regex.compile(pattern)
         self._tokenizer = tokenizer
         self._model = tokenizer.model
         self._nfc = description["normalizer"] is not None
         self._added = {token["content"]: token["id"] for token in description["added_tokens"]}
         self._added_passes = _added_patterns(description["added_tokens"])
-        self._letters = byte_letters()
+        self._byte_characters = bytes_to_unicode()
         self._agreed: set[str] = set()
         self._refused: set[str] = set()
 
     def encode(self, text: str) -> npt.NDArray[np.int32] | None:
-        """Ids of a text, or None where the tokenizer itself must be asked."""
+        """Return the ids of a text, or None if only the tokenizer can encode it."""
         if self._nfc and not unicodedata.is_normalized("NFC", text):
             return None
         characters = set(text)
@@ -61,12 +62,12 @@ class WordCache(dict[str, list[int]]):
         return self._encode_parts(text)
 
     def _encode_parts(self, text: str) -> npt.NDArray[np.int32] | None:
-        """Ids of a text without regard to its characters."""
+        """Encode a text without checking its characters."""
         if not any(token in text for token in self._added):
-            return self._encode_words(text)
+            return self._encode_plain(text)
         if self._added_passes is None:
             return None
-        # The tokenizer too cuts added tokens out first, and takes the rest piece by piece.
+        # Like the tokenizer: split at the added tokens first, then encode the rest in pieces.
         parts: list[tuple[str, bool]] = [(text, False)]
         for added in self._added_passes:
             parts = [
@@ -76,49 +77,50 @@ class WordCache(dict[str, list[int]]):
             ]
         return np.concatenate(
             [
-                np.array([self._added[part]], dtype=np.int32) if known else self._encode_words(part)
+                np.array([self._added[part]], dtype=np.int32) if known else self._encode_plain(part)
                 for part, known in parts
             ]
         )
 
-    def _encode_words(self, text: str) -> npt.NDArray[np.int32]:
-        if len(self) > _MAX_WORDS:
+    def _encode_plain(self, text: str) -> npt.NDArray[np.int32]:
+        """Encode a text without added tokens."""
+        if len(self) > _MAX_ENTRIES:
             self.clear()
-        words: Iterable[str] = (
-            self._words.findall(text)
+        pre_tokens: Iterable[str] = (
+            self._pattern.findall(text)
             if len(text) <= _LONG_TEXT
-            else (match.group() for match in self._words.finditer(text))
+            else (match.group() for match in self._pattern.finditer(text))
         )
-        return np.fromiter(chain.from_iterable(map(self.__getitem__, words)), dtype=np.int32)
+        return np.fromiter(chain.from_iterable(map(self.__getitem__, pre_tokens)), dtype=np.int32)
 
-    def __missing__(self, word: str) -> list[int]:
-        letters = word.encode().decode("latin-1").translate(self._letters)
-        ids = [token.id for token in self._model.tokenize(letters)]
-        if len(word) <= _MAX_WORD_LENGTH:
-            self[word] = ids
+    def __missing__(self, pre_token: str) -> list[int]:
+        characters = pre_token.encode().decode("latin-1").translate(self._byte_characters)
+        ids = [token.id for token in self._model.tokenize(characters)]
+        if len(pre_token) <= _MAX_ENTRY_LENGTH:
+            self[pre_token] = ids
         return ids
 
     def _agree(self, characters: set[str]) -> bool:
-        """Whether both cuttings agree on these characters; asks about new ones."""
+        """Return whether both splits agree on these characters; test new ones."""
         for character in characters - self._agreed - self._refused:
-            agreed = self._cut_alike(_around(character))
+            agreed = self._encodes_alike(_contexts(character))
             (self._agreed if agreed else self._refused).add(character)
         return not characters & self._refused
 
-    def _cut_alike(self, text: str) -> bool:
+    def _encodes_alike(self, text: str) -> bool:
         theirs = self._tokenizer.encode(text, add_special_tokens=False).ids
         ours = self._encode_parts(text)
         return ours is not None and ours.tolist() == theirs
 
 
-def cutting_pattern(description: dict[str, Any]) -> str | None:
-    """Regular expression that cuts text into words.
+def split_pattern(description: dict[str, Any]) -> str | None:
+    """Return the regular expression that splits text into pre-tokens.
 
     Args:
         description: a tokenizer's JSON, parsed.
 
     Returns:
-        The pattern, or None for a tokenizer that is no plain byte-level BPE.
+        The pattern, or None for a tokenizer that is not a plain byte-level BPE.
     """
     model, normalizer = description["model"], description["normalizer"]
     plain = model["type"] == "BPE" and not model.get("dropout") and not model.get("byte_fallback")
@@ -138,20 +140,20 @@ def cutting_pattern(description: dict[str, Any]) -> str | None:
 
 
 def _isolated_pattern(steps: list[dict[str, Any]]) -> str | None:
-    """The pattern of a single step that keeps each match as a word, as Llama 3 has it."""
+    """Return the pattern of a single step that isolates each match, as Llama 3 has it."""
     if len(steps) != 1 or steps[0].get("type") != "Split":
         return None
     step = steps[0]
     if step["behavior"] != "Isolated" or step["invert"] or "Regex" not in step["pattern"]:
         return None
-    # Every character must fall into some word, as a last resort into one of its own.
+    # Every character must belong to a pre-token; the last alternative makes it one by itself.
     return f"{step['pattern']['Regex']}|[\\s\\S]"
 
 
 def _added_patterns(tokens: list[dict[str, Any]]) -> list[regex.Pattern[str]] | None:
-    """Patterns of the added tokens, the longest first; None if some take more than their text.
+    """Return patterns of the added tokens, longest first; None if a token strips text around it.
 
-    Tokens that are looked for before normalizing are a pass of their own, before the others.
+    Tokens that are matched before normalization form the first pass.
     """
     if any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in tokens):
         return None
@@ -164,16 +166,8 @@ def _added_patterns(tokens: list[dict[str, Any]]) -> list[regex.Pattern[str]] | 
     return patterns
 
 
-def byte_letters() -> dict[int, str]:
-    """The letter that byte-level BPE writes for each byte (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in printable}
-    others = (byte for byte in range(256) if byte not in letters)
-    return letters | {byte: chr(256 + index) for index, byte in enumerate(others)}
-
-
-def _around(c: str) -> str:
-    """A character beside letters, digits, signs, spaces and itself."""
+def _contexts(c: str) -> str:
+    """Return a text with a character next to letters, digits, punctuation, spaces and itself."""
     return (
         f"{c}a{c}b {c} 1{c}2 {c}{c} .{c}, {c}. \n{c}\n\n{c}  {c}   x{c}  \t{c}\t'{c} '{c}{c}e"
         f" it'{c}{c}12345{c}  {c}{c}{c}{c} A{c}\r\n{c}\r {c}1 {c}a {c}!{c}"

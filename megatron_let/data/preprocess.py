@@ -1,4 +1,4 @@
-"""Text files to Megatron's indexed data sets: plan, shards, merge, report."""
+"""Preprocess text files into Megatron's indexed data sets: plan, shards, merge, report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_let.data.blend import (
     write_per_split_data_args,
 )
 from megatron_let.data.counts import Counts
-from megatron_let.data.fingerprint import TokenizerFingerprint, fingerprint, write_side_file
+from megatron_let.data.fingerprint import TokenizerFingerprint, fingerprint, write_sidecar_file
 from megatron_let.data.inputs import (
     REJECTED,
     Source,
@@ -42,9 +42,9 @@ from megatron_let.data.selection import SPLITS, Selection
 from megatron_let.data.shards import Shards, ShardWriter
 from megatron_let.data.text_tokenizer import TextTokenizer, load_text_tokenizer
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import partial_path, remove_partial, replace_from_partial, write_json
+from megatron_let.files.atomic import atomic_file, remove_partial, write_json
 
-# Part of every plan: shards of another format are not continued.
+# Part of every plan, so that a run does not continue shards of another format.
 _FORMAT = 1
 BLOCK_BYTES = 32 * 1024 * 1024
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
@@ -55,7 +55,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What a preprocessing run is asked for.
+    """Options of a preprocessing run.
 
     Attributes:
         inputs: files, globs and folders.
@@ -63,9 +63,9 @@ class PreprocessOptions:
         tokenizer_type: one of `TOKENIZER_TYPES`.
         tokenizer_model: folder or `.model` file.
         subset_weights: factor of each subset's share in the blend.
-        strict: whether the first document that cannot be used stops the run.
-        block_bytes: text of one shard; the same input needs the same size to be continued.
-        max_document_bytes: longer documents are reported instead of written.
+        strict: stop at the first unusable document.
+        block_bytes: text per shard; a continued run needs the same size.
+        max_document_bytes: longer documents are rejected.
     """
 
     inputs: tuple[str, ...]
@@ -80,24 +80,24 @@ class PreprocessOptions:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def beside(self, suffix: str) -> Path:
-        """A file beside the data sets."""
+        """Return the path of a file next to the data sets."""
         return self.output_prefix.with_name(self.output_prefix.name + suffix)
 
     def prefix(self, output: str) -> Path:
-        """Prefix of one data set, by its name."""
+        """Return the path of a data set, without suffix, by its name."""
         return self.beside(f"_{output}_document")
 
 
 def preprocess(options: PreprocessOptions, console: Console) -> dict[str, Any]:
-    """Build the data sets, or go on where a killed run stopped.
+    """Build the data sets, or continue where a killed run stopped.
 
     Returns:
-        The report, which also lies at `PREFIX.report.json`.
+        The report, which is also written to `PREFIX.report.json`.
 
     Raises:
-        LETError: the request cannot be carried out; what was done so far stays.
+        LETError: the options or the input are unusable, or the disk is full; finished shards stay.
     """
-    # Workers are the parallelism; the tokenizers' own threads would not survive a fork.
+    # The workers are the parallelism, and the tokenizers' threads do not survive a fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _check(options)
     files, ignored = find_inputs(options.inputs)
@@ -112,7 +112,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> dict[str, Any]:
             raise
         raise LETError(
             f"The disk of {options.output_prefix.parent} is full ({error.strerror}); free some"
-            " space and run the same command again, which goes on where it stopped."
+            " space and run the same command again, which continues where it stopped."
         ) from error
 
 
@@ -124,23 +124,23 @@ def _check(options: PreprocessOptions) -> None:
         given = ",".join(f"{w:g}" for w in selection.split)
         raise LETError(f"--split is {given}; give three weights from 0, such as 989,10,1.")
     if options.subset_weights and not selection.per_subset:
-        raise LETError("--subset-weights needs --per-subset, which makes data sets to weigh.")
+        raise LETError("--subset-weights needs --per-subset; give both.")
     if len(selection.json_keys) > 1 and (selection.per_subset or selection.split is not None):
         raise LETError(
             f"--per-subset and --split make a blend of one field and --json-keys has"
-            f" {len(selection.json_keys)}; give one key a run."
+            f" {len(selection.json_keys)}; give one key per run."
         )
     both = set(selection.include_subsets) & set(selection.exclude_subsets)
     if both:
         raise LETError(
-            f"{min(both)!r} is in --include-subsets and in --exclude-subsets; leave it in one."
+            f"{min(both)!r} is in --include-subsets and --exclude-subsets; remove it from one."
         )
 
 
 def _plan(
     options: PreprocessOptions, files: list[Path], made_with: TokenizerFingerprint
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the result."""
+    """Return everything that determines the bytes of the result."""
     signatures = [file_signature(path) for path in files]
     return {
         "format": _FORMAT,
@@ -176,7 +176,7 @@ class _Run:
         self._counts = Counts()
 
     def carry_out(self, console: Console) -> dict[str, Any]:
-        """Shards, merge and report, in the run's own folder, which goes at the end."""
+        """Write shards, merge and report; remove the run's work folder at the end."""
         report_path = self._options.beside(".report.json")
         if report_path.is_file():
             report = _finished(report_path, self._result_plan())
@@ -200,7 +200,7 @@ class _Run:
         return report
 
     def _result_plan(self) -> dict[str, Any]:
-        """The plan, and what only the blend depends on and a continued run may correct."""
+        """Return the plan and the subset weights, which a continued run may still change."""
         return {**self._plan, "subset_weights": self._options.subset_weights}
 
     def _write_shards(self, console: Console) -> None:
@@ -220,7 +220,7 @@ class _Run:
                 bar.advance(unit.input_bytes, counts)
 
     def _units(self, bar: ProgressBar) -> Iterator[Unit]:
-        """Units that are still to do."""
+        """Yield the units without a finished shard."""
         for source in self._sources:
             if self._is_done(source):
                 bar.skip(source.num_bytes)
@@ -238,7 +238,7 @@ class _Run:
             write_json(self._end(source), {"blocks": blocks, "damage": reader.damage})
 
     def _is_done(self, source: Source) -> bool:
-        """Whether nothing of a source needs to be read again."""
+        """Return whether all shards of a source are finished."""
         end = self._end(source)
         return end.is_file() and all(
             self._shards.record(Unit(source.index, block).name).is_file()
@@ -246,7 +246,7 @@ class _Run:
         )
 
     def _end(self, source: Source) -> Path:
-        """Written once all of a source was read: how many blocks it has."""
+        """Return the path of a source's number of blocks, written once all of it was read."""
         return self._folder / f"{source.index:05d}.end.json"
 
     def _shard_names(self) -> list[str]:
@@ -261,13 +261,13 @@ class _Run:
         if not outputs:
             raise LETError(
                 f"No document was written: {self._counts.filtered.total()} were filtered and"
-                f" {dict(self._counts.rejected)} rejected; look at --json-keys"
+                f" {dict(self._counts.rejected)} rejected; check --json-keys"
                 f" {' '.join(self._options.selection.json_keys)} and the subsets."
             )
         unknown = sorted(set(self._options.subset_weights) - set(self._counts.subsets))
         if unknown:
             raise LETError(
-                f"--subset-weights names {unknown[0]!r}, of which nothing was written; the subsets"
+                f"--subset-weights has {unknown[0]!r}, of which nothing was written; the subsets"
                 f" are {', '.join(sorted(self._counts.subsets))}."
             )
         console.print(f"merging {len(names)} shards into {len(outputs)} data sets")
@@ -275,7 +275,7 @@ class _Run:
         dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
         merge_shards(self._shards, names, prefixes, dtype)
         for prefix in prefixes.values():
-            write_side_file(prefix, self._made_with, self._options.tokenizer_model.name)
+            write_sidecar_file(prefix, self._made_with, self._options.tokenizer_model.name)
         rejected_path = self._options.beside(REJECTED)
         examples = _concatenate([self._shards.rejections(n) for n in names], rejected_path)
         return {
@@ -346,8 +346,8 @@ def _check_same_plan(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
         if theirs.get(name) != value:
             raise LETError(
                 f"{path} belongs to another run: its {name} differs ({_short(theirs.get(name))}"
-                f" there, {_short(value)} here); give another --output-prefix, or delete it and the"
-                " data beside it."
+                f" there, {_short(value)} here); give another --output-prefix, or delete it and its"
+                " data."
             )
 
 
@@ -367,7 +367,7 @@ def _try_lock(file: IO[str]) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
-        # The kernel needs a moment to end the workers of a run that was just killed.
+        # The workers of a run that was just killed hold the lock until the kernel ends them.
         deadline = time.monotonic() + _LOCK_SECONDS
         while not _try_lock(lock):
             if time.monotonic() > deadline:
@@ -380,14 +380,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _concatenate(paths: list[Path], target: Path) -> list[dict[str, Any]]:
-    """Put the reports of all shards into one file; return the first lines of it."""
+    """Concatenate the rejections of all shards; return the first ones."""
     examples: list[dict[str, Any]] = []
-    with partial_path(target).open("wb") as out:
+    with atomic_file(target) as partial, partial.open("wb") as out:
         for path in paths:
             with path.open("rb") as lines:
                 for line in lines:
                     out.write(line)
                     if len(examples) < _EXAMPLES:
                         examples.append(json.loads(line))
-    replace_from_partial(target)
     return examples

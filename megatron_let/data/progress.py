@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a line now and then in a log."""
+"""Progress of preprocessing: a bar on a terminal, a line every 30 s in a log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class ProgressBar:
-    """Documents/s, MB/s of text, tokens and time left.
+    """Show documents/s, MB/s of text, tokens and time left.
 
     Args:
-        total_bytes: of the input files, as they lie on disk.
+        total_bytes: size of the input files on disk.
     """
 
     def __init__(self, console: Console, total_bytes: int) -> None:
@@ -49,12 +49,12 @@ class ProgressBar:
         self._progress.stop()
 
     def skip(self, input_bytes: int) -> None:
-        """Note bytes that an earlier run has done."""
+        """Count bytes that an earlier run finished."""
         self._skipped += input_bytes
         self._progress.advance(self._task, input_bytes)
 
     def advance(self, input_bytes: int, counts: Counts) -> None:
-        """Note a finished shard."""
+        """Count a finished shard."""
         written = counts.written()
         self._read += input_bytes
         self._documents += counts.documents_in

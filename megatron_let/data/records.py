@@ -1,4 +1,4 @@
-"""The documents of a unit, or why a line holds none."""
+"""Read the records of a unit, or why a line has none."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class Rejection:
-    """A document that was not written.
+    """A document that cannot be written.
 
     Attributes:
-        line: line or row, from 1.
+        line: line or row number, from 1.
         reason: one of blank_line, malformed, missing_key, not_text, invalid_utf8, too_long,
             empty, unreadable.
-        detail: one clause for the user.
+        detail: one clause for the report.
     """
 
     file: str
@@ -36,7 +36,7 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Record:
-    """One line or row with its fields; text files have one field, whatever the key."""
+    """Fields of one line or row; a text file has one field, under the first key."""
 
     file: str
     line: int
@@ -49,8 +49,8 @@ def read_records(
     """Yield each line, row or file of a unit.
 
     Args:
-        columns: fields that are looked at, dots for nesting; a Parquet file is read for these.
-        max_document_bytes: a longer line or file is rejected unread.
+        columns: fields to read, dotted if nested.
+        max_document_bytes: a longer line or file is rejected without parsing.
     """
     if source.kind == "lines":
         yield from _read_lines(source.paths[0], unit, max_document_bytes)
@@ -62,10 +62,10 @@ def read_records(
 
 
 def decode_text(value: Any) -> tuple[str, int] | tuple[str, str]:
-    """Text and its size in UTF-8 bytes, or a reason and a detail.
+    """Decode a field.
 
     Returns:
-        (text, bytes), or (reason, detail) with a str second.
+        (text, size in UTF-8 bytes), or (reason, detail) of a rejection.
     """
     try:
         if isinstance(value, str):
@@ -73,14 +73,14 @@ def decode_text(value: Any) -> tuple[str, int] | tuple[str, str]:
         if isinstance(value, bytes):
             return value.decode(), len(value)
     except UnicodeDecodeError as error:
-        return "invalid_utf8", f"byte {error.start} is no UTF-8"
+        return "invalid_utf8", f"byte {error.start} is not UTF-8"
     except UnicodeEncodeError as error:
         return "invalid_utf8", f"character {error.start} is half of a surrogate pair"
     return "not_text", f"the value is a {type(value).__name__}"
 
 
 def lookup(fields: Any, path: str) -> Any:
-    """Value at a dotted path, or None."""
+    """Return the value at a dotted path, or None."""
     if isinstance(fields, dict) and path in fields:
         return fields[path]
     for name in path.split("."):
@@ -110,9 +110,9 @@ def _parse_line(file: str, number: int, line: bytes, max_bytes: int) -> Record |
     try:
         fields = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return Rejection(file, number, "invalid_utf8", f"byte {error.start} is no UTF-8")
+        return Rejection(file, number, "invalid_utf8", f"byte {error.start} is not UTF-8")
     except (ValueError, RecursionError) as error:
-        return Rejection(file, number, "malformed", f"no JSON: {error}")
+        return Rejection(file, number, "malformed", f"not JSON: {error}")
     if not isinstance(fields, dict):
         return Rejection(file, number, "malformed", f"a {type(fields).__name__}, not an object")
     return Record(file, number, fields)
@@ -132,14 +132,14 @@ def _read_rows(path: Path, unit: Unit, columns: tuple[str, ...]) -> Iterator[Rec
 def _read_row_group(
     reader: parquet.ParquetFile, group: int, columns: list[str], file: str, number: int
 ) -> Iterator[Record | Rejection]:
-    """The rows of one group, from row `number` of the file; after a damage, their rejections."""
+    """Yield the rows of one group, of which `number` is the first; reject those after damage."""
     last = number + reader.metadata.row_group(group).num_rows
     try:
         batches = reader.iter_batches(
             _ROWS_PER_BATCH, row_groups=[group], columns=columns, use_threads=False
         )
         for batch in batches:
-            # Without a wanted column a batch has no rows to speak of.
+            # A batch without columns converts to no rows.
             rows = _rows(_undecoded(batch)) if columns else iter([{}] * batch.num_rows)
             for fields in rows:
                 yield Record(file, number, fields)
@@ -152,7 +152,7 @@ def _read_row_group(
 
 
 def _undecoded(batch: pyarrow.RecordBatch) -> pyarrow.Table:
-    """Strings as bytes, so that one that is no UTF-8 does not take its batch along."""
+    """Return strings as bytes, so that invalid UTF-8 does not fail its whole batch."""
     table = pyarrow.table(batch)
     for index, field in enumerate(table.schema):
         column = table.column(index)
@@ -170,7 +170,7 @@ def _rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
     try:
         yield from table.to_pylist()
     except UnicodeDecodeError:
-        # A nested string; only the row that holds it loses its fields.
+        # An invalid nested string: only its row loses its fields.
         for row in range(len(table)):
             try:
                 yield from table.slice(row, 1).to_pylist()
@@ -187,4 +187,4 @@ def _read_text(path: Path, key: str, max_bytes: int) -> Record | Rejection:
 
 
 def _too_long(file: str, line: int, max_bytes: int) -> Rejection:
-    return Rejection(file, line, "too_long", f"longer than {max_bytes} bytes; cut it in parts")
+    return Rejection(file, line, "too_long", f"longer than {max_bytes} bytes; split it")

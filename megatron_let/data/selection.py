@@ -1,4 +1,4 @@
-"""Which documents are written, and into which data set."""
+"""Which documents preprocessing writes, and into which data set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Selection:
     """Which documents are written, and into which data set.
 
     Attributes:
-        json_keys: fields that hold text; each makes data sets of its own.
-        subset_key: field, dotted where nested, that names a document's subset.
-        include_subsets: write these only, unless empty.
-        exclude_subsets: do not write these.
+        json_keys: fields that hold text; each gets its own data sets.
+        subset_key: field that names a document's subset, dotted if nested.
+        include_subsets: subsets to write; empty for all.
+        exclude_subsets: subsets not to write.
         split: weights of training, validation and test, or None for no split.
-        per_subset: whether each subset gets a data set of its own.
-        append_eod: whether each document ends with the end-of-document token.
+        per_subset: write one data set per subset.
+        append_eod: end each document with the end-of-document token.
     """
 
     json_keys: tuple[str, ...] = ("text",)
@@ -32,25 +32,25 @@ class Selection:
 
     @property
     def filters(self) -> bool:
-        """Whether any subset may be left out."""
+        """Whether any subset may be excluded."""
         return bool(self.include_subsets or self.exclude_subsets)
 
     def writes(self, subset: str) -> bool:
-        """Whether documents of a subset are written."""
+        """Return whether documents of a subset are written."""
         included = not self.include_subsets or subset in self.include_subsets
         return included and subset not in self.exclude_subsets
 
     def output(self, key: str, subset: str, text: str) -> str:
-        """Name of the data set of a document: its key, split and subset.
+        """Return the name of a document's data set: its key, split and subset.
 
-        The split is drawn from a hash of the text, so that equal documents share one and the
-        order of the input does not matter.
+        The split is drawn from a hash of the text, so equal documents share one and the order of
+        the input does not matter.
         """
         split = None if self.split is None else draw_split(text, self.split)
         return self.output_name(key, split, subset)
 
     def output_name(self, key: str, split: str | None, subset: str) -> str:
-        """Name of the data set of a key, a split and a subset."""
+        """Return the name of the data set of a key, a split and a subset."""
         parts = [key] if split is None else [key, split]
         if self.per_subset:
             parts.append("".join(c if c.isalnum() or c in "-." else "_" for c in subset).strip("_"))
@@ -58,7 +58,7 @@ class Selection:
 
 
 def draw_split(text: str, weights: tuple[float, float, float]) -> str:
-    """Split of a document, by a hash of its text."""
+    """Return the split of a document, drawn from a hash of its text."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     place = int.from_bytes(digest) / 2**64 * sum(weights)
     for name, weight in zip(SPLITS, weights, strict=True):

@@ -1,10 +1,9 @@
-"""One unit of work to one shard: a small data set of Megatron's, and a record of what it holds."""
+"""Write one unit of work as one shard: a small indexed data set and a record of its contents."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,16 @@ from megatron_let.data.records import Record, Rejection, decode_text, lookup, re
 from megatron_let.data.selection import Selection
 from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import partial_path, replace_from_partial, write_json
+from megatron_let.files.atomic import atomic_file, write_json
 
-# Enough text to be worth a call, little enough that its encodings stay small.
+# Enough text per call to amortise it, little enough that the encodings stay small.
 _BATCH_BYTES = 512 * 1024
 _MAX_OUTPUTS = 500
 
 
 @dataclass(frozen=True)
 class Document:
-    """Text on its way to a data set."""
+    """A text and the data set it belongs to."""
 
     origin: Rejection
     output: str
@@ -44,28 +43,28 @@ class Shards:
     folder: Path
 
     def record(self, name: str) -> Path:
-        """A shard's record; the shard is whole once it is there."""
+        """Return the path of a shard's record; the shard is complete once it exists."""
         return self.folder / f"{name}.json"
 
     def prefix(self, name: str) -> Path:
-        """A shard's `.bin` and `.idx`, without suffix."""
+        """Return the path of a shard's `.bin` and `.idx`, without suffix."""
         return self.folder / name
 
     def outputs(self, name: str) -> Path:
-        """Number of each document's data set, in the order of the record's names."""
+        """Return the path of the index of each document's data set among the record's names."""
         return self.folder / f"{name}.outputs.npy"
 
     def rejections(self, name: str) -> Path:
-        """The documents that could not be used, as JSON lines."""
+        """Return the path of the rejected documents, as JSON lines."""
         return self.folder / (name + REJECTED)
 
     def read(self, name: str) -> dict[str, Any]:
-        """A shard's record."""
+        """Read a shard's record."""
         return json.loads(self.record(name).read_text())
 
 
 class ShardWriter:
-    """Turns units into shards; the same unit gives the same bytes, in any process."""
+    """Turns units into shards; the same unit gives the same bytes in any process."""
 
     def __init__(
         self,
@@ -88,32 +87,25 @@ class ShardWriter:
         """Write the shard of a unit; return the unit without its lines, and its counts.
 
         Raises:
-            LETError: a document cannot be used, under `--strict`.
+            LETError: a document is unusable, under `--strict`.
             OSError: the disk is full.
         """
-        bin_path = self._shards.prefix(unit.name).with_suffix(".bin")
-        idx_path = bin_path.with_suffix(".idx")
-        rejected_path = self._shards.rejections(unit.name)
-        try:
-            builder = IndexedDatasetBuilder(str(partial_path(bin_path)), dtype=self._dtype)
+        prefix = self._shards.prefix(unit.name)
+        with (
+            atomic_file(self._shards.rejections(unit.name)) as rejected_partial,
+            atomic_file(prefix.with_suffix(".idx")) as idx_partial,
+            atomic_file(prefix.with_suffix(".bin")) as bin_partial,
+        ):
+            builder = IndexedDatasetBuilder(str(bin_partial), dtype=self._dtype)
             counts, outputs, rejected = self._write_documents(unit, builder)
-            builder.finalize(str(partial_path(idx_path)))
+            builder.finalize(str(idx_partial))
             names = list(dict.fromkeys(outputs))
             if len(names) > 1:
                 self._write_outputs(unit, names, outputs)
-            lines = "".join(json.dumps(asdict(r)) + "\n" for r in rejected)
-            partial_path(rejected_path).write_text(lines)
-            for path in (bin_path, idx_path, rejected_path):
-                replace_from_partial(path)
-            counts.check()
-            record = {"outputs": names, "counts": counts.to_json()}
-            write_json(self._shards.record(unit.name), record)
-        except BaseException:
-            # On a full disk every byte counts.
-            for path in self._shards.folder.glob(f"{unit.name}.*.partial"):
-                with suppress(OSError):
-                    path.unlink()
-            raise
+            rejected_partial.write_text("".join(json.dumps(asdict(r)) + "\n" for r in rejected))
+        counts.check()
+        # The record comes last: it marks the shard as complete.
+        write_json(self._shards.record(unit.name), {"outputs": names, "counts": counts.to_json()})
         return Unit(unit.source, unit.block, input_bytes=unit.input_bytes), counts
 
     def _write_documents(
@@ -125,7 +117,7 @@ class ShardWriter:
                 if self._strict:
                     raise LETError(
                         f"{item.file}, line {item.line}: {item.detail} ({item.reason}); correct"
-                        " it, or leave out --strict to report such documents and go on."
+                        " it, or omit --strict to report such documents and continue."
                     )
                 rejected.append(item)
                 counts.rejected[item.reason] += 1
@@ -154,7 +146,7 @@ class ShardWriter:
                     yield item, np.append(ids, end).astype(self._dtype)
                 else:
                     origin = item.origin
-                    yield Rejection(origin.file, origin.line, "empty", "the text has no token")
+                    yield Rejection(origin.file, origin.line, "empty", "the text has no tokens")
 
     def _batches(self, unit: Unit, counts: Counts) -> Iterator[list[Document | Rejection]]:
         batch: list[Document | Rejection] = []
@@ -169,7 +161,7 @@ class ShardWriter:
         yield batch
 
     def _documents(self, unit: Unit, counts: Counts) -> Iterator[Document | Rejection]:
-        """Every document of a unit, filtered ones counted and left out."""
+        """Yield the documents of a unit; filtered ones are only counted."""
         selection, source = self._selection, self._sources[unit.source]
         columns = (*selection.json_keys, selection.subset_key)
         for record in read_records(source, unit, columns, self._max_document_bytes):
@@ -185,12 +177,12 @@ class ShardWriter:
                     yield item
 
     def _document(self, record: Record, key: str) -> Document | Rejection | str:
-        """A document, why there is none, or the subset for which it is left out."""
+        """Return a document, its rejection, or the subset for which it is filtered."""
         selection = self._selection
         subset = _subset(record, selection.subset_key)
         if subset is None:
             if selection.filters or selection.per_subset:
-                return _reject(record, "missing_key", f"no text at {selection.subset_key}")
+                return _reject(record, "missing_key", f"no string at {selection.subset_key}")
             subset = NO_SUBSET
         if not selection.writes(subset):
             return subset
@@ -202,7 +194,7 @@ class ShardWriter:
             return _reject(record, text, size)
         if size > self._max_document_bytes:
             limit = self._max_document_bytes
-            return _reject(record, "too_long", f"longer than {limit} bytes; cut it in parts")
+            return _reject(record, "too_long", f"longer than {limit} bytes; split it")
         if not text:
             return _reject(record, "empty", "the text is empty")
         output = selection.output(key, subset, text)
@@ -213,13 +205,12 @@ class ShardWriter:
         if len(names) > _MAX_OUTPUTS:
             raise LETError(
                 f"{self._selection.subset_key} has more than {_MAX_OUTPUTS} values, each of which"
-                " would be a data set; leave out --per-subset, or give another --subset-key."
+                " would be a data set; omit --per-subset, or give another --subset-key."
             )
         numbers = {name: number for number, name in enumerate(names)}
         path = self._shards.outputs(unit.name)
-        with partial_path(path).open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.array([numbers[name] for name in outputs], dtype=np.uint16))
-        replace_from_partial(path)
 
 
 def _subset(record: Record, key: str) -> str | None:
@@ -228,7 +219,7 @@ def _subset(record: Record, key: str) -> str | None:
         value = value.decode(errors="replace")
     if not isinstance(value, str) or not value:
         return None
-    # A half surrogate can stand in no report.
+    # A lone surrogate cannot be encoded in a report.
     return value.encode(errors="replace").decode()
 
 

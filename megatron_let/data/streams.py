@@ -1,4 +1,4 @@
-"""Bytes of plain and compressed files, in blocks of whole lines with stable boundaries."""
+"""Read plain and compressed files in blocks of whole lines with stable boundaries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Small, because one piece can inflate a thousandfold.
+# Small, because one piece can decompress to a thousand times its size.
 _PIECE_BYTES = 16 * 1024
 _BUFFER_BYTES = 1024 * 1024
 
@@ -19,9 +19,9 @@ class LineBlock:
     """Whole lines of one file.
 
     Attributes:
-        first_line: number of the first one, from 1.
-        data: the lines; the last one ends without a newline where the file does, or where it is
-            longer than a document may be and was cut.
+        first_line: number of the first line, from 1.
+        data: the lines; the last one has no newline if the file ends so, or if it was cut because
+            it is longer than a document may be.
     """
 
     first_line: int
@@ -32,7 +32,7 @@ class InputStream:
     """One input file, decompressed while it is read.
 
     Attributes:
-        damage: why the file ended early, or None; known once all of it has been read.
+        damage: why the file ended early, or None; known after the last block.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,15 +47,15 @@ class InputStream:
         return self._raw.damage if isinstance(self._raw, _Inflated) else None
 
     def position(self) -> int:
-        """Bytes of the file, as it lies on disk, read so far."""
+        """Return the number of bytes on disk read so far."""
         return self._file.tell()
 
     def blocks(self, block_bytes: int, max_line_bytes: int) -> Iterator[LineBlock]:
-        """Yield the lines in blocks that depend on the content and the two sizes alone.
+        """Yield the lines in blocks that depend only on the content and the two sizes.
 
         Args:
             block_bytes: a block ends with the line in which it reaches this size.
-            max_line_bytes: a longer line at the end of a block is cut one byte past it.
+            max_line_bytes: a longer line at the end of a block is cut one byte beyond this.
         """
         first_line = 1
         while data := self._lines.read(block_bytes):
@@ -84,7 +84,7 @@ class InputStream:
 
 
 class _Inflated(io.RawIOBase):
-    """Decompressed bytes; what was readable before a damage is delivered, then the stream ends."""
+    """Decompressed bytes; a damaged file yields its readable part, then the stream ends."""
 
     def __init__(self, file: io.RawIOBase, new_decoder: Callable[[], Any]) -> None:
         self.damage: str | None = None
@@ -110,7 +110,7 @@ class _Inflated(io.RawIOBase):
         return length
 
     def _next_piece(self) -> bytes:
-        """Compressed bytes for the decoder, a new one where a frame or member ended."""
+        """Return compressed bytes; start a new decoder after the end of a frame or member."""
         if self.damage:
             return b""
         if not self._decoder.eof:

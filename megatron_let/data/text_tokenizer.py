@@ -1,4 +1,4 @@
-"""Text to token ids, in batches: Hugging Face fast tokenizers and SentencePiece models."""
+"""Encode text in batches: Hugging Face fast tokenizers and SentencePiece models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_let.data.pre_token_cache import WordCache, cutting_pattern
-from megatron_let.errors import LETError
+from megatron_let.data.pre_token_cache import PreTokenCache, split_pattern
+from megatron_let.errors import LETError, first_line
 
 HUGGING_FACE = "HuggingFaceTokenizer"
-# Megatron reads one .model file under any of these names.
+# Megatron reads a .model file under any of these names.
 SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (HUGGING_FACE, *SENTENCE_PIECE)
 
@@ -22,21 +22,21 @@ TokenIds = npt.NDArray[np.integer[Any]]
 
 
 class TextTokenizer(Protocol):
-    """What preprocessing needs of a tokenizer.
+    """A tokenizer as preprocessing uses it.
 
     Attributes:
         vocab_size: number of ids, special and added tokens included, as Megatron counts them.
-        eod: id that ends a document, as Megatron's tokenizer of the same files has it.
+        eod: id that ends a document, equal to that of Megatron's tokenizer of the same files.
     """
 
     vocab_size: int
     eod: int
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of each text, with no special token added."""
+        """Return the token ids of each text, without special tokens."""
 
     def vocabulary(self) -> dict[int, str]:
-        """Every id and its token."""
+        """Return the token of every id."""
 
 
 def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
@@ -47,7 +47,7 @@ def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
         model: folder of a Hugging Face tokenizer, or a SentencePiece `.model` file.
 
     Raises:
-        LETError: the files are missing, are of another kind, or name no end of document.
+        LETError: the files are missing, of another kind, or define no end of document.
     """
     if not model.exists():
         raise LETError(
@@ -68,12 +68,12 @@ class HuggingFaceText:
                 f"The tokenizer {tokenizer.name_or_path} has no fast form (tokenizer.json); convert"
                 " it with transformers, or give its SentencePiece .model file."
             )
-        # Megatron falls back on the separator where no end of text is named.
+        # Like Megatron: the separator, if there is no end-of-text token.
         eod = tokenizer.eos_token_id
         eod = tokenizer.sep_token_id if eod is None else eod
         if eod is None:
             raise LETError(
-                f"The tokenizer {tokenizer.name_or_path} names no end-of-text token; set eos_token"
+                f"The tokenizer {tokenizer.name_or_path} has no end-of-text token; set eos_token"
                 " in its tokenizer_config.json."
             )
         self.eod = int(eod)
@@ -82,12 +82,12 @@ class HuggingFaceText:
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_padding()
         self.backend.no_truncation()
-        plain = cutting_pattern(json.loads(self.backend.to_str())) is not None
-        self._words = WordCache(self.backend) if plain else None
+        plain = split_pattern(json.loads(self.backend.to_str())) is not None
+        self._cache = PreTokenCache(self.backend) if plain else None
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of each text, with no special token added."""
-        ids = [self._words.encode(text) if self._words is not None else None for text in texts]
+        """Return the token ids of each text, without special tokens."""
+        ids = [self._cache.encode(text) if self._cache is not None else None for text in texts]
         rest = [text for text, found in zip(texts, ids, strict=True) if found is None]
         encodings = iter(self.backend.encode_batch_fast(rest, add_special_tokens=False))
         return [
@@ -96,7 +96,7 @@ class HuggingFaceText:
         ]
 
     def vocabulary(self) -> dict[int, str]:
-        """Every id and its token."""
+        """Return the token of every id."""
         return self._tokens
 
 
@@ -107,34 +107,34 @@ class SentencePieceText:
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._processor = SentencePieceProcessor(model_file=str(model))
+            self.processor = SentencePieceProcessor(model_file=str(model))
         except (OSError, RuntimeError) as error:
             raise LETError(
-                f"The tokenizer {model} is no SentencePiece model; give a .model file, or"
+                f"The tokenizer {model} is not a SentencePiece model; give a .model file, or"
                 " --tokenizer-type HuggingFaceTokenizer for a Hugging Face folder."
             ) from error
-        self.eod = self._processor.eos_id()
+        self.eod = self.processor.eos_id()
         if self.eod < 0:
             raise LETError(
                 f"The SentencePiece model {model} has no end-of-sentence piece to end documents"
                 " with; train it with --eos_id."
             )
-        self.vocab_size = self._processor.get_piece_size()
+        self.vocab_size = self.processor.get_piece_size()
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of each text, with no special token added."""
-        return [self._processor.encode_as_numpy(text) for text in texts]
+        """Return the token ids of each text, without special tokens."""
+        return [self.processor.encode_as_numpy(text) for text in texts]
 
     def vocabulary(self) -> dict[int, str]:
-        """Every id and its token."""
-        return {index: self._processor.id_to_piece(index) for index in range(self.vocab_size)}
+        """Return the token of every id."""
+        return {index: self.processor.id_to_piece(index) for index in range(self.vocab_size)}
 
 
 def load_hugging_face(model: Path) -> Any:
-    """The tokenizer of a folder, by transformers.
+    """Load the tokenizer of a folder with transformers.
 
     Raises:
-        LETError: no folder, or none with a readable tokenizer.
+        LETError: `model` is not a folder, or its tokenizer cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -147,6 +147,6 @@ def load_hugging_face(model: Path) -> Any:
         return AutoTokenizer.from_pretrained(model, local_files_only=True)
     except Exception as error:  # transformers raises a dozen kinds for a damaged folder
         raise LETError(
-            f"The tokenizer {model} cannot be read ({str(error).splitlines()[0]}); copy its"
+            f"The tokenizer {model} cannot be read ({first_line(error)}); copy its"
             " tokenizer.json and tokenizer_config.json again."
         ) from error

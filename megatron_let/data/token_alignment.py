@@ -1,11 +1,15 @@
-"""LET with two tokenizers: the same text under the teacher's own, and who stands beside whom.
+"""Token alignment: LET with a student and a teacher that have different tokenizers.
 
-Each of the student's tokens is aligned with the last of the teacher's tokens that ends at or before
-its own end, in bytes of the text, so that the teacher never knows more than the student has read.
+The teacher reads the same text under its own tokenizer. Each student token is aligned with the
+last teacher token that ends at or before the student token's end, in bytes of the text, so that
+the teacher never reads ahead of the student.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +17,134 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_let.data.token_bytes import TokenBytes, load_token_bytes
+from megatron_let.data.text_tokenizer import (
+    HuggingFaceText,
+    SentencePieceText,
+    load_text_tokenizer,
+)
 from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.inspect import TeacherFolder
 
 Ids = npt.NDArray[np.int64]
 NONE = -1
 
-# Key of a sample for the same text under the teacher's tokenizer, beside Megatron's own keys.
+# Key of a sample's text under the teacher's tokenizer, next to Megatron's keys.
 TEACHER_TOKENS = "teacher_tokens"
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # of SentencePiece
+_PROBE = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """A vocabulary as bytes.
+
+    Attributes:
+        pieces: bytes of each id; empty for tokens without text.
+        eod: id that ends a document.
+        adds_space: the tokenizer prepends a space to a document, which is not part of its text.
+    """
+
+    pieces: Sequence[bytes]
+    eod: int
+    adds_space: bool
+
+
+def load_token_bytes(tokenizer_type: str, model: Path) -> TokenBytes:
+    """Read a tokenizer's vocabulary as bytes, and check that its tokens spell the text.
+
+    Args:
+        tokenizer_type, model: as in `load_text_tokenizer`.
+
+    Raises:
+        LETError: the files are unusable, or the tokens do not spell the text they encode.
+    """
+    tokenizer = load_text_tokenizer(tokenizer_type, model)
+    if isinstance(tokenizer, SentencePieceText):
+        pieces, adds_space = _sentence_piece_bytes(tokenizer)
+    else:
+        assert isinstance(tokenizer, HuggingFaceText)
+        pieces, adds_space = _hugging_face_bytes(tokenizer)
+    text = b"".join(pieces[index] for index in tokenizer.encode([_PROBE])[0])
+    spelled = text.removeprefix(b" ") if adds_space else text
+    # A vocabulary that lacks characters of the probe gives its unknown token.
+    if _UNKNOWN not in text and spelled != _PROBE.encode():
+        raise LETError(
+            f"The tokens of {model} do not spell the text that they encode, which a teacher with"
+            " another tokenizer has to read; use a byte-level or SentencePiece tokenizer."
+        )
+    return TokenBytes(pieces, tokenizer.eod, adds_space)
+
+
+def _hugging_face_bytes(tokenizer: HuggingFaceText) -> tuple[list[bytes], bool]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    decoder = json.dumps(json.loads(tokenizer.backend.to_str())["decoder"])
+    byte_of = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
+    byte_level = '"ByteLevel"' in decoder
+    added = tokenizer.backend.get_added_tokens_decoder()
+    pieces = [b""] * tokenizer.vocab_size
+    for index, token in tokenizer.vocabulary().items():
+        if index in added:
+            pieces[index] = b"" if added[index].special else token.encode()
+        elif byte_level:
+            pieces[index] = b"".join(byte_of.get(character, b"") for character in token)
+        else:
+            pieces[index] = _spelled(token)
+    return pieces, not byte_level and ('"Strip"' in decoder or '"Metaspace"' in decoder)
+
+
+def _sentence_piece_bytes(tokenizer: SentencePieceText) -> tuple[list[bytes], bool]:
+    processor = tokenizer.processor
+    pieces = [
+        b"" if processor.is_control(index)
+        else _UNKNOWN if processor.is_unknown(index)
+        else _spelled(token)
+        for index, token in tokenizer.vocabulary().items()
+    ]  # fmt: skip
+    return pieces, processor.encode_as_pieces("a")[0].startswith(_SPACE)
+
+
+def _spelled(token: str) -> bytes:
+    """Return the bytes of a SentencePiece token: `<0xAB>` is a byte, a low block is a space."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()
 
 
 def teacher_length(sequence_length: int, max_positions: int | None) -> int:
-    """Tokens that a sample is given under the teacher's tokenizer: twice the student's, at most.
+    """Return the number of teacher tokens per sample: at most twice the student's.
 
-    Where the text needs more, the student's last tokens have no teacher.
+    If the text needs more, the student's last tokens have no teacher state.
     """
     return min(2 * sequence_length, max_positions or 2 * sequence_length)
 
 
 def end_bytes(text: str) -> Ids:
-    """Byte at which each character of a text ends; a lone surrogate is one undecodable byte."""
+    """Return the byte at which each character ends; a lone surrogate is one undecodable byte."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     sizes = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
     sizes[(points >= 0xD800) & (points <= 0xDFFF)] = 1
     return np.cumsum(sizes, dtype=np.int64)
 
 
-class Realigner:
-    """Reads a student's sample under the teacher's tokenizer."""
+class TokenAligner:
+    """Encodes a student's sample with the teacher's tokenizer and aligns the tokens.
+
+    Args:
+        student: the student's vocabulary.
+        teacher: the teacher's `tokenizers.Tokenizer`; a copy is used without its post-processor.
+        teacher_eod: id that ends a document.
+        length: number of teacher tokens per sample.
+    """
 
     def __init__(self, student: TokenBytes, teacher: Any, teacher_eod: int, length: int) -> None:
-        """
-        Args:
-            student: its vocabulary.
-            teacher: its tokenizer, a `tokenizers.Tokenizer`; its post-processor is taken off.
-            teacher_eod: id that ends a document.
-            length: of the teacher's sequence.
-        """
         from tokenizers import Tokenizer, processors
 
-        self._pieces, self._student_eod = student.pieces, student.eod
-        self._adds_space = student.adds_space
+        self._student = student
         self._teacher = Tokenizer.from_str(teacher.to_str())
-        # A byte-level one would cut white space off the ends that it reports.
+        # A byte-level post-processor would trim white space from the offsets.
         self._teacher.post_processor = processors.Sequence([])
         self._teacher.no_padding()
         self._teacher.no_truncation()
@@ -64,18 +152,18 @@ class Realigner:
         self.length = length
 
     def __call__(self, tokens: Ids) -> Ids:
-        """Student's ids `[s]` -> teacher's ids `[length]`, and for each of the student's the index.
+        """Map student ids `[s]` to teacher ids `[length]` and the aligned index of each token.
 
         Returns:
-            Both in one array, `[length + s]`; the index is -1 where no token of the teacher ends
-            in time: at a document's start, and beyond `length`.
+            Both in one array, `[length + s]`; the index is -1 if no teacher token ends in time, at
+            a document's start and beyond `length`.
         """
         ids: list[int] = []
         indices = np.full(len(tokens), NONE, dtype=np.int64)
-        ends = np.flatnonzero(tokens == self._student_eod)
+        ends = np.flatnonzero(tokens == self._student.eod)
         start = 0
         for end in (*ends, len(tokens)):
-            # Only behind an end of document is this known to be a document's first token.
+            # Only after an end of document is `start` known to be a document's first token.
             found, index = self._document(tokens[start:end], whole=start > 0)
             indices[start:end] = np.where(index == NONE, NONE, index + len(ids))
             ids += found
@@ -88,14 +176,14 @@ class Realigner:
         return np.concatenate((np.array((ids + padding)[: self.length], dtype=np.int64), indices))
 
     def _document(self, tokens: Ids, whole: bool) -> tuple[list[int], Ids]:
-        """Teacher's ids of one document's tokens, and the index of each of those tokens."""
-        pieces = [self._pieces[token] for token in tokens]
+        """Return the teacher ids of one document and the aligned index of each student token."""
+        pieces = [self._student.pieces[token] for token in tokens]
         text = b"".join(pieces)
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        if whole and self._adds_space and text.startswith(b" "):
+        if whole and self._student.adds_space and text.startswith(b" "):
             text, ends = text[1:], np.maximum(ends - 1, 0)
         decoded = text.decode("utf-8", "surrogateescape")
-        # Half a character, at a sample's ends, is one that no tokenizer knows; as long, in text.
+        # A sample may start or end within a character: replace each such byte by one character.
         clean = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in decoded)
         encoding = self._teacher.encode(clean, add_special_tokens=False)
         character_ends = np.concatenate(([0], end_bytes(decoded)))
@@ -104,13 +192,18 @@ class Realigner:
         return encoding.ids, np.searchsorted(teacher_ends, ends, side="right") - 1
 
 
-def load_realigner(
+def load_token_aligner(
     tokenizer_type: str, tokenizer_model: Path, folder: TeacherFolder, sequence_length: int
-) -> Realigner:
-    """Between the student's tokenizer and the teacher's.
+) -> TokenAligner:
+    """Build the aligner between the student's tokenizer and the teacher's.
+
+    Args:
+        tokenizer_type, tokenizer_model: of the student, as in `load_text_tokenizer`.
+        folder: the teacher's.
+        sequence_length: student tokens per sample.
 
     Raises:
-        LETError: one of them cannot be used so.
+        LETError: one of the tokenizers cannot be used for alignment.
     """
     from transformers import AutoTokenizer
 
@@ -119,8 +212,8 @@ def load_realigner(
         teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
     except Exception as error:  # a missing or damaged tokenizer raises many kinds
         raise LETError(
-            f"The teacher {folder.path} has no tokenizer of its own ({first_line(error)}); copy its"
-            " tokenizer files beside the model."
+            f"The teacher {folder.path} has no usable tokenizer ({first_line(error)}); copy its"
+            " tokenizer files to the model's folder."
         ) from error
     if not teacher.is_fast or teacher.eos_token_id is None:
         raise LETError(
@@ -128,15 +221,15 @@ def load_realigner(
             " eos_token, which --let-cross-tokenizer needs; convert it with transformers."
         )
     length = teacher_length(sequence_length, folder.max_positions)
-    return Realigner(student, teacher.backend_tokenizer, teacher.eos_token_id, length)
+    return TokenAligner(student, teacher.backend_tokenizer, teacher.eos_token_id, length)
 
 
-class RealignedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """A GPT dataset whose samples also hold the teacher's tokens, made in the data workers."""
+class TokenAlignedDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """A GPT dataset that adds the teacher's tokens to each sample, in the data workers."""
 
-    def __init__(self, dataset: Any, realign: Realigner) -> None:
+    def __init__(self, dataset: Any, aligner: TokenAligner) -> None:
         self._dataset = dataset
-        self._realign = realign
+        self._aligner = aligner
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -148,5 +241,5 @@ class RealignedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = self._dataset[index]
-        sample[TEACHER_TOKENS] = torch.from_numpy(self._realign(sample["tokens"].numpy()))
+        sample[TEACHER_TOKENS] = torch.from_numpy(self._aligner(sample["tokens"].numpy()))
         return sample

@@ -1,1 +1,1 @@
-"""What this machine can run and how (`python -m megatron_let.doctor`); are nodes fit to train."""
+"""Checks of a machine (`python -m megatron_let.doctor`) and of the nodes of a job."""

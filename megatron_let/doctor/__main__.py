@@ -1,4 +1,4 @@
-"""`python -m megatron_let.doctor [--json]`: exit code 0 only if a run would start here."""
+"""Report what this machine can run and how; exit code 0 only if a run would start."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.compat.device import detect_host, prepare_process
-from megatron_let.doctor.build import build_kernels
 from megatron_let.doctor.check import Check
+from megatron_let.doctor.kernels import build_kernels
 from megatron_let.doctor.machine import as_json, check_machine
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look at the machine and print what was found."""
+    """Check this machine and print the findings; return 0 if a run would start."""
     parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--build", action="store_true", help="compile DeepSpeed's kernels now, not in a run"
+        "--build", action="store_true", help="compile DeepSpeed's kernels now instead of in a run"
     )
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    # Packages that print when they are imported must not print into the JSON.
+    # Packages that print when imported must not print into the JSON.
     with contextlib.redirect_stdout(sys.stderr):
         host = detect_host()
         prepare_process(host, 0)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_table(checks: list[Check]) -> None:
-    table = Table("", "", "found", "so", box=None)
+    table = Table("", "", "found", "result", box=None)
     for check in checks:
         mark = "[green]ok[/]" if check.ok else "[red]no[/]"
         table.add_row(mark, check.name, check.found, check.path)

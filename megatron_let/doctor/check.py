@@ -1,4 +1,4 @@
-"""One finding, and what several of them need."""
+"""A finding of the doctor, and the probes that several checks share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import importlib.util
 import subprocess
 from dataclasses import dataclass
 
+from megatron_let.errors import first_line
+
 GIB = 2**30
 
 
@@ -16,10 +18,10 @@ class Check:
     """One finding.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         found: what is there.
         path: what a run does because of it, or what to do if `ok` is false.
-        ok: a run would start, as far as this is concerned.
+        ok: this finding does not prevent a run.
     """
 
     name: str
@@ -29,37 +31,35 @@ class Check:
 
 
 def version_of(distribution: str) -> str | None:
-    """Installed version; None if it is not installed."""
+    """Return the installed version; None if the distribution is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def is_there(module: str) -> bool:
-    """Whether a module can be found; the packages around it are imported, itself is not."""
+def is_installed(module: str) -> bool:
+    """Return whether a module can be found; imports its parent packages but not the module."""
     try:
         return importlib.util.find_spec(module) is not None
-    except Exception:
-        # Whatever the package around it raises.
+    except Exception:  # raised by a parent package
         return False
 
 
 def import_error(module: str) -> str | None:
-    """Why a module does not import; None if it does."""
+    """Return why a module does not import; None if it does."""
     try:
         importlib.import_module(module)
-    except Exception as error:
-        # Compiled extensions fail in many ways: a missing symbol, a wrong glibc, an old driver.
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else module}"
+    except Exception as error:  # compiled extensions fail in many ways
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
 def nvidia_smi(query: str) -> list[str]:
-    """One value a GPU.
+    """Return the value of `query` for each GPU.
 
     Raises:
-        OSError, subprocess.SubprocessError: nvidia-smi is not there or fails.
+        OSError, subprocess.SubprocessError: nvidia-smi is missing or fails.
     """
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""All that is looked at on one machine: GPUs, memory, disk, and the installed packages."""
+"""All checks of one machine: GPUs, memory, disk and installed packages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from packaging.version import Version
 
 from megatron_let.compat.device import Host
 from megatron_let.doctor import packages
-from megatron_let.doctor.build_locks import check_locks
 from megatron_let.doctor.check import GIB, Check, nvidia_smi
+from megatron_let.doctor.kernels import check_locks
 
 
 def check_machine(host: Host) -> list[Check]:
-    """All findings about this machine, in the order in which a run needs them."""
+    """Return all findings about this machine, in the order in which a run needs them."""
     return [
         _python(),
         _torch(),
@@ -43,13 +43,13 @@ def check_machine(host: Host) -> list[Check]:
 
 
 def as_json(checks: list[Check]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Return what `--json` prints."""
     return {"starts": all(check.ok for check in checks), "checks": [asdict(c) for c in checks]}
 
 
 def _python() -> Check:
     ok = sys.version_info >= (3, 12)
-    path = sys.executable if ok else "Python 3.12 is needed: launch/lib/environment.sh"
+    path = sys.executable if ok else "install Python 3.12: bash launch/lib/environment.sh"
     return Check("Python", platform.python_version(), path, ok)
 
 
@@ -94,12 +94,12 @@ def _memory() -> Check:
 def _shared_memory() -> Check:
     free = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
     ok = free >= 0.25
-    path = "for data workers and the checkpoint writer" if ok else "too small: mount more of it"
+    path = "for data workers and the checkpoint writer" if ok else "too small: mount a larger one"
     return Check("/dev/shm", f"{free:.1f} GiB free", path, ok)
 
 
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free / GIB
     ok = free >= 1
-    path = "a 7B checkpoint takes 88 GiB" if ok else "free some: not even logs have space here"
+    path = "a 7B checkpoint takes 88 GiB" if ok else "free some: logs need space"
     return Check("disk", f"{free:.0f} GiB free in {folder}", path, ok)

@@ -1,6 +1,6 @@
-"""Is this node of a job fit to train, looked at by itself? One process a node, before any rank.
+"""Check one node of a job before training; one process per node.
 
-Writes `VERDICTS/NODE`: empty if all is well, else one problem a line.
+Writes `VERDICTS/NODE`: empty if the node is fit, else one problem per line.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from megatron_let.doctor.machine import check_machine
 
 # The recipes are sized for GPUs of 80 GB, which show 79 GiB.
 MIN_GPU_GIB = 75
-# A training process of someone else; a node's own services take some hundred MiB.
+# More is another training process; a node's services take some hundred MiB.
 MAX_USED_MIB = 4096
-# GPU off the bus, double-bit ECC, row remapping failure, uncontained error.
+# Double-bit ECC error, row remapping failure, GPU off the bus, uncontained error.
 _FATAL_XIDS = {"48", "64", "79", "95"}
 
 
 def node_name() -> str:
-    """Slurm's name of this node, which `--exclude` takes."""
+    """Return Slurm's name of this node, as `--exclude` takes it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def write_verdict(folder: Path, node: str, problems: list[str]) -> None:
-    """Add problems to a node's file; none at all make it an empty one."""
+    """Append problems to a node's file; without problems, create it empty."""
     with (folder / node).open("a") as stream:
         stream.writelines(f"{problem}\n" for problem in problems)
 
 
 def node_problems(output: Path, gpus: int, min_free_gib: float) -> Iterator[str]:
-    """What is wrong with GPUs and disk, one sentence each.
+    """Yield the problems of GPUs and disk, one sentence each.
 
     Args:
         output: the run's folder.
-        gpus: how many GPUs there should be; 0 does not look at them.
-        min_free_gib: disk that the run needs.
+        gpus: expected number of GPUs; 0 skips them.
+        min_free_gib: free disk that the run needs, in GiB.
     """
     if gpus:
         yield from _gpu_problems(gpus)
@@ -83,7 +83,7 @@ def _gpu_problems(expected: int) -> Iterator[str]:
 
 
 def _xid_problems() -> Iterator[str]:
-    """Xid events of the kernel's log, where it may be read."""
+    """Yield fatal Xid events of the kernel's log, if it may be read."""
     try:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
@@ -93,7 +93,7 @@ def _xid_problems() -> Iterator[str]:
 
 
 def doctor_problems() -> Iterator[str]:
-    """What the doctor of a single machine finds."""
+    """Yield the failed checks of the machine."""
     host = detect_host()
     prepare_process(host, 0)
     for check in check_machine(host):
@@ -102,10 +102,10 @@ def doctor_problems() -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write this node's verdict; 0 if it is fit."""
+    """Write this node's verdict; return 0 if it is fit."""
     parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor.node")
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file a node")
+    parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file per node")
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     gpus, disk = int(os.environ["LET_GPUS_PER_NODE"]), float(os.environ["LET_DISK_GIB"])

@@ -1,4 +1,4 @@
-"""Are the nodes of a job fit to train together? One process a rank, started as training is.
+"""Check that the nodes of a job can train together; one process per rank, as in training.
 
 All ranks compare versions and clocks and time an all-reduce; a node that differs gets a line in its
 verdict file.
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from megatron_let.doctor.check import nvidia_smi, version_of
 from megatron_let.doctor.node import node_name, write_verdict
 
-# Exit code for a slow all-reduce, as the launcher's own for nodes that are not fit.
+# Exit code for a slow all-reduce; the launcher uses the same for unfit nodes.
 TOO_SLOW = 3
 MAX_CLOCK_SKEW_SECONDS = 2.0
 _COMPARED = ("megatron-core", "megatron_let", "torch", "triton", "transformer_engine")
 
 
 def node_facts() -> dict[str, Any]:
-    """What must be equal on all nodes."""
+    """Return what must be equal on all nodes."""
     facts: dict[str, Any] = {name: version_of(name) for name in _COMPARED}
     facts["Python"] = sys.version.split()[0]
     if torch.cuda.is_available():
@@ -46,11 +46,11 @@ def _driver() -> str:
 
 
 def outliers(facts: dict[str, dict[str, Any]], clocks: dict[str, float]) -> dict[str, list[str]]:
-    """Nodes that differ from most others, and how.
+    """Return the nodes that differ from most others, and their differences.
 
     Args:
-        facts: of each node.
-        clocks: seconds since the epoch of each node, taken at the same moment.
+        facts: versions on each node.
+        clocks: seconds since the epoch on each node, taken at the same moment.
     """
     found: dict[str, list[str]] = {}
     for name in next(iter(facts.values())):
@@ -68,7 +68,7 @@ def outliers(facts: dict[str, dict[str, Any]], clocks: dict[str, float]) -> dict
 
 
 def bus_bandwidth(size_bytes: int, seconds: float, ranks: int) -> float:
-    """GB/s each rank's link carries in an all-reduce, as nccl-tests count it."""
+    """Return GB/s per rank in an all-reduce, as nccl-tests compute it."""
     return 2 * (ranks - 1) / ranks * size_bytes / seconds / 1e9
 
 
@@ -84,13 +84,13 @@ def _time_all_reduce(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = torch.tensor((time.perf_counter() - start) / rounds, device=device)
-    # One verdict: the slowest rank's, where each by itself would come to its own.
+    # The slowest rank decides, so that all ranks end with the same result.
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return bus_bandwidth(size, float(seconds), dist.get_world_size())
 
 
 def _compare(verdicts: Path) -> None:
-    """Gather all nodes' facts and clocks; rank 0 writes what differs."""
+    """Gather the facts and clocks of all nodes; rank 0 writes the differences."""
     dist.barrier()
     ours = (node_name(), node_facts(), time.time())
     theirs: list[Any] = [None] * dist.get_world_size()
@@ -104,9 +104,9 @@ def _compare(verdicts: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look at all nodes together; 0 if they are fit, as far as the network is concerned."""
+    """Compare all nodes and time the network; return 0 unless it is too slow."""
     parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor.nodes")
-    parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file a node")
+    parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file per node")
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Installed packages, probed one by one, and which path a run takes because of each."""
+"""Checks of installed packages, and what a run does because of each."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from megatron_let.compat.device import Host
-from megatron_let.doctor.check import Check, import_error, is_there, version_of
+from megatron_let.doctor.check import Check, import_error, is_installed, version_of
 
 # The minor release that constraints.txt pins.
 DEEPSPEED_VERSIONS = ">=0.19,<0.20"
-# What ZeRO uses, by DeepSpeed's names: Adam on the GPU, offloaded to the host, offloaded to NVMe.
+# ZeRO's kernels, by DeepSpeed's names: Adam on the GPU, on the host, offload to NVMe.
 _DEEPSPEED_OPS = ("fused_adam", "cpu_adam", "async_io")
 
-# Of NVIDIA's Apex, built from source: what each part is used for.
+# Parts of NVIDIA's Apex, built from source, and their use.
 _APEX_PARTS = {
     "apex.optimizers": "FusedAdam",
     "amp_C": "fused gradient clipping",
@@ -24,7 +24,7 @@ _APEX_PARTS = {
 
 
 def megatron() -> Check:
-    """megatron-core is there, in the range of the patches."""
+    """Check that megatron-core is installed in the range of the patches."""
     from megatron_let.compat.patch_table import MEGATRON_VERSIONS
 
     try:
@@ -39,7 +39,7 @@ def megatron() -> Check:
 
 
 def patches(host: Host) -> Check:
-    """Apply every row that this host needs to itself, which checks target and version."""
+    """Apply each patch of this host as an identity, which checks its target and version."""
     from megatron_let.compat import PATCHES, PatchError, PatchSet
     from megatron_let.compat.cpu_shims import stand_ins
 
@@ -58,42 +58,42 @@ def patches(host: Host) -> Check:
 
 
 def transformer_engine(host: Host) -> Check:
-    """Layers and Adam by Transformer Engine, or by torch."""
+    """Check whether layers and Adam are Transformer Engine's or torch's."""
     version = version_of("transformer_engine")
     if not host.transformer_engine:
         path = "layers by torch: dense models with RMSNorm only"
         return Check("Transformer Engine", version or "none", path)
     problem = import_error("transformer_engine.pytorch")
     if problem:
-        path = f"{problem}: build it for this torch, or remove it and layers are torch's"
+        path = f"{problem}: build it for this torch, or remove it to use torch's layers"
         return Check("Transformer Engine", "does not import", path, False)
     return Check("Transformer Engine", version or "installed", "layers and FusedAdam")
 
 
 def apex(host: Host) -> Check:
-    """NVIDIA's Apex piece by piece; another project has its name in the package index."""
+    """Check each part of NVIDIA's Apex; the package index has another project of its name."""
     name = "NVIDIA Apex"
-    if not any(map(is_there, ("apex", *_APEX_PARTS))):
+    if not any(map(is_installed, ("apex", *_APEX_PARTS))):
         adam = "Transformer Engine's" if host.transformer_engine else "torch's"
         return Check(name, "none", f"optional: Adam is {adam}")
-    if is_there("apex") and not is_there("apex.optimizers"):
-        # The entry's layers do not look at apex, but Megatron's own local layers fail with it.
-        path = "another project of that name, of no use here: pip uninstall apex"
+    if is_installed("apex") and not is_installed("apex.optimizers"):
+        # This package's layers do not import apex, but Megatron's local layers fail with it.
+        path = "another project of that name, unused: pip uninstall apex"
         return Check(name, f"the wrong apex {version_of('apex') or ''}".strip(), path)
-    problems = {module: import_error(module) for module in _APEX_PARTS if is_there(module)}
+    problems = {module: import_error(module) for module in _APEX_PARTS if is_installed(module)}
     broken = [f"{module} does not import ({why})" for module, why in problems.items() if why]
     if broken:
         return Check(name, "broken", f"{broken[0]}: build it for this torch, or remove it", False)
     missing = [use for module, use in _APEX_PARTS.items() if module not in problems]
-    path = f"without {', '.join(missing)}" if missing else "all that Megatron uses"
+    path = f"without {', '.join(missing)}" if missing else "all parts that Megatron uses"
     return Check(name, ", ".join(_APEX_PARTS[module] for module in problems), path)
 
 
 def flash_attention(host: Host) -> Check:
-    """Transformer Engine imports it if it is installed, so a broken one stops a run."""
+    """Check flash-attn: Transformer Engine imports it, so a broken one fails a run."""
     name, version = "flash-attn", version_of("flash-attn")
     without = "Transformer Engine's own kernels" if host.transformer_engine else "torch's"
-    if not is_there("flash_attn"):
+    if not is_installed("flash_attn"):
         return Check(name, "none", f"attention by {without}")
     problem = import_error("flash_attn")
     if problem:
@@ -104,7 +104,7 @@ def flash_attention(host: Host) -> Check:
 
 
 def triton(host: Host) -> Check:
-    """The alignment kernel, on a GPU."""
+    """Check Triton, which the alignment kernel needs on a GPU."""
     problem = import_error("triton")
     if problem and host.cuda:
         path = f"{problem}: the alignment kernel needs it; install the version that torch pins"
@@ -114,7 +114,7 @@ def triton(host: Host) -> Check:
 
 
 def deepspeed() -> Check:
-    """Its version's range, and which of its kernels this machine has or can compile."""
+    """Check DeepSpeed's version and which of its kernels are built or can be compiled."""
     name, version = "DeepSpeed", version_of("deepspeed")
     if version is None:
         return Check(name, "none", "optional: Megatron's distributed optimizer does not need it")
@@ -141,7 +141,7 @@ def _op_state(builder: object, built: bool | None) -> str:
 
 
 def resiliency() -> Check:
-    """Only its asynchronous checkpoint strategy is of interest."""
+    """Check for nvidia-resiliency-ext, whose asynchronous checkpoint strategy can be used."""
     version = version_of("nvidia-resiliency-ext")
     path = "--async-strategy nvrx is possible" if version else "recipes save with mcore's strategy"
     return Check("nvidia-resiliency-ext", version or "none", path)

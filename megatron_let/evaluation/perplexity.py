@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_let.data.fingerprint import check_same_fingerprint
+from megatron_let.data.indexed import open_indexed
 from megatron_let.data.text_tokenizer import HuggingFaceText
-from megatron_let.data.windows import open_indexed
 from megatron_let.errors import LETError
 
 

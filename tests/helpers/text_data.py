@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -25,6 +26,7 @@ from megatron_let.data.selection import Selection
 END_OF_TEXT = "<|endoftext|>"
 
 
+@functools.cache
 def real_texts(budget_bytes: int = 300_000) -> list[str]:
     """Texts of this machine, cut short so that there are many."""
     return [t[i : i + 2000] for t in environment_text(budget_bytes) for i in range(0, len(t), 2000)]

