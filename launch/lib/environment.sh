@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The repository's Python environment: made on the first call, checked in milliseconds afterwards.
+# Create the repository's Python environment, or check in milliseconds that it is up to date.
 #
 #   . launch/lib/environment.sh && ensure_environment dev && "$LET_PYTHON" -m pytest
 #   bash launch/lib/environment.sh dev evaluation      # the same, and prints the interpreter
 #
-# The arguments are extras of setup.py; those asked for earlier stay installed.
-# LET_VENV  the environment's folder, instead of .venv in the repository's root
-# PYTHON    the interpreter to make a new environment with, if it is Python 3.12 or newer
+# Arguments are extras of setup.py; extras installed earlier stay installed.
+# LET_VENV  folder of the environment (default: .venv in the repository's root)
+# PYTHON    interpreter for a new environment, if it is Python 3.12 or newer
 
 # A caller that sources this keeps its own shell options.
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
@@ -15,7 +15,7 @@ fi
 
 _ENVIRONMENT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 
-# Prints "ok VERSION EXECUTABLE" or "no REASON"; %-formatting, so that any Python can say no.
+# Prints "ok VERSION EXECUTABLE" or "no REASON"; %-formatting, so that any Python version can run it.
 _ENVIRONMENT_PROBE='
 import os, shutil, sys, sysconfig
 version = "%d.%d.%d" % sys.version_info[:3]
@@ -37,14 +37,14 @@ if sys.version_info >= (3, 14):
 print("ok " + version + " " + (getattr(sys, "_base_executable", "") or sys.executable))
 '
 
-# Make the environment or bring it up to date, and set LET_PYTHON to its interpreter.
+# Create or update the environment, and set LET_PYTHON to its interpreter.
 ensure_environment() {
     local venv="${LET_VENV:-$_ENVIRONMENT_ROOT/.venv}" extra
     [[ $venv == /* ]] || venv="$PWD/$venv"
     LET_PYTHON="$venv/bin/python"
     _environment_is_current "$venv" "$@" && return 0
     for extra in "$@"; do
-        # pip only warns about an extra that does not exist.
+        # pip only warns about an unknown extra.
         if ! grep -qF "\"$extra\": [" "$_ENVIRONMENT_ROOT/setup.py"; then
             _environment_say "error: setup.py has no extra '$extra': use one of its extras_require"
             return 1
@@ -57,7 +57,7 @@ _environment_say() {
     printf 'environment: %s\n' "$*" >&2
 }
 
-# The stamp is written last. Its lines: where the environment was made, fingerprint, extras.
+# The stamp is written last. Its lines: the environment's folder, fingerprint, extras.
 _environment_is_current() {
     local venv="$1" stamp="$1/.let-stamp" made_at fingerprint extras extra
     shift
@@ -69,7 +69,7 @@ _environment_is_current() {
     done
 }
 
-# What the installed packages follow from; pyvenv.cfg holds the interpreter's version.
+# Checksum of what determines the installed packages; pyvenv.cfg holds the interpreter's version.
 _environment_fingerprint() {
     local root="$_ENVIRONMENT_ROOT"
     {
@@ -82,16 +82,16 @@ _environment_is_usable() {
     "$1/bin/python" -I -c 'import sys, pip; sys.exit(sys.version_info < (3, 12))' &>/dev/null
 }
 
-# A subshell: the lock and the shell options end with it.
+# Runs in a subshell, which ends the lock and the shell options.
 _environment_install() (
     set -uo pipefail
     venv="$1" stamp="$1/.let-stamp" start="$SECONDS" python="" made_at="" extras=""
     shift
-    # Searched before anything is created, so that a machine without Python is left as it was.
+    # Search before creating anything, so that a machine without Python is left unchanged.
     if ! _environment_is_usable "$venv"; then
         python="$(_environment_find_python)" || exit 1
     fi
-    # Our lock comes before any other file, so another caller may be in the midst of making it.
+    # The lock is the first file, so another caller may be creating the environment.
     if [[ -d $venv && ! -e $venv/pyvenv.cfg && -n $(_environment_contents "$venv") &&
         ! -e $venv/.let-lock ]]; then
         _environment_say "error: $venv holds files but is no Python environment:" \
@@ -112,12 +112,12 @@ _environment_install() (
     for extra in "$@"; do
         [[ " $extras " == *" $extra "* ]] || extras+="${extras:+ }$extra"
     done
-    # A moved copy's programs start the original's interpreter, so only a new one will do.
+    # Programs of a moved copy start the original's interpreter, so recreate it.
     if [[ -n $made_at && $made_at != "$venv" ]]; then
-        _environment_say "$venv is a copy of $made_at: making it anew"
+        _environment_say "$venv is a copy of $made_at: recreating it"
         _environment_contents "$venv" -exec rm -rf -- {} + >/dev/null
     fi
-    # Gone before the first change: without its stamp an interrupted install is done again.
+    # Remove the stamp before the first change, so that an interrupted install is repeated.
     rm -f -- "$stamp"
     if ! _environment_is_usable "$venv"; then
         [[ -n $python ]] || python="$(_environment_find_python)" || exit 1
@@ -127,14 +127,14 @@ _environment_install() (
             exit 1
         fi
     fi
-    # pip takes a package whose install was interrupted for installed; INSTALLER comes last.
+    # pip treats a half-installed package as installed; INSTALLER is written last.
     for folder in "$venv"/lib/python*/site-packages/*.dist-info; do
         [[ -e $folder/INSTALLER ]] || rm -rf -- "$folder"
     done
 
     requirement=".${extras:+[${extras// /,}]}"
     _environment_say "installing megatron_let${requirement#.} into $venv (about 5 GB when new)"
-    # Kept in memory: on a full disk a log file would lose the line that says so.
+    # Kept in memory: on a full disk, a log file would lose the error.
     screen=/dev/null
     [[ ! -t 2 ]] || screen=/dev/fd/2
     if ! output="$(cd -- "$_ENVIRONMENT_ROOT" && "$venv/bin/python" -I -m pip install \
@@ -143,11 +143,11 @@ _environment_install() (
         _environment_explain "pip could not install megatron_let into $venv" "$output"
         exit 1
     fi
-    # megatron-core's build goes on without the helper when it does not compile.
+    # megatron-core's build succeeds even if its dataset helper does not compile.
     if ! compgen -G "$venv/lib/python*/site-packages/megatron/core/datasets/helpers_cpp*" >/dev/null
     then
         _environment_say "error: megatron-core's dataset helper did not compile in $venv:" \
-            "remove that folder and install Python 3.12, for which it comes compiled"
+            "remove that folder and install Python 3.12, for which the wheel includes it"
         exit 1
     fi
     if ! printf '%s\n' "$venv" "$(_environment_fingerprint "$venv")" "$extras" >"$stamp.new" ||
@@ -158,14 +158,14 @@ _environment_install() (
     _environment_say "ready after $((SECONDS - start)) s"
 )
 
-# Print what the folder holds besides the lock and the stamp; more arguments go to find.
+# Print the folder's contents without the lock and the stamp; more arguments go to find.
 _environment_contents() {
     local folder="$1"
     shift
     find "$folder" -mindepth 1 -maxdepth 1 ! -name '.let-*' -print "$@"
 }
 
-# Print the best interpreter's path: the one PYTHON names, else 3.12, else 3.13, else a later one.
+# Print the path of the interpreter: the one PYTHON names, else 3.12, else 3.13, else a later one.
 _environment_find_python() {
     local candidate verdict version path best_13="" best_later="" rejected=""
     while IFS= read -r candidate; do
@@ -202,20 +202,20 @@ _environment_candidates() {
     local name root
     [[ -z ${PYTHON:-} ]] || printf '%s\n' "$PYTHON"
     for name in python3.12 python3.13 python3.14 python3; do
-        # All of that name: pyenv's stand-in comes first and fails for a version not selected.
+        # All of that name: a pyenv shim comes first and fails for a version not selected.
         type -aP "$name" || true
     done
     for root in "${PYENV_ROOT:-}" "$(pyenv root 2>/dev/null || true)" "${HOME:-}/.pyenv"; do
         compgen -G "${root:-/nowhere}/versions/3.1[2-9]*/bin/python" || true
     done
     for name in 3.12 3.13 '>=3.12'; do
-        # Its own ones only: PATH is done, and a stand-in of pyenv's there makes uv give up.
+        # Managed ones only: PATH was searched above, and uv gives up at a pyenv shim there.
         UV_PYTHON_PREFERENCE=only-managed UV_PYTHON_DOWNLOADS=never \
             uv python find --system "$name" 2>/dev/null || true
     done
 }
 
-# Say what failed, why as far as the output tells, and what to do; the output's end goes first.
+# Print the end of the output, then what failed and what to do about it.
 _environment_explain() {
     local what="$1" output="$2" remedy
     tail -n 12 <<<"$output" | cut -c 1-300 >&2
@@ -225,10 +225,10 @@ _environment_explain() {
         ;;
     *"Failed to establish a new connection"* | *"name resolution"* | *"Connection to "* | \
         *"Read timed out"* | *"Network is unreachable"* | *"ProxyError"*)
-        remedy="no package index answers: check the network or pip's index settings, run this again"
+        remedy="the package index cannot be reached: check the network or pip's index settings, run this again"
         ;;
     *)
-        remedy="the lines above say why: correct it and run this again, which goes on from here"
+        remedy="the lines above say why: correct it and run this again to continue from here"
         ;;
     esac
     _environment_say "error: $what: $remedy"

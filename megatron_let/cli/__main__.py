@@ -7,7 +7,7 @@ import sys
 
 # Name -> (module with `main(argv) -> exit code`, one-line help). Imported only when chosen.
 COMMANDS = {
-    "train": ("megatron_let.pretrain", "run one pretraining, alone or under torchrun"),
+    "train": ("megatron_let.cli.train", "run one pretraining, alone or under torchrun"),
     "plan": ("megatron_let.cli.plan", "predict memory, step time and the teacher's placement"),
     "preprocess": ("megatron_let.cli.preprocess", "tokenize text into Megatron's indexed data"),
     "convert": ("megatron_let.cli.convert", "convert, verify and inspect checkpoints"),

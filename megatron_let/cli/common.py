@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
@@ -42,6 +44,17 @@ def run_command(
     except KeyboardInterrupt:
         say(console, f"{name}: {on_interrupt}", "red")
         return INTERRUPTED
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace, Console], int], text: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose parsed arguments have `run` as their `run`; return its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import open_weights
+from megatron_let.cli.convert import main
 from megatron_let.errors import LETError
 from megatron_let.files import atomic
 from tests.helpers.checkpoints import as_megatron, equal, save_llama, tensors_of, with_tokenizer
 from tests.helpers.models import save_teacher
-from tools.convert_checkpoint import main
 
 KINDS: dict[str, dict[str, Any]] = {
     "gqa untied": {},
@@ -196,7 +196,7 @@ def test_broken_checkpoint_is_refused(
     code, line = run(
         capsys, "megatron-to-hf", "--input", tmp_path / "broken", "--output", tmp_path / "out"
     )
-    assert code == 2 and line.startswith("convert_checkpoint: error: ") and words in line
+    assert code == 2 and line.startswith("convert: error: ") and words in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "something was left behind"
     assert not (folder / "attacked").exists(), "code of the checkpoint was run"
 
@@ -252,7 +252,7 @@ def test_broken_model_is_refused(
     code, line = run(
         capsys, "hf-to-megatron", "--input", model, "--output", tmp_path / "out", *flags
     )
-    assert code == 2 and line.startswith("convert_checkpoint: error: ") and words in line
+    assert code == 2 and line.startswith("convert: error: ") and words in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "something was left behind"
 
 

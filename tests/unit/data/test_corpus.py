@@ -1,4 +1,4 @@
-"""tools/make_corpus.py: real text, each document once, and a reproducible manifest."""
+"""The corpus command: real text, each document once, and a reproducible manifest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import zstandard
 
-from megatron_let.data import packaged_text
+from megatron_let.cli.corpus import main
+from megatron_let.data import corpus, packaged_text
 from tests.helpers.text_data import run
-from tools import make_corpus
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def test_environment_corpus_is_reproducible_and_can_be_preprocessed(
     hugging_face: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        assert make_corpus.main(["--output", str(tmp_path / name), "--megabytes", "1"]) == 0
+        assert main(["--output", str(tmp_path / name), "--megabytes", "1"]) == 0
     one, two = (tmp_path / n / "environment.jsonl.zst" for n in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     entry = json.loads((tmp_path / "one/manifest.json").read_text())["sources"]["environment"]
@@ -53,7 +53,7 @@ def test_environment_corpus_is_reproducible_and_can_be_preprocessed(
 
 def test_existing_corpus_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    assert make_corpus.main(["--output", str(tmp_path)]) == 2
+    assert main(["--output", str(tmp_path)]) == 2
     assert "--output" in capsys.readouterr().err
 
 
@@ -93,8 +93,8 @@ def test_each_package_reader_yields_its_document(
         (files / "e.dict.dz").write_bytes(gzip.compress(f"word\n  {long}\nother\n  x".encode()))
         return {"package": "x.deb", "sha256": "0"}
 
-    monkeypatch.setattr(make_corpus, "fetch_package", fetch)
-    manifest = make_corpus.make_corpus(tmp_path, [name], 1_000_000)
+    monkeypatch.setattr(corpus, "fetch_package", fetch)
+    manifest = corpus.make_corpus(tmp_path, [name], 1_000_000)
     [line] = lines_of(tmp_path / f"{name}.jsonl.zst")
     assert "A sentence that says something." in line["text"]
     assert line["meta"] == {"pile_set_name": name}
@@ -105,11 +105,11 @@ def test_missing_package_or_apt_is_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = subprocess.CompletedProcess([], 100, b"", b"E: Unable to locate package anarchism\n")
-    monkeypatch.setattr(make_corpus.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(corpus.subprocess, "run", lambda *_, **__: failed)
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/true")
     arguments = ["--output", str(tmp_path), "--sources", "anarchism"]
-    assert make_corpus.main(arguments) == 2
+    assert main(arguments) == 2
     assert "Unable to locate package anarchism" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert make_corpus.main(arguments) == 2
+    assert main(arguments) == 2
     assert "anarchism" in capsys.readouterr().err

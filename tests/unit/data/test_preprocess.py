@@ -17,6 +17,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from megatron_let.cli.preprocess import main
 from megatron_let.data.blend import blend_weights
 from megatron_let.data.inputs import gather, group_sources
 from megatron_let.data.merge import StreamedDatasetBuilder
@@ -30,7 +31,6 @@ from tests.helpers.text_data import (
     run,
     write_input,
 )
-from tools.preprocess_data import main
 
 FORMATS = ("jsonl", "jsonl.zst", "jsonl.gz", "parquet")
 SUBSETS = ("Github", "Books3", "Wikipedia (en)")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_let.cli.evaluate import main
 from megatron_let.errors import LETError
 from megatron_let.evaluation import harness
 from megatron_let.evaluation.harness import Result, Settings, evaluate
@@ -18,7 +19,6 @@ from megatron_let.evaluation.table import Row, csv_rows, plot_average, write_res
 from megatron_let.evaluation.tasks import TASKS, local_data, tasks_named
 from megatron_let.evaluation.watch import finished_checkpoints, new_checkpoints
 from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
-from tools.evaluate import main
 
 QUESTIONS = {
     "arc_easy": [

@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.checkpoint.weights import open_weights
+from megatron_let.cli.evaluate import main
 from megatron_let.data.indexed import write_indexed
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import load_model
 from megatron_let.evaluation.perplexity import Perplexity, blend_of, perplexity, total, windows
 from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
-from tools.evaluate import main
 
 TEXTS = ["Late to early, naïve café 東京.", "def f(x):\n    return x + 1\n", "The end of it all."]
 

@@ -1,4 +1,4 @@
-"""launch/lib/environment.sh with stand-ins for Python, pip and uv: no network, no real install."""
+"""launch/lib/environment.sh with stub Python, pip and uv: no network and no real install."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path("launch/lib/environment.sh")
-# What the script itself may call; no Python is among them.
+# Programs that the script may call; Python is not one of them.
 TOOLS = ["bash", "cat", "cksum", "cut", "dirname", "find", "flock", "grep", "mkdir", "mv", "rm"]
 TOOLS += ["tail", "tee"]
 
-# Answers the probe with its verdict, makes environments that hold a copy of itself, and plays pip.
+# Answers the probe with a verdict, creates environments that hold a copy of itself, and mimics pip.
 STUB_PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
@@ -58,7 +58,7 @@ def stub_python(path: Path, version: str, refusal: str | None = None) -> Path:
 
 @dataclass
 class Checkout:
-    """A copy of the files that the script reads, with a PATH of its own."""
+    """A copy of the files that the script reads, with a separate PATH."""
 
     root: Path
     bin: Path
@@ -90,7 +90,7 @@ class Checkout:
         )
 
     def shell(self, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run bash code in the checkout's root; it sources the script itself."""
+        """Run bash code in the checkout's root; the code sources the script."""
         return subprocess.run(
             [str(self.bin / "bash"), "-c", code],
             cwd=self.root,
@@ -101,7 +101,7 @@ class Checkout:
         )
 
     def found(self, **variables: str) -> str:
-        """The interpreter that the search chooses."""
+        """Return the interpreter that the search selects."""
         return self.shell(f". {SCRIPT}; _environment_find_python", **variables).stdout.strip()
 
     def installs(self) -> list[str]:
@@ -116,7 +116,7 @@ def checkout(tmp_path: Path) -> Checkout:
         shutil.copy(ROOT / file, root / file)
     tools = tmp_path / "bin"
     tools.mkdir()
-    # The last three are the stand-ins' own.
+    # The stubs call the last three.
     for name in [*TOOLS, "chmod", "env", "sleep"]:
         path = shutil.which(name)
         if path is None:
@@ -127,7 +127,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 @pytest.fixture
 def ready(checkout: Checkout) -> Checkout:
-    """A checkout whose environment was made with Python 3.12 and the extra `dev`."""
+    """A checkout whose environment has Python 3.12 and the extra `dev`."""
     stub_python(checkout.bin / "python3.12", "3.12.4")
     result = checkout.run("dev")
     assert result.returncode == 0, result.stderr
@@ -135,7 +135,7 @@ def ready(checkout: Checkout) -> Checkout:
     return checkout
 
 
-def test_search_prefers_312_to_newer_ones_found_before(checkout: Checkout) -> None:
+def test_search_prefers_312_over_newer_ones_on_path(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.14", "3.14.0")
     stub_python(checkout.bin / "python3.13", "3.13.1")
     pyenv = checkout.root / "pyenv"
@@ -143,27 +143,27 @@ def test_search_prefers_312_to_newer_ones_found_before(checkout: Checkout) -> No
     assert checkout.found(PYENV_ROOT=str(pyenv)) == str(wanted)
 
 
-def test_search_prefers_313_to_a_newer_one(checkout: Checkout) -> None:
+def test_search_prefers_313_over_a_newer_one(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3", "3.14.0")
     wanted = stub_python(checkout.root / "home/.pyenv/versions/3.13.0/bin/python", "3.13.0")
     assert checkout.found() == str(wanted)
 
 
-def test_search_passes_over_what_does_not_run_or_is_refused(checkout: Checkout) -> None:
+def test_search_skips_broken_and_unsuitable_interpreters(checkout: Checkout) -> None:
     write_program(checkout.bin / "python3.12", "#!/usr/bin/env bash\nexit 127\n")
     stub_python(checkout.bin / "python3", "3.12.4", "is Python 3.12.4 without the module ensurepip")
     wanted = stub_python(checkout.bin / "python3.13", "3.13.1")
     assert checkout.found() == str(wanted)
 
 
-def test_search_asks_uv_last(checkout: Checkout) -> None:
+def test_search_falls_back_to_uv(checkout: Checkout) -> None:
     wanted = stub_python(checkout.root / "managed/python3.12", "3.12.4")
     uv = f'[[ "$*" == "python find --system 3.12" ]] && echo "{wanted}"'
     write_program(checkout.bin / "uv", f"#!/usr/bin/env bash\n{uv}\n")
     assert checkout.found() == str(wanted)
 
 
-def test_python_variable_wins_if_it_is_new_enough(checkout: Checkout) -> None:
+def test_python_variable_overrides_the_search_if_new_enough(checkout: Checkout) -> None:
     preferred = stub_python(checkout.bin / "python3.12", "3.12.4")
     asked = stub_python(checkout.root / "asked", "3.13.1")
     assert checkout.found(PYTHON=str(asked)) == str(asked)
@@ -173,7 +173,7 @@ def test_python_variable_wins_if_it_is_new_enough(checkout: Checkout) -> None:
     assert f"PYTHON={old} is Python 3.11.7: looking for another" in result.stderr
 
 
-def test_without_a_python_one_sentence_says_what_to_do_and_nothing_is_made(
+def test_no_python_prints_one_line_and_creates_nothing(
     checkout: Checkout,
 ) -> None:
     stub_python(checkout.bin / "python3", "3.11.7", "is Python 3.11.7")
@@ -197,7 +197,7 @@ def test_without_a_python_one_sentence_says_what_to_do_and_nothing_is_made(
     ],
     ids=["this-python", "too-old", "no-ensurepip", "no-wheel-and-no-compiler"],
 )
-def test_probe_judges_a_real_interpreter(checkout: Checkout, before: str, verdict: str) -> None:
+def test_probe_verdict_of_a_real_interpreter(checkout: Checkout, before: str, verdict: str) -> None:
     probe = checkout.shell(f'. {SCRIPT}; printf %s "$_ENVIRONMENT_PROBE"').stdout
     result = subprocess.run(
         [sys.executable, "-I", "-c", f"import os, sys\n{before}\n{probe}"],
@@ -215,7 +215,7 @@ def test_first_run_installs_and_prints_the_interpreter(ready: Checkout) -> None:
     assert result.stdout == f"{ready.venv}/bin/python\n"
 
 
-def test_a_matching_stamp_skips_pip_and_the_search_within_moments(ready: Checkout) -> None:
+def test_matching_stamp_skips_pip_and_search_within_2_seconds(ready: Checkout) -> None:
     (ready.bin / "python3.12").unlink()
     start = time.perf_counter()
     result = ready.run("dev")
@@ -223,11 +223,11 @@ def test_a_matching_stamp_skips_pip_and_the_search_within_moments(ready: Checkou
     assert (result.returncode, result.stderr) == (0, "")
     assert ready.run().returncode == 0, "fewer extras than installed are satisfied"
     assert len(ready.installs()) == 1
-    assert seconds < 2  # 0.02 s measured; the rest is for a busy machine
+    assert seconds < 2  # 0.02 s measured; the margin is for a busy machine
 
 
 @pytest.mark.parametrize("name", ["setup.py", "constraints.txt", ".venv/pyvenv.cfg"])
-def test_a_stale_stamp_installs_again(ready: Checkout, name: str) -> None:
+def test_stale_stamp_installs_again(ready: Checkout, name: str) -> None:
     with (ready.root / name).open("a") as file:
         file.write("# changed\n")
     assert ready.run().returncode == 0
@@ -236,14 +236,14 @@ def test_a_stale_stamp_installs_again(ready: Checkout, name: str) -> None:
     assert len(ready.installs()) == 2
 
 
-def test_another_extra_is_added_to_those_installed(ready: Checkout) -> None:
+def test_new_extra_is_added_to_installed_ones(ready: Checkout) -> None:
     assert ready.run("evaluation").returncode == 0
     assert ready.installs()[1].endswith(".[dev,evaluation]")
     assert ready.run("evaluation", "dev").returncode == 0
     assert len(ready.installs()) == 2
 
 
-def test_an_unknown_extra_is_refused(checkout: Checkout) -> None:
+def test_unknown_extra_fails(checkout: Checkout) -> None:
     result = checkout.run("devel")
     assert result.returncode != 0
     assert "no extra 'devel'" in result.stderr
@@ -259,7 +259,7 @@ def test_an_unknown_extra_is_refused(checkout: Checkout) -> None:
     ],
     ids=["disk", "network", "other"],
 )
-def test_a_failing_pip_is_explained_and_done_again(
+def test_failed_pip_prints_a_remedy_and_is_repeated(
     checkout: Checkout, pip_says: str, remedy: str
 ) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
@@ -273,7 +273,7 @@ def test_a_failing_pip_is_explained_and_done_again(
     assert len(checkout.installs()) == 2
 
 
-def test_an_interrupted_install_leaves_no_half_installed_package(ready: Checkout) -> None:
+def test_half_installed_package_is_removed_before_reinstall(ready: Checkout) -> None:
     packages = ready.venv / "lib/python3.12/site-packages"
     for name, files in {"half": ["METADATA", "RECORD"], "whole": ["METADATA", "INSTALLER"]}.items():
         (packages / f"{name}-1.0.dist-info").mkdir()
@@ -285,7 +285,7 @@ def test_an_interrupted_install_leaves_no_half_installed_package(ready: Checkout
     assert [path.name for path in packages.glob("*.dist-info")] == ["whole-1.0.dist-info"]
 
 
-def test_a_failed_update_counts_even_if_its_cause_is_undone(ready: Checkout) -> None:
+def test_failed_update_is_repeated_after_its_cause_is_reverted(ready: Checkout) -> None:
     constraints = ready.root / "constraints.txt"
     text = constraints.read_text()
     constraints.write_text("# changed\n")
@@ -295,7 +295,7 @@ def test_a_failed_update_counts_even_if_its_cause_is_undone(ready: Checkout) -> 
     assert len(ready.installs()) == 3
 
 
-def test_a_missing_dataset_helper_is_an_error(checkout: Checkout) -> None:
+def test_missing_dataset_helper_fails(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.14", "3.14.0")
     result = checkout.run(STUB_HELPER="not_compiled")
     assert result.returncode != 0
@@ -303,7 +303,7 @@ def test_a_missing_dataset_helper_is_an_error(checkout: Checkout) -> None:
     assert not checkout.stamp.exists()
 
 
-def test_an_environment_without_a_stamp_is_kept_and_completed(ready: Checkout) -> None:
+def test_environment_without_stamp_is_kept_and_completed(ready: Checkout) -> None:
     ready.stamp.unlink()
     kept = ready.venv / "lib/kept"
     kept.touch()
@@ -314,7 +314,7 @@ def test_an_environment_without_a_stamp_is_kept_and_completed(ready: Checkout) -
     assert ready.stamp.exists()
 
 
-def test_a_copied_checkout_makes_its_environment_anew(ready: Checkout) -> None:
+def test_copied_checkout_recreates_its_environment(ready: Checkout) -> None:
     (ready.venv / "lib/of-the-original").touch()
     copy = Checkout(ready.root.with_name("another checkout"), ready.bin, ready.calls)
     shutil.copytree(ready.root, copy.root)
@@ -325,7 +325,7 @@ def test_a_copied_checkout_makes_its_environment_anew(ready: Checkout) -> None:
     assert ready.run("dev").stderr == ""
 
 
-def test_a_folder_that_is_no_environment_is_refused(checkout: Checkout) -> None:
+def test_folder_that_is_not_an_environment_fails(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
     other = checkout.root / "thesis"
     other.mkdir()
@@ -336,14 +336,14 @@ def test_a_folder_that_is_no_environment_is_refused(checkout: Checkout) -> None:
     assert [path.name for path in other.iterdir()] == ["chapter"]
 
 
-def test_a_folder_left_in_the_midst_of_making_it_is_completed(checkout: Checkout) -> None:
+def test_partly_created_environment_is_completed(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
     (checkout.venv / "bin").mkdir(parents=True)
     (checkout.venv / ".let-lock").touch()
     assert checkout.run().returncode == 0
 
 
-def test_let_venv_may_be_relative(checkout: Checkout) -> None:
+def test_relative_let_venv_is_resolved(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
     code = f'. {SCRIPT}; ensure_environment && echo "$LET_PYTHON"'
     result = checkout.shell(code, LET_VENV="elsewhere")
@@ -351,7 +351,7 @@ def test_let_venv_may_be_relative(checkout: Checkout) -> None:
     assert not checkout.venv.exists()
 
 
-def test_two_callers_at_once_install_once(checkout: Checkout) -> None:
+def test_concurrent_callers_install_once(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
     environment = checkout.environment({"STUB_PIP_SECONDS": "1"})
     callers = [
@@ -363,7 +363,7 @@ def test_two_callers_at_once_install_once(checkout: Checkout) -> None:
     assert len(checkout.installs()) == 1
 
 
-def test_a_caller_waits_for_the_lock(ready: Checkout) -> None:
+def test_second_caller_waits_for_the_lock(ready: Checkout) -> None:
     ready.stamp.unlink()
     with (ready.venv / ".let-lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -389,11 +389,11 @@ def test_sourcing_sets_let_python_and_keeps_the_shell_options(
     assert result.stdout == f"{before}{checkout.venv}/bin/python\n", result.stderr
 
 
-def test_a_strict_caller_stops_when_the_environment_fails(checkout: Checkout) -> None:
+def test_strict_caller_stops_when_the_environment_fails(checkout: Checkout) -> None:
     result = checkout.shell(f"set -euo pipefail; . {SCRIPT}; ensure_environment; echo reached")
     assert result.returncode != 0
     assert result.stdout == ""
 
 
-def test_the_checked_out_script_can_be_run() -> None:
+def test_script_is_executable() -> None:
     assert os.access(ROOT / SCRIPT, os.X_OK)

@@ -1,10 +1,15 @@
-"""setup.py and constraints.txt say the same as the code that they are for."""
+"""The metadata agrees with the code, and an installed wheel has the recipes and the command."""
 
 from __future__ import annotations
 
 import ast
+import json
+import os
 import runpy
+import shutil
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import megatron_let
+from megatron_let.cli.__main__ import COMMANDS
 from megatron_let.compat.patch_table import MEGATRON_VERSIONS, TORCH_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[3]
-# Imported under another name than the package's; triton comes with torch, which pins it.
+# Import name -> distribution, where they differ; torch pins triton.
 PACKAGES = {
     "megatron": "megatron-core",
     "modelopt": "nvidia-modelopt",
@@ -52,7 +58,7 @@ def tested() -> dict[str, str]:
 
 
 class Imports(ast.NodeVisitor):
-    """Collects the top-level names of what a module cannot do without."""
+    """Collects the top-level names of a module's imports, except optional ones."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -75,23 +81,23 @@ def imported_packages(folder: Path) -> set[str]:
     imports = Imports()
     for path in folder.rglob("*.py"):
         imports.visit(ast.parse(path.read_text(encoding="utf-8")))
-    # A program in tools/ imports its neighbours by their bare names.
+    # Scripts in tools/ import each other by their bare names.
     neighbours = {path.stem for path in folder.rglob("*.py")} if folder.name == "tools" else set()
     ours = {"megatron_let", "tests", "tools"} | neighbours
     return {PACKAGES.get(name, name) for name in imports.names - sys.stdlib_module_names - ours}
 
 
-def test_version_is_the_packages(metadata: dict[str, Any]) -> None:
+def test_metadata_has_the_packages_version(metadata: dict[str, Any]) -> None:
     assert metadata["version"] == megatron_let.__version__
 
 
 @pytest.mark.parametrize("folder", ["megatron_let", "tools"])
-def test_every_import_is_declared(folder: str, requirements: dict[str, Requirement]) -> None:
+def test_every_import_is_a_requirement(folder: str, requirements: dict[str, Requirement]) -> None:
     imports = {canonicalize_name(name) for name in imported_packages(ROOT / folder)}
     assert imports <= requirements.keys()
 
 
-def test_every_requirement_has_a_tested_version_in_its_range(
+def test_constraints_pin_every_requirement_within_its_range(
     requirements: dict[str, Requirement], tested: dict[str, str]
 ) -> None:
     for name, requirement in requirements.items():
@@ -102,9 +108,104 @@ def test_every_requirement_has_a_tested_version_in_its_range(
 @pytest.mark.parametrize(
     ("name", "patched"), [("megatron-core", MEGATRON_VERSIONS), ("torch", TORCH_VERSIONS)]
 )
-def test_admitted_versions_are_in_the_patch_tables_range(
+def test_allowed_versions_are_in_the_patch_tables_range(
     name: str, patched: str, requirements: dict[str, Requirement], tested: dict[str, str]
 ) -> None:
     oldest = [bound.version for bound in requirements[name].specifier if bound.operator == ">="]
     for version in [*oldest, tested[name]]:
         assert SpecifierSet(patched).contains(version)
+
+
+# The installed wheel
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The wheel, installed without its dependencies and found before the checkout."""
+
+    folder: Path
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def megatron_let(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(str(self.folder / "bin" / "megatron-let"), *arguments)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("megatron_let", "configs", "tests", "tools"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *flags, str(target), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return Installed(target)
+
+
+def files_of(folder: Path, *suffixes: str) -> set[str]:
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix in suffixes)
+    return {str(path) for path in paths}
+
+
+def test_wheel_has_the_package_the_recipes_and_no_tests(installed: Installed) -> None:
+    names = {path.name for path in installed.folder.iterdir()}
+    version = megatron_let.__version__
+    assert names == {"bin", "megatron_let", f"megatron_let-{version}.dist-info"}
+    package = installed.folder / "megatron_let"
+    assert files_of(package, ".py") == files_of(ROOT / "megatron_let", ".py")
+    recipes = files_of(ROOT / "configs", ".yaml", ".json")
+    assert len(recipes) > 15
+    assert files_of(package / "recipes", ".yaml", ".json") == recipes
+
+
+def test_help_lists_every_command(installed: Installed) -> None:
+    result = installed.megatron_let("--help")
+    assert result.returncode == 0
+    assert all(f"  {name} " in result.stdout for name in COMMANDS)
+    assert "torchrun" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["trian"], []], ids=["unknown", "none"])
+def test_unknown_command_returns_2(installed: Installed, arguments: list[str]) -> None:
+    result = installed.megatron_let(*arguments)
+    assert result.returncode == 2
+    assert "train" in result.stdout + result.stderr
+
+
+def test_help_of_a_command_imports_no_torch(installed: Installed) -> None:
+    """Except `train`, whose flags are Megatron's, and `doctor`."""
+    code = """
+import sys
+from megatron_let.cli.__main__ import COMMANDS, main
+for name in COMMANDS.keys() - {"train", "doctor"}:
+    try:
+        main([name, "--help"])
+    except SystemExit as end:
+        assert end.code == 0, name
+    assert not {"torch", "transformers", "megatron.core"} & sys.modules.keys(), name
+"""
+    result = installed.run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage: megatron-let ") == len(COMMANDS) - 2
+
+
+def test_config_takes_the_name_of_a_packaged_recipe(installed: Installed) -> None:
+    flags = ("--gpus", "1", "--gpu", "a100-80g", "--json")
+    result = installed.megatron_let("plan", "--config", "let_7b_deepspeed_1gpu", *flags)
+    assert result.returncode == 0, result.stderr
+    # The recipe's DeepSpeed config is packaged with it.
+    assert json.loads(result.stdout)["zero"]["offload_optimizer"]
+    code = "from megatron_let.config.recipes import *; load_recipe(Path('let_8b'))"
+    result = installed.run("-c", code)
+    assert "let_8b" in result.stderr and "let_7b, let_7b_deepspeed" in result.stderr

