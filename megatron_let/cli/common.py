@@ -1,0 +1,62 @@
+"""What every command shares: exit codes, error messages, consoles and quiet imports."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+
+from rich.console import Console
+
+from megatron_let.config.recipes import RecipeError
+from megatron_let.errors import LETError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def run_command(
+    name: str, command: Callable[[Console], int], on_interrupt: str = "interrupted"
+) -> int:
+    """Run a command's body and turn its errors into one line on stderr and an exit code.
+
+    Args:
+        name: printed before an error, as in `plan: error: The recipe ...`.
+        command: takes a console on stderr for messages, returns the exit code.
+        on_interrupt: printed after Ctrl-C.
+
+    Returns:
+        The command's exit code, 2 after a `LETError` or `RecipeError`, 130 after Ctrl-C.
+    """
+    # Megatron and transformers report missing GPU packages when they are imported.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    console = Console(stderr=True)
+    try:
+        return command(console)
+    except (LETError, RecipeError) as error:
+        say(console, f"{name}: error: {error}", "red")
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        say(console, f"{name}: {on_interrupt}", "red")
+        return INTERRUPTED
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: not wrapped, and brackets are not markup."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def output_console(width: int = 200) -> Console:
+    """Return a console on stdout; a pipe or file gets `width` columns, so tables are not cut."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+def command_line() -> str:
+    """Return the command as the user typed it, for the provenance of a result."""
+    program, *arguments = sys.argv
+    # The dispatcher sets sys.argv[0] to "megatron-let NAME"; a script was started by Python.
+    words = program.split() if program.startswith("megatron-let ") else ["python", program]
+    return shlex.join([*words, *arguments])
