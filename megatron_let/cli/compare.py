@@ -10,30 +10,24 @@ evaluation/results.json) or the metrics file itself. Runs of one NAME are seeds 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from megatron_let.cli.local_run import new_console
-from megatron_let.errors import LETError
+from megatron_let.cli.common import command_line, output_console, run_command, say
 from megatron_let.metrics.compare import ComparedRun, compare, find_baseline, load_run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare the runs; return the exit code: 2 if they cannot be compared."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Compare the runs; return the exit code."""
     given = _parser().parse_args(argv)
-    command = shlex.join(["python", "tools/compare_runs.py", *argv])
-    try:
-        runs = [_load(text) for text in given.runs]
-        report(runs, given.baseline, given.out, given.title, command, new_console())
-    except LETError as error:
-        print(f"compare_runs: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("compare", lambda console: _compare(given))
+
+
+def _compare(given: argparse.Namespace) -> int:
+    runs = [_load(text) for text in given.runs]
+    report(runs, given.baseline, given.out, given.title, command_line())
     return 0
 
 
@@ -43,7 +37,6 @@ def report(
     out: Path,
     title: str,
     command: str,
-    console: Console,
 ) -> None:
     """Print the tables, and write the page, the pictures and the CSV files.
 
@@ -52,8 +45,7 @@ def report(
         baseline: name of the baseline; None selects the one without a teacher.
         out: folder to write to.
         title: title of the report.
-        command: the command that made the runs, for the provenance.
-        console: prints the tables.
+        command: the command that made the report, for the provenance.
 
     Raises:
         LETError: there is no baseline.
@@ -63,15 +55,16 @@ def report(
     from megatron_let.metrics.provenance import provenance
 
     variants = compare(runs, find_baseline(runs, baseline))
+    console = output_console()
     if pair := reports.two_runs(variants):
         console.print(_table("held-out loss", reports.step_rows(*pair)))
     # One column per variant: a row of all figures is wider than a terminal.
     rows = zip(reports.COLUMNS, *reports.table_rows(variants), strict=True)
     console.print(_table(title, list(rows)))
     for note in reports.notes(variants):
-        console.print(f"- {note}", soft_wrap=True)
+        say(console, f"- {note}")
     for path in reports.write_comparison(out, title, variants, provenance(command)):
-        console.print(f"written: {path}", soft_wrap=True)
+        say(console, f"written: {path}")
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_let.cli.common import say
 from megatron_let.errors import LETError
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.metrics.sweep import SweepRun
@@ -22,12 +23,7 @@ METRICS = "metrics.jsonl"
 _POLL_SECONDS = 0.5
 
 
-def new_console() -> Console:
-    """Return a console that is wide enough for the tables when the output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-
-
-def run_environment(data: Path, teacher: Path | str) -> dict[str, str]:
+def run_environment(data: Path, teacher: Path) -> dict[str, str]:
     """Return the environment of a run: the recipes' variables, all cores, and no network."""
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     variables = {"DATA": str(data), "TEACHER": str(teacher)}
@@ -57,7 +53,7 @@ def train_locally(
     metrics, log = output / METRICS, output / "train.log"
     done = load_metrics(metrics)
     if done.last_step >= run.num_steps and run.num_steps in done.valid_loss:
-        console.print(f"      {run.variant}: already done")
+        say(console, f"      {run.variant}: already done")
         return
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -111,7 +107,7 @@ def _follow(
         progress.update(task, completed=step, status=status)
         # A log file has no moving bar: print the first step and every tenth of the run.
         if not progress.console.is_terminal and step >= printed:
-            progress.console.print(f"      {run.variant} step {step}/{steps} {status}")
+            say(progress.console, f"      {run.variant} step {step}/{steps} {status}")
             printed = (step * 10 // steps + 1) * steps // 10
 
 

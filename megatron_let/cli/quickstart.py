@@ -18,17 +18,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_let.cli.common import output_console, run_command, say
 from megatron_let.cli.compare import report
-from megatron_let.cli.local_run import ROOT, new_console, run_environment, train_locally
+from megatron_let.cli.local_run import ROOT, run_environment, train_locally
 from megatron_let.data.environment_text import environment_text
-from megatron_let.data.indexed import write_indexed
-from megatron_let.data.text_tokenizer import load_hugging_face
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
-from megatron_let.metrics.compare import load_run
+from megatron_let.metrics.compare import ComparedRun, load_run
 from megatron_let.metrics.sweep import load_sweep, runs_of
-from megatron_let.teacher.inspect import inspect_teacher
-from megatron_let.teacher.package import packaged_teacher
 
 SIGNATURE = "quickstart.json"
 _SWEEP = ROOT / "configs" / "sweep_head_to_head.yaml"
@@ -43,28 +40,30 @@ def main(argv: list[str] | None = None) -> int:
     """Run all stages; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
-    console = new_console()
-    start = time.monotonic()
-    try:
-        with _claimed_output(options):
-            console.print(f"[1/4] teacher: {options.teacher or 'SmolLM2-135M from its package'}")
-            teacher = inspect_teacher(options.teacher or packaged_teacher()).path
-            texts = map(str, options.text or ["sources and documents of this Python environment"])
-            console.print(f"[2/4] text: {', '.join(texts)}")
-            _prepare_data(options, teacher, console)
-        console.print(f"[3/4] two runs of {options.steps} steps, same seed and data order")
-        folders = _train(options, teacher, console)
-    except LETError as error:
-        console.print(f"quickstart: error: {error}", style="red", soft_wrap=True)
-        return 2
-    console.print("[4/4] report")
     command = shlex.join(["bash", "launch/quickstart.sh", *argv])
+    return run_command("quickstart", lambda console: _quickstart(options, command))
+
+
+def _quickstart(options: argparse.Namespace, command: str) -> int:
+    # Imported once Megatron's and transformers' warnings are off.
+    from megatron_let.teacher.inspect import inspect_teacher
+    from megatron_let.teacher.package import packaged_teacher
+
+    start, console = time.monotonic(), output_console()
+    with _claimed_output(options):
+        say(console, f"[1/4] teacher: {options.teacher or 'SmolLM2-135M from its package'}")
+        teacher = inspect_teacher(options.teacher or packaged_teacher()).path
+        texts = map(str, options.text or ["sources and documents of this Python environment"])
+        say(console, f"[2/4] text: {', '.join(texts)}")
+        _prepare_data(options, teacher, console)
+    say(console, f"[3/4] two runs of {options.steps} steps, same seed and data order")
+    runs = _train(options, teacher, console)
+    say(console, "[4/4] report")
     title = "The same student without and with the teacher"
-    runs = [load_run(name, folder) for name, folder in folders.items()]
-    report(runs, None, options.output / "comparison", title, command, console)
-    for name, folder in folders.items():
-        console.print(f"{name}: {folder}", soft_wrap=True)
-    console.print(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    report(runs, None, options.output / "comparison", title, command)
+    for run in runs:
+        say(console, f"{run.name}: {run.path}")
+    say(console, f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return 0
 
 
@@ -122,6 +121,9 @@ def _claimed_output(options: argparse.Namespace) -> Iterator[None]:
 
 def _prepare_data(options: argparse.Namespace, tokenizer: Path, console: Console) -> None:
     """Tokenise the text once into a training and a held-out set."""
+    from megatron_let.data.indexed import write_indexed
+    from megatron_let.data.text_tokenizer import load_hugging_face
+
     folder = options.output / "data"
     counts_file = folder / "counts.json"
     if not counts_file.is_file():
@@ -138,7 +140,7 @@ def _prepare_data(options: argparse.Namespace, tokenizer: Path, console: Console
                 )
         write_json(counts_file, counts)
     for name, count in json.loads(counts_file.read_text()).items():
-        console.print(f"      {name}: {count['documents']} documents, {count['tokens']:,} tokens")
+        say(console, f"      {name}: {count['documents']} documents, {count['tokens']:,} tokens")
 
 
 def _documents(options: argparse.Namespace) -> Iterator[str]:
@@ -177,8 +179,8 @@ def _split(documents: list[str]) -> tuple[list[str], list[str]]:
     return held_out, documents
 
 
-def _train(options: argparse.Namespace, teacher: Path, console: Console) -> dict[str, Path]:
-    """Train both variants; return their folders by name."""
+def _train(options: argparse.Namespace, teacher: Path, console: Console) -> list[ComparedRun]:
+    """Train both variants of the sweep."""
     flags = {
         "--train-iters": options.steps,
         "--lr-warmup-iters": max(1, options.steps // 10),
@@ -186,8 +188,9 @@ def _train(options: argparse.Namespace, teacher: Path, console: Console) -> dict
     }
     more = [str(word) for flag in flags.items() for word in flag]
     environment = run_environment(options.output / "data", teacher)
-    folders = {}
-    for run in runs_of(load_sweep(_SWEEP, ROOT), [_SEED], more):
-        folders[run.variant] = options.output / run.variant
-        train_locally(run, folders[run.variant], environment, console)
-    return folders
+    trained = []
+    for run in runs_of(load_sweep(_SWEEP), [_SEED], more):
+        folder = options.output / run.variant
+        train_locally(run, folder, environment, console)
+        trained.append(load_run(run.variant, folder))
+    return trained

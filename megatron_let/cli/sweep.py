@@ -10,45 +10,49 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from megatron_let.cli.common import command_line, output_console, run_command, say
 from megatron_let.cli.compare import report
-from megatron_let.cli.local_run import METRICS, ROOT, new_console, run_environment, train_locally
-from megatron_let.config.recipes import RecipeError
+from megatron_let.cli.local_run import METRICS, ROOT, run_environment, train_locally
 from megatron_let.errors import LETError
 from megatron_let.metrics.compare import load_run
-from megatron_let.metrics.sweep import Sweep, SweepRun, load_sweep, runs_of, sbatch_line
+from megatron_let.metrics.sweep import SweepRun, load_sweep, runs_of, sbatch_line
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sweep; return the exit code: 1 if a run failed, 2 if it could not begin."""
+    """Run the sweep; return the exit code: 1 if a run failed, 2 if the sweep could not begin."""
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    given = _parser().parse_args(argv[:split])
-    console = new_console()
-    try:
-        sweep = load_sweep(given.sweep, ROOT)
-        for text in given.recipe:
-            name, _, file = text.partition("=")
-            sweep.recipes[name] = Path(file)
-        runs = runs_of(sweep, given.seeds, argv[split + 1 :])
-        if given.sbatch:
-            for run in runs:
-                print(sbatch_line(run, ROOT / "launch"))
-            return 0
-        output = given.output.resolve()
-        folders = {output / run.variant / f"seed-{run.seed}": run for run in runs}
-        failed = _train_all(folders, given.nproc_per_node, console)
-        _compare(sweep, folders, output / "comparison", argv, console)
-    except (LETError, RecipeError) as error:
-        print(f"sweep: error: {error}", file=sys.stderr)
-        return 2
+    given, more = _parser().parse_args(argv[:split]), argv[split + 1 :]
+    return run_command("sweep", lambda console: _sweep(given, more, console))
+
+
+def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
+    sweep = load_sweep(given.sweep)
+    for text in given.recipe:
+        name, _, file = text.partition("=")
+        sweep.recipes[name] = Path(file)
+    runs = runs_of(sweep, given.seeds, more)
+    if given.sbatch:
+        for run in runs:
+            print(sbatch_line(run, ROOT / "launch"))
+        return 0
+    output = given.output.resolve()
+    folders = {output / run.variant / f"seed-{run.seed}": run for run in runs}
+    failed = _train_all(folders, given.nproc_per_node)
+    found = [
+        load_run(run.variant, folder)
+        for folder, run in folders.items()
+        if (folder / METRICS).is_file()
+    ]
+    if any(run.name == sweep.baseline for run in found):
+        report(found, sweep.baseline, output / "comparison", sweep.title, command_line())
     for name, message in failed.items():
-        print(f"sweep: error: {name}: {message}", file=sys.stderr)
+        say(errors, f"sweep: error: {name}: {message}", "red")
     return 1 if failed else 0
 
 
@@ -66,20 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_all(
-    folders: dict[Path, SweepRun], nproc_per_node: int, console: Console
-) -> dict[str, str]:
+def _train_all(folders: dict[Path, SweepRun], nproc_per_node: int) -> dict[str, str]:
     """Train each run that is not done; return the messages of those that failed."""
-    environment = _environment()
+    environment, console = _environment(), output_console()
     failed = {}
     for number, (folder, run) in enumerate(folders.items(), start=1):
-        console.print(f"[{number}/{len(folders)}] {run.name}")
+        say(console, f"[{number}/{len(folders)}] {run.name}")
         try:
             train_locally(run, folder, environment, console, nproc_per_node)
         except LETError as error:
             # The other runs are still worth their time.
             failed[run.name] = str(error)
-            console.print(f"      {error}", style="red")
+            say(console, f"      {error}", "red")
     return failed
 
 
@@ -90,23 +92,9 @@ def _environment() -> dict[str, str]:
             "The environment variable DATA is not set; export the data of the recipes, such as"
             " runs/quickstart/data, which launch/quickstart.sh makes."
         )
+    from megatron_let.teacher.inspect import inspect_teacher
+    from megatron_let.teacher.package import packaged_teacher
+
     teacher = os.environ.get("TEACHER")
-    if not teacher:
-        from megatron_let.teacher.inspect import inspect_teacher
-        from megatron_let.teacher.package import packaged_teacher
-
-        teacher = str(inspect_teacher(packaged_teacher()).path)
-    return run_environment(Path(os.environ["DATA"]).resolve(), teacher)
-
-
-def _compare(
-    sweep: Sweep, folders: dict[Path, SweepRun], out: Path, argv: list[str], console: Console
-) -> None:
-    found = [
-        load_run(run.variant, folder)
-        for folder, run in folders.items()
-        if (folder / METRICS).is_file()
-    ]
-    if any(run.name == sweep.baseline for run in found):
-        command = shlex.join(["python", "tools/sweep.py", *argv])
-        report(found, sweep.baseline, out, sweep.title, command, console)
+    folder = inspect_teacher(Path(teacher) if teacher else packaged_teacher()).path
+    return run_environment(Path(os.environ["DATA"]).resolve(), folder)

@@ -72,12 +72,8 @@ class SweepRun:
         return int(steps)
 
 
-def load_sweep(path: Path, root: Path) -> Sweep:
-    """Load a sweep file.
-
-    Args:
-        path: the file.
-        root: folder that its recipes are relative to.
+def load_sweep(path: Path) -> Sweep:
+    """Load a sweep file, whose recipes are relative to its own folder, or to the current one.
 
     Raises:
         RecipeError: the file does not exist or is not a valid sweep.
@@ -94,12 +90,17 @@ def load_sweep(path: Path, root: Path) -> Sweep:
     sweep = Sweep(
         title=str(values["title"]),
         baseline=str(values["baseline"]),
-        recipes={name: root / file for name, file in values["recipes"].items()},
+        recipes={name: _recipe(path, file) for name, file in values["recipes"].items()},
         seeds=tuple(values["seeds"]),
         variants={str(name): dict(flags) for name, flags in values["variants"].items()},
     )
     _check(path, sweep)
     return sweep
+
+
+def _recipe(sweep: Path, file: str) -> Path:
+    beside = sweep.parent / file
+    return beside if beside.is_file() else Path(file)
 
 
 def _check(path: Path, sweep: Sweep) -> None:
