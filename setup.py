@@ -6,7 +6,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-README = ROOT / "README.md"
 
 
 def read_version() -> str:
@@ -22,10 +21,14 @@ setup(
     name="megatron_let",
     version=read_version(),
     description="Late-to-Early Training on Megatron-Core",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["megatron_let", "megatron_let.*"]),
+    packages=[*find_packages(include=["megatron_let", "megatron_let.*"]), "megatron_let.recipes"],
+    # The recipes are edited in configs/; `--config NAME` finds them in an installed package too.
+    package_dir={"megatron_let.recipes": "configs"},
+    package_data={"megatron_let.recipes": ["*.yaml", "deepspeed/*.json"]},
+    entry_points={"console_scripts": ["megatron-let = megatron_let.cli.__main__:main"]},
     python_requires=">=3.12",
     install_requires=[
         # Inside the range of compat/patch_table.py, whose patches name symbols of these.

@@ -45,8 +45,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: no such file, no YAML, or a setting that stands twice.
     """
-    if not path.is_file():
-        raise RecipeError(f"The recipe {path} does not exist; see configs/ for those there are.")
+    path = find_recipe(path)
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except _DuplicateKeyError as error:
@@ -65,6 +64,28 @@ def load_recipe(path: Path) -> dict[str, Any]:
                 raise RecipeError(f"The recipe {path} sets {name} twice.")
             settings[str(name)] = _in_folder(value, path.parent)
     return settings
+
+
+def find_recipe(path: Path) -> Path:
+    """Return `path` if it is a file, else the packaged recipe of that name, such as `let_7b`.
+
+    Raises:
+        RecipeError: neither exists; lists the packaged recipes.
+    """
+    if path.is_file():
+        return path
+    # A wheel has configs/ as megatron_let/recipes; a checkout has it beside the package.
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    packaged = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if len(path.parts) == 1 and packaged.is_file():
+        return packaged
+    names = [file.stem for file in sorted(folder.glob("*.yaml"))]
+    raise RecipeError(
+        f"The recipe {path} does not exist; give a file, or one of"
+        f" {', '.join(name for name in names if not name.startswith('sweep_'))}."
+    )
 
 
 def _in_folder(value: Any, folder: Path) -> Any:

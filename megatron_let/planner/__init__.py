@@ -1,1 +1,1 @@
-"""Memory, arithmetic and step time of a run before it starts. Pure, but for reading configs."""
+"""Predicts a run's memory, FLOPs and step time before it starts."""

@@ -1,8 +1,8 @@
-"""Memory of one rank in the steady state of training, in bytes that the allocator hands out.
+"""Memory of one rank in the steady state of training, in bytes that the allocator returns.
 
-What a layer keeps for its backward is counted for a RoPE transformer with RMSNorm and an attention
-that saves no scores (flash, or torch's). The CUDA context, NCCL's buffers and fragmentation come on
-top: leave 10 % of the device to them.
+Activations are counted for a RoPE transformer with RMSNorm and an attention that saves no scores
+(flash, or torch's SDPA). The CUDA context, NCCL's buffers and fragmentation are not included: leave
+10 % of the device for them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is cut over GPUs.
+    """How a run is parallelised.
 
     Attributes:
         tp, pp, cp, dp: parallel sizes.
-        num_chunks: model chunks of a stage (virtual pipeline).
+        num_chunks: model chunks per stage (virtual pipeline).
         micro_batch_size: b.
-        num_microbatches: of a global batch and replica.
-        recompute: of whole layers; `selective` recomputation saves nothing beside such attention.
-        recompute_layers: of each stage, for `block`.
+        num_microbatches: per replica and global batch.
+        recompute: of whole layers; with such attention `selective` recomputation saves nothing.
+        recompute_layers: per stage, for `block`.
         sequence_parallel: Megatron's flag of that name.
-        distributed_optimizer: its state is cut over dp and cp.
+        distributed_optimizer: the optimizer's state is sharded over dp and cp.
     """
 
     tp: int
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def pipeline(self) -> Pipeline:
-        """Its schedule."""
+        """The pipeline schedule."""
         return Pipeline(self.pp, self.num_microbatches, self.num_chunks)
 
 
@@ -56,12 +56,12 @@ class StageMemory:
     """Bytes of one rank of a stage.
 
     Attributes:
-        activations: at their peak, of all microbatches in flight.
-        teacher_weights: 0 on a stage that never runs it.
-        teacher_buffers: states that are held, and what the teacher's forward needs beyond what
-            the student's passes do at another time.
-        buffers: gathered parameters and buckets of gradients; DeepSpeed's ZeRO only.
-        host: in the host's memory, not in the total.
+        activations: peak, of all microbatches in flight.
+        teacher_weights: 0 on a stage that never runs the teacher.
+        teacher_buffers: buffered teacher states, and what the teacher's forward needs beyond the
+            work memory of the student's passes, which is free at that time.
+        buffers: gathered parameters and gradient buckets; DeepSpeed's ZeRO only.
+        host: host memory, not in the total.
     """
 
     params: int
@@ -80,24 +80,24 @@ class StageMemory:
         object.__setattr__(self, "total", total)
 
     def gib(self) -> dict[str, float]:
-        """The same in GiB."""
+        """Return all fields in GiB."""
         return {key: value / 2**30 for key, value in asdict(self).items()}
 
 
 def stage_params(size: TransformerSize, layout: Layout, stage: int) -> int:
-    """Parameters of one rank of a stage."""
+    """Return the parameters of one rank of a stage."""
     params = size.num_layers // layout.pp * size.layer_params
     first, last = stage == 0, stage == layout.pp - 1
     if first or (last and size.tied):
         params += size.embedding_params
     if last and not size.tied:
         params += size.embedding_params
-    # The norms are not cut, but they are nothing beside the matrices.
+    # Norms are replicated over TP, but negligible.
     return params // layout.tp
 
 
 def stage_memory(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> StageMemory:
-    """Of one rank without a teacher: bf16 parameters, fp32 gradients, Adam on fp32 copies."""
+    """Return one rank's memory without a teacher: bf16 weights, fp32 gradients, fp32 Adam."""
     params = stage_params(size, layout, stage)
     shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
     return StageMemory(
@@ -109,7 +109,7 @@ def stage_memory(size: TransformerSize, layout: Layout, seq_length: int, stage: 
 
 
 def activations(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
-    """Kept by one rank of a stage for its backward passes, at their peak."""
+    """Return the peak of what one rank of a stage keeps for its backward passes."""
     tokens = layout.micro_batch_size * seq_length // layout.cp
     layers = _layers_of_chunk(size, layout)
     recomputed = _recomputed_layers(size, layout)
@@ -120,9 +120,9 @@ def activations(size: TransformerSize, layout: Layout, seq_length: int, stage: i
 
 
 def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
-    """What the student's passes need beside what waits for a backward: the head, or one layer's.
+    """Return the temporary memory of the student's passes: the larger of the head and one layer.
 
-    A recomputed layer is whole again in its backward; the head has been freed by then.
+    The backward of a recomputed layer holds all of its activations; the head is freed by then.
     """
     tokens = layout.micro_batch_size * seq_length // layout.cp
     head = tokens * _head_bytes(size, layout) if stage == layout.pp - 1 else 0
@@ -135,7 +135,7 @@ def _layers_of_chunk(size: TransformerSize, layout: Layout) -> int:
 
 
 def _recomputed_layers(size: TransformerSize, layout: Layout) -> int:
-    """Of a chunk."""
+    """Return the recomputed layers of a chunk."""
     layers = _layers_of_chunk(size, layout)
     block = min(layout.recompute_layers, layers)
     return {"none": 0, "full": layers}.get(layout.recompute, block)
@@ -146,10 +146,10 @@ def _sequence_split(layout: Layout) -> int:
 
 
 def _layer_bytes(size: TransformerSize, layout: Layout) -> int:
-    """Kept for the backward by one layer for one token.
+    """Return what one layer keeps per token for its backward.
 
-    bf16 inputs and outputs of the two norms; queries, keys and values before and after the rotary
-    embedding (values once); the attention's output; the MLP's first product and its activation.
+    In bf16: inputs and outputs of the two norms; queries, keys and values before and after the
+    rotary embedding (values once); the attention's output; the MLP's first product and activation.
     """
     heads = size.head_dim * (3 * size.num_heads + 3 * size.num_kv_heads)
     mlp = (3 if size.gated else 2) * size.ffn_hidden_size
@@ -158,37 +158,39 @@ def _layer_bytes(size: TransformerSize, layout: Layout) -> int:
 
 
 def _layer_backward_bytes(size: TransformerSize, layout: Layout) -> int:
-    """Gradients alive at once in one layer's backward, for one token: of its output, and of the
-    MLP's first product, whose activation's own takes the place of what the layer has kept.
+    """Return the gradients alive at once in one layer's backward, per token.
+
+    They are those of the layer's output and of the MLP's first product. The gradient of the
+    activation reuses memory that the layer kept.
     """
     product = (2 if size.gated else 1) * size.ffn_hidden_size
     return _BF16 * (size.hidden_size // _sequence_split(layout) + product // layout.tp)
 
 
 def _head_bytes(size: TransformerSize, layout: Layout) -> int:
-    """Final norm, logits in bf16 and in fp32 for the cross entropy, for one token."""
+    """Return final norm and logits per token, in bf16 and in fp32 for the cross entropy."""
     norm = 2 * _BF16 * size.hidden_size // _sequence_split(layout)
     return norm + (_BF16 + _FP32) * size.vocab_size // layout.tp
 
 
 def _chunks_in_flight(layout: Layout, stage: int) -> int:
-    """Model chunks whose forward of a microbatch waits for its backward, at most."""
+    """Return the most (microbatch, chunk) pairs between forward and backward at once."""
     total = layout.num_microbatches * layout.num_chunks
     return min(layout.pipeline.num_warmup(stage) + 1, total)
 
 
 def teacher_weights(teacher: TransformerSize) -> int:
-    """The whole teacher in bf16, without an output layer."""
+    """Return the whole teacher in bf16, without an output layer."""
     return _BF16 * (teacher.num_layers * teacher.layer_params + teacher.embedding_params)
 
 
 def teacher_state(teacher: TransformerSize, layout: Layout, seq_length: int) -> int:
-    """One microbatch's state on one rank, [s_local, b, d_T] in bf16."""
+    """Return one microbatch's teacher state on one rank, [s_local, b, d_T] in bf16."""
     local = seq_length // layout.cp // _sequence_split(layout)
     return _BF16 * local * layout.micro_batch_size * teacher.hidden_size
 
 
 def teacher_work(teacher: TransformerSize, samples: int, seq_length: int) -> int:
-    """What a forward pass of the teacher over some samples needs at once: the MLP of one layer."""
+    """Return the peak of a teacher forward over `samples`: the MLP of one layer."""
     mlp = (3 if teacher.gated else 2) * teacher.ffn_hidden_size
     return _BF16 * samples * seq_length * (3 * teacher.hidden_size + mlp)

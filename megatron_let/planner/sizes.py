@@ -1,12 +1,10 @@
-"""Parameters and floating-point operations of a transformer, from its sizes."""
+"""Parameters and FLOPs of a transformer, from its sizes."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import AutoConfig
 
 from megatron_let.errors import LETError
 
@@ -18,8 +16,8 @@ class TransformerSize:
     Attributes:
         num_kv_heads: key and value heads (query groups).
         head_dim: of one attention head.
-        gated: the MLP has a gate (SwiGLU): three matrices instead of two.
-        vocab_size: padded rows of the embedding.
+        gated: the MLP is gated (SwiGLU): three matrices instead of two.
+        vocab_size: rows of the embedding, padding included.
         tied: the output layer is the embedding.
     """
 
@@ -35,40 +33,40 @@ class TransformerSize:
 
     @property
     def layer_params(self) -> int:
-        """Parameters of one layer, its two norms included."""
+        """Parameters of one layer, including its two norms."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.gated else 2) * self.hidden_size * self.ffn_hidden_size
         return attention + mlp + 2 * self.hidden_size
 
     @property
     def largest_matrix(self) -> int:
-        """Parameters of the largest one of a layer."""
+        """Parameters of a layer's largest matrix."""
         heads = self.num_heads + 2 * self.num_kv_heads
         mlp = (2 if self.gated else 1) * self.ffn_hidden_size
         return self.hidden_size * max(heads * self.head_dim, mlp)
 
     @property
     def embedding_params(self) -> int:
-        """Parameters of the embedding, and of an output layer of its own."""
+        """Parameters of the embedding, or of an untied output layer."""
         return self.vocab_size * self.hidden_size
 
     def layer_forward_flops(self, seq_length: int) -> int:
-        """Operations of one layer for one token, whole attention matrix (no causal half)."""
+        """Return FLOPs of one layer per token, with the full attention matrix (not causal)."""
         scores = 4 * seq_length * self.num_heads * self.head_dim
         return 2 * self.layer_params + scores
 
     @property
     def logits_forward_flops(self) -> int:
-        """Operations of the output layer for one token."""
+        """FLOPs of the output layer per token."""
         return 2 * self.embedding_params
 
     def forward_flops(self, seq_length: int, logits: bool) -> int:
-        """Operations of all layers for one token."""
+        """Return FLOPs of all layers per token."""
         layers = self.num_layers * self.layer_forward_flops(seq_length)
         return layers + (self.logits_forward_flops if logits else 0)
 
 
-# Small models that the paper and this repository teach with, for planning without their files.
+# Teachers of the paper and of this repository, to plan without their files.
 TEACHERS = {
     "smollm2-135m": TransformerSize(30, 576, 1536, 9, 3, 64, True, 49152, True),
     "smollm2-1.7b": TransformerSize(24, 2048, 8192, 32, 32, 64, True, 49152, True),
@@ -79,7 +77,7 @@ TEACHERS = {
 
 
 def teacher_size(name: str) -> TransformerSize:
-    """Of a name in `TEACHERS`, or of a Hugging Face folder.
+    """Return the sizes of a name in `TEACHERS` or of a Hugging Face folder.
 
     Raises:
         LETError: it is neither.
@@ -88,9 +86,11 @@ def teacher_size(name: str) -> TransformerSize:
         return TEACHERS[name.lower()]
     if not (Path(name) / "config.json").is_file():
         raise LETError(
-            f"The teacher {name} is no folder of a model and none of {', '.join(TEACHERS)}; give"
+            f"The teacher {name} is neither a model folder nor one of {', '.join(TEACHERS)}; give"
             " --teacher one of them."
         )
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     heads, hidden = config.num_attention_heads, config.hidden_size
     inner = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
@@ -108,7 +108,7 @@ def teacher_size(name: str) -> TransformerSize:
 
 
 def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> TransformerSize:
-    """Of Megatron's arguments, its vocabulary padded as Megatron pads it."""
+    """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does."""
     heads, hidden = args.num_attention_heads, args.hidden_size
     multiple = args.make_vocab_size_divisible_by * tp
     default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden

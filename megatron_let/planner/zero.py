@@ -1,7 +1,7 @@
-"""Memory and step time of one rank under DeepSpeed's ZeRO, from its config. Needs no DeepSpeed.
+"""Memory and step time of one rank under DeepSpeed's ZeRO, from its config, without DeepSpeed.
 
-Counted as DeepSpeed 0.19.8 allocates it for bf16 parameters and fp32 masters, with gradients
-accumulated and reduced in fp32 from stage 1 on, as the engine's configs have it.
+It counts what DeepSpeed 0.19.8 allocates for bf16 parameters and fp32 master weights. From stage 1
+on, gradients are accumulated and reduced in fp32, as the engine's configs set it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_let.errors import LETError
-from megatron_let.placement.plan import samples_split
+from megatron_let.placement.plan import Placement, samples_split
 from megatron_let.placement.simulate import Costs, Owner
-from megatron_let.planner.estimate import Estimate, Gpu, Request, stage_costs
+from megatron_let.planner.estimate import Estimate, Request, stage_costs
+from megatron_let.planner.hardware import Gpu
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -28,22 +29,22 @@ from megatron_let.planner.sizes import TransformerSize
 _BF16 = 2
 _FP32 = 4
 _MOMENTS = 2 * _FP32
-_GPUS_OF_A_NODE = 8
-# Parameters that ZeRO-3 steps at a time, DeepSpeed's `sub_group_size`.
+_GPUS_PER_NODE = 8
+# Parameters per optimizer step of ZeRO-3, DeepSpeed's `sub_group_size`.
 _SUB_GROUP = 1_000_000_000
-# DeepSpeed's CPU Adam, for one parameter: four fp32 are read, three and a bf16 are written.
+# Bytes per parameter of DeepSpeed's CPU Adam: it reads four fp32, writes three fp32 and a bf16.
 _ADAM_TRAFFIC = 7 * _FP32 + _BF16
 
 
 @dataclass(frozen=True)
 class Zero:
-    """The part of a DeepSpeed config that memory and time depend on; names are DeepSpeed's.
+    """The settings of a DeepSpeed config that memory and time depend on; names are DeepSpeed's.
 
     Attributes:
         stage: 0 to 3.
-        offload_optimizer, offload_param: to the host's memory.
-        pin_memory: the optimizer's host buffers are pinned, in powers of two.
-        reduce_bucket_size: elements of the gradients' bucket.
+        offload_optimizer, offload_param: to host memory.
+        pin_memory: the optimizer's host buffers are pinned, with sizes rounded to powers of two.
+        reduce_bucket_size: elements of the gradient bucket.
         max_live_parameters: elements that ZeRO-3 keeps gathered at most.
         overlap_comm: gradients are reduced during the backward pass.
         shard_teacher: `--let-teacher-shard`.
@@ -59,15 +60,15 @@ class Zero:
     shard_teacher: bool = False
 
     def shards(self, dp: int, first_stage: int) -> int:
-        """Ranks over which what is sharded from `first_stage` on is cut."""
+        """Return the number of shards of a state that ZeRO shards from `first_stage` on."""
         return dp if self.stage >= first_stage else 1
 
 
 def zero_from_config(config: Mapping[str, Any], shard_teacher: bool) -> Zero:
-    """Of a completed DeepSpeed config (`ds_config.complete_config`); defaults are DeepSpeed's.
+    """Read a completed DeepSpeed config (`ds_config.complete_config`); defaults are DeepSpeed's.
 
     Raises:
-        LETError: it offloads to another device than the CPU.
+        LETError: it offloads to a device other than the CPU.
     """
     section = config["zero_optimization"]
     optimizer = section.get("offload_optimizer") or {}
@@ -75,8 +76,8 @@ def zero_from_config(config: Mapping[str, Any], shard_teacher: bool) -> Zero:
     for offload in (optimizer, parameters):
         if offload.get("device", "none") not in ("none", "cpu"):
             raise LETError(
-                f"The planner knows offload to the cpu, and the DeepSpeed config says"
-                f" {offload['device']}; plan it with cpu for an upper bound of the host's memory."
+                f"The planner supports offload to cpu only, and the DeepSpeed config says"
+                f" {offload['device']}; plan with cpu for an upper bound of host memory."
             )
     live = section.get("stage3_max_live_parameters", section.get("max_live_parameters"))
     return Zero(
@@ -92,7 +93,7 @@ def zero_from_config(config: Mapping[str, Any], shard_teacher: bool) -> Zero:
 
 
 def zero_memory(request: Request, layout: Layout, zero: Zero) -> StageMemory:
-    """Of one rank, at its fullest: with the activations of a microbatch."""
+    """Return one rank's peak memory, which includes the activations of one microbatch."""
     student, params = request.student, stage_params(request.student, layout, 0)
     on_device = _model_states(params, layout.dp, zero)
     memory = StageMemory(
@@ -107,7 +108,7 @@ def zero_memory(request: Request, layout: Layout, zero: Zero) -> StageMemory:
 
 
 def _model_states(params: int, dp: int, zero: Zero) -> dict[str, int]:
-    """Parameters, gradients and optimizer on the GPU, in bytes."""
+    """Return parameters, gradients and optimizer on the GPU, in bytes."""
     sharded = params // dp
     optimizer = (_FP32 + _MOMENTS) * params // zero.shards(dp, 1)
     return {
@@ -118,9 +119,10 @@ def _model_states(params: int, dp: int, zero: Zero) -> dict[str, int]:
 
 
 def _grads(params: int, sharded: int, zero: Zero) -> int:
-    """ZeRO-0: bf16, and fp32 for the step. ZeRO-1: fp32, and the rank's part of them again.
+    """Return the gradients on the GPU, in bytes.
 
-    Under ZeRO-2 the sum over the microbatches stays on the GPU even if the optimizer does not.
+    ZeRO-0 holds bf16, and fp32 for the step; ZeRO-1 holds fp32, and a copy of the rank's shard.
+    ZeRO-2 sums the microbatches on the GPU even if it offloads the optimizer.
     """
     if zero.stage == 0:
         return (_BF16 + _FP32) * params
@@ -130,9 +132,9 @@ def _grads(params: int, sharded: int, zero: Zero) -> int:
 
 
 def _buffers(student: TransformerSize, params: int, layout: Layout, zero: Zero) -> int:
-    """What ZeRO needs beside the states: buckets in the backward pass, a copy of gradients after.
+    """Return ZeRO's temporary memory: buckets in the backward pass, then a copy of gradients.
 
-    A bucket is allocated whole; its copy for the reduction holds no more than the model.
+    A bucket is allocated at full size; its copy for the reduction is at most the model.
     """
     if zero.stage == 0:
         return 0
@@ -148,11 +150,11 @@ def _buffers(student: TransformerSize, params: int, layout: Layout, zero: Zero) 
 
 
 def _host(params: int, dp: int, zero: Zero) -> int:
-    """Host memory of one rank: masters, moments, gradients and what is copied between."""
+    """Return one rank's host memory: master weights, moments, gradients and staging buffers."""
     sharded = params // dp
     found = 0
     if zero.offload_optimizer:
-        # ZeRO-3 keeps the sum over the microbatches here; ZeRO-1 and 2 stage the new weights.
+        # ZeRO-3 accumulates gradients here; ZeRO-1 and 2 stage the new weights.
         fp32 = _rounded(_FP32 * sharded, zero)
         found += _MOMENTS * sharded
         found += (_FP32 * sharded + 2 * fp32) if zero.stage == 3 else 2 * fp32
@@ -161,7 +163,7 @@ def _host(params: int, dp: int, zero: Zero) -> int:
 
 
 def _rounded(size: int, zero: Zero) -> int:
-    """Bytes that torch's allocator of pinned memory takes: the next power of two."""
+    """Round up as torch's pinned-memory allocator does, to the next power of two."""
     return 1 << (size - 1).bit_length() if zero.pin_memory else size
 
 
@@ -170,7 +172,7 @@ def _teacher(
 ) -> dict[str, int]:
     samples = layout.micro_batch_size // samples_split(layout.tp, 1, layout.micro_batch_size)
     weights = teacher_weights(teacher)
-    # States of the coming microbatches are computed one at a time, as they are due.
+    # The state of each microbatch is computed just before it is needed.
     buffers = teacher_state(teacher, layout, request.seq_length)
     buffers += teacher_work(teacher, samples, request.seq_length)
     if zero.shard_teacher:
@@ -184,7 +186,7 @@ class StepSeconds:
     """Parts of a step without a teacher, in seconds.
 
     Attributes:
-        passes: forward and backward of all microbatches, tensor-parallel exchanges included.
+        passes: forward and backward of all microbatches, with tensor-parallel communication.
         data_parallel: ZeRO's gathers and reductions.
         offload: copies over PCIe, and Adam on the host.
     """
@@ -194,14 +196,14 @@ class StepSeconds:
     offload: float
 
     def total(self, overlaps: bool) -> float:
-        """Of the step; what overlaps costs as much as it is longer than the passes."""
+        """Return the step's time; overlapped communication costs what exceeds the passes."""
         if overlaps:
             return max(self.passes, self.data_parallel) + self.offload
         return self.passes + self.data_parallel + self.offload
 
 
 def step_seconds(request: Request, layout: Layout, zero: Zero) -> StepSeconds:
-    """Of one step without a teacher; see `assumptions`."""
+    """Predict one step without a teacher; see `assumptions`."""
     costs = stage_costs(request, layout)
     params = stage_params(request.student, layout, 0)
     passes = layout.num_microbatches * (costs.forward[0] + costs.backward[0])
@@ -214,11 +216,12 @@ def step_seconds(request: Request, layout: Layout, zero: Zero) -> StepSeconds:
 
 
 def data_parallel_bytes(params: int, dp: int, num_microbatches: int, zero: Zero) -> int:
-    """Bytes that one rank sends in a step by rings: n (1 - 1/dp) for a pass over n bytes.
+    """Return the bytes that one rank sends per step in ring collectives.
 
-    ZeRO-0 and 1 reduce once a step, 2 and 3 after each microbatch; an all-reduce is two passes.
-    ZeRO-3 makes three passes (ZeRO paper, section 7): it gathers the bf16 parameters for the
-    forward and again for the backward, and scatters the gradients, here in fp32.
+    One pass over n bytes sends n (1 - 1/dp); an all-reduce is two passes. ZeRO-0 and 1 reduce once
+    per step, 2 and 3 after each microbatch. ZeRO-3 makes three passes (ZeRO paper, section 7): it
+    gathers the bf16 parameters for the forward and for the backward, and scatters the gradients,
+    here in fp32.
     """
     reduced, gathered = {
         0: (2 * _BF16, 0),
@@ -230,13 +233,13 @@ def data_parallel_bytes(params: int, dp: int, num_microbatches: int, zero: Zero)
 
 
 def collective_bandwidth(gpu: Gpu, layout: Layout) -> float:
-    """Bytes a second of one rank in a ring: over nodes, their GPUs' rings run side by side."""
-    over_nodes = layout.tp * layout.dp > _GPUS_OF_A_NODE
-    return min(gpu.link, _GPUS_OF_A_NODE * gpu.network) if over_nodes else gpu.link
+    """Return one rank's bytes/s in a ring; across nodes, the rings of a node's GPUs run at once."""
+    across_nodes = layout.tp * layout.dp > _GPUS_PER_NODE
+    return min(gpu.link, _GPUS_PER_NODE * gpu.network) if across_nodes else gpu.link
 
 
 def _offload_seconds(gpu: Gpu, sharded: int, num_microbatches: int, zero: Zero) -> float:
-    """Gradients down and weights up once a step; ZeRO-3 fetches each sum of gradients to add to."""
+    """Return the time to copy gradients and weights; ZeRO-3 re-reads its gradient sum each time."""
     copied = 0.0
     if zero.offload_optimizer:
         additions = num_microbatches - 1 if zero.stage == 3 else 0
@@ -248,30 +251,29 @@ def _offload_seconds(gpu: Gpu, sharded: int, num_microbatches: int, zero: Zero) 
 
 
 def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
-    """Memory and times of a layout without pipeline."""
-    memory = zero_memory(request, layout, zero)
-    parts, costs = step_seconds(request, layout, zero), stage_costs(request, layout)
-    overlaps = zero.overlap_comm
-    seconds: dict[Any, float] = {}
+    """Predict memory and times of a layout without pipeline parallelism."""
+    costs = stage_costs(request, layout)
+    baseline = step_seconds(request, layout, zero).total(zero.overlap_comm)
+    seconds: dict[Placement, float] = {}
     if request.teacher is not None:
         teacher = _teacher_seconds(request, request.teacher, layout, zero, costs)
-        seconds["aligned-stage"] = parts.total(overlaps) + teacher
+        seconds["aligned-stage"] = baseline + teacher
     return Estimate(
+        request=request,
         layout=layout,
-        memory=(memory,),
-        baseline_seconds=parts.total(overlaps),
+        memory=(zero_memory(request, layout, zero),),
+        baseline_seconds=baseline,
         seconds=seconds,
         placement="aligned-stage" if seconds else None,
         costs=costs,
-        owner=Owner(0, 0),
-        fits=memory.total <= request.gpu.memory * (1 - request.reserve),
+        aligned=Owner(0, 0),
     )
 
 
 def _teacher_seconds(
     request: Request, teacher: TransformerSize, layout: Layout, zero: Zero, costs: Costs
 ) -> float:
-    """Of one step; a sharded teacher is gathered for each microbatch, as it runs."""
+    """Return the teacher's time per step; a sharded teacher is gathered for each microbatch."""
     forward = costs.teacher
     if zero.shard_teacher:
         sent = teacher_weights(teacher) * (layout.dp - 1) // layout.dp
@@ -280,23 +282,23 @@ def _teacher_seconds(
 
 
 def assumptions(request: Request, layout: Layout, zero: Zero) -> list[str]:
-    """What the step time rests on, a sentence each, for this run."""
+    """Return the assumptions behind this run's step time, one phrase each."""
     gpu = request.gpu
     bandwidth = collective_bandwidth(gpu, layout) / 1e9
     traffic = {
-        0: "an all-reduce of bf16 gradients once a step",
-        1: "an all-reduce of fp32 gradients and a gather of bf16 parameters once a step",
-        2: "an all-reduce of fp32 gradients after each microbatch, a gather of parameters once",
-        3: "two gathers of bf16 parameters and a scatter of fp32 gradients for each microbatch",
+        0: "an all-reduce of bf16 gradients per step",
+        1: "an all-reduce of fp32 gradients and a gather of bf16 parameters per step",
+        2: "an all-reduce of fp32 gradients per microbatch, a gather of parameters per step",
+        3: "two gathers of bf16 parameters and a scatter of fp32 gradients per microbatch",
     }[zero.stage]
-    overlap = "beside the passes" if zero.overlap_comm else "after the passes"
+    overlap = "overlapped with the passes" if zero.overlap_comm else "after the passes"
     found = [f"matrix products reach {request.efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s"]
     if layout.dp > 1:
-        found.append(f"ZeRO-{zero.stage}: {traffic}, {overlap}, at {bandwidth:.0f} GB/s a rank")
+        found.append(f"ZeRO-{zero.stage}: {traffic}, {overlap}, at {bandwidth:.0f} GB/s per rank")
     if zero.offload_optimizer or zero.offload_param:
-        found.append(f"PCIe carries {gpu.pcie / 1e9:.0f} GB/s each way; nothing overlaps with it")
+        found.append(f"PCIe carries {gpu.pcie / 1e9:.0f} GB/s each way, without overlap")
     if zero.offload_optimizer:
-        found.append(f"Adam on the host is bound by {gpu.host_memory / 1e9:.0f} GB/s a rank")
+        found.append(f"Adam on the host is bound by {gpu.host_memory / 1e9:.0f} GB/s per rank")
     if zero.pin_memory and zero.offload_optimizer:
-        found.append("pinned host buffers take powers of two, as torch's allocator rounds them")
+        found.append("torch's allocator rounds pinned host buffers up to powers of two")
     return found

@@ -18,7 +18,8 @@ from megatron_let.checkpoint.convert import to_hugging_face_folder
 from megatron_let.checkpoint.describe import describe
 from megatron_let.checkpoint.verify import audit
 from megatron_let.checkpoint.weights import open_weights
-from megatron_let.planner.estimate import GPUS, Request
+from megatron_let.planner.estimate import Request
+from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout
 from megatron_let.planner.sizes import TransformerSize
 from megatron_let.planner.zero import zero_from_config, zero_memory

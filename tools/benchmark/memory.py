@@ -26,9 +26,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "benchmark")]
 
-import plan_run  # noqa: E402
 from fake_training import FakeRun, measure  # noqa: E402
 
+from megatron_let.cli.plan import plan_one  # noqa: E402
 from megatron_let.compat.device import Host, prepare_process  # noqa: E402
 from megatron_let.metrics.provenance import provenance, write_csv  # noqa: E402
 from megatron_let.placement.plan import plan  # noqa: E402
@@ -158,7 +158,7 @@ def _config(case: Case) -> Path:
 def planned_run(case: Case) -> tuple[Request, Estimate]:
     """What `tools/plan_run.py` says of a case."""
     argv = ["--config", str(_config(case)), "--gpus", str(GPUS), "--gpu", "a100-80g"]
-    return plan_run.plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
+    return plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
 
 
 def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> FakeRun:
@@ -178,11 +178,11 @@ def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> Fa
     pipeline = replace(layout.pipeline, num_microbatches=run.num_microbatches)
     prefetch = min(request.prefetch(layout), run.num_microbatches)
     work = plan(
-        planned.placement, pipeline, planned.costs, planned.owner,
+        planned.placement, pipeline, planned.costs, planned.aligned,
         max_prefetch=prefetch, look_ahead=False,
     )  # fmt: skip
     return replace(
-        run, teacher=request.teacher, plan=work, owner_stage=planned.owner.stage,
+        run, teacher=request.teacher, plan=work, owner_stage=planned.aligned.stage,
         max_prefetch=prefetch,
     )  # fmt: skip
 

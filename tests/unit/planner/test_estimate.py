@@ -1,4 +1,4 @@
-"""The planner, against figures of the real model code and against the recipes."""
+"""The planner against measurements of the real model code, and for the recipes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_let.cli import plan
 from megatron_let.errors import LETError
-from megatron_let.planner.estimate import GPUS, Request, estimate, owner_of, share_of_training
+from megatron_let.planner.estimate import Request, aligned_layer, estimate
+from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
 from megatron_let.planner.sizes import TEACHERS, TransformerSize, teacher_size
 from tests.helpers.runs import ROOT, environment
-from tools import plan_run
 from tools.benchmark import memory
 
 GIB = 2**30
@@ -36,23 +37,22 @@ def case_of(row: dict[str, str]) -> memory.Case:
 @pytest.mark.parametrize(
     "row", MEASURED, ids=lambda row: "-".join((row["recipe"], row["flags"], row["stage"]))
 )
-def test_memory_is_within_5_percent_of_the_real_model(row: dict[str, str]) -> None:
-    """Each part, and the total, of megatron-core's own code under fake tensors."""
+def test_memory_within_5_percent_of_megatron_under_fake_tensors(row: dict[str, str]) -> None:
     _, planned = memory.planned_run(case_of(row))
     predicted = memory.predicted_parts(planned.memory[int(row["stage"])])
     for part, bytes_ in predicted.items():
         assert bytes_ / GIB == pytest.approx(float(row[f"measured_{part}_gib"]), rel=0.05), part
 
 
-def test_every_case_of_the_benchmark_is_measured() -> None:
+def test_benchmark_csv_has_every_case() -> None:
     asked = {
         (replace(case, stages=(0,)), stage) for case in memory.cases() for stage in case.stages
     }
     assert {(case_of(row), int(row["stage"])) for row in MEASURED} == asked
 
 
-def test_the_benchmark_still_measures(tmp_path: Path) -> None:
-    """Four layers of the paper's 1.4B with its teacher, in a process whose torch it may change."""
+def test_benchmark_of_a_small_recipe_agrees_with_the_plan(tmp_path: Path) -> None:
+    """Four layers of the paper's 1.4B with its teacher, in a subprocess: it patches torch."""
     recipe, path = tmp_path / "small.yaml", tmp_path / "memory.csv"
     paper = (ROOT / "configs" / "let_1p4b.yaml").read_text()
     recipe.write_text(paper.replace("num-layers: 24", "num-layers: 4"))
@@ -66,8 +66,7 @@ def test_the_benchmark_still_measures(tmp_path: Path) -> None:
         assert float(row[f"{part}_ratio"]) == pytest.approx(1, abs=0.05), part
 
 
-def test_stages_at_a_peak_that_another_part_makes() -> None:
-    """The teacher's work and a layer's backward are not added to the head, which is larger."""
+def test_teacher_work_below_the_heads_peak_adds_nothing() -> None:
     layout = Layout(1, 1, 1, 32, 1, 4, 16)
     alone = stage_memory(SIZE_7B, layout, 1280, 0)
     found = estimate(RUN_7B, layout).memory[0]
@@ -75,18 +74,18 @@ def test_stages_at_a_peak_that_another_part_makes() -> None:
     assert found.total == alone.total + found.teacher_weights + found.teacher_buffers
 
 
-def test_teachers_share_of_the_arithmetic() -> None:
-    assert share_of_training(RUN_7B) == pytest.approx(0.0825, abs=5e-5)
-    assert share_of_training(RUN_1P4B) == pytest.approx(0.0350, abs=5e-5)
+def test_teacher_share_of_training_flops() -> None:
+    assert RUN_7B.teacher_share == pytest.approx(0.0825, abs=5e-5)
+    assert RUN_1P4B.teacher_share == pytest.approx(0.0350, abs=5e-5)
 
 
-def test_owner_of_a_layer_in_chunks() -> None:
+def test_stage_and_chunk_of_each_layer_under_vpp() -> None:
     layout = Layout(1, 2, 1, 1, 2, 1, 4)
-    owners = [owner_of(layer, 8, layout) for layer in range(1, 9)]
-    assert owners == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
+    found = [aligned_layer(layer, 8, layout) for layer in range(1, 9)]
+    assert found == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
 
 
-def test_the_middle_of_a_long_batch_repeats_itself() -> None:
+def test_long_batch_adds_one_pass_per_microbatch() -> None:
     exact = Layout(1, 2, 1, 1, 1, 4, 32)
     long = Layout(1, 2, 1, 1, 1, 4, 320)
     short_found, long_found = estimate(RUN_7B, exact), estimate(RUN_7B, long)
@@ -96,10 +95,10 @@ def test_the_middle_of_a_long_batch_repeats_itself() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_the_papers_runs_fit_their_gpus_with_a_tenth_to_spare(
+def test_paper_recipe_fits_32_a100_with_10_percent_free(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = plan_run.main(["--config", str(recipe), "--gpus", "32", "--gpu", "a100-80g", "--json"])
+    code = plan.main(["--config", str(recipe), "--gpus", "32", "--gpu", "a100-80g", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert code == 0 and found["fits"]
     assert max(stage["total"] for stage in found["memory_gib"]) < 0.9 * 80
@@ -108,15 +107,15 @@ def test_the_papers_runs_fit_their_gpus_with_a_tenth_to_spare(
 
 def run(*flags: str) -> int:
     recipe = str(ROOT / "configs" / "let_7b.yaml")
-    return plan_run.main(["--config", recipe, "--gpus", "32", "--gpu", "a100-80g", *flags])
+    return plan.main(["--config", recipe, "--gpus", "32", "--gpu", "a100-80g", *flags])
 
 
-def test_a_plan_that_does_not_fit_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_layout_that_does_not_fit_returns_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--micro-batch-size", "8") == 1
     assert "does NOT fit" in capsys.readouterr().out
 
 
-def test_megatrons_flags_count(capsys: pytest.CaptureFixture[str]) -> None:
+def test_megatron_and_let_flags_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--pp", "4", "--json", "--let-max-prefetch", "8") == 0
     few = json.loads(capsys.readouterr().out)
     assert run("--pp", "4", "--json") == 0
@@ -127,42 +126,53 @@ def test_megatrons_flags_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert many["placement"] == "bubble" and many["ratio"]["bubble"] < few["ratio"]["spread"]
 
 
-def test_picture_of_the_stages(tmp_path: Path) -> None:
+def test_plot_writes_an_svg(tmp_path: Path) -> None:
     assert run("--pp", "4", "--plot", str(tmp_path / "stages.svg")) == 0
     text = (tmp_path / "stages.svg").read_text()
     assert "stage 3" in text or "<svg" in text
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "named"),
     [
-        (("--pp", "3"), "is no multiple of"),
-        (("--micro-batch-size", "3"), "is no multiple of"),
-        (("--pp", "4", "--vpp", "3"), "do not divide"),
-        (("--tp", "8", "--ffn-hidden-size", "11004"), "11004 does not divide over TP 8"),
-        (("--teacher", "/nowhere"), "none of smollm2-135m"),
+        (("--pp", "3"), ["--gpus 32", "PP 3"]),
+        (("--micro-batch-size", "3"), ["--global-batch-size", "--micro-batch-size 3"]),
+        (("--pp", "4", "--vpp", "3"), ["32 layers", "PP 4 x 3 chunks"]),
+        (("--tp", "8", "--ffn-hidden-size", "11004"), ["--ffn-hidden-size", "11004", "TP 8"]),
+        (("--teacher", "/nowhere"), ["/nowhere", "smollm2-135m"]),
+        (("--config", "let_8b"), ["let_8b", "let_7b"]),
     ],
 )
-def test_impossible_requests_get_one_sentence(
-    flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_request_prints_one_line_and_returns_2(
+    flags: tuple[str, ...], named: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*flags) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
+    assert all(words in error for words in named) and error.count("\n") == 1
 
 
-def test_size_of_a_folder(teacher: Path) -> None:
+def test_sweep_ranks_layouts_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--sweep", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    speeds = [layout["tokens_per_second"] for layout in found]
+    assert len(found) > 10 and all(layout["fits"] for layout in found)
+    assert speeds == sorted(speeds, reverse=True)
+    assert run("--sweep") == 0
+    assert f"{len(found)} layouts fit a100-80g" in capsys.readouterr().out
+
+
+def test_teacher_size_of_a_folder(teacher: Path) -> None:
     size = teacher_size(str(teacher))
     assert size == TransformerSize(3, 48, 96, 4, 2, 12, True, 256, False)
-    with pytest.raises(LETError, match="no folder of a model"):
+    with pytest.raises(LETError, match="smollm9"):
         teacher_size("smollm9")
 
 
-def test_memory_adds_up() -> None:
+def test_total_is_the_sum_of_the_parts() -> None:
     assert StageMemory(1, 2, 3, 4, 5, 6).total == 21
 
 
-def test_measured_placements_follow_the_simulation() -> None:
+def test_measured_placements_rank_as_simulated() -> None:
     path = ROOT / "tools" / "benchmark" / "results" / "placement.csv"
     rows = list(csv.DictReader(path.open(newline="")))
     groups = {(row["stages"], row["passes"]) for row in rows}

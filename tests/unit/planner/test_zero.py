@@ -1,4 +1,4 @@
-"""The planner under DeepSpeed: against DeepSpeed's estimators, by hand, and for the recipes."""
+"""The planner under ZeRO against DeepSpeed's estimators, by hand, and for the recipes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_let.cli.plan import main
 from megatron_let.errors import LETError
-from megatron_let.planner.estimate import GPUS, Request
+from megatron_let.planner.estimate import Request
+from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout, StageMemory
 from megatron_let.planner.sizes import TEACHERS, TransformerSize
 from megatron_let.planner.zero import (
@@ -24,20 +26,19 @@ from megatron_let.planner.zero import (
 )
 from tests.helpers.deepspeed import needs_deepspeed
 from tests.helpers.runs import ROOT, environment
-from tools import plan_run
 
 GIB = 2**30
 SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
 PARAMS_7B = 32 * SIZE_7B.layer_params + 2 * SIZE_7B.embedding_params
 LARGEST = SIZE_7B.embedding_params
 ALONE = Request(SIZE_7B, None, 3, 1280, GPUS["a100-40g"])
-TAUGHT = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-40g"])
+DISTILLED = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-40g"])
 OFFLOAD = {"offload_optimizer": True}
 
 
 @pytest.fixture(autouse=True)
 def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing it fails, as where it is not installed."""
+    """Make its import fail, as on a machine without it."""
     monkeypatch.setitem(sys.modules, "deepspeed", None)
 
 
@@ -51,7 +52,7 @@ def states(memory: StageMemory) -> int:
 
 @pytest.fixture(scope="module")
 def estimators() -> dict[str, Any]:
-    """DeepSpeed's own, (host, GPU[, largest layer]) bytes by name, on one node of 8."""
+    """Run DeepSpeed's estimators: (host, GPU[, largest layer]) bytes by name, on one node of 8."""
     code = f"""
 import json
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three
@@ -81,28 +82,28 @@ print(json.dumps({{
         ("3 offload all", Zero(3, offload_optimizer=True, offload_param=True)),
     ],
 )
-def test_zero_3s_states_are_those_of_deepspeeds_estimator(
+def test_zero_3_states_agree_with_deepspeeds_estimator(
     name: str, zero: Zero, estimators: dict[str, Any]
 ) -> None:
     host, gpu, largest = estimators[name]
     found = zero_memory(ALONE, layout(dp=8), zero)
-    # The largest layer, gathered and with its gradient, is among the planner's buffers.
+    # The planner counts the gathered largest layer and its gradient as buffers.
     assert states(found) == pytest.approx(gpu - largest, rel=0.05, abs=1)
     assert found.buffers > largest
     if zero.offload_optimizer:
-        # Its default reserve is half as much again; the sum of gradients lies beside the step's.
+        # The estimator adds 50 %; the planner counts the accumulated gradients separately.
         assert host < 8 * found.host < 1.5 * host
 
 
 @needs_deepspeed
-def test_zero_2s_states_are_those_of_deepspeeds_estimator(estimators: dict[str, Any]) -> None:
+def test_zero_2_states_agree_with_deepspeeds_estimator(estimators: dict[str, Any]) -> None:
     _, gpu = estimators["2"]
     found = zero_memory(ALONE, layout(dp=8), Zero(2))
-    # It also counts a shard of bf16 gradients, which summing up in fp32 does not keep.
+    # The estimator also counts a shard of bf16 gradients, which fp32 accumulation frees.
     assert states(found) == pytest.approx(gpu - 2 * PARAMS_7B / 8, rel=0.05)
     host, gpu = estimators["2 offload"]
     found = zero_memory(ALONE, layout(dp=1), Zero(2, **OFFLOAD))
-    # It does not count the sum in fp32, which stays on the GPU.
+    # The estimator does not count the fp32 gradient sum on the GPU.
     assert states(found) == pytest.approx(gpu + 4 * PARAMS_7B, rel=0.05)
     assert host < found.host < 1.5 * host
 
@@ -120,7 +121,7 @@ def test_zero_2s_states_are_those_of_deepspeeds_estimator(estimators: dict[str, 
         (Zero(3, offload_param=True, **OFFLOAD), 2, 0, 0, 0, 11),
     ],
 )
-def test_bytes_a_parameter(
+def test_bytes_per_parameter(
     zero: Zero, dp: int, params: float, grads: float, optimizer: float, host: float
 ) -> None:
     found = zero_memory(ALONE, layout(dp), zero)
@@ -130,40 +131,40 @@ def test_bytes_a_parameter(
     )
 
 
-def test_tensor_parallel_cuts_the_states_again() -> None:
+def test_tensor_parallel_shards_the_states_again() -> None:
     one, two = (zero_memory(ALONE, layout(4, tp), Zero(3)) for tp in (1, 2))
     assert 2 * states(two) == pytest.approx(states(one), abs=16)
 
 
-def test_pinned_buffers_are_powers_of_two() -> None:
-    # fp32 masters and gradients of 25.6 GiB take 32, bf16 weights of 12.8 take 16; moments as is.
+def test_pinned_buffers_round_up_to_powers_of_two() -> None:
+    # fp32 master weights and gradients of 25.6 GiB take 32, bf16 weights of 12.8 take 16.
     found = zero_memory(ALONE, layout(1), Zero(2, pin_memory=True, **OFFLOAD))
     assert found.host == 80 * GIB + 8 * PARAMS_7B
 
 
-def test_sharding_pays_for_a_large_teacher_only() -> None:
-    def taught(request: Request, shard: bool) -> int:
+def test_sharding_saves_memory_for_a_large_teacher_only() -> None:
+    def teacher_bytes(request: Request, shard: bool) -> int:
         memory = zero_memory(request, layout(8), Zero(3, shard_teacher=shard))
         return memory.teacher_weights + memory.teacher_buffers
 
     small = Request(SIZE_7B, TEACHERS["smollm2-135m"], 3, 1280, GPUS["a100-40g"])
-    assert taught(TAUGHT, True) < taught(TAUGHT, False)
-    assert taught(small, True) > taught(small, False)
+    assert teacher_bytes(DISTILLED, True) < teacher_bytes(DISTILLED, False)
+    assert teacher_bytes(small, True) > teacher_bytes(small, False)
 
 
-def test_bytes_moved_in_a_step() -> None:
+def test_bytes_sent_per_step() -> None:
     moved = {stage: data_parallel_bytes(800, 8, 10, Zero(stage)) / 700 for stage in range(4)}
     # Passes x bytes: 2 x 2; 2 x 4 + 2; 10 x 2 x 4 + 2; 10 x (2 x 2 + 4).
     assert moved == {0: 4, 1: 10, 2: 82, 3: 80}
     assert data_parallel_bytes(800, 1, 10, Zero(3)) == 0
 
 
-def test_nodes_are_joined_by_the_network() -> None:
+def test_collectives_across_nodes_use_the_network() -> None:
     node, nodes = (step_seconds(ALONE, layout(dp), Zero(2)).data_parallel for dp in (8, 32))
     assert nodes / node == pytest.approx(31 / 32 * 8 / 7 * 300 / 200)
 
 
-def test_offload_is_paid_once_a_step() -> None:
+def test_offload_cost_is_per_step() -> None:
     few, many = (
         step_seconds(ALONE, layout(1, num_microbatches=n), Zero(2, **OFFLOAD)) for n in (1, 512)
     )
@@ -171,14 +172,14 @@ def test_offload_is_paid_once_a_step() -> None:
     assert many.total(overlaps=False) == many.passes + many.offload
 
 
-def test_what_overlaps_costs_what_it_is_longer() -> None:
+def test_overlapped_communication_costs_only_the_excess() -> None:
     parts = step_seconds(ALONE, layout(8), Zero(3, overlap_comm=True))
     assert 0 < parts.data_parallel < parts.passes
     assert parts.total(overlaps=True) == parts.passes
     assert estimate_zero(ALONE, layout(8), Zero(3, overlap_comm=True)).seconds == {}
 
 
-def test_config_is_read_with_deepspeeds_defaults() -> None:
+def test_missing_config_keys_take_deepspeeds_defaults() -> None:
     found = zero_from_config({"zero_optimization": {"stage": 3}}, shard_teacher=True)
     assert found == Zero(3, overlap_comm=True, shard_teacher=True)
     section = {
@@ -189,9 +190,9 @@ def test_config_is_read_with_deepspeeds_defaults() -> None:
     assert found == Zero(2, True, False, True, 1_000_000, overlap_comm=True)
 
 
-def test_nvme_is_not_planned() -> None:
+def test_nvme_offload_raises() -> None:
     section = {"stage": 3, "offload_optimizer": {"device": "nvme"}}
-    with pytest.raises(LETError, match="says nvme"):
+    with pytest.raises(LETError, match="nvme"):
         zero_from_config({"zero_optimization": section}, shard_teacher=False)
 
 
@@ -200,7 +201,7 @@ def test_nvme_is_not_planned() -> None:
 
 def plan(recipe: str, gpus: int, gpu: str, *flags: str) -> int:
     path = str(ROOT / f"configs/{recipe}.yaml")
-    return plan_run.main(["--config", path, "--gpus", str(gpus), "--gpu", gpu, *flags])
+    return main(["--config", path, "--gpus", str(gpus), "--gpu", gpu, *flags])
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def plan(recipe: str, gpus: int, gpu: str, *flags: str) -> int:
         ("let_7b_deepspeed_1gpu", 1, "a100-80g", 131),
     ],
 )
-def test_recipes_fit_their_gpus_with_a_tenth_to_spare(
+def test_deepspeed_recipe_fits_with_10_percent_free(
     recipe: str, gpus: int, gpu: str, host: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan(recipe, gpus, gpu, "--json") == 0
@@ -219,35 +220,35 @@ def test_recipes_fit_their_gpus_with_a_tenth_to_spare(
     assert found["fits"] and memory["total"] < 0.9 * GPUS[gpu].memory / GIB
     assert memory["host"] == pytest.approx(host, abs=1)
     assert found["ratio"].keys() == {"aligned-stage"} and found["assumptions"]
-    # The header of the recipe says what the host needs.
+    # The recipe's header says how much host memory it needs.
     header = Path(ROOT / f"configs/{recipe}.yaml").read_text().partition("model:")[0]
     assert f"{host} GiB" in header or not host
 
 
-def test_plan_is_printed_with_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_plan_lists_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("let_7b_deepspeed_1gpu", 1, "a100-80g") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "131 GiB of the host's memory" in text and "ZeRO-2; of a step" in text
+    assert "131 GiB of host memory" in text and "ZeRO-2" in text
     assert "PCIe carries 25 GB/s" in text
 
 
-def test_small_gpu_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_on_a_smaller_gpu_returns_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("let_7b_deepspeed_1gpu", 1, "a100-40g") == 1
     assert "does NOT fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "named"),
     [
-        (("--sweep",), "--sweep is about pipelines"),
-        (("--plot", "x.svg"), "--plot is about pipelines"),
-        (("--pp", "2"), "--pipeline-model-parallel-size 2: DeepSpeed's ZeRO has no pipelines"),
-        (("--vpp", "2"), "do not divide over PP 1"),
+        (("--sweep",), "--sweep"),
+        (("--plot", "x.svg"), "--plot"),
+        (("--pp", "2"), "--pipeline-model-parallel-size 2"),
+        (("--vpp", "2"), "PP 1"),
     ],
 )
-def test_pipelines_are_refused(
-    flags: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+def test_pipelines_under_deepspeed_return_2(
+    flags: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan("let_7b_deepspeed", 8, "a100-40g", *flags) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
+    assert named in error and error.count("\n") == 1

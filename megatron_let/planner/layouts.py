@@ -1,0 +1,135 @@
+"""Parallel layouts: from Megatron's arguments, and all those that fit a number of GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+from megatron_let.errors import LETError
+from megatron_let.planner.estimate import Estimate, Request, estimate, memory_of_stages
+from megatron_let.planner.hardware import GPUS
+from megatron_let.planner.memory import Layout, Recompute
+from megatron_let.planner.sizes import TransformerSize, student_size, teacher_size
+
+# The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
+_LARGE_STUDENT = 2e9
+
+
+def request_from_args(
+    args: argparse.Namespace,
+    gpu: str,
+    teacher: str | None,
+    vocab_size: int | None,
+    efficiency: float,
+    reserve: float,
+) -> Request:
+    """Build the planner's request from Megatron's parsed arguments.
+
+    Args:
+        gpu: name in `GPUS`.
+        teacher: for `teacher_size`; None for the paper's teacher of a student of this size.
+        vocab_size: of the data; None for `--vocab-size`, else the teacher's.
+
+    Raises:
+        LETError: the teacher is unknown.
+    """
+    rough = student_size(args, 1, 1)
+    large = rough.num_layers * rough.layer_params > _LARGE_STUDENT
+    size = teacher_size(teacher or ("smollm2-1.7b" if large else "smollm2-135m"))
+    vocab_size = vocab_size or args.vocab_size or size.vocab_size
+    return Request(
+        student=student_size(args, vocab_size, args.tensor_model_parallel_size),
+        teacher=size if args.let_method == "let" else None,
+        layer=args.let_layer or 3,
+        seq_length=args.seq_length,
+        gpu=GPUS[gpu],
+        efficiency=efficiency,
+        max_prefetch=args.let_max_prefetch,
+        reserve=reserve,
+    )
+
+
+def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> Layout:
+    """Build the layout that Megatron's parsed arguments describe.
+
+    Raises:
+        LETError: a size does not divide.
+    """
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp, b = args.context_parallel_size, args.micro_batch_size
+    dp = gpus // (tp * pp * cp)
+    if dp * tp * pp * cp != gpus:
+        raise LETError(f"--gpus {gpus} is not a multiple of TP {tp} x PP {pp} x CP {cp}.")
+    if args.global_batch_size % (b * dp):
+        raise LETError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size"
+            f" {b} x {dp} replicas."
+        )
+    recompute: Recompute = "none"
+    if args.recompute_granularity == "full":
+        recompute = "block" if args.recompute_method == "block" else "full"
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        dp=dp,
+        num_chunks=num_chunks,
+        micro_batch_size=b,
+        num_microbatches=args.global_batch_size // (b * dp),
+        recompute=recompute,
+        recompute_layers=args.recompute_num_layers or 0,
+        sequence_parallel=args.sequence_parallel or tp == 1,
+        distributed_optimizer=args.use_distributed_optimizer,
+    )
+    problem = _does_not_divide(layout, student_size(args, 1, 1))
+    if problem is not None:
+        raise LETError(problem)
+    return layout
+
+
+def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimate]:
+    """Estimate all layouts that fit, and return them with the fastest first."""
+    candidates = (
+        layout
+        for layout in _layouts(args, gpus)
+        if _does_not_divide(layout, request.student) is None
+    )
+    # Memory first: the simulation is much slower.
+    estimates = (
+        estimate(request, layout)
+        for layout in candidates
+        if request.fits(memory_of_stages(request, layout, "aligned-stage"))
+    )
+    return sorted((e for e in estimates if e.fits), key=lambda e: e.best_seconds)
+
+
+def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
+    sizes, recomputes = (1, 2, 4, 8), ("none", "full")
+    for tp, pp, vpp, b, recompute in itertools.product(
+        sizes, sizes, (1, 2), (1, 2, 4, 8, 16), recomputes
+    ):
+        cp = args.context_parallel_size
+        dp, left = divmod(gpus, tp * pp * cp)
+        if left or dp == 0 or args.global_batch_size % (b * dp):
+            continue
+        n = args.global_batch_size // (b * dp)
+        yield Layout(tp, pp, cp, dp, vpp, b, n, recompute)  # type: ignore[arg-type]
+
+
+def _does_not_divide(layout: Layout, student: TransformerSize) -> str | None:
+    """Return a sentence about the first size that does not divide; None if all do."""
+    chunks = layout.pp * layout.num_chunks
+    for count, name, parts, over in (
+        (student.num_layers, "layers", chunks, f"PP {layout.pp} x {layout.num_chunks} chunks"),
+        (student.num_heads, "attention heads", layout.tp, f"TP {layout.tp}"),
+        (student.ffn_hidden_size, "MLP units (--ffn-hidden-size)", layout.tp, f"TP {layout.tp}"),
+    ):
+        if count % parts:
+            return f"{count} {name} do not divide over {over}."
+    if layout.num_chunks > 1 and (layout.pp == 1 or layout.num_microbatches % layout.pp):
+        return (
+            f"{layout.num_microbatches} microbatches do not divide over PP {layout.pp}, which"
+            " several chunks per stage require."
+        )
+    return None

@@ -1,0 +1,162 @@
+"""Estimates as JSON, tables and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.errors import LETError
+from megatron_let.placement.choose import steady_timeline
+from megatron_let.planner.estimate import Estimate
+from megatron_let.planner.memory import Layout
+from megatron_let.planner.zero import Zero, assumptions, step_seconds
+
+_COLUMNS = ("params", "grads", "optimizer", "activations", "buffers", "teacher_weights",
+            "teacher_buffers", "total", "host")  # fmt: skip
+_SPAN_COLOURS = {"forward": "#9ecae1", "backward": "#4292c6", "teacher": "#fd8d3c"}
+_GIB = 2**30
+
+
+def as_json(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON values."""
+    return {
+        "layout": dataclasses.asdict(found.layout),
+        "memory_gib": [stage.gib() for stage in found.memory],
+        "teacher_share_of_training_flops": found.request.teacher_share,
+        "baseline_seconds": found.baseline_seconds,
+        "seconds": found.seconds,
+        "ratio": {name: s / found.baseline_seconds for name, s in found.seconds.items()},
+        "placement": found.placement,
+        "tokens_per_second": found.tokens_per_second,
+        "fits": found.fits,
+    }
+
+
+def zero_as_json(found: Estimate, zero: Zero) -> dict[str, Any]:
+    """Return an estimate under DeepSpeed's ZeRO as JSON values."""
+    parts = step_seconds(found.request, found.layout, zero)
+    return as_json(found) | {
+        "zero": dataclasses.asdict(zero),
+        "parts_seconds": dataclasses.asdict(parts),
+        "assumptions": assumptions(found.request, found.layout, zero),
+    }
+
+
+def print_estimate(console: Console, found: Estimate, recipe: str, gpu: str) -> None:
+    """Print memory by stage, whether it fits, and the step time by placement."""
+    title = f"{recipe}: {_name(found.layout)} on {gpu}, GiB per rank"
+    # Only DeepSpeed's ZeRO has buffers and host memory.
+    columns = [c for c in _COLUMNS if c not in ("buffers", "host") or getattr(found.peak, c)]
+    table = _table(title, "stage", *(c.replace("_", " ") for c in columns))
+    for index, stage in enumerate(found.memory):
+        gib = stage.gib()
+        table.add_row(str(index), *(f"{gib[c]:.2f}" for c in columns))
+    console.print(table)
+    console.print(
+        f"{'fits' if found.fits else 'does NOT fit'}: {found.peak.total / _GIB:.1f} of"
+        f" {found.request.gpu.memory / _GIB:.1f} GiB, with {found.request.reserve:.0%} to stay free"
+    )
+    if found.peak.host:
+        console.print(f"and {found.peak.host / _GIB:.0f} GiB of host memory per rank")
+    _print_times(console, found)
+
+
+def _print_times(console: Console, found: Estimate) -> None:
+    title = f"simulated passes of one step at {found.request.efficiency:.0%} efficiency"
+    table = _table(title, "teacher", "seconds", "over baseline")
+    table.add_row("none", f"{found.baseline_seconds:.2f}", "1.000")
+    for name, seconds in found.seconds.items():
+        best = " (best)" if name == found.placement else ""
+        table.add_row(name + best, f"{seconds:.2f}", f"{seconds / found.baseline_seconds:.3f}")
+    console.print(table)
+    console.print(
+        f"teacher's forward: {found.request.teacher_share:.2%} of the student's training FLOPs;"
+        f" {found.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def print_zero(console: Console, found: Estimate, zero: Zero) -> None:
+    """Print the parts of a step under DeepSpeed's ZeRO, and the assumptions behind them."""
+    parts = step_seconds(found.request, found.layout, zero)
+    console.print(
+        f"ZeRO-{zero.stage}; step without teacher: passes {parts.passes:.2f} s, ZeRO's"
+        f" communication {parts.data_parallel:.2f} s, offload {parts.offload:.2f} s"
+    )
+    for line in assumptions(found.request, found.layout, zero):
+        console.print(f"- {line}", highlight=False)
+
+
+def print_sweep(console: Console, found: list[Estimate], recipe: str, gpu: str) -> None:
+    """Print the 20 fastest layouts."""
+    headings = ("recompute", "GiB", "step s", "placement", "over baseline", "tokens/s")
+    table = _table(f"{recipe}: {len(found)} layouts fit {gpu}", "layout", *headings)
+    for each in found[:20]:
+        table.add_row(
+            _name(each.layout),
+            each.layout.recompute,
+            f"{each.peak.total / _GIB:.1f}",
+            f"{each.best_seconds:.2f}",
+            each.placement or "none",
+            f"{each.best_seconds / each.baseline_seconds:.3f}",
+            f"{each.tokens_per_second:,.0f}",
+        )
+    console.print(table)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _name(layout: Layout) -> str:
+    parts = [f"TP{layout.tp}", f"PP{layout.pp}", f"DP{layout.dp}"]
+    parts += [f"CP{layout.cp}"] if layout.cp > 1 else []
+    parts += [f"VPP{layout.num_chunks}"] if layout.num_chunks > 1 else []
+    return " ".join([*parts, f"b{layout.micro_batch_size} x {layout.num_microbatches}"])
+
+
+def plot_stages(found: Estimate, path: Path) -> None:
+    """Draw each stage's passes over time, one panel per placement.
+
+    Raises:
+        LETError: the run has no teacher.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    if not found.seconds:
+        raise LETError("--plot shows where a teacher runs, and this run has no teacher.")
+    layout, prefetch = found.layout, found.request.prefetch(found.layout)
+    height = 1 + (0.6 + 0.35 * layout.pp) * len(found.seconds)
+    figure, panels = pyplot.subplots(len(found.seconds), sharex=True, figsize=(11, height))
+    for panel, name in zip(panels, found.seconds, strict=True):
+        timeline = steady_timeline(name, layout.pipeline, found.costs, found.aligned, prefetch)
+        for stage, spans in enumerate(timeline.spans):
+            panel.broken_barh(
+                [(span.start, span.end - span.start) for span in spans],
+                (stage - 0.4, 0.8),
+                facecolors=[_SPAN_COLOURS[span.kind] for span in spans],
+                edgecolor="white",
+                linewidth=0.4,
+            )
+        ratio = timeline.duration / found.baseline_seconds
+        panel.set_title(f"{name}: {ratio:.3f} of a step without teacher", loc="left", fontsize=9)
+        stages = range(layout.pp)
+        panel.set_yticks(stages, [f"stage {stage}" for stage in stages], fontsize=7)
+        panel.invert_yaxis()
+        panel.axvline(found.baseline_seconds, color="grey", linestyle=":")
+        panel.set_xlim(0, max(found.seconds.values()))
+    panels[-1].set_xlabel("seconds (dotted: end of the step without a teacher)")
+    legend = [Patch(color=colour, label=kind) for kind, colour in _SPAN_COLOURS.items()]
+    figure.legend(handles=legend, loc="upper right", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
