@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How a run stands: bash launch/status.sh RUN, its name or its folder
+# Show the state of a run, by its name or its folder: bash launch/status.sh RUN
 set -euo pipefail
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 run="${1:?which run: its name under LET_RUNS, or its folder}"

@@ -1,1 +1,1 @@
-"""Metrics files: write, read, compare, report."""
+"""Write and read metrics files; compare runs and report."""

@@ -1,4 +1,4 @@
-"""Runs held against a baseline: what each reached, when, at what cost, and whether it is fair."""
+"""Compare runs with a baseline: losses, speed-up, cost, and whether the settings match."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import LETError
-from megatron_let.metrics.head_to_head import aligned_phase_cost, steps_to_reach
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.run.output_folder import read_settings
 
@@ -25,14 +24,14 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run's metrics, with what its folder says of it.
+    """One run: its metrics, settings and downstream accuracy.
 
     Attributes:
-        name: of the line that it is drawn on; runs of one name differ in the seed.
+        name: name of its variant; runs of one name differ in the seed.
         path: its folder or metrics file.
-        metrics: see there.
-        settings: by argument name; None where the folder does not say.
-        downstream: average accuracy in percent, of the last checkpoint that was evaluated.
+        metrics: its metrics file, loaded.
+        settings: settings by argument name; None if the folder does not record them.
+        downstream: average accuracy in percent of the last evaluated checkpoint.
     """
 
     name: str
@@ -43,32 +42,36 @@ class ComparedRun:
 
     @property
     def method(self) -> str | None:
-        """`none` for a baseline."""
+        """The value of `--let-method`, `none` for a baseline; None if unknown."""
         return None if self.settings is None else self.settings.get("let_method")
 
-    def elapsed(self, amount: Callable[[dict[str, Any]], float]) -> Curve:
-        """Sum of an amount over the steps up to each; a lost and retaken step counts once."""
+    @property
+    def seed(self) -> Any:
+        """The value of `--seed`; None if unknown."""
+        return (self.settings or {}).get("seed")
+
+    def seconds(self) -> Curve:
+        """Return the training time up to each step, without evaluations and checkpoints."""
+        return self._cumulative(lambda row: row["step_seconds"])
+
+    def tokens(self) -> Curve:
+        """Return the number of tokens trained on up to each step."""
+        return self._cumulative(lambda row: row["tokens_per_second"] * row["step_seconds"])
+
+    def _cumulative(self, amount: Callable[[dict[str, Any]], float]) -> Curve:
         steps = sorted(self.metrics.steps)
         amounts = accumulate(amount(self.metrics.steps[step]) for step in steps)
         return dict(zip(steps, amounts, strict=True))
 
-    def seconds(self) -> Curve:
-        """Training time up to each step, without evaluations and checkpoints."""
-        return self.elapsed(lambda row: row["step_seconds"])
-
-    def tokens(self) -> Curve:
-        """Tokens trained on up to each step."""
-        return self.elapsed(lambda row: row["tokens_per_second"] * row["step_seconds"])
-
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Of the rank that writes the metrics."""
+        """Peak memory of the rank that writes the metrics."""
         sizes = [row["max_memory_bytes"] for row in self.metrics.steps.values()]
         return max(sizes, default=None)
 
     @property
     def unfinished(self) -> str | None:
-        """What is missing of the run, or None."""
+        """What the run lacks, or None if it took all its steps."""
         wanted = (self.settings or {}).get("train_iters")
         if not self.metrics.steps:
             return "no step was taken"
@@ -78,7 +81,7 @@ class ComparedRun:
 
 
 def load_run(name: str, path: Path) -> ComparedRun:
-    """Read a run's folder, or a metrics file alone.
+    """Load a run from its folder, or from a metrics file alone.
 
     Raises:
         LETError: there is no metrics file.
@@ -95,7 +98,7 @@ def load_run(name: str, path: Path) -> ComparedRun:
 
 
 def _downstream(folder: Path) -> float | None:
-    """Average of the evaluated checkpoint that saw most tokens."""
+    """Return the average accuracy of the evaluated checkpoint with the most tokens."""
     if not (folder / _EVALUATION).is_file():
         return None
     models = json.loads((folder / _EVALUATION).read_text())["models"]
@@ -104,13 +107,14 @@ def _downstream(folder: Path) -> float | None:
 
 
 def find_baseline(runs: list[ComparedRun], name: str | None) -> str:
-    """Name of what the others are held against.
+    """Return the name of the baseline.
 
     Args:
-        name: asked for; None takes the only one whose runs had no teacher.
+        runs: all runs.
+        name: the requested name; None selects the only name whose runs had no teacher.
 
     Raises:
-        LETError: there is none of that name, or not exactly one without a teacher.
+        LETError: no run has that name, or not exactly one name has no teacher.
     """
     names = list(dict.fromkeys(run.name for run in runs))
     if name is not None:
@@ -119,17 +123,16 @@ def find_baseline(runs: list[ComparedRun], name: str | None) -> str:
         return name
     found = list(dict.fromkeys(run.name for run in runs if run.method == "none"))
     if len(found) != 1:
-        what = "none" if not found else ", ".join(found)
         raise LETError(
-            f"Of the runs {', '.join(names)} those without a teacher are: {what}; say which is"
-            " the baseline by --baseline NAME."
+            f"Of the runs {', '.join(names)} those without a teacher are:"
+            f" {', '.join(found) or 'none'}; name the baseline by --baseline NAME."
         )
     return found[0]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, smallest and largest of one figure over seeds."""
+    """Mean, minimum and maximum of one figure over `count` seeds."""
 
     mean: float
     low: float
@@ -138,7 +141,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Of those that there are; None if there are none."""
+        """Summarise the finite values; None if there are none."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:
             return None
@@ -146,89 +149,111 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Line:
-    """All runs of one name, and their figures.
+class Variant:
+    """All runs of one name, and their figures over seeds.
 
     Attributes:
-        steps_to_target, seconds_to_target: until the held-out loss was the baseline's last of the
-            same seed; None where it never was.
-        num_reached: how many of the runs reached it.
-        notes: what a reader must know.
+        name: name of the runs.
+        runs: one run per seed.
+        figures: by key of `run_figures`; None where no run has the figure.
+        notes: what makes the comparison incomplete or unfair.
     """
 
     name: str
     runs: list[ComparedRun]
-    final_loss: Spread | None
-    steps_to_target: Spread | None
-    seconds_to_target: Spread | None
-    speed_up: Spread | None
-    time_speed_up: Spread | None
-    num_reached: int
-    tokens_per_second: Spread | None
-    teacher_step_cost: Spread | None
-    peak_memory_bytes: Spread | None
-    downstream: Spread | None
-    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Spread | None]
+    notes: list[str]
+
+    @property
+    def num_reached(self) -> int:
+        """How many runs reached the baseline's last held-out loss."""
+        steps = self.figures["steps_to_target"]
+        return 0 if steps is None else steps.count
 
 
-def compare(runs: list[ComparedRun], baseline: str) -> list[Line]:
-    """One line a name, the baseline's first.
+def compare(runs: list[ComparedRun], baseline: str) -> list[Variant]:
+    """Compare each run with the baseline of its seed, or else the first.
 
     Args:
         runs: in the order to show.
-        baseline: a name among them.
+        baseline: the name of one or more of them.
+
+    Returns:
+        One variant per name, the baseline first.
     """
-    by_name: dict[str, list[ComparedRun]] = {}
-    for run in sorted(runs, key=lambda run: run.name != baseline):
+    by_name: dict[str, list[ComparedRun]] = {baseline: []}
+    for run in runs:
         by_name.setdefault(run.name, []).append(run)
-    return [_line(name, members, by_name[baseline]) for name, members in by_name.items()]
+    return [_variant(name, members, by_name[baseline]) for name, members in by_name.items()]
 
 
-def _line(name: str, runs: list[ComparedRun], baselines: list[ComparedRun]) -> Line:
-    pairs = [(run, _partner(run, baselines)) for run in runs]
-    steps = [_steps(run, partner) for run, partner in pairs]
-    seconds = [_at(run.seconds(), step) for (run, _), step in zip(pairs, steps, strict=True)]
-    base_steps = [_last_evaluation(partner) for _, partner in pairs]
-    base_seconds = [
-        _at(partner.seconds(), step) for (_, partner), step in zip(pairs, base_steps, strict=True)
-    ]
-    return Line(
+def _variant(name: str, runs: list[ComparedRun], baselines: list[ComparedRun]) -> Variant:
+    partners = [next((b for b in baselines if b.seed == r.seed), baselines[0]) for r in runs]
+    pairs = list(zip(runs, partners, strict=True))
+    found = [run_figures(run, partner) for run, partner in pairs]
+    return Variant(
         name=name,
         runs=runs,
-        final_loss=Spread.of(run.metrics.final_valid_loss for run in runs),
-        steps_to_target=Spread.of(steps),
-        seconds_to_target=Spread.of(seconds),
-        speed_up=Spread.of(map(_ratio, base_steps, steps)),
-        time_speed_up=Spread.of(map(_ratio, base_seconds, seconds)),
-        num_reached=sum(step is not None for step in steps),
-        tokens_per_second=Spread.of(_rate(run) for run in runs),
-        teacher_step_cost=Spread.of(aligned_phase_cost(run.metrics) for run in runs),
-        peak_memory_bytes=Spread.of(run.peak_memory_bytes for run in runs),
-        downstream=Spread.of(run.downstream for run in runs),
+        figures={key: Spread.of(figures[key] for figures in found) for key in found[0]},
         notes=[note for run, partner in pairs for note in _notes(run, partner)],
     )
 
 
-def _seed(run: ComparedRun) -> Any:
-    return (run.settings or {}).get("seed")
+def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | None]:
+    """Return the figures of a run.
 
-
-def _partner(run: ComparedRun, baselines: list[ComparedRun]) -> ComparedRun:
-    """The baseline of the same seed, else the first."""
-    return next((b for b in baselines if _seed(b) == _seed(run)), baselines[0])
-
-
-def _last_evaluation(run: ComparedRun) -> float | None:
-    return max(run.metrics.valid_loss, default=None)
-
-
-def _steps(run: ComparedRun, baseline: ComparedRun) -> float | None:
+    The target is the baseline's last held-out loss; `steps_to_target` and `seconds_to_target`
+    are None if the run never reached it. `speed_up` and `time_speed_up` are the baseline's steps
+    and training seconds at its last evaluation over those of the run at the target.
+    """
     target = baseline.metrics.final_valid_loss
-    return None if target is None else steps_to_reach(run.metrics.valid_loss, target)
+    steps = None if target is None else steps_to_reach(run.metrics.valid_loss, target)
+    seconds = _at(run.seconds(), steps)
+    last = max(baseline.metrics.valid_loss, default=None)
+    rates = [row["tokens_per_second"] for step, row in run.metrics.steps.items() if step > 1]
+    return {
+        "final_loss": run.metrics.final_valid_loss,
+        "steps_to_target": steps,
+        "speed_up": _ratio(last, steps),
+        "seconds_to_target": seconds,
+        "time_speed_up": _ratio(_at(baseline.seconds(), last), seconds),
+        "training_seconds": _at(run.seconds(), run.metrics.last_step),
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "teacher_step_cost": teacher_step_cost(run.metrics),
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "downstream": run.downstream,
+    }
+
+
+def steps_to_reach(valid_loss: Curve, target: float) -> float | None:
+    """Return the first step, interpolated between evaluations, with a loss of at most `target`.
+
+    Returns:
+        None if the loss never gets there.
+    """
+    previous: tuple[int, float] | None = None
+    for step in sorted(valid_loss):
+        loss = valid_loss[step]
+        if loss <= target:
+            if previous is None or previous[1] <= loss:
+                return float(step)
+            before, above = previous
+            return before + (step - before) * (above - target) / (above - loss)
+        previous = (step, loss)
+    return None
+
+
+def teacher_step_cost(metrics: RunMetrics) -> float | None:
+    """Return the median time of a step with the teacher over one without, in the same run."""
+    with_teacher = metrics.step_seconds(aligned=True)
+    without = metrics.step_seconds(aligned=False)
+    if not with_teacher or not without:
+        return None
+    return statistics.median(with_teacher) / statistics.median(without)
 
 
 def _at(curve: Curve, step: float | None) -> float | None:
-    """Value of a running sum at a step between two; None where the run has not been there."""
+    """Interpolate a cumulative curve at a step; None beyond the last step of the run."""
     if step is None or not curve or step > max(curve):
         return None
     below, above = math.floor(step), math.ceil(step)
@@ -236,30 +261,25 @@ def _at(curve: Curve, step: float | None) -> float | None:
     return None if high is None else low + (step - below) * (high - low)
 
 
-def _ratio(base: float | None, ours: float | None) -> float | None:
-    return base / ours if base and ours else None
-
-
-def _rate(run: ComparedRun) -> float | None:
-    rows = [row["tokens_per_second"] for step, row in run.metrics.steps.items() if step > 1]
-    return statistics.median(rows) if rows else None
+def _ratio(baseline: float | None, run: float | None) -> float | None:
+    return baseline / run if baseline and run else None
 
 
 def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
     notes = []
     if run.unfinished:
-        notes.append(f"{run.path.name}: unfinished, {run.unfinished}")
+        notes.append(f"unfinished, {run.unfinished}")
     if not run.metrics.valid_loss:
-        notes.append(f"{run.path.name}: never evaluated")
+        notes.append("never evaluated")
     if run is not baseline:
-        notes += [f"{run.path.name}: {text}" for text in differences(run, baseline)]
-    return notes
+        notes += differences(run, baseline)
+    return [f"{run.path.name}: {note}" for note in notes]
 
 
 def differences(run: ComparedRun, baseline: ComparedRun) -> list[str]:
-    """In what two runs differ besides the method, a phrase each."""
+    """Describe each setting other than the method's in which two runs differ."""
     if run.settings is None or baseline.settings is None:
-        return ["its settings are not known, so neither whether the comparison is fair"]
+        return ["the settings are unknown, so the comparison may be unfair"]
     names = [n for n in run.settings | baseline.settings if not n.startswith("let_")]
     return [
         f"{name} is {run.settings.get(name)}, the baseline's {baseline.settings.get(name)}"

@@ -1,7 +1,7 @@
-"""Watches a run for a teacher that does harm, the paper's failure mode (its Table 6), and warns.
+"""Warn when the teacher seems to harm the student, the paper's failure mode (its Table 6).
 
-It never stops a run: weak evidence on an early step is no reason to, and whoever reads the warning
-can lower `--let-weight` or bring `--let-stop-step` forward.
+The guard never stops a run: the evidence is weak, and the user can lower `--let-weight` or
+`--let-stop-step`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from typing import Any
 from megatron_let.errors import LETError
 from megatron_let.metrics.read import load_metrics
 
-# Steps whose mean cosine is compared with that of as many steps before.
+# The mean cosine of the last WINDOW steps is compared with that of the WINDOW steps before.
 WINDOW = 50
-# A fall of the mean cosine that is no noise: half a per cent of its range.
+# A decrease of the mean cosine above the noise: half a percent of its range.
 COSINE_FALL = 0.01
-# A held-out loss this far above the baseline's, in nats a token, at so many evaluations in a row.
+# How far the held-out loss exceeds the baseline's, in nats per token, and at how many evaluations
+# in a row.
 LOSS_MARGIN = 0.01
 EVALUATIONS = 2
 
 
 class Guard:
-    """Takes a run's rows as they are written, and warns at the first sign of each kind.
+    """Check each row of a run's metrics, and give each kind of warning at most once.
 
     Args:
         baseline: held-out loss by iteration of the same model without a teacher; empty if unknown.
-        warn: takes one sentence.
+        warn: called with one sentence.
     """
 
     def __init__(self, baseline: Mapping[int, float], warn: Callable[[str], None]) -> None:
@@ -38,19 +39,19 @@ class Guard:
         self._cosines: list[float] = []
         self._losses: list[tuple[int, float]] = []
         self._worse = 0
-        self._said: set[str] = set()
+        self._given: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> None:
-        """Take one row of the metrics file."""
+        """Check one row of the metrics file."""
         if row.get("let_cosine") is not None:
             self._cosines.append(row["let_cosine"])
             self._check_cosine(row["iteration"])
         if row.get("valid_loss") is not None:
             self._check_loss(row["iteration"], row["valid_loss"])
 
-    def _say(self, kind: str, message: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._given:
+            self._given.add(kind)
             self._warn(message)
 
     def _check_cosine(self, iteration: int) -> None:
@@ -59,12 +60,12 @@ class Guard:
         before = statistics.fmean(self._cosines[-2 * WINDOW : -WINDOW])
         now = statistics.fmean(self._cosines[-WINDOW:])
         if now < before - COSINE_FALL:
-            self._say(
+            self._warn_once(
                 "cosine",
-                f"the student moves away from the teacher: the mean cosine of the last {WINDOW}"
-                f" steps to step {iteration} is {now:.3f}, that of the {WINDOW} before"
-                f" {before:.3f}; the two losses may be at odds, so try a lower --let-weight or"
-                " another --let-layer",
+                f"the student moves away from the teacher: the mean cosine of the {WINDOW} steps up"
+                f" to step {iteration} is {now:.3f}, after {before:.3f} in the {WINDOW} steps"
+                " before; the two losses may conflict, so try a lower --let-weight or another"
+                " --let-layer",
             )
 
     def _check_loss(self, iteration: int, loss: float) -> None:
@@ -72,17 +73,17 @@ class Guard:
         if expected is not None:
             self._worse = self._worse + 1 if loss > expected + LOSS_MARGIN else 0
             if self._worse >= EVALUATIONS:
-                self._say(
+                self._warn_once(
                     "baseline",
-                    f"the held-out loss is {loss:.4f} at step {iteration} and was {expected:.4f}"
-                    f" without a teacher, above it at {self._worse} evaluations in a row; the"
-                    " teacher may do harm, so try an earlier --let-stop-step or another teacher",
+                    f"the held-out loss at step {iteration} is {loss:.4f}, and was {expected:.4f}"
+                    f" without a teacher: worse at {self._worse} evaluations in a row; the teacher"
+                    " may harm the student, so try an earlier --let-stop-step or another teacher",
                 )
         previous = [value for step, value in self._losses if step < iteration][-EVALUATIONS:]
         self._losses.append((iteration, loss))
         rising = [*previous, loss]
         if len(rising) > EVALUATIONS and all(a < b for a, b in pairwise(rising)):
-            self._say(
+            self._warn_once(
                 "rising",
                 f"the held-out loss has risen {EVALUATIONS} times in a row, to {loss:.4f} at step"
                 f" {iteration}; compare with a run without a teacher by --let-guard-baseline",
@@ -90,14 +91,15 @@ class Guard:
 
 
 def load_guard(metrics: Path, baseline: Path | None, warn: Callable[[str], None]) -> Guard:
-    """A guard that has seen what a resumed run has already written.
+    """Build a guard and feed it the rows that a resumed run has already written.
 
     Args:
-        metrics: this run's file, which need not exist.
+        metrics: metrics file of this run; it need not exist.
         baseline: metrics file of a run without a teacher.
+        warn: called with one sentence.
 
     Raises:
-        LETError: the baseline's file is missing, or was never evaluated.
+        LETError: the baseline's file is missing or has no evaluation.
     """
     losses: dict[int, float] = {}
     if baseline is not None:

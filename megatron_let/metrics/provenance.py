@@ -1,4 +1,4 @@
-"""What a published number comes with: its command, date, machine and versions."""
+"""The source of a published number: command, date, machine and versions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_let.files.atomic import atomic_file
+
 
 def provenance(command: str) -> dict[str, str]:
-    """What a number in a document must come with: command, date, machine and versions."""
+    """Return the command, the date, the processor and the versions of the main packages."""
     processor = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -28,10 +30,8 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], source: dict[str, str]) -> None:
-    """Write rows, each with its provenance, in one step."""
-    partial = path.with_name("partial-" + path.name)
-    with partial.open("w", newline="") as stream:
+    """Write rows atomically, each followed by its provenance."""
+    with atomic_file(path) as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*rows[0], *source])
         writer.writeheader()
         writer.writerows([{**row, **source} for row in rows])
-    partial.replace(path)

@@ -1,4 +1,4 @@
-"""A metrics file read back: what a run has reached so far."""
+"""Read a metrics file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """One run's metrics: the last row of each iteration.
+    """One run's metrics; of several rows of one iteration, the last one.
 
     Attributes:
         steps: training rows by iteration.
@@ -27,13 +27,13 @@ class RunMetrics:
 
     @property
     def final_valid_loss(self) -> float | None:
-        """Validation loss of the last evaluation."""
+        """Validation loss of the last evaluation; None if there was none."""
         return self.valid_loss[max(self.valid_loss)] if self.valid_loss else None
 
     def step_seconds(self, aligned: bool | None = None) -> list[float]:
-        """Step times; of steps with or without a teacher if `aligned` is given.
+        """Return the step times, only of steps with or without a teacher if `aligned` is given.
 
-        The first step is left out: it allocates memory, and loads the teacher.
+        The first step is left out: it allocates memory and loads the teacher.
         """
         return [
             row["step_seconds"]
@@ -43,7 +43,7 @@ class RunMetrics:
 
 
 def load_metrics(path: Path) -> RunMetrics:
-    """Read a metrics file; a last line that is still being written is left out."""
+    """Read a metrics file; a missing file is an empty run, an incomplete last line is ignored."""
     run = RunMetrics()
     if not path.is_file():
         return run

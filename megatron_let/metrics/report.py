@@ -1,4 +1,4 @@
-"""A comparison as a table, as pictures, and as one HTML page that needs no other file."""
+"""The report of a comparison: tables, pictures, CSV files and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -13,62 +13,114 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from megatron_let.metrics.compare import ComparedRun, Curve, Line, Spread
+from megatron_let.files.atomic import atomic_file
+from megatron_let.metrics.compare import ComparedRun, Curve, Variant, run_figures
 from megatron_let.metrics.provenance import write_csv
 
 _GIB = 2**30
-COLUMNS = (
-    "run", "seeds", "held-out loss", "steps to the baseline's loss", "speed-up in steps",
-    "seconds to it", "speed-up in time", "tokens/s", "step with teacher / without", "peak GiB",
-    "downstream %",
-)  # fmt: skip
+_Points = list[tuple[float, float]]
+
+# Key in `Variant.figures`, heading, format, and unit in which the cell is given.
+_FIGURES = (
+    ("final_loss", "held-out loss", "{:.4f}", 1),
+    ("steps_to_target", "steps to the baseline's loss", "{:.0f}", 1),
+    ("speed_up", "speed-up in steps", "{:.2f}x", 1),
+    ("seconds_to_target", "seconds to the baseline's loss", "{:.0f}", 1),
+    ("time_speed_up", "speed-up in time", "{:.2f}x", 1),
+    ("training_seconds", "seconds in all", "{:.0f}", 1),
+    ("tokens_per_second", "tokens/s", "{:.0f}", 1),
+    ("teacher_step_cost", "step with teacher / without", "{:.2f}x", 1),
+    ("peak_memory_bytes", "peak GiB", "{:.2f}", _GIB),
+    ("downstream", "downstream %", "{:.1f}", 1),
+)
+COLUMNS = ("run", "seeds", *(heading for _, heading, _, _ in _FIGURES))
 
 
-def table_rows(lines: list[Line]) -> list[tuple[str, ...]]:
-    """Cells of each line, under `COLUMNS`."""
+def table_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
+    """Return the cells of each variant, under `COLUMNS`."""
     return [
         (
-            line.name,
-            str(len(line.runs)),
-            _cell(line.final_loss, "{:.4f}"),
-            _reached(line, line.steps_to_target, "{:.0f}"),
-            _cell(line.speed_up, "{:.2f}x"),
-            _cell(line.seconds_to_target, "{:.0f}"),
-            _cell(line.time_speed_up, "{:.2f}x"),
-            _cell(line.tokens_per_second, "{:.0f}"),
-            _cell(line.teacher_step_cost, "{:.2f}x"),
-            _cell(line.peak_memory_bytes, "{:.2f}", 1 / _GIB),
-            _cell(line.downstream, "{:.1f}"),
+            variant.name,
+            str(len(variant.runs)),
+            *(_cell(variant, key, form, unit) for key, _, form, unit in _FIGURES),
         )
-        for line in lines
+        for variant in variants
     ]
 
 
-def _cell(spread: Spread | None, form: str, factor: float = 1.0) -> str:
-    """Mean, and from smallest to largest where there are several."""
+def _cell(variant: Variant, key: str, form: str, unit: int) -> str:
+    """Format the mean, and the range over several seeds."""
+    spread = variant.figures[key]
     if spread is None:
-        return "–"
-    mean, low, high = (form.format(v * factor) for v in (spread.mean, spread.low, spread.high))
-    return mean if spread.count == 1 else f"{mean} ({low}–{high})"
+        return "never" if key == "steps_to_target" else "–"
+    mean, low, high = (form.format(v / unit) for v in (spread.mean, spread.low, spread.high))
+    cell = mean if spread.count == 1 else f"{mean} ({low}–{high})"
+    missing = len(variant.runs) - spread.count
+    return f"{cell}, {missing} never" if key == "steps_to_target" and missing else cell
 
 
-def _reached(line: Line, spread: Spread | None, form: str) -> str:
-    if spread is None:
-        return "never"
-    missing = len(line.runs) - line.num_reached
-    return _cell(spread, form) + (f", {missing} never" if missing else "")
+def two_runs(variants: list[Variant]) -> tuple[ComparedRun, ComparedRun] | None:
+    """Return the baseline's run and the other one, if there are only these two."""
+    runs = [run for variant in variants for run in variant.runs]
+    return (runs[0], runs[1]) if len(variants) == len(runs) == 2 else None
 
 
-def figures(lines: list[Line]) -> dict[str, Figure]:
-    """Pictures by the name of their file, without those that would be empty."""
+def step_rows(baseline: ComparedRun, run: ComparedRun) -> list[tuple[str, ...]]:
+    """Return the header, and a row with both held-out losses at each step that both evaluated."""
+    theirs, ours = baseline.metrics.valid_loss, run.metrics.valid_loss
+    rows: list[tuple[str, ...]] = [
+        ("step", baseline.name, run.name, "difference", "cosine", "weight")
+    ]
+    for step in sorted(theirs.keys() & ours.keys()):
+        losses = f"{theirs[step]:.4f}", f"{ours[step]:.4f}", f"{ours[step] - theirs[step]:+.4f}"
+        values = _teacher_values(run, step).values()
+        rows.append((str(step), *losses, *("" if v is None else f"{v:.3f}" for v in values)))
+    return rows
+
+
+def _teacher_values(run: ComparedRun, step: int) -> dict[str, float | None]:
+    row = run.metrics.steps.get(step, {})
+    return {key: row.get(key) for key in ("let_cosine", "let_weight")}
+
+
+def notes(variants: list[Variant]) -> list[str]:
+    """Return what a reader must know, one sentence each; the baseline comes first."""
+    found = [
+        f"Compared with {variants[0].name}: the step and the second at which a run's held-out loss"
+        " reaches the last one of the baseline of its seed, interpolated between evaluations."
+        " Ranges are over seeds. Seconds are of training steps alone."
+    ]
+    if pair := two_runs(variants):
+        found += _speed_up(*pair)
+    return found + [f"{variant.name}: {note}." for variant in variants for note in variant.notes]
+
+
+def _speed_up(baseline: ComparedRun, run: ComparedRun) -> Iterator[str]:
+    """Say when a run reached the baseline's last held-out loss, in steps and seconds."""
+    figures, target = run_figures(run, baseline), baseline.metrics.final_valid_loss
+    steps, seconds = figures["steps_to_target"], figures["seconds_to_target"]
+    if target is None:
+        return
+    if steps is None:
+        yield f"{run.name} did not reach the baseline's final held-out loss of {target:.4f}."
+    elif seconds is not None:
+        yield (
+            f"{run.name} reached the baseline's final held-out loss of {target:.4f} at step"
+            f" {steps:.0f} of {run.metrics.last_step} ({figures['speed_up']:.2f}x), after"
+            f" {seconds:.0f} s of training ({figures['time_speed_up']:.2f}x)."
+        )
+
+
+def figures(variants: list[Variant]) -> dict[str, Figure]:
+    """Draw the pictures, by file name; those without data are left out."""
     found = {
-        "loss_steps": _losses(lines, "step", lambda run: None),
-        "loss_tokens": _losses(lines, "tokens", ComparedRun.tokens),
-        "loss_seconds": _losses(lines, "seconds of training", ComparedRun.seconds),
-        "loss_memory": _memory(lines),
-        "cosine": _teacher_curves(lines, "let_cosine", "cosine"),
-        "weight": _teacher_curves(lines, "let_weight", "weight of the teacher's loss"),
-        "downstream": _downstream(lines),
+        "loss_steps": _losses(variants, "step", lambda run: {s: s for s in run.metrics.valid_loss}),
+        "loss_tokens": _losses(variants, "tokens", ComparedRun.tokens),
+        "loss_seconds": _losses(variants, "seconds of training", ComparedRun.seconds),
+        "loss_memory": _memory(variants),
+        "cosine": _teacher_curves(variants, "let_cosine", "cosine"),
+        "weight": _teacher_curves(variants, "let_weight", "weight of the teacher's loss"),
+        "downstream": _downstream(variants),
     }
     return {name: figure for name, figure in found.items() if figure.axes[0].has_data()}
 
@@ -81,86 +133,67 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _losses(lines: list[Line], label: str, scale: Callable[[ComparedRun], Curve | None]) -> Figure:
-    """Held-out loss of each run; runs of one name have one colour, and their mean a thick line."""
-    figure, axes = _axes(label, "held-out loss")
+def _draw(
+    axes: Any, variants: list[Variant], points_of: Callable[[ComparedRun], _Points], **style: Any
+) -> list[float]:
+    """Draw each run in the colour of its variant, and return the values drawn."""
     values: list[float] = []
-    for index, line in enumerate(lines):
-        color = f"C{index % 10}"
-        for number, run in enumerate(line.runs):
-            points = list(_points(run.metrics.valid_loss, scale(run)))
-            values += [y for _, y in points]
-            label_once = line.name if number == 0 else None
-            axes.plot(*_columns(points), color=color, marker="o", markersize=3, linewidth=1,
-                      label=label_once)  # fmt: skip
+    for index, variant in enumerate(variants):
+        label: str | None = variant.name
+        for points in filter(None, map(points_of, variant.runs)):
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=f"C{index % 10}", linewidth=1, label=label, **style)
+            values += y
+            label = None
+    if values:
+        axes.legend()
+    return values
+
+
+def _losses(variants: list[Variant], label: str, scale: Callable[[ComparedRun], Curve]) -> Figure:
+    """Draw the held-out loss over `scale`, which gives the abscissa of each step."""
+
+    def points(run: ComparedRun) -> _Points:
+        x, losses = scale(run), run.metrics.valid_loss
+        return [(x[step], losses[step]) for step in sorted(losses) if step in x]
+
+    figure, axes = _axes(label, "held-out loss")
+    values = _draw(axes, variants, points, marker="o", markersize=3)
     if values:
         # The first steps fall from ln(vocabulary) and would flatten everything after them.
-        axes.set_ylim(min(values) - 0.05, min(values) + max(1.0, 0.3 * (max(values) - min(values))))
-        axes.legend()
+        low, high = min(values), max(values)
+        axes.set_ylim(low - 0.05, low + max(1.0, 0.3 * (high - low)))
     return figure
 
 
-def _points(curve: Curve, scale: Curve | None) -> Iterator[tuple[float, float]]:
-    """Of a curve over steps, or over what `scale` makes of a step."""
-    for step in sorted(curve):
-        if scale is None:
-            yield step, curve[step]
-        elif step in scale:
-            yield scale[step], curve[step]
+def _memory(variants: list[Variant]) -> Figure:
+    def points(run: ComparedRun) -> _Points:
+        peak, loss = run.peak_memory_bytes, run.metrics.final_valid_loss
+        return [] if peak is None or loss is None else [(peak / _GIB, loss)]
 
-
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _memory(lines: list[Line]) -> Figure:
     figure, axes = _axes("peak memory (GiB)", "last held-out loss")
-    for index, line in enumerate(lines):
-        points = [
-            (run.peak_memory_bytes / _GIB, run.metrics.final_valid_loss)
-            for run in line.runs
-            if run.peak_memory_bytes is not None and run.metrics.final_valid_loss is not None
-        ]
-        if points:
-            axes.scatter(*_columns(points), color=f"C{index % 10}", label=line.name)
-            axes.legend()
+    _draw(axes, variants, points, marker="o", linestyle="none")
     return figure
 
 
-def _teacher_curves(lines: list[Line], key: str, label: str) -> Figure:
+def _teacher_curves(variants: list[Variant], key: str, label: str) -> Figure:
+    def points(run: ComparedRun) -> _Points:
+        steps = sorted(run.metrics.steps.items())
+        return [(step, row[key]) for step, row in steps if row.get(key) is not None]
+
     figure, axes = _axes("step", label)
-    for index, line in enumerate(lines):
-        label_once: str | None = line.name
-        for run in line.runs:
-            curve = {
-                s: row[key] for s, row in run.metrics.steps.items() if row.get(key) is not None
-            }
-            if curve:
-                points = list(_points(curve, None))
-                axes.plot(*_columns(points), color=f"C{index % 10}", linewidth=1, label=label_once)
-                axes.legend()
-                label_once = None
+    _draw(axes, variants, points)
     return figure
 
 
-def _downstream(lines: list[Line]) -> Figure:
+def _downstream(variants: list[Variant]) -> Figure:
     figure, axes = _axes("", "average downstream accuracy (%)")
-    for line in lines:
-        if line.downstream is not None:
-            spread = line.downstream
+    for variant in variants:
+        spread = variant.figures["downstream"]
+        if spread is not None:
             error = [[spread.mean - spread.low], [spread.high - spread.mean]]
-            axes.bar(line.name, spread.mean, yerr=error, capsize=4)
+            axes.bar(variant.name, spread.mean, yerr=error, capsize=4)
     return figure
-
-
-def notes(lines: list[Line], baseline: str) -> list[str]:
-    """What a reader must know, one sentence each."""
-    found = [
-        f"Held against {baseline}: the step and the second at which a run's held-out loss is the"
-        " last one of the baseline of its seed, interpolated between evaluations. Ranges are over"
-        " seeds. Seconds are of training steps alone."
-    ]
-    return found + [f"{line.name}: {note}." for line in lines for note in line.notes]
 
 
 _STYLE = (
@@ -171,12 +204,14 @@ _STYLE = (
 )
 
 
-def page(title: str, lines: list[Line], remarks: list[str], pictures: dict[str, bytes]) -> str:
-    """The HTML, with the pictures inside."""
+def page(
+    title: str, variants: list[Variant], remarks: list[str], pictures: dict[str, bytes]
+) -> str:
+    """Return the HTML, with the PNG pictures inside."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in table_rows(lines)
+        for row in table_rows(variants)
     )
     images = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">\n'
@@ -192,57 +227,55 @@ def page(title: str, lines: list[Line], remarks: list[str], pictures: dict[str, 
 
 
 def write_comparison(
-    out: Path, title: str, lines: list[Line], baseline: str, source: dict[str, str]
+    out: Path, title: str, variants: list[Variant], source: dict[str, str]
 ) -> list[Path]:
-    """Write index.html, a PNG each picture, comparison.csv and losses.csv; return their paths."""
+    """Write index.html, one PNG per picture, comparison.csv and losses.csv.
+
+    Args:
+        out: folder to write to.
+        title: title of the page.
+        variants: from `compare`.
+        source: provenance of the numbers.
+
+    Returns:
+        The paths of the files.
+    """
     out.mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for name, figure in figures(lines).items():
-        partial = out / f"partial-{name}.png"
-        figure.savefig(partial, dpi=110)
-        partial.replace(out / f"{name}.png")
+    for name, figure in figures(variants).items():
+        with atomic_file(out / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=110, format="png")
         pictures[name] = (out / f"{name}.png").read_bytes()
-    remarks = [*notes(lines, baseline), *(f"{key}: {value}" for key, value in source.items())]
-    partial = out / "partial-index.html"
-    partial.write_text(page(title, lines, remarks, pictures))
-    partial.replace(out / "index.html")
-    write_csv(out / "comparison.csv", _csv_rows(lines), source)
-    losses = _loss_rows(lines)
-    if losses:
-        write_csv(out / "losses.csv", losses, source)
-    tables = ["comparison.csv", *(["losses.csv"] if losses else [])]
-    return [out / name for name in ("index.html", *(f"{n}.png" for n in pictures), *tables)]
+    remarks = [*notes(variants), *(f"{key}: {value}" for key, value in source.items())]
+    with atomic_file(out / "index.html") as partial:
+        partial.write_text(page(title, variants, remarks, pictures))
+    tables = {"comparison.csv": _figure_rows(variants), "losses.csv": _loss_rows(variants)}
+    written = {name: rows for name, rows in tables.items() if rows}
+    for name, rows in written.items():
+        write_csv(out / name, rows, source)
+    return [out / name for name in ("index.html", *(f"{n}.png" for n in pictures), *written)]
 
 
-def _csv_rows(lines: list[Line]) -> list[dict[str, Any]]:
-    """A row a line: mean, smallest and largest of each figure."""
-    names = (
-        "final_loss", "steps_to_target", "speed_up", "seconds_to_target", "time_speed_up",
-        "tokens_per_second", "teacher_step_cost", "peak_memory_bytes", "downstream",
-    )  # fmt: skip
+def _figure_rows(variants: list[Variant]) -> list[dict[str, Any]]:
+    """Return one row per variant: mean, minimum and maximum of each figure."""
     rows = []
-    for line in lines:
-        row: dict[str, Any] = {"run": line.name, "seeds": len(line.runs)}
-        row["reached"] = line.num_reached
-        for name in names:
-            spread: Spread | None = getattr(line, name)
+    for variant in variants:
+        row: dict[str, Any] = {"run": variant.name, "seeds": len(variant.runs)}
+        row["reached"] = variant.num_reached
+        for key, spread in variant.figures.items():
             for part in ("mean", "low", "high"):
                 value = None if spread is None else getattr(spread, part)
-                row[f"{name}_{part}"] = "" if value is None else f"{value:.6g}"
+                row[f"{key}_{part}"] = "" if value is None else f"{value:.6g}"
         rows.append(row)
     return rows
 
 
-def _loss_rows(lines: list[Line]) -> list[dict[str, Any]]:
-    """A row an evaluation."""
+def _loss_rows(variants: list[Variant]) -> list[dict[str, Any]]:
+    """Return one row per evaluation."""
     return [
-        {
-            "run": line.name,
-            "seed": (run.settings or {}).get("seed", ""),
-            "step": step,
-            "valid_loss": run.metrics.valid_loss[step],
-        }
-        for line in lines
-        for run in line.runs
-        for step in sorted(run.metrics.valid_loss)
+        {"run": run.name, "seed": run.seed, "step": step, "valid_loss": loss}
+        | _teacher_values(run, step)
+        for variant in variants
+        for run in variant.runs
+        for step, loss in sorted(run.metrics.valid_loss.items())
     ]

@@ -1,4 +1,4 @@
-"""A sweep: one YAML file of variants, expanded into runs. Pure; nothing is started here."""
+"""Sweeps: a YAML file of variants, expanded into runs. Nothing is started here."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says.
+    """The contents of a sweep file.
 
     Attributes:
-        title: of its page.
-        baseline: name of the variant that the others are held against.
+        title: title of the report.
+        baseline: name of the variant that the others are compared with.
         recipes: recipe files by the names that variants use.
-        seeds: that each variant is run with.
+        seeds: seeds of each variant.
         variants: by name, `recipe` and flags without the dashes.
     """
 
@@ -40,10 +40,10 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        variant: the name that it shares with other seeds.
+        variant: name of the variant, the same for all seeds.
         seed: its seed.
-        recipe: file.
-        flags: after the recipe.
+        recipe: its recipe file.
+        flags: flags after the recipe.
     """
 
     variant: str
@@ -53,7 +53,7 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Of the run, as a job's name and below the sweep's folder."""
+        """Name of the run and of its job."""
         return f"{self.variant}-seed{self.seed}"
 
     @property
@@ -61,7 +61,7 @@ class SweepRun:
         """`--train-iters` of the flags, else of the recipe.
 
         Raises:
-            RecipeError: neither says.
+            RecipeError: neither sets it.
         """
         for flag, value in zip(reversed(self.flags[:-1]), reversed(self.flags[1:]), strict=True):
             if flag == "--train-iters":
@@ -72,28 +72,25 @@ class SweepRun:
         return int(steps)
 
 
-def load_sweep(path: Path, root: Path) -> Sweep:
-    """Read a sweep file.
-
-    Args:
-        path: the file.
-        root: folder that its recipes are relative to.
+def load_sweep(path: Path) -> Sweep:
+    """Load a sweep file, whose recipes are relative to its own folder, or to the current one.
 
     Raises:
-        RecipeError: no such file, or what it says cannot be run.
+        RecipeError: the file does not exist or is not a valid sweep.
     """
     if not path.is_file():
         raise RecipeError(f"The sweep {path} does not exist; see configs/sweep_*.yaml.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise RecipeError(f"The sweep {path} is no YAML: {str(error).splitlines()[0]}.") from error
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"The sweep {path} is not valid YAML: {reason}.") from error
     if not isinstance(values, dict) or values.keys() != _KEYS:
         raise RecipeError(f"The sweep {path} must have exactly {', '.join(sorted(_KEYS))}.")
     sweep = Sweep(
         title=str(values["title"]),
         baseline=str(values["baseline"]),
-        recipes={name: root / file for name, file in values["recipes"].items()},
+        recipes={name: _recipe(path, file) for name, file in values["recipes"].items()},
         seeds=tuple(values["seeds"]),
         variants={str(name): dict(flags) for name, flags in values["variants"].items()},
     )
@@ -101,27 +98,34 @@ def load_sweep(path: Path, root: Path) -> Sweep:
     return sweep
 
 
+def _recipe(sweep: Path, file: str) -> Path:
+    beside = sweep.parent / file
+    return beside if beside.is_file() else Path(file)
+
+
 def _check(path: Path, sweep: Sweep) -> None:
     if sweep.baseline not in sweep.variants:
-        raise RecipeError(f"The sweep {path} has no variant of its baseline's name.")
+        raise RecipeError(f"The sweep {path} has no variant named {sweep.baseline}, its baseline.")
     if not sweep.seeds or not all(isinstance(seed, int) for seed in sweep.seeds):
         raise RecipeError(f"The sweep {path} has seeds {list(sweep.seeds)}; give whole numbers.")
     for name, flags in sweep.variants.items():
         if flags.get("recipe") not in sweep.recipes:
-            known = ", ".join(sweep.recipes)
             raise RecipeError(
                 f"The variant {name} of {path} has recipe {flags.get('recipe')!r}; choose one of"
-                f" {known}."
+                f" {', '.join(sweep.recipes)}."
             )
         if not re.fullmatch(r"[\w.-]+", name):
-            raise RecipeError(f"The variant {name!r} of {path} names a folder; use letters and .-_")
+            raise RecipeError(
+                f"The variant {name!r} of {path} names a folder; use letters, digits and ._-"
+            )
 
 
 def runs_of(sweep: Sweep, seeds: Sequence[int] = (), more: Sequence[str] = ()) -> list[SweepRun]:
-    """All runs, seed by seed, so that a sweep that is stopped early has whole comparisons.
+    """Return all runs, ordered by seed, so that an interrupted sweep has complete comparisons.
 
     Args:
-        seeds: instead of the sweep's.
+        sweep: the sweep.
+        seeds: seeds in place of the sweep's.
         more: flags of every run, after those of its variant.
     """
     return [
@@ -147,10 +151,14 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def sbatch_line(run: SweepRun, launch: Path) -> str:
-    """What submits a run of one of the recipes that has a job script.
+    """Return the command that submits a run.
+
+    Args:
+        run: a run whose recipe is named METHOD_SIZE.yaml.
+        launch: folder of the job scripts.
 
     Raises:
-        RecipeError: its recipe has none.
+        RecipeError: its recipe has no job script.
     """
     method, _, size = run.recipe.stem.partition("_")
     script = launch / f"pretrain_{size}_{method}.sh"

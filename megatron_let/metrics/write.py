@@ -1,4 +1,4 @@
-"""The metrics file: JSON lines, one a training step and one an evaluation."""
+"""Write the metrics file: JSON lines, one per training step and one per evaluation."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ SOFT_LOSS_KEY = "kd loss"
 
 
 def alignment_key(name: str) -> str:
-    """Of a number of the alignment: `cosine`, or the name of another `--let-loss`."""
+    """Return the key of an alignment value: of `cosine`, or of another `--let-loss`."""
     return f"let {name}"
 
 
-# Reported by steps that have a teacher, and by no others.
+# Reported only by steps with a teacher.
 TEACHER_KEYS = (*map(alignment_key, LOSSES), SOFT_LOSS_KEY, WEIGHT_KEY)
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU, else resident on the host."""
+    """Return this process's peak memory: allocated on the GPU, else resident on the host."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null says that there was no number."""
+    """Replace NaN and infinity, which JSON lacks, by null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -49,7 +49,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stand in for `training_log`, which would print a cosine of 0 when there is none."""
+    """Wrap `training_log`, which would print a cosine of 0 for steps without a teacher."""
 
     @functools.wraps(original)
     def training_log(loss_dict: Any, total_loss_dict: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,14 +62,14 @@ def forget_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class MetricsFile:
-    """Appends rows to one file, from the rank that holds the loss.
+    """Append rows to one file, on the rank that holds the loss.
 
-    Rows have `iteration` (1-based), `lm_loss`, `let_cosine`, `let_weight` (both absent once the
-    weight is 0), `let_logsum` or `let_cca` where that is the loss, `kd_loss` where the teacher's
-    distribution is learned, `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
-    `max_memory_bytes`; evaluation rows have `iteration` and `valid_loss` or `test_loss` (with
-    `_1`, `_2` for further validation sets). A step that was lost with a killed run and taken
-    again has two rows, and the later one counts.
+    A training row has `iteration` (1-based), `lm_loss`, `let_cosine`, `let_weight` (both absent
+    once the weight is 0), `let_logsum` or `let_cca` if that is the loss, `kd_loss` under `rkd` and
+    `salt`, `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
+    `max_memory_bytes`. An evaluation row has `iteration` and `valid_loss` or `test_loss` (with
+    `_1`, `_2` for further validation sets). A step that a killed run lost and repeated has two
+    rows; the later one counts.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class MetricsFile:
     ) -> None:
         """
         Args:
-            path: of the file.
-            sequence_length: tokens of a sample.
-            observe: is shown each row, on the rank that writes it.
+            path: the file.
+            sequence_length: tokens per sample.
+            observe: called with each row, on the rank that writes it.
         """
         self._path = path
         self._observe = observe
@@ -99,7 +99,7 @@ class MetricsFile:
             self._observe(_finite(row))
 
     def wrap_train_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand in for `train_step`: time it and write its row."""
+        """Wrap `train_step`: time it and write its row."""
 
         @functools.wraps(original)
         def train_step(*args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ class MetricsFile:
         return row
 
     def wrap_evaluate_and_print_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand in for `evaluate_and_print_results`: it knows the iteration and the split."""
+        """Wrap `evaluate_and_print_results`, which knows the iteration and the split."""
 
         @functools.wraps(original)
         def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ class MetricsFile:
         return evaluate_and_print_results
 
     def wrap_evaluate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand in for `evaluate`: it returns the losses."""
+        """Wrap `evaluate`, which returns the losses; write a row inside the evaluation loop."""
 
         @functools.wraps(original)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
@@ -163,7 +163,7 @@ class MetricsFile:
         if self._num_sets > 0:
             name = f"{name}_{self._num_sets}"
         self._num_sets += 1
-        # Megatron evaluates once more after the last step; the first row of a step stays.
+        # Megatron evaluates once more after the last step; keep the first row of each step.
         if (iteration, name) not in self._evaluated:
             self._evaluated.add((iteration, name))
             self._write({"iteration": iteration, name: loss})

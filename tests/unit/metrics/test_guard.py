@@ -1,4 +1,4 @@
-"""When the guard warns, and that it says each thing once."""
+"""When the guard warns, and that it gives each warning once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def watch(
     losses: dict[int, float] | None = None,
     baseline: dict[int, float] | None = None,
 ) -> list[str]:
-    said: list[str] = []
-    guard = Guard(baseline or {}, said.append)
+    warnings: list[str] = []
+    guard = Guard(baseline or {}, warnings.append)
     for iteration, cosine in enumerate(cosines, start=1):
         guard.observe({"iteration": iteration, "lm_loss": 5.0, "let_cosine": cosine})
     for iteration, loss in (losses or {}).items():
         guard.observe({"iteration": iteration, "valid_loss": loss})
-    return said
+    return warnings
 
 
 RISING = [i / 500 for i in range(3 * WINDOW)]
@@ -42,10 +42,10 @@ RISING = [i / 500 for i in range(3 * WINDOW)]
     ],
     ids=["rising", "level", "noisy", "hardly falling", "falling", "turning", "too short"],
 )
-def test_cosine_that_falls_is_said_once(cosines: list[float], expected: int) -> None:
-    said = watch(cosines)
-    assert len(said) == expected
-    assert all("moves away from the teacher" in text for text in said)
+def test_falling_cosine_warns_once(cosines: list[float], expected: int) -> None:
+    warnings = watch(cosines)
+    assert len(warnings) == expected
+    assert all("--let-weight" in text for text in warnings)
 
 
 BASELINE = {10: 6.0, 20: 5.0, 30: 4.5, 40: 4.2}
@@ -62,39 +62,39 @@ BASELINE = {10: 6.0, 20: 5.0, 30: 4.5, 40: 4.2}
     ],
     ids=["once", "twice in a row", "within the margin", "other steps", "better"],
 )
-def test_loss_above_the_baselines(losses: dict[int, float], expected: int) -> None:
-    said = watch(losses=losses, baseline=BASELINE)
-    assert len(said) == expected
-    if said:
-        assert "is 5.1000 at step 20 and was 5.0000 without a teacher" in said[0]
+def test_loss_above_baseline_twice_in_a_row_warns(losses: dict[int, float], expected: int) -> None:
+    warnings = watch(losses=losses, baseline=BASELINE)
+    assert len(warnings) == expected
+    if warnings:
+        assert all(text in warnings[0] for text in ("step 20", "5.1000", "5.0000"))
 
 
-def test_loss_that_rises_twice_in_a_row() -> None:
+def test_loss_rising_twice_in_a_row_warns_once() -> None:
     assert not watch(losses={10: 5.0, 20: 5.1, 30: 5.0})
     assert not watch(losses={10: 6.0, 20: 5.1, 30: 5.2})
-    (said,) = watch(losses={10: 6.0, 20: 5.0, 30: 5.1, 40: 5.2, 50: 5.3})
-    assert "has risen 2 times in a row, to 5.2000 at step 40" in said
+    (warning,) = watch(losses={10: 6.0, 20: 5.0, 30: 5.1, 40: 5.2, 50: 5.3})
+    assert "5.2000 at step 40" in warning
 
 
-def test_teacher_that_has_left_is_not_watched() -> None:
-    said: list[str] = []
-    guard = Guard({}, said.append)
+def test_rows_without_teacher_never_warn() -> None:
+    warnings: list[str] = []
+    guard = Guard({}, warnings.append)
     for iteration in range(300):
         guard.observe({"iteration": iteration, "lm_loss": float(iteration)})
-    assert not said
+    assert not warnings
 
 
-def test_resumed_run_remembers(tmp_path: Path) -> None:
+def test_resumed_run_counts_earlier_evaluations(tmp_path: Path) -> None:
     metrics, baseline = tmp_path / "metrics.jsonl", tmp_path / "baseline.jsonl"
     metrics.write_text(json.dumps({"iteration": 10, "valid_loss": 6.1}) + "\n")
     rows = ({"iteration": step, "valid_loss": loss} for step, loss in BASELINE.items())
     baseline.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said: list[str] = []
-    guard = load_guard(metrics, baseline, said.append)
+    warnings: list[str] = []
+    guard = load_guard(metrics, baseline, warnings.append)
     guard.observe({"iteration": 20, "valid_loss": 5.1})
-    assert len(said) == 1
+    assert len(warnings) == 1
 
 
-def test_baseline_without_an_evaluation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LETError, match="has no evaluation; give the metrics file"):
+def test_baseline_without_evaluation_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(LETError, match="--let-guard-baseline"):
         load_guard(tmp_path / "m", tmp_path / "nowhere", print)

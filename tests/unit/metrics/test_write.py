@@ -34,7 +34,7 @@ def single_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
@@ -57,7 +57,7 @@ def evaluate(file: MetricsFile, iteration: int, prefix: str, *losses: float) -> 
     file.wrap_evaluate_and_print_results(run_all)(prefix, None, None, None, iteration)
 
 
-def test_row_of_an_aligned_step(tmp_path: Path) -> None:
+def test_aligned_step_writes_all_columns(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "m.jsonl"
     losses = {LOSS_KEY: torch.tensor(5.0), COSINE_KEY: torch.tensor(0.25), WEIGHT_KEY: 0.1}
     train_step(MetricsFile(path, 64), 0, losses)
@@ -72,32 +72,30 @@ def test_row_of_an_aligned_step(tmp_path: Path) -> None:
     assert row["max_memory_bytes"] > 1e6
 
 
-def test_cosine_and_weight_are_absent_without_a_teacher(tmp_path: Path) -> None:
+def test_step_without_teacher_has_no_cosine_or_weight(tmp_path: Path) -> None:
     train_step(MetricsFile(tmp_path / "m", 64), 3, {LOSS_KEY: 5.0})
     (row,) = rows(tmp_path / "m")
     assert row["iteration"] == 4 and "let_cosine" not in row and "let_weight" not in row
 
 
-def test_rows_are_appended(tmp_path: Path) -> None:
+def test_further_rows_are_appended(tmp_path: Path) -> None:
     for iteration in range(3):
         train_step(MetricsFile(tmp_path / "m", 64), iteration, {LOSS_KEY: 5.0})
     assert [row["iteration"] for row in rows(tmp_path / "m")] == [1, 2, 3]
 
 
-def test_stage_without_the_loss_writes_nothing(tmp_path: Path) -> None:
+def test_stage_without_loss_writes_nothing(tmp_path: Path) -> None:
     train_step(MetricsFile(tmp_path / "m", 64), 0, {})
     assert not (tmp_path / "m").exists()
 
 
-def test_only_the_rank_with_the_loss_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "is_last_rank", lambda: False)
     train_step(MetricsFile(tmp_path / "deep" / "m", 64), 0, {LOSS_KEY: 5.0})
     assert not (tmp_path / "deep").exists()
 
 
-def test_step_that_fails_leaves_no_row(tmp_path: Path) -> None:
+def test_failed_step_writes_no_row(tmp_path: Path) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no step")
 
@@ -107,19 +105,19 @@ def test_step_that_fails_leaves_no_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_number_that_is_none_is_still_json(tmp_path: Path, norm: float) -> None:
-    """RFC 8259 has no NaN and no Infinity, and jq, pandas and JavaScript refuse them."""
+def test_non_finite_serialised_as_null(tmp_path: Path, norm: float) -> None:
+    """RFC 8259 has no NaN and no Infinity; jq, pandas and JavaScript reject them."""
     train_step(MetricsFile(tmp_path / "m", 64), 0, {LOSS_KEY: torch.tensor(norm)}, norm)
     (row,) = rows(tmp_path / "m")
     assert row["iteration"] == 1 and row.get("grad_norm") is None
 
 
-def test_missing_gradient_norm_is_left_out(tmp_path: Path) -> None:
+def test_missing_gradient_norm_is_omitted(tmp_path: Path) -> None:
     train_step(MetricsFile(tmp_path / "m", 64), 0, {LOSS_KEY: 5.0}, None)
     assert "grad_norm" not in rows(tmp_path / "m")[0]
 
 
-def test_evaluation_rows_name_the_split(tmp_path: Path) -> None:
+def test_evaluation_row_names_split(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m", 64)
     evaluate(file, 5, "iteration 5 on validation set", 4.0)
     evaluate(file, 10, "iteration 10 on test set", 3.0)
@@ -138,21 +136,21 @@ def test_further_validation_sets_are_numbered(tmp_path: Path) -> None:
     ]
 
 
-def test_second_evaluation_of_the_last_step_is_not_written(tmp_path: Path) -> None:
+def test_second_evaluation_of_a_step_writes_no_row(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m", 64)
     evaluate(file, 5, "on validation set", 4.0)
     evaluate(file, 5, "on validation set", 4.5)
     assert rows(tmp_path / "m") == [{"iteration": 5, "valid_loss": 4.0}]
 
 
-def test_evaluation_that_nobody_asked_the_iteration_of_is_not_written(tmp_path: Path) -> None:
+def test_evaluate_outside_eval_loop_writes_no_row(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m", 64)
     file.wrap_evaluate(lambda: ({LOSS_KEY: 4.0}, None, False))()
     assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("result", [({}, None, False), (None, None, True)])
-def test_evaluation_without_a_loss_is_not_written(tmp_path: Path, result: Any) -> None:
+def test_evaluation_without_loss_writes_no_row(tmp_path: Path, result: Any) -> None:
     file = MetricsFile(tmp_path / "m", 64)
     wrapped = file.wrap_evaluate_and_print_results(
         lambda *args: file.wrap_evaluate(lambda: result)()
@@ -180,9 +178,7 @@ def test_wrappers_keep_names_and_results(tmp_path: Path) -> None:
     ],
     ids=["teacher gone", "aligned", "skipped step"],
 )
-def test_averages_that_are_no_longer_reported_are_forgotten(
-    losses: dict[str, int], left: dict[str, int]
-) -> None:
+def test_averages_of_absent_keys_are_dropped(losses: dict[str, int], left: dict[str, int]) -> None:
     totals = {LOSS_KEY: 3, COSINE_KEY: 2, WEIGHT_KEY: 2}
     calls: list[Any] = []
     log = forget_stale_averages(lambda *args, **kwargs: calls.append((args, kwargs)))

@@ -1,4 +1,4 @@
-"""How a run stands, from the files of its folder."""
+"""The state of a run, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ def status(folder: Path) -> tuple[int, dict[str, str]]:
     return result.returncode, {x[:11].strip(): x[12:] for x in result.stdout.splitlines()}
 
 
-def test_status_of_a_run(run: Path) -> None:
+def test_status_of_running_attempt(run: Path) -> None:
     code, lines = status(run)
     assert code == 0
     assert lines["state"] == "unknown, no squeue here"
     assert lines["step"] == "40 of 50 (80.0 %)" and lines["loss"] == "1.0000"
-    assert lines["speed"] == "1,500 tokens/s, 2.00 s a step"
+    assert lines["speed"] == "1,500 tokens/s, 2.00 s per step"
     assert lines["time left"] == "0:00:20 of training"
     assert lines["checkpoint"].startswith("step 30, ")
     assert lines["attempts"] == "2, the last as job 7 on n[1-2]"
     assert lines["last end"] == "attempt 1 with code 137 of rank 3, saved step 20"
 
 
-def test_marks_are_seen(run: Path) -> None:
+def test_control_files_change_state(run: Path) -> None:
     (run / "checkpoints/STOP").touch()
     assert "asked to stop" in status(run)[1]["state"]
     (run / "checkpoints/DONE").touch()
     assert status(run)[1]["state"] == "done"
 
 
-def test_run_before_its_first_step(run: Path) -> None:
+def test_run_before_first_step_has_no_checkpoint(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "checkpoints/latest_checkpointed_iteration.txt").unlink()
     code, lines = status(run)
     assert (code, lines["step"], lines["checkpoint"]) == (0, "0 of 50 (0.0 %)", "none")
 
 
-def test_other_folder_is_refused(tmp_path: Path) -> None:
+def test_other_folder_is_rejected(tmp_path: Path) -> None:
     assert status(tmp_path)[0] == 2

@@ -1,0 +1,91 @@
+"""Compare runs with their baseline: a table, pictures and one HTML page.
+
+    python tools/compare_runs.py runs/baseline runs/let --out comparison
+    python tools/compare_runs.py baseline=a/seed1 baseline=a/seed2 let=b/seed1 let=b/seed2 --out DIR
+
+A RUN is a folder with metrics.jsonl (and optionally checkpoints/run.json and
+evaluation/results.json) or the metrics file itself. Runs of one NAME are seeds of one variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_let.cli.common import command_line, output_console, run_command, say
+from megatron_let.metrics.compare import ComparedRun, compare, find_baseline, load_run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare the runs; return the exit code."""
+    given = _parser().parse_args(argv)
+    return run_command("compare", lambda console: _compare(given))
+
+
+def _compare(given: argparse.Namespace) -> int:
+    runs = [_load(text) for text in given.runs]
+    report(runs, given.baseline, given.out, given.title, command_line())
+    return 0
+
+
+def report(
+    runs: list[ComparedRun],
+    baseline: str | None,
+    out: Path,
+    title: str,
+    command: str,
+) -> None:
+    """Print the tables, and write the page, the pictures and the CSV files.
+
+    Args:
+        runs: all runs.
+        baseline: name of the baseline; None selects the one without a teacher.
+        out: folder to write to.
+        title: title of the report.
+        command: the command that made the report, for the provenance.
+
+    Raises:
+        LETError: there is no baseline.
+    """
+    # matplotlib takes a second to import, which an error or --help need not wait for.
+    from megatron_let.metrics import report as reports
+    from megatron_let.metrics.provenance import provenance
+
+    variants = compare(runs, find_baseline(runs, baseline))
+    console = output_console()
+    if pair := reports.two_runs(variants):
+        console.print(_table("held-out loss", reports.step_rows(*pair)))
+    # One column per variant: a row of all figures is wider than a terminal.
+    rows = zip(reports.COLUMNS, *reports.table_rows(variants), strict=True)
+    console.print(_table(title, list(rows)))
+    for note in reports.notes(variants):
+        say(console, f"- {note}")
+    for path in reports.write_comparison(out, title, variants, provenance(command)):
+        say(console, f"written: {path}")
+
+
+def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    table = Table(*rows[0], title=title)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _load(text: str) -> ComparedRun:
+    name, separator, path = text.partition("=")
+    if separator and "/" not in name:
+        return load_run(name, Path(path))
+    return load_run(Path(text).resolve().name, Path(text))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="[NAME=]RUN", help="folder of a run, or a metrics file")
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--baseline", metavar="NAME", help="default: the one without a teacher")
+    add("--title", default="Runs compared", help="title of the page")
+    return parser

@@ -1,0 +1,125 @@
+"""Show the state of a run of launch/: progress, speed, time left, checkpoint and restarts."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_let.config.recipes import RecipeError, load_recipe
+from megatron_let.files.names import DONE, SAVE_NOW, STOP, TRACKER
+from megatron_let.metrics.read import RunMetrics, load_metrics
+
+# Enough steps for a stable median, few enough to show the present speed.
+_RECENT_STEPS = 20
+
+
+def num_steps(run: Path) -> int | None:
+    """Return `--train-iters` of the last attempt, from its command line or else its recipe."""
+    records = sorted((run / "attempts").glob("[0-9]*"))
+    if not records:
+        return None
+    command = records[-1] / "command.txt"
+    words = shlex.split(command.read_text()) if command.exists() else []
+    for word, value in itertools.pairwise(words):
+        if word == "--train-iters":
+            return int(value)
+    try:
+        return int(load_recipe(records[-1] / "recipe.yaml")["train-iters"])
+    except (RecipeError, KeyError):
+        return None
+
+
+def checkpoint(run: Path) -> tuple[int, float] | None:
+    """Return iteration and age in seconds of the last complete checkpoint."""
+    tracker = run / "checkpoints" / TRACKER
+    content = tracker.read_text().strip() if tracker.exists() else ""
+    return (int(content), time.time() - tracker.stat().st_mtime) if content.isdigit() else None
+
+
+def attempts(run: Path) -> list[list[str]]:
+    """Return the rows of attempts.tsv: number, job, first iteration, time, nodes."""
+    return [line.split("\t") for line in (run / "attempts.tsv").read_text().splitlines()]
+
+
+def state(run: Path, job: str) -> str:
+    """Return the state of the run's job in a few words."""
+    checkpoints = run / "checkpoints"
+    if (checkpoints / DONE).exists():
+        return "done"
+    stopping = " (asked to stop)" if (checkpoints / STOP).exists() else ""
+    try:
+        query = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return f"unknown, no squeue here{stopping}"
+    return f"{answer.stdout.strip().lower() or 'not queued'}{stopping}"
+
+
+def speed(metrics: RunMetrics) -> tuple[float, float] | None:
+    """Return the median tokens/s and seconds per step of the last steps."""
+    recent = [metrics.steps[step] for step in sorted(metrics.steps)[-_RECENT_STEPS:]]
+    if not recent:
+        return None
+    tokens = statistics.median(step["tokens_per_second"] for step in recent)
+    return tokens, statistics.median(step["step_seconds"] for step in recent)
+
+
+def progress(run: Path) -> Iterator[tuple[str, str]]:
+    """Yield step, loss, speed and time left."""
+    metrics, total = load_metrics(run / "metrics.jsonl"), num_steps(run)
+    step = metrics.last_step
+    yield "step", f"{step} of {total} ({100 * step / total:.1f} %)" if total else str(step)
+    if step:
+        yield "loss", f"{metrics.steps[step]['lm_loss']:.4f}"
+    recent = speed(metrics)
+    if recent:
+        yield "speed", f"{recent[0]:,.0f} tokens/s, {recent[1]:.2f} s per step"
+        left = _duration((total - step) * recent[1]) if total else "unknown"
+        yield "time left", f"{left} of training"
+
+
+def rows(run: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and text of each line to print."""
+    tries = attempts(run)
+    yield "state", state(run, tries[-1][1])
+    yield from progress(run)
+    last = checkpoint(run)
+    yield "checkpoint", f"step {last[0]}, {_duration(last[1])} ago" if last else "none"
+    yield "attempts", f"{len(tries)}, the last as job {tries[-1][1]} on {tries[-1][4]}"
+    yield "last end", _last_end(run)
+    yield "stop, save", f"touch {run}/checkpoints/{STOP} or {SAVE_NOW}"
+    if list(run.glob("wandb/offline-run-*")):
+        yield "wandb", f"wandb sync {run}/wandb/offline-run-*"
+
+
+def _last_end(run: Path) -> str:
+    results = sorted((run / "attempts").glob("*/result.tsv"))
+    if not results or not results[-1].read_text().strip():
+        return "none yet"
+    _, code, rank, iteration = results[-1].read_text().split()
+    who = "" if rank == "-" else f" of rank {rank}"
+    return f"attempt {int(results[-1].parent.name)} with code {code}{who}, saved step {iteration}"
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the state; return the exit code: 2 if the folder is not a run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder, LET_RUNS/NAME")
+    run = parser.parse_args(argv).run
+    if not (run / "attempts.tsv").exists():
+        print(f"{run} is not a run of launch/; give the folder LET_RUNS/NAME.")
+        return 2
+    for name, text in rows(run):
+        print(f"{name:<11} {text}")
+    return 0

@@ -1,0 +1,100 @@
+"""Train the variants of a sweep in turn on this machine, and compare them on one page.
+
+    DATA=runs/quickstart/data python tools/sweep.py configs/sweep_methods.yaml --output runs/methods
+
+An interrupted sweep continues where it stopped: finished runs are kept, an unfinished one resumes
+from its checkpoint. Flags after `--` are given to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_let.cli.common import command_line, output_console, run_command, say
+from megatron_let.cli.compare import report
+from megatron_let.cli.local_run import METRICS, ROOT, run_environment, train_locally
+from megatron_let.errors import LETError
+from megatron_let.metrics.compare import load_run
+from megatron_let.metrics.sweep import SweepRun, load_sweep, runs_of, sbatch_line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sweep; return the exit code: 1 if a run failed, 2 if the sweep could not begin."""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    given, more = _parser().parse_args(argv[:split]), argv[split + 1 :]
+    return run_command("sweep", lambda console: _sweep(given, more, console))
+
+
+def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
+    sweep = load_sweep(given.sweep)
+    for text in given.recipe:
+        name, _, file = text.partition("=")
+        sweep.recipes[name] = Path(file)
+    runs = runs_of(sweep, given.seeds, more)
+    if given.sbatch:
+        for run in runs:
+            print(sbatch_line(run, ROOT / "launch"))
+        return 0
+    output = given.output.resolve()
+    folders = {output / run.variant / f"seed-{run.seed}": run for run in runs}
+    failed = _train_all(folders, given.nproc_per_node)
+    found = [
+        load_run(run.variant, folder)
+        for folder, run in folders.items()
+        if (folder / METRICS).is_file()
+    ]
+    if any(run.name == sweep.baseline for run in found):
+        report(found, sweep.baseline, output / "comparison", sweep.title, command_line())
+    for name, message in failed.items():
+        say(errors, f"sweep: error: {name}: {message}", "red")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog="-- FLAGS are given to every run"
+    )
+    add = parser.add_argument
+    add("sweep", type=Path, help="one of configs/sweep_*.yaml")
+    add("--output", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
+    add("--seeds", type=int, nargs="+", default=[], help="default: the sweep's")
+    add("--nproc-per-node", type=int, default=1, metavar="N", help="ranks per run (default: 1)")
+    add("--recipe", nargs="+", default=[], metavar="NAME=FILE", help="in place of the sweep's")
+    add("--sbatch", action="store_true", help="print the commands that submit the runs, and exit")
+    return parser
+
+
+def _train_all(folders: dict[Path, SweepRun], nproc_per_node: int) -> dict[str, str]:
+    """Train each run that is not done; return the messages of those that failed."""
+    environment, console = _environment(), output_console()
+    failed = {}
+    for number, (folder, run) in enumerate(folders.items(), start=1):
+        say(console, f"[{number}/{len(folders)}] {run.name}")
+        try:
+            train_locally(run, folder, environment, console, nproc_per_node)
+        except LETError as error:
+            # The other runs are still worth their time.
+            failed[run.name] = str(error)
+            say(console, f"      {error}", "red")
+    return failed
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the runs; the default teacher is the packaged one."""
+    if not os.environ.get("DATA"):
+        raise LETError(
+            "The environment variable DATA is not set; export the data of the recipes, such as"
+            " runs/quickstart/data, which launch/quickstart.sh makes."
+        )
+    from megatron_let.teacher.inspect import inspect_teacher
+    from megatron_let.teacher.package import packaged_teacher
+
+    teacher = os.environ.get("TEACHER")
+    folder = inspect_teacher(Path(teacher) if teacher else packaged_teacher()).path
+    return run_environment(Path(os.environ["DATA"]).resolve(), folder)

@@ -1,0 +1,36 @@
+"""The command that compares runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_let.cli.compare import main
+from tests.helpers.metrics_files import write_run
+
+BASE = {20: 6.0, 40: 5.0}
+
+
+def test_two_runs_print_losses_by_step_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "baseline", BASE, settings={})
+    write_run(
+        tmp_path / "let", {20: 5.0, 40: 4.5}, teacher_steps=20, settings={"let_method": "let"}
+    )
+    runs = [str(tmp_path / "baseline"), f"mine={tmp_path / 'let'}"]
+    assert main([*runs, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for text in ("-1.0000", "0.500", "speed-up in steps", "2.00x", "mine reached the baseline's"):
+        assert text in printed
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_run_without_metrics_is_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "baseline", BASE, settings={})
+    assert main([str(run), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "has no metrics.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,50 @@
+"""Reading a metrics file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.metrics.read import RunMetrics, load_metrics
+
+
+def step(iteration: int, seconds: float = 1.0, **values: Any) -> dict[str, Any]:
+    return {"iteration": iteration, "lm_loss": 5.0, "step_seconds": seconds} | values
+
+
+def write(path: Path, *rows: dict[str, Any], end: str = "") -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return path
+
+
+def test_repeated_step_keeps_last_row(tmp_path: Path) -> None:
+    rows = [step(1, lm_loss=9.0), step(2), step(1, lm_loss=4.0), {"iteration": 2, "valid_loss": 3}]
+    loaded = load_metrics(write(tmp_path / "m.jsonl", *rows))
+    assert loaded.steps[1]["lm_loss"] == 4.0
+    assert (loaded.last_step, loaded.valid_loss, loaded.final_valid_loss) == (2, {2: 3}, 3)
+
+
+def test_test_loss_is_not_validation_loss(tmp_path: Path) -> None:
+    rows = [{"iteration": 2, "valid_loss": 3.0}, {"iteration": 2, "test_loss": 9.0}]
+    assert load_metrics(write(tmp_path / "m.jsonl", *rows)).valid_loss == {2: 3.0}
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 6))
+def test_incomplete_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
+    path = write(tmp_path / "m.jsonl", step(1), end=json.dumps(step(2))[:cut])
+    assert load_metrics(path).last_step == 1
+
+
+def test_missing_file_is_empty_run(tmp_path: Path) -> None:
+    empty = load_metrics(tmp_path / "none.jsonl")
+    assert (empty.last_step, empty.final_valid_loss, empty.step_seconds()) == (0, None, [])
+
+
+def test_step_seconds_exclude_first_step() -> None:
+    metrics = RunMetrics({1: step(1, 100.0), 2: step(2, 3.0, let_weight=0.1), 3: step(3, 2.0)})
+    assert metrics.step_seconds() == [3.0, 2.0]
+    assert metrics.step_seconds(aligned=True) == [3.0]
+    assert metrics.step_seconds(aligned=False) == [2.0]
