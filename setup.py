@@ -1,4 +1,4 @@
-"""Package metadata; the exact tested versions are in constraints.txt."""
+"""Package metadata. constraints.txt has the exact tested versions."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    # Read as text: importing the package would need the dependencies listed below.
+    # Read as text: an import would need the dependencies below.
     text = (ROOT / "megatron_let" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
@@ -31,7 +31,7 @@ setup(
     entry_points={"console_scripts": ["megatron-let = megatron_let.cli.__main__:main"]},
     python_requires=">=3.12",
     install_requires=[
-        # Inside the range of compat/patch_table.py, whose patches name symbols of these.
+        # Within the range of compat/patch_table.py, whose patches name symbols of these two.
         "megatron-core>=0.19.2,<0.20",
         "torch>=2.9",
         "numpy",
@@ -43,15 +43,15 @@ setup(
         "sentencepiece",
         "tokenizers",
         "transformers",
-        # transformers reads GGUF teachers only with both.
+        # transformers reads GGUF teachers with these two.
         "accelerate",
         "gguf",
-        # Megatron writes no checkpoint without psutil, and does not declare it.
+        # Megatron needs psutil to write checkpoints, and does not declare it.
         "psutil",
-        # Text to train on comes as Parquet and Zstandard files too.
+        # Parquet and Zstandard input of preprocessing.
         "pyarrow",
         "zstandard",
-        # Megatron imports these two when a run logs to them.
+        # Megatron imports these two if a run logs to them.
         "tensorboard",
         "wandb",
         # Reports and progress.
@@ -59,7 +59,7 @@ setup(
         "rich",
     ],
     extras_require={
-        # Peers that tools/benchmark measures beside us.
+        # Baselines of tools/benchmark.
         "benchmark": ["datatrove", "nvidia-modelopt", "orjson"],
         "deepspeed": ["deepspeed"],
         "evaluation": ["datasets", "lm-eval"],

@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from peak_memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
+from teacher_shape import llama_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_let.compat.device import Host, prepare_process
 from megatron_let.metrics.provenance import provenance
+from megatron_let.planner.sizes import TEACHERS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"
 VOCABULARY = 49_152
-TEACHER: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-           "num_attention_heads": 9, "num_key_value_heads": 3}  # SmolLM2-135M  # fmt: skip
 # Bytes of the distributed optimizer a parameter: fp32 weights and two moments, over 32 ranks.
 OPTIMIZER_BYTES = 12 / 32
 WEIGHT = 0.5
@@ -125,9 +125,9 @@ def _peak(name: str, options: argparse.Namespace) -> int:
 
 def _teacher_loss(name: str, tokens: Tensor) -> Loss:
     """The method's stand-in for `compute_language_model_loss`, with its own teacher."""
-    from transformers import AutoModel, LlamaConfig
+    from transformers import AutoModel
 
-    config = LlamaConfig(vocab_size=VOCABULARY, **TEACHER)
+    config = llama_config(TEACHERS["smollm2-135m"])
     teacher = AutoModel.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     head = teacher.embed_tokens.weight
 

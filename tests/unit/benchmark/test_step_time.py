@@ -1,4 +1,4 @@
-"""The one-GPU benchmark: its figures on made-up steps, and the tool itself at a tiny size."""
+"""The one-GPU benchmark: its figures on synthetic steps, and the tool at a tiny size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pytest
 from tests.helpers.runs import ROOT
 from tools.benchmark import step_time
 
-BASELINE, TAUGHT = 100, 104
+BASELINE, DISTILLED = 100, 104
 
 
-def made_up(seconds: list[float], peaks: list[int], counted: int = 3) -> list[dict[str, Any]]:
-    """Blocks of equal steps, whose first ones are far slower and fuller."""
+def synthetic_steps(
+    seconds: list[float], peaks: list[int], counted: int = 3
+) -> list[dict[str, Any]]:
+    """Return blocks of equal steps; the first steps of a block are slower and use more memory."""
     settling = [{"step_seconds": 99.0, "max_memory_bytes": 10**9}] * step_time.SETTLING
     return [
         step
@@ -26,39 +28,39 @@ def made_up(seconds: list[float], peaks: list[int], counted: int = 3) -> list[di
     ]
 
 
-def test_first_steps_of_a_block_are_not_counted() -> None:
-    taken = step_time.blocks(made_up([1.0, 1.1, 1.0], [BASELINE, TAUGHT, BASELINE]), 3)
+def test_first_steps_of_a_block_are_skipped() -> None:
+    taken = step_time.blocks(synthetic_steps([1.0, 1.1, 1.0], [BASELINE, DISTILLED, BASELINE]), 3)
     assert [len(block) for block in taken] == [3, 3, 3]
     assert {step["step_seconds"] for block in taken for step in block} == {1.0, 1.1}
 
 
 @pytest.mark.parametrize("num_blocks", [0, 2, 4])
-def test_a_run_that_ends_with_a_taught_block_is_refused(num_blocks: int) -> None:
+def test_even_number_of_blocks_raises(num_blocks: int) -> None:
     with pytest.raises(ValueError, match="no odd number of blocks of 5"):
-        step_time.blocks(made_up([1.0] * num_blocks, [BASELINE] * num_blocks), 3)
+        step_time.blocks(synthetic_steps([1.0] * num_blocks, [BASELINE] * num_blocks), 3)
 
 
-def test_a_run_that_was_cut_is_refused() -> None:
+def test_incomplete_block_raises() -> None:
     with pytest.raises(ValueError, match="14 steps"):
-        step_time.blocks(made_up([1.0] * 3, [BASELINE] * 3)[:-1], 3)
+        step_time.blocks(synthetic_steps([1.0] * 3, [BASELINE] * 3)[:-1], 3)
 
 
-def test_ratio_is_free_of_a_machine_that_slows_down_evenly() -> None:
-    """The baseline takes 1.0, 1.2, 1.4 s; each taught block 4 % more than there would be."""
+def test_ratio_ignores_linear_slowdown_of_the_machine() -> None:
+    """The baseline takes 1.0, 1.2, 1.4 s; each block with a teacher 4 % more than interpolated."""
     seconds = [1.0, 1.04 * 1.1, 1.2, 1.04 * 1.3, 1.4]
-    taken = step_time.blocks(made_up(seconds, [BASELINE] * 5), 3)
+    taken = step_time.blocks(synthetic_steps(seconds, [BASELINE] * 5), 3)
     assert step_time.step_ratios(taken) == pytest.approx([1.04, 1.04])
 
 
-def test_one_slow_step_does_not_move_a_block() -> None:
-    steps = made_up([1.0, 1.04, 1.0], [BASELINE] * 3)
+def test_ratio_ignores_one_slow_step() -> None:
+    steps = synthetic_steps([1.0, 1.04, 1.0], [BASELINE] * 3)
     steps[step_time.SETTLING + 3 + step_time.SETTLING + 1] = {"step_seconds": 50.0}
     assert step_time.step_ratios(step_time.blocks(steps, 3)) == pytest.approx([1.04])
 
 
-def test_figures() -> None:
+def test_figures_of_three_cycles() -> None:
     seconds, peaks = [1.0, 1.02, 1.0, 1.04, 1.0, 1.06, 1.0], [100, 104, 100, 103, 100, 102, 101]
-    row = step_time.figures(step_time.blocks(made_up(seconds, peaks), 3), BASELINE)
+    row = step_time.figures(step_time.blocks(synthetic_steps(seconds, peaks), 3), BASELINE)
     assert row == {
         "step_ratio": 1.04, "step_ratio_q25": 1.03, "step_ratio_q75": 1.05,
         "untaught_seconds": 1.0, "peak_ratio": 1.04, "peak_ratio_after": 1.01,
@@ -66,8 +68,8 @@ def test_figures() -> None:
     }  # fmt: skip
 
 
-def test_without_peaks_no_ratio_of_them_is_made_up() -> None:
-    taken = step_time.blocks(made_up([1.0] * 5, [BASELINE] * 5), 3)
+def test_missing_peaks_give_no_peak_ratios() -> None:
+    taken = step_time.blocks(synthetic_steps([1.0] * 5, [BASELINE] * 5), 3)
     row = step_time.figures(taken, None)
     assert row["step_ratio"] == 1
     assert row["peak_ratio"] is row["peak_ratio_after"] is row["baseline_peak_gib"] is None
@@ -83,13 +85,13 @@ def test_without_peaks_no_ratio_of_them_is_made_up() -> None:
         ("peak_ratio_after", None, None),
     ],
 )  # fmt: skip
-def test_verdict(name: str, value: float | None, met: bool | None) -> None:
+def test_figure_meets_its_limit(name: str, value: float | None, met: bool | None) -> None:
     assert step_time.is_met(name, value) is met
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_teacher_is_there_in_every_other_block(tmp_path: Path, teacher: Path) -> None:
+def test_every_other_block_has_a_teacher(tmp_path: Path, teacher: Path) -> None:
     options = argparse.Namespace(
         config=ROOT / "configs" / "tiny.yaml", micro_batch_size=2, microbatches=2, cycles=1, steps=1
     )
@@ -103,10 +105,10 @@ def test_the_teacher_is_there_in_every_other_block(tmp_path: Path, teacher: Path
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_tool_runs_at_a_tiny_size(
+def test_tool_writes_a_row_per_method(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ModelOpt's row where it is installed."""
+    """ModelOpt's row is included if it is installed."""
     path = tmp_path / "step_time.csv"
     command = [
         *("step_time.py", "--config", str(ROOT / "configs" / "tiny.yaml"), "--csv", str(path)),
