@@ -197,7 +197,7 @@ for name in COMMANDS.keys() - {"train", "doctor"}:
 """
     result = installed.run("-c", code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("usage: megatron-let ") == len(COMMANDS) - 2
+    assert result.stdout.count("usage: ") == len(COMMANDS) - 2
 
 
 def test_config_takes_the_name_of_a_packaged_recipe(installed: Installed) -> None:
