@@ -19,7 +19,6 @@ from rich.console import Console
 from megatron_let.cli.common import add_command, run_command, say
 
 if TYPE_CHECKING:
-    from megatron_let.checkpoint.verify import LogitComparison, TensorAudit
     from megatron_let.checkpoint.weights import Weights
 
 DIFFERENT = 1
@@ -157,38 +156,29 @@ def _verify(given: argparse.Namespace, console: Console) -> int:
     first = open_weights(given.first, given.tokenizer, given.trust)
     second = open_weights(given.second, given.tokenizer, given.trust)
     tensors = audit(first, second)
-    _say_audit(console, tensors)
+    say(
+        console,
+        f"tensors: {tensors.num_tensors}, each used once; {tensors.num_bitwise} bitwise equal,"
+        f" largest difference {tensors.largest_difference:.3g}",
+    )
+    if tensors.different:
+        say(console, f"not equal: {', '.join(tensors.different[:5])}", "yellow")
+    if tensors.unused:
+        say(console, f"not part of the model: {', '.join(tensors.unused[:5])}", "yellow")
     close = tensors.largest_difference <= given.tolerance
     if not given.weights_only:
         tokens = sample_tokens(first, given.num_sequences, given.seq_length, given.data)
         found = compare_logits(first, second, tokens)
-        _say_logits(console, found)
+        say(
+            console,
+            f"logits on {found.num_tokens} tokens in fp32: largest difference"
+            f" {found.largest_difference:.3g}, same top token at {found.top_token_agreement:.2%},"
+            f" perplexity {found.perplexities[0]:.4f} and {found.perplexities[1]:.4f}",
+        )
         close = found.largest_difference <= given.tolerance
     same = close and not tensors.unused
     say(console, "same model" if same else "NOT the same model", "green" if same else "red")
     return 0 if same else DIFFERENT
-
-
-def _say_audit(console: Console, found: TensorAudit) -> None:
-    say(
-        console,
-        f"tensors: {found.num_tensors}, each used once; {found.num_bitwise} bitwise equal,"
-        f" largest difference {found.largest_difference:.3g}",
-    )
-    if found.different:
-        say(console, f"not equal: {', '.join(found.different[:5])}", "yellow")
-    if found.unused:
-        say(console, f"not part of the model: {', '.join(found.unused[:5])}", "yellow")
-
-
-def _say_logits(console: Console, found: LogitComparison) -> None:
-    first, second = found.perplexities
-    say(
-        console,
-        f"logits on {found.num_tokens} tokens in fp32: largest difference"
-        f" {found.largest_difference:.3g}, same top token at {found.top_token_agreement:.2%},"
-        f" perplexity {first:.4f} and {second:.4f}",
-    )
 
 
 def _inspect(given: argparse.Namespace, console: Console) -> int:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_let.cli.common import output_console, run_command
 from megatron_let.errors import LETError
-from megatron_let.planner.hardware import GPUS
-from megatron_let.planner.sizes import TEACHERS
+from megatron_let.planner.sizes import GPUS, TEACHERS
 
 if TYPE_CHECKING:
     from megatron_let.planner.estimate import Estimate, Request
@@ -30,6 +29,8 @@ _SHORT_FLAGS = {
     "cp": "--context-parallel-size",
     "micro_batch_size": "--micro-batch-size",
 }
+# The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
+_LARGE_STUDENT = 2e9
 # Wide enough for the tables in a pipe, where rich assumes 80 columns.
 _WIDTH = 110
 
@@ -41,16 +42,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
-    """Estimate the one layout that a command line without `--sweep` describes.
+    """Return the request and the estimate of a command line without `--sweep`.
 
     Raises:
         LETError, RecipeError: the request is invalid.
     """
-    from megatron_let.planner.estimate import estimate
-
     options, rest = _parse(argv)
-    request, args = _request(options, rest)
-    return request, estimate(request, _layout(args, options))
+    args = _megatron_arguments(options, rest)
+    found = _estimate(_request(args, options), args, options)
+    return found.request, found
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -80,21 +80,35 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), 0)
-    request, args = _request(options, rest)
-    if args.engine == "deepspeed":
-        estimates = [_plan_zero(request, args, options)]
+    from megatron_let.planner import report
+    from megatron_let.planner.layouts import sweep
+
+    args = _megatron_arguments(options, rest)
+    _check_engine(args, options)
+    request = _request(args, options)
+    console, titles = output_console(_WIDTH), (options.config.stem, options.gpu)
+    if options.sweep:
+        found = sweep(request, args, options.gpus)
     else:
-        estimates = _plan_megatron(request, args, options)
-    return 0 if estimates and estimates[0].fits else 1
+        found = [_estimate(request, args, options)]
+    if options.json:
+        values = [report.as_json(each) for each in found]
+        print(json.dumps(values if options.sweep else values[0], indent=2))
+    elif options.sweep:
+        report.print_sweep(console, found, *titles)
+    else:
+        report.print_estimate(console, found[0], *titles)
+    if options.plot is not None:
+        report.plot_stages(found[0], options.plot)
+    return 0 if found and found[0].fits else 1
 
 
-def _request(options: argparse.Namespace, rest: list[str]) -> tuple[Request, argparse.Namespace]:
-    """Return the planner's request, and the recipe and flags as Megatron parses them."""
+def _megatron_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:
+    """Return the recipe and the flags after it as Megatron parses them, not validated."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_let.config.arguments import add_arguments
     from megatron_let.config.recipes import load_recipe, recipe_argv
-    from megatron_let.planner.layouts import request_from_args
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     for name, flag in _SHORT_FLAGS.items():
@@ -102,54 +116,45 @@ def _request(options: argparse.Namespace, rest: list[str]) -> tuple[Request, arg
             rest = [*rest, flag, str(getattr(options, name))]
     # The plan reads none of these folders.
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
-    args = parser.parse_args(recipe_argv(load_recipe(options.config), parser, rest, variables))
-    request = request_from_args(
-        args,
-        options.gpu,
-        options.teacher,
-        options.vocab_size,
-        options.efficiency,
-        options.reserve,
+    return parser.parse_args(recipe_argv(load_recipe(options.config), parser, rest, variables))
+
+
+def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
+    from megatron_let.planner.estimate import Request
+    from megatron_let.planner.sizes import student_size, teacher_size
+
+    rough = student_size(args, 1, 1)
+    large = rough.num_layers * rough.layer_params > _LARGE_STUDENT
+    teacher = teacher_size(options.teacher or ("smollm2-1.7b" if large else "smollm2-135m"))
+    vocab_size = options.vocab_size or args.vocab_size or teacher.vocab_size
+    return Request(
+        student=student_size(args, vocab_size, args.tensor_model_parallel_size),
+        teacher=teacher if args.let_method == "let" else None,
+        layer=args.let_layer or 3,
+        seq_length=args.seq_length,
+        gpu=GPUS[options.gpu],
+        efficiency=options.efficiency,
+        max_prefetch=args.let_max_prefetch,
+        reserve=options.reserve,
     )
-    return request, args
 
 
-def _layout(args: argparse.Namespace, options: argparse.Namespace) -> Layout:
-    from megatron_let.planner.layouts import layout_from_args
-
-    return layout_from_args(args, options.gpus, options.vpp)
-
-
-def _plan_megatron(
-    request: Request, args: argparse.Namespace, options: argparse.Namespace
-) -> list[Estimate]:
-    """Print the plan of a run on Megatron's engine."""
-    from megatron_let.planner import report
+def _estimate(request: Request, args: argparse.Namespace, options: argparse.Namespace) -> Estimate:
+    """Estimate the layout of the arguments on the engine of the arguments."""
     from megatron_let.planner.estimate import estimate
-    from megatron_let.planner.layouts import sweep
-
-    console, recipe = output_console(_WIDTH), options.config.stem
-    if options.sweep:
-        found = sweep(request, args, options.gpus)
-    else:
-        found = [estimate(request, _layout(args, options))]
-    values = [report.as_json(each) for each in found]
-    if options.json:
-        print(json.dumps(values if options.sweep else values[0], indent=2))
-    elif options.sweep:
-        report.print_sweep(console, found, recipe, options.gpu)
-    else:
-        report.print_estimate(console, found[0], recipe, options.gpu)
-    if options.plot is not None:
-        report.plot_stages(found[0], options.plot)
-    return found
-
-
-def _plan_zero(request: Request, args: argparse.Namespace, options: argparse.Namespace) -> Estimate:
-    """Print the plan of a run on DeepSpeed's engine."""
-    from megatron_let.engines.deepspeed.refusals import check_supported
-    from megatron_let.planner import report
+    from megatron_let.planner.layouts import layout_from_args
     from megatron_let.planner.zero import estimate_zero
+
+    layout = layout_from_args(args, options.gpus, options.vpp)
+    if args.engine == "deepspeed":
+        return estimate_zero(request, layout, _zero(args, layout))
+    return estimate(request, layout)
+
+
+def _check_engine(args: argparse.Namespace, options: argparse.Namespace) -> None:
+    if args.engine != "deepspeed":
+        return
+    from megatron_let.engines.deepspeed.refusals import check_supported
 
     for flag in ("sweep", "plot"):
         if getattr(options, flag):
@@ -158,16 +163,6 @@ def _plan_zero(request: Request, args: argparse.Namespace, options: argparse.Nam
                 " layout, or give --engine megatron."
             )
     check_supported(args)
-    layout = _layout(args, options)
-    zero = _zero(args, layout)
-    found = estimate_zero(request, layout, zero)
-    if options.json:
-        print(json.dumps(report.zero_as_json(found, zero), indent=2))
-    else:
-        console = output_console(_WIDTH)
-        report.print_estimate(console, found, options.config.stem, options.gpu)
-        report.print_zero(console, found, zero)
-    return found
 
 
 def _zero(args: argparse.Namespace, layout: Layout) -> Zero:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import PLACEMENTS, Placement, samples_split
 from megatron_let.placement.simulate import Costs, Owner, simulate
-from megatron_let.planner.hardware import Gpu
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -19,7 +19,7 @@ from megatron_let.planner.memory import (
     teacher_weights,
     teacher_work,
 )
-from megatron_let.planner.sizes import TransformerSize
+from megatron_let.planner.sizes import Gpu, TransformerSize
 
 # Microbatches per stage after which a longer global batch only repeats the steady state.
 _LONG = 8
@@ -83,6 +83,7 @@ class Estimate:
         placement: the best placement.
         costs: per microbatch; the times are simulated from them.
         aligned: stage and chunk of layer k.
+        details: further JSON values, under DeepSpeed.
     """
 
     request: Request
@@ -93,6 +94,7 @@ class Estimate:
     placement: Placement | None
     costs: Costs
     aligned: Owner
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best_seconds(self) -> float:
@@ -127,9 +129,7 @@ def estimate(request: Request, layout: Layout) -> Estimate:
     """Predict memory and times of a layout whose sizes divide."""
     aligned = aligned_layer(request.layer, request.student.num_layers, layout)
     costs = stage_costs(request, layout)
-    baseline = _in_long_batches(
-        layout.pipeline, lambda pipeline: simulate(pipeline, costs, aligned).duration
-    )
+    baseline = _seconds(None, request, layout, costs, aligned)
     seconds: dict[Placement, float] = {}
     placement: Placement | None = None
     if request.teacher is not None:
@@ -146,11 +146,13 @@ def _best(seconds: dict[Placement, float]) -> Placement:
 
 
 def _seconds(
-    placement: Placement, request: Request, layout: Layout, costs: Costs, aligned: Owner
+    placement: Placement | None, request: Request, layout: Layout, costs: Costs, aligned: Owner
 ) -> float:
-    """Simulate the passes of one step under a placement."""
+    """Simulate the passes of one step, without a teacher or with it under a placement."""
 
     def simulated(pipeline: Pipeline) -> float:
+        if placement is None:
+            return simulate(pipeline, costs, aligned).duration
         prefetch = min(request.prefetch(layout), pipeline.num_microbatches)
         return steady_timeline(placement, pipeline, costs, aligned, prefetch).duration
 

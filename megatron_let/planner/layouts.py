@@ -8,46 +8,8 @@ from collections.abc import Iterator
 
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Estimate, Request, estimate, memory_of_stages
-from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout, Recompute
-from megatron_let.planner.sizes import TransformerSize, student_size, teacher_size
-
-# The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
-_LARGE_STUDENT = 2e9
-
-
-def request_from_args(
-    args: argparse.Namespace,
-    gpu: str,
-    teacher: str | None,
-    vocab_size: int | None,
-    efficiency: float,
-    reserve: float,
-) -> Request:
-    """Build the planner's request from Megatron's parsed arguments.
-
-    Args:
-        gpu: name in `GPUS`.
-        teacher: for `teacher_size`; None for the paper's teacher of a student of this size.
-        vocab_size: of the data; None for `--vocab-size`, else the teacher's.
-
-    Raises:
-        LETError: the teacher is unknown.
-    """
-    rough = student_size(args, 1, 1)
-    large = rough.num_layers * rough.layer_params > _LARGE_STUDENT
-    size = teacher_size(teacher or ("smollm2-1.7b" if large else "smollm2-135m"))
-    vocab_size = vocab_size or args.vocab_size or size.vocab_size
-    return Request(
-        student=student_size(args, vocab_size, args.tensor_model_parallel_size),
-        teacher=size if args.let_method == "let" else None,
-        layer=args.let_layer or 3,
-        seq_length=args.seq_length,
-        gpu=GPUS[gpu],
-        efficiency=efficiency,
-        max_prefetch=args.let_max_prefetch,
-        reserve=reserve,
-    )
+from megatron_let.planner.sizes import TransformerSize, student_size
 
 
 def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> Layout:
@@ -90,18 +52,14 @@ def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> La
 
 def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimate]:
     """Estimate all layouts that fit, and return them with the fastest first."""
-    candidates = (
-        layout
-        for layout in _layouts(args, gpus)
-        if _does_not_divide(layout, request.student) is None
-    )
-    # Memory first: the simulation is much slower.
-    estimates = (
-        estimate(request, layout)
-        for layout in candidates
-        if request.fits(memory_of_stages(request, layout, "aligned-stage"))
-    )
-    return sorted((e for e in estimates if e.fits), key=lambda e: e.best_seconds)
+    found = []
+    for layout in _layouts(args, gpus):
+        if _does_not_divide(layout, request.student) is not None:
+            continue
+        # Memory first: the simulation is much slower.
+        if request.fits(memory_of_stages(request, layout, "aligned-stage")):
+            found.append(estimate(request, layout))
+    return sorted((each for each in found if each.fits), key=lambda each: each.best_seconds)
 
 
 def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:

@@ -13,7 +13,6 @@ from megatron_let.errors import LETError
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.planner.estimate import Estimate
 from megatron_let.planner.memory import Layout
-from megatron_let.planner.zero import Zero, assumptions, step_seconds
 
 _COLUMNS = ("params", "grads", "optimizer", "activations", "buffers", "teacher_weights",
             "teacher_buffers", "total", "host")  # fmt: skip
@@ -33,21 +32,12 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "placement": found.placement,
         "tokens_per_second": found.tokens_per_second,
         "fits": found.fits,
-    }
-
-
-def zero_as_json(found: Estimate, zero: Zero) -> dict[str, Any]:
-    """Return an estimate under DeepSpeed's ZeRO as JSON values."""
-    parts = step_seconds(found.request, found.layout, zero)
-    return as_json(found) | {
-        "zero": dataclasses.asdict(zero),
-        "parts_seconds": dataclasses.asdict(parts),
-        "assumptions": assumptions(found.request, found.layout, zero),
+        **found.details,
     }
 
 
 def print_estimate(console: Console, found: Estimate, recipe: str, gpu: str) -> None:
-    """Print memory by stage, whether it fits, and the step time by placement."""
+    """Print memory by stage, whether it fits, and the step time by placement; then the details."""
     title = f"{recipe}: {_name(found.layout)} on {gpu}, GiB per rank"
     # Only DeepSpeed's ZeRO has buffers and host memory.
     columns = [c for c in _COLUMNS if c not in ("buffers", "host") or getattr(found.peak, c)]
@@ -63,6 +53,15 @@ def print_estimate(console: Console, found: Estimate, recipe: str, gpu: str) -> 
     if found.peak.host:
         console.print(f"and {found.peak.host / _GIB:.0f} GiB of host memory per rank")
     _print_times(console, found)
+    if found.details:
+        parts = found.details["parts_seconds"]
+        console.print(
+            f"ZeRO-{found.details['zero']['stage']}; step without teacher: passes"
+            f" {parts['passes']:.2f} s, ZeRO's communication {parts['data_parallel']:.2f} s,"
+            f" offload {parts['offload']:.2f} s"
+        )
+        for line in found.details["assumptions"]:
+            console.print(f"- {line}", highlight=False)
 
 
 def _print_times(console: Console, found: Estimate) -> None:
@@ -77,17 +76,6 @@ def _print_times(console: Console, found: Estimate) -> None:
         f"teacher's forward: {found.request.teacher_share:.2%} of the student's training FLOPs;"
         f" {found.tokens_per_second:,.0f} tokens/s"
     )
-
-
-def print_zero(console: Console, found: Estimate, zero: Zero) -> None:
-    """Print the parts of a step under DeepSpeed's ZeRO, and the assumptions behind them."""
-    parts = step_seconds(found.request, found.layout, zero)
-    console.print(
-        f"ZeRO-{zero.stage}; step without teacher: passes {parts.passes:.2f} s, ZeRO's"
-        f" communication {parts.data_parallel:.2f} s, offload {parts.offload:.2f} s"
-    )
-    for line in assumptions(found.request, found.layout, zero):
-        console.print(f"- {line}", highlight=False)
 
 
 def print_sweep(console: Console, found: list[Estimate], recipe: str, gpu: str) -> None:

@@ -7,14 +7,13 @@ on, gradients are accumulated and reduced in fp32, as the engine's configs set i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_let.errors import LETError
 from megatron_let.placement.plan import Placement, samples_split
 from megatron_let.placement.simulate import Costs, Owner
 from megatron_let.planner.estimate import Estimate, Request, stage_costs
-from megatron_let.planner.hardware import Gpu
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -24,7 +23,7 @@ from megatron_let.planner.memory import (
     teacher_weights,
     teacher_work,
 )
-from megatron_let.planner.sizes import TransformerSize
+from megatron_let.planner.sizes import Gpu, TransformerSize
 
 _BF16 = 2
 _FP32 = 4
@@ -203,7 +202,7 @@ class StepSeconds:
 
 
 def step_seconds(request: Request, layout: Layout, zero: Zero) -> StepSeconds:
-    """Predict one step without a teacher; see `assumptions`."""
+    """Predict one step without a teacher."""
     costs = stage_costs(request, layout)
     params = stage_params(request.student, layout, 0)
     passes = layout.num_microbatches * (costs.forward[0] + costs.backward[0])
@@ -253,7 +252,8 @@ def _offload_seconds(gpu: Gpu, sharded: int, num_microbatches: int, zero: Zero) 
 def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
     """Predict memory and times of a layout without pipeline parallelism."""
     costs = stage_costs(request, layout)
-    baseline = step_seconds(request, layout, zero).total(zero.overlap_comm)
+    parts = step_seconds(request, layout, zero)
+    baseline = parts.total(zero.overlap_comm)
     seconds: dict[Placement, float] = {}
     if request.teacher is not None:
         teacher = _teacher_seconds(request, request.teacher, layout, zero, costs)
@@ -267,6 +267,11 @@ def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
         placement="aligned-stage" if seconds else None,
         costs=costs,
         aligned=Owner(0, 0),
+        details={
+            "zero": asdict(zero),
+            "parts_seconds": asdict(parts),
+            "assumptions": _assumptions(request, layout, zero),
+        },
     )
 
 
@@ -281,7 +286,7 @@ def _teacher_seconds(
     return layout.num_microbatches * forward
 
 
-def assumptions(request: Request, layout: Layout, zero: Zero) -> list[str]:
+def _assumptions(request: Request, layout: Layout, zero: Zero) -> list[str]:
     """Return the assumptions behind this run's step time, one phrase each."""
     gpu = request.gpu
     bandwidth = collective_bandwidth(gpu, layout) / 1e9

@@ -19,9 +19,8 @@ from megatron_let.checkpoint.describe import describe
 from megatron_let.checkpoint.verify import audit
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.planner.estimate import Request
-from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout
-from megatron_let.planner.sizes import TransformerSize
+from megatron_let.planner.sizes import GPUS, TransformerSize
 from megatron_let.planner.zero import zero_from_config, zero_memory
 from tests.helpers.deepspeed import BF16, SP, TP2, deepspeed_run, megatron_run, needs_deepspeed
 from tests.helpers.runs import ROOT, Run, environment, free_port, largest_difference

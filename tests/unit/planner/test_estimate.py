@@ -14,9 +14,8 @@ import pytest
 from megatron_let.cli import plan
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Request, aligned_layer, estimate
-from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
-from megatron_let.planner.sizes import TEACHERS, TransformerSize, teacher_size
+from megatron_let.planner.sizes import GPUS, TEACHERS, TransformerSize, teacher_size
 from tests.helpers.runs import ROOT, environment
 from tools.benchmark import memory
 

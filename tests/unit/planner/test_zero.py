@@ -13,9 +13,8 @@ import pytest
 from megatron_let.cli.plan import main
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Request
-from megatron_let.planner.hardware import GPUS
 from megatron_let.planner.memory import Layout, StageMemory
-from megatron_let.planner.sizes import TEACHERS, TransformerSize
+from megatron_let.planner.sizes import GPUS, TEACHERS, TransformerSize
 from megatron_let.planner.zero import (
     Zero,
     data_parallel_bytes,
