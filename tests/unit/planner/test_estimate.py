@@ -151,12 +151,13 @@ def test_invalid_request_prints_one_line_and_returns_2(
 
 
 def test_sweep_ranks_layouts_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--sweep", "--json") == 0
+    flags = ["--config", "tiny", "--gpus", "8", "--gpu", "a100-80g", "--sweep"]
+    assert plan.main([*flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     speeds = [layout["tokens_per_second"] for layout in found]
-    assert len(found) > 10 and all(layout["fits"] for layout in found)
+    assert len(found) > 5 and all(layout["fits"] for layout in found)
     assert speeds == sorted(speeds, reverse=True)
-    assert run("--sweep") == 0
+    assert plan.main(flags) == 0
     assert f"{len(found)} layouts fit a100-80g" in capsys.readouterr().out
 
 
