@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_let.config.recipes import RecipeError, load_recipe
+from megatron_let.config.recipes import RecipeError, find_recipe, load_recipe
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
 
@@ -73,13 +73,21 @@ class SweepRun:
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Load a sweep file, whose recipes are relative to its own folder, or to the current one.
+    """Load a sweep file.
+
+    Args:
+        path: the file, or the name of a packaged sweep, such as `sweep_methods`. Its recipes are
+            files beside it or in the current folder, or names of packaged recipes.
 
     Raises:
         RecipeError: the file does not exist or is not a valid sweep.
     """
-    if not path.is_file():
-        raise RecipeError(f"The sweep {path} does not exist; see configs/sweep_*.yaml.")
+    try:
+        path = find_recipe(path)
+    except RecipeError:
+        raise RecipeError(
+            f"The sweep {path} does not exist; give a file, or a name such as sweep_methods."
+        ) from None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
