@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,9 @@ class SweepRun:
         Raises:
             RecipeError: neither sets it.
         """
-        for flag, value in zip(reversed(self.flags[:-1]), reversed(self.flags[1:]), strict=True):
-            if flag == "--train-iters":
-                return int(value)
-        steps = load_recipe(self.recipe).get("train-iters")
+        # Of a repeated flag the last one counts, as in argparse.
+        steps = dict(pairwise(self.flags)).get("--train-iters")
+        steps = steps or load_recipe(self.recipe).get("train-iters")
         if steps is None:
             raise RecipeError(f"The recipe {self.recipe} has no train-iters, which a sweep needs.")
         return int(steps)
