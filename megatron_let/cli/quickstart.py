@@ -28,7 +28,7 @@ from megatron_let.metrics.compare import ComparedRun, load_run
 from megatron_let.metrics.sweep import load_sweep, runs_of
 
 SIGNATURE = "quickstart.json"
-_SWEEP = ROOT / "configs" / "sweep_head_to_head.yaml"
+_SWEEP = Path("sweep_head_to_head")
 _SEED = 1234
 _SEQUENCE_LENGTH = 128
 _TOKENS_PER_STEP = 8 * _SEQUENCE_LENGTH
@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
     command = shlex.join(["bash", "launch/quickstart.sh", *argv])
-    return run_command("quickstart", lambda console: _quickstart(options, command))
+    return run_command(
+        "quickstart",
+        lambda console: _quickstart(options, command),
+        "interrupted; run it again to continue",
+    )
 
 
 def _quickstart(options: argparse.Namespace, command: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_let.config.recipes import RecipeError, load_recipe
 from megatron_let.files.names import DONE, SAVE_NOW, STOP, TRACKER
-from megatron_let.metrics.read import RunMetrics, load_metrics
+from megatron_let.metrics.read import load_metrics
 
 # Enough steps for a stable median, few enough to show the present speed.
 _RECENT_STEPS = 20
@@ -43,11 +43,6 @@ def checkpoint(run: Path) -> tuple[int, float] | None:
     return (int(content), time.time() - tracker.stat().st_mtime) if content.isdigit() else None
 
 
-def attempts(run: Path) -> list[list[str]]:
-    """Return the rows of attempts.tsv: number, job, first iteration, time, nodes."""
-    return [line.split("\t") for line in (run / "attempts.tsv").read_text().splitlines()]
-
-
 def state(run: Path, job: str) -> str:
     """Return the state of the run's job in a few words."""
     checkpoints = run / "checkpoints"
@@ -62,37 +57,30 @@ def state(run: Path, job: str) -> str:
     return f"{answer.stdout.strip().lower() or 'not queued'}{stopping}"
 
 
-def speed(metrics: RunMetrics) -> tuple[float, float] | None:
-    """Return the median tokens/s and seconds per step of the last steps."""
-    recent = [metrics.steps[step] for step in sorted(metrics.steps)[-_RECENT_STEPS:]]
-    if not recent:
-        return None
-    tokens = statistics.median(step["tokens_per_second"] for step in recent)
-    return tokens, statistics.median(step["step_seconds"] for step in recent)
-
-
 def progress(run: Path) -> Iterator[tuple[str, str]]:
     """Yield step, loss, speed and time left."""
     metrics, total = load_metrics(run / "metrics.jsonl"), num_steps(run)
     step = metrics.last_step
     yield "step", f"{step} of {total} ({100 * step / total:.1f} %)" if total else str(step)
     if step:
+        recent = [metrics.steps[step] for step in sorted(metrics.steps)[-_RECENT_STEPS:]]
+        tokens = statistics.median(row["tokens_per_second"] for row in recent)
+        seconds = statistics.median(row["step_seconds"] for row in recent)
         yield "loss", f"{metrics.steps[step]['lm_loss']:.4f}"
-    recent = speed(metrics)
-    if recent:
-        yield "speed", f"{recent[0]:,.0f} tokens/s, {recent[1]:.2f} s per step"
-        left = _duration((total - step) * recent[1]) if total else "unknown"
+        yield "speed", f"{tokens:,.0f} tokens/s, {seconds:.2f} s per step"
+        left = _duration((total - step) * seconds) if total else "unknown"
         yield "time left", f"{left} of training"
 
 
 def rows(run: Path) -> Iterator[tuple[str, str]]:
     """Yield the name and text of each line to print."""
-    tries = attempts(run)
-    yield "state", state(run, tries[-1][1])
+    lines = (run / "attempts.tsv").read_text().splitlines()
+    _, job, _, _, nodes = lines[-1].split("\t")
+    yield "state", state(run, job)
     yield from progress(run)
     last = checkpoint(run)
     yield "checkpoint", f"step {last[0]}, {_duration(last[1])} ago" if last else "none"
-    yield "attempts", f"{len(tries)}, the last as job {tries[-1][1]} on {tries[-1][4]}"
+    yield "attempts", f"{len(lines)}, the last as job {job} on {nodes}"
     yield "last end", _last_end(run)
     yield "stop, save", f"touch {run}/checkpoints/{STOP} or {SAVE_NOW}"
     if list(run.glob("wandb/offline-run-*")):

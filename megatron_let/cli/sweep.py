@@ -28,7 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     given, more = _parser().parse_args(argv[:split]), argv[split + 1 :]
-    return run_command("sweep", lambda console: _sweep(given, more, console))
+    return run_command(
+        "sweep",
+        lambda console: _sweep(given, more, console),
+        "interrupted; run it again to continue",
+    )
 
 
 def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
@@ -61,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").splitlines()[0], epilog="-- FLAGS are given to every run"
     )
     add = parser.add_argument
-    add("sweep", type=Path, help="one of configs/sweep_*.yaml")
+    add("sweep", type=Path, help="one of configs/sweep_*.yaml, or its name")
     add("--output", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
     add("--seeds", type=int, nargs="+", default=[], help="default: the sweep's")
     add("--nproc-per-node", type=int, default=1, metavar="N", help="ranks per run (default: 1)")

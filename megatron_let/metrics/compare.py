@@ -69,16 +69,6 @@ class ComparedRun:
         sizes = [row["max_memory_bytes"] for row in self.metrics.steps.values()]
         return max(sizes, default=None)
 
-    @property
-    def unfinished(self) -> str | None:
-        """What the run lacks, or None if it took all its steps."""
-        wanted = (self.settings or {}).get("train_iters")
-        if not self.metrics.steps:
-            return "no step was taken"
-        if wanted is not None and self.metrics.last_step < wanted:
-            return f"{self.metrics.last_step} of {wanted} steps"
-        return None
-
 
 def load_run(name: str, path: Path) -> ComparedRun:
     """Load a run from its folder, or from a metrics file alone.
@@ -266,9 +256,12 @@ def _ratio(baseline: float | None, run: float | None) -> float | None:
 
 
 def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
-    notes = []
-    if run.unfinished:
-        notes.append(f"unfinished, {run.unfinished}")
+    notes, steps = [], run.metrics.last_step
+    wanted = (run.settings or {}).get("train_iters") or steps
+    if not steps:
+        notes.append("unfinished, no step was taken")
+    elif steps < wanted:
+        notes.append(f"unfinished, {steps} of {wanted} steps")
     if not run.metrics.valid_loss:
         notes.append("never evaluated")
     if run is not baseline:

@@ -113,16 +113,37 @@ def _speed_up(baseline: ComparedRun, run: ComparedRun) -> Iterator[str]:
 
 def figures(variants: list[Variant]) -> dict[str, Figure]:
     """Draw the pictures, by file name; those without data are left out."""
+    loss, weight = "held-out loss", "weight of the teacher's loss"
     found = {
-        "loss_steps": _losses(variants, "step", lambda run: {s: s for s in run.metrics.valid_loss}),
-        "loss_tokens": _losses(variants, "tokens", ComparedRun.tokens),
-        "loss_seconds": _losses(variants, "seconds of training", ComparedRun.seconds),
-        "loss_memory": _memory(variants),
-        "cosine": _teacher_curves(variants, "let_cosine", "cosine"),
-        "weight": _teacher_curves(variants, "let_weight", "weight of the teacher's loss"),
+        "loss_steps": _curves(variants, "step", loss, lambda run: _losses(run, None)),
+        "loss_tokens": _curves(variants, "tokens", loss, lambda run: _losses(run, run.tokens())),
+        "loss_seconds": _curves(
+            variants, "seconds of training", loss, lambda run: _losses(run, run.seconds())
+        ),
+        "loss_memory": _curves(variants, "peak memory (GiB)", "last " + loss, _last_loss),
+        "cosine": _curves(variants, "step", "cosine", lambda run: _values(run, "let_cosine")),
+        "weight": _curves(variants, "step", weight, lambda run: _values(run, "let_weight")),
         "downstream": _downstream(variants),
     }
     return {name: figure for name, figure in found.items() if figure.axes[0].has_data()}
+
+
+def _losses(run: ComparedRun, scale: Curve | None) -> _Points:
+    """Return the held-out losses over steps, or over the value of `scale` at each step."""
+    losses = sorted(run.metrics.valid_loss.items())
+    if scale is None:
+        return [(step, loss) for step, loss in losses]
+    return [(scale[step], loss) for step, loss in losses if step in scale]
+
+
+def _last_loss(run: ComparedRun) -> _Points:
+    peak, loss = run.peak_memory_bytes, run.metrics.final_valid_loss
+    return [] if peak is None or loss is None else [(peak / _GIB, loss)]
+
+
+def _values(run: ComparedRun, key: str) -> _Points:
+    steps = sorted(run.metrics.steps.items())
+    return [(step, row[key]) for step, row in steps if row.get(key) is not None]
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
@@ -133,56 +154,26 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _draw(
-    axes: Any, variants: list[Variant], points_of: Callable[[ComparedRun], _Points], **style: Any
-) -> list[float]:
-    """Draw each run in the colour of its variant, and return the values drawn."""
+def _curves(
+    variants: list[Variant], x_label: str, y_label: str, points_of: Callable[[ComparedRun], _Points]
+) -> Figure:
+    """Draw one curve per run, in the colour of its variant."""
+    figure, axes = _axes(x_label, y_label)
     values: list[float] = []
     for index, variant in enumerate(variants):
         label: str | None = variant.name
         for points in filter(None, map(points_of, variant.runs)):
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=f"C{index % 10}", linewidth=1, label=label, **style)
+            marker = "o" if len(points) < 100 else None
+            axes.plot(x, y, f"C{index % 10}", marker=marker, markersize=3, lw=1, label=label)
             values += y
             label = None
     if values:
         axes.legend()
-    return values
-
-
-def _losses(variants: list[Variant], label: str, scale: Callable[[ComparedRun], Curve]) -> Figure:
-    """Draw the held-out loss over `scale`, which gives the abscissa of each step."""
-
-    def points(run: ComparedRun) -> _Points:
-        x, losses = scale(run), run.metrics.valid_loss
-        return [(x[step], losses[step]) for step in sorted(losses) if step in x]
-
-    figure, axes = _axes(label, "held-out loss")
-    values = _draw(axes, variants, points, marker="o", markersize=3)
-    if values:
+    if values and y_label == "held-out loss":
         # The first steps fall from ln(vocabulary) and would flatten everything after them.
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.05, low + max(1.0, 0.3 * (high - low)))
-    return figure
-
-
-def _memory(variants: list[Variant]) -> Figure:
-    def points(run: ComparedRun) -> _Points:
-        peak, loss = run.peak_memory_bytes, run.metrics.final_valid_loss
-        return [] if peak is None or loss is None else [(peak / _GIB, loss)]
-
-    figure, axes = _axes("peak memory (GiB)", "last held-out loss")
-    _draw(axes, variants, points, marker="o", linestyle="none")
-    return figure
-
-
-def _teacher_curves(variants: list[Variant], key: str, label: str) -> Figure:
-    def points(run: ComparedRun) -> _Points:
-        steps = sorted(run.metrics.steps.items())
-        return [(step, row[key]) for step, row in steps if row.get(key) is not None]
-
-    figure, axes = _axes("step", label)
-    _draw(axes, variants, points)
     return figure
 
 

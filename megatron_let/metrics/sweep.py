@@ -6,12 +6,13 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_let.config.recipes import RecipeError, load_recipe
+from megatron_let.config.recipes import RecipeError, find_recipe, load_recipe
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
 
@@ -63,23 +64,30 @@ class SweepRun:
         Raises:
             RecipeError: neither sets it.
         """
-        for flag, value in zip(reversed(self.flags[:-1]), reversed(self.flags[1:]), strict=True):
-            if flag == "--train-iters":
-                return int(value)
-        steps = load_recipe(self.recipe).get("train-iters")
+        # Of a repeated flag the last one counts, as in argparse.
+        steps = dict(pairwise(self.flags)).get("--train-iters")
+        steps = steps or load_recipe(self.recipe).get("train-iters")
         if steps is None:
             raise RecipeError(f"The recipe {self.recipe} has no train-iters, which a sweep needs.")
         return int(steps)
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Load a sweep file, whose recipes are relative to its own folder, or to the current one.
+    """Load a sweep file.
+
+    Args:
+        path: the file, or the name of a packaged sweep, such as `sweep_methods`. Its recipes are
+            files beside it or in the current folder, or names of packaged recipes.
 
     Raises:
         RecipeError: the file does not exist or is not a valid sweep.
     """
-    if not path.is_file():
-        raise RecipeError(f"The sweep {path} does not exist; see configs/sweep_*.yaml.")
+    try:
+        path = find_recipe(path)
+    except RecipeError:
+        raise RecipeError(
+            f"The sweep {path} does not exist; give a file, or a name such as sweep_methods."
+        ) from None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
