@@ -24,9 +24,7 @@ from rich.table import Table
 
 from megatron_let.compat.device import detect_host, prepare_process
 from megatron_let.config.recipes import RecipeError, load_recipe, recipe_argv
-from megatron_let.engines.deepspeed.ds_config import complete_config, read_config
-from megatron_let.engines.deepspeed.recipe import recipe_from_args
-from megatron_let.engines.deepspeed.refusals import check_supported
+from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.planner.estimate import (
@@ -200,7 +198,7 @@ def _refuse_pipelines(options: argparse.Namespace) -> None:
 
 def _plan_zero(request: Request, args: argparse.Namespace, options: argparse.Namespace) -> Estimate:
     """Print the plan of a run on DeepSpeed's engine."""
-    check_supported(args)
+    load_engine(args.engine).check_arguments(args)
     layout = _layout(args, options.gpus, options.vpp)
     zero = _zero(args, layout)
     found = estimate_zero(request, layout, zero)
@@ -217,8 +215,7 @@ def _zero(args: argparse.Namespace, layout: Layout) -> Zero:
     # What Megatron's validation would have set.
     args.data_parallel_size = layout.dp
     args.accumulate_allreduce_grads_in_fp32 = True
-    given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
-    config = complete_config(given, recipe_from_args(args), fused_adam=True)
+    config = load_engine(args.engine).config_from_args(args, cuda=True)
     return zero_from_config(config, args.let_teacher_shard)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors in shards, read and written one tensor at a time."""
+"""Read and write sharded safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from megatron_let.errors import LETError, first_line
+from megatron_let.files.atomic import write_json
 
 _DTYPES = {
     torch.float32: "F32",
@@ -26,7 +27,7 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Name, shape and type of a tensor that is to be written."""
+    """Name, shape and type of a tensor to write."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,12 +44,12 @@ def write_safetensors(
     read: Callable[[str], torch.Tensor],
     max_shard_size: str | int,
 ) -> None:
-    """Write a model's files; only one tensor is held at a time.
+    """Write a model's files, holding one tensor at a time.
 
     `safetensors.torch.save_file` needs all tensors of a shard in memory.
 
     Args:
-        read: gives a tensor by its name.
+        read: returns a tensor by its name.
         max_shard_size: bytes, or text such as `5GB`.
     """
     shards = split_state_dict_into_shards_factory(
@@ -62,7 +63,7 @@ def write_safetensors(
         _write_file(folder / filename, [planned[name] for name in names], read)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _write_file(
@@ -96,7 +97,7 @@ class SafetensorsFolder:
     """The tensors of a Hugging Face folder, read one at a time.
 
     Raises:
-        LETError: no safetensors, a missing shard, or a file that is cut short.
+        LETError: no safetensors, a missing shard, or a truncated file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,7 +105,7 @@ class SafetensorsFolder:
         self.files = _files_of_tensors(folder)
 
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return set(self.files)
 
     def read(self, name: str) -> torch.Tensor:
@@ -115,12 +116,12 @@ class SafetensorsFolder:
         """
         if name not in self.files:
             raise LETError(f"The folder {self.folder} has no tensor {name}; copy it again.")
-        # Opened anew for each, else every page read so far would stay in memory.
+        # Reopened for each tensor, so that the pages read so far do not stay in memory.
         with _opened(self.files[name]) as file:
             return file.get_tensor(name).clone()
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and safetensors' name of the type, without reading the tensor."""
+        """Return the shape and safetensors' name of the type, without reading the tensor."""
         with _opened(self.files[name]) as file:
             part = file.get_slice(name)
             return tuple(part.get_shape()), part.get_dtype()
@@ -137,7 +138,7 @@ def _files_of_tensors(folder: Path) -> Mapping[str, Path]:
         files = [folder / SINGLE] if (folder / SINGLE).is_file() else []
     if not files:
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        hint = f" but the pickle {pickles[0].name}, which can run code" if pickles else ""
+        hint = f", only the pickle {pickles[0].name}, which can run code" if pickles else ""
         raise LETError(
             f"The folder {folder} has no safetensors{hint}; save the model as safetensors"
             " (save_pretrained) and convert that."

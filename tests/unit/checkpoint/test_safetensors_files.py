@@ -1,4 +1,4 @@
-"""Our streaming writer of safetensors, read by the safetensors library."""
+"""The streaming writer of safetensors, checked with the safetensors library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("max_shard_size", [10**9, 200, 64], ids=["one file", "2 shards", "each"])
-def test_library_reads_what_was_written(tmp_path: Path, max_shard_size: int) -> None:
+def test_written_files_are_read_by_safetensors(tmp_path: Path, max_shard_size: int) -> None:
     plan = [TensorPlan(name, tuple(t.shape), t.dtype) for name, t in TENSORS.items()]
     write_safetensors(tmp_path, plan, TENSORS.__getitem__, max_shard_size)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -39,7 +39,7 @@ def test_library_reads_what_was_written(tmp_path: Path, max_shard_size: int) -> 
     assert all(torch.equal(ours.read(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_wrong_shape_is_an_error(tmp_path: Path) -> None:
+def test_tensor_of_another_shape_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a is"):
         write_safetensors(
             tmp_path, [TensorPlan("a", (5, 3), torch.float32)], TENSORS.__getitem__, "1GB"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import difflib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.engines.deepspeed.recipe import Recipe
 from megatron_let.errors import LETError, first_line
 
 Config = dict[str, Any]
 
-# DeepSpeed passes over an unknown section in silence, so each one that may stand there is named.
+# DeepSpeed silently ignores an unknown section, so every allowed one is listed.
 _SECTIONS = frozenset(
     {
         "aio",
@@ -39,30 +40,80 @@ _SECTIONS = frozenset(
     }
 )
 
-# Section -> what sets it in Megatron's place, or why it cannot be.
-_REFUSED = {
+# Section -> what sets it instead, or why it is not supported.
+_UNSUPPORTED = {
     "activation_checkpointing": "give --recompute-granularity instead",
     "amp": "give --bf16 instead",
     "curriculum_learning": "Megatron reads the data",
     "data_efficiency": "Megatron reads the data",
     "elasticity": "the batch size is --global-batch-size",
-    "fp16": "fp16 was never tried with it; give --bf16 instead",
-    "pipeline": "pipelines are Megatron's; use --engine megatron",
+    "fp16": "fp16 is untested; give --bf16 instead",
+    "pipeline": "use --engine megatron for pipelines",
     "scheduler": "the learning rate follows --lr-decay-style",
     "sequence_parallel_size": "give --sequence-parallel instead",
     "tensor_parallel": "give --tensor-model-parallel-size instead",
     "torch_autocast": "give --bf16 instead",
 }
 
-# Optimizers of DeepSpeed that are the recipe's AdamW.
+# DeepSpeed's names for the recipe's AdamW.
 _ADAM_TYPES = ("Adam", "AdamW")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run that a DeepSpeed config could contradict; names are Megatron's.
+
+    Attributes:
+        micro_batch_size, global_batch_size: in sequences.
+        data_parallel_size: number of replicas.
+        clip_grad: gradient norm to clip to; 0 for none.
+        bf16: bf16 parameters with fp32 master weights; otherwise fp32.
+        accumulate_allreduce_grads_in_fp32: accumulate and reduce bf16 gradients in fp32.
+        lr, adam_beta1, adam_beta2, adam_eps, weight_decay: of AdamW, before the schedule.
+        use_distributed_optimizer: shard the optimizer's state (ZeRO-1).
+        overlap_grad_reduce: reduce gradients during the backward pass.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    data_parallel_size: int
+    clip_grad: float
+    bf16: bool
+    accumulate_allreduce_grads_in_fp32: bool
+    lr: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    weight_decay: float
+    use_distributed_optimizer: bool
+    overlap_grad_reduce: bool
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches per replica and global batch."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+
+def config_from_args(args: argparse.Namespace, cuda: bool) -> Config:
+    """Return the DeepSpeed config of a run: `--deepspeed-config`, completed from the recipe.
+
+    Args:
+        args: Megatron's.
+        cuda: use torch's fused AdamW where the optimizer's state is not offloaded.
+
+    Raises:
+        LETError: the file cannot be read, or contradicts the recipe.
+    """
+    given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
+    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
+    return complete_config(given, recipe, fused_adam=cuda)
 
 
 def read_config(path: Path) -> Config:
     """Read a user's DeepSpeed config.
 
     Raises:
-        LETError: no such file, or no JSON object.
+        LETError: the file cannot be read, or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -71,23 +122,22 @@ def read_config(path: Path) -> Config:
             f"--deepspeed-config {path} cannot be read ({first_line(error)})."
         ) from error
     except ValueError as error:
-        raise LETError(f"--deepspeed-config {path} is no JSON ({first_line(error)}).") from error
+        reason = first_line(error)
+        raise LETError(f"--deepspeed-config {path} is not valid JSON ({reason}).") from error
     if not isinstance(config, dict):
-        raise LETError(f"--deepspeed-config {path} is no JSON object but {type(config).__name__}.")
+        raise LETError(f"--deepspeed-config {path} is not a JSON object; give one in braces.")
     return config
 
 
 def complete_config(given: Mapping[str, Any], recipe: Recipe, fused_adam: bool) -> Config:
-    """Complete a user's config with what the recipe says, where it is silent or says "auto".
+    """Set every value that a user's config leaves out, or sets to "auto", from the recipe.
 
     Args:
         given: the user's config; {} for none.
-        recipe: of the run.
-        fused_adam: torch's fused AdamW is to be used where the optimizer's state is not offloaded.
+        fused_adam: use torch's fused AdamW where the optimizer's state is not offloaded.
 
     Raises:
-        LETError: the config contradicts the recipe, or has a section that is not DeepSpeed's to
-            decide here.
+        LETError: the config contradicts the recipe, or has an unsupported section.
     """
     _check_sections(given)
     config = _without_auto(copy.deepcopy(dict(given)))
@@ -96,7 +146,7 @@ def complete_config(given: Mapping[str, Any], recipe: Recipe, fused_adam: bool) 
     stage = config["zero_optimization"]["stage"]
     for path, value, flag in _settings(recipe, stage):
         _set(config, path, value, flag)
-    # Of no consequence to the result, so the user's word is taken.
+    # It does not change the result, so the user's value is kept.
     if stage in (1, 2):
         config["zero_optimization"].setdefault("overlap_comm", recipe.overlap_grad_reduce)
     config.setdefault("steps_per_print", None)
@@ -105,18 +155,18 @@ def complete_config(given: Mapping[str, Any], recipe: Recipe, fused_adam: bool) 
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a completed config."""
+    """Return the ZeRO stage of a completed config."""
     return int(config["zero_optimization"]["stage"])
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's state is in the host's memory or on NVMe."""
+    """Return whether the optimizer's state is in host memory or on NVMe."""
     device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     return device != "none"
 
 
 def _settings(recipe: Recipe, stage: int) -> list[tuple[str, Any, str]]:
-    """(dotted path, value, flag) of everything that the recipe decides."""
+    """Return (dotted path, value, flag) of every value that the recipe sets."""
     adam = "optimizer.params."
     settings = [
         ("train_micro_batch_size_per_gpu", recipe.micro_batch_size, "--micro-batch-size"),
@@ -134,7 +184,7 @@ def _settings(recipe: Recipe, stage: int) -> list[tuple[str, Any, str]]:
         (adam + "eps", recipe.adam_eps, "--adam-eps"),
         (adam + "weight_decay", recipe.weight_decay, "--weight-decay"),
     ]
-    if recipe.bf16 and recipe.grads_in_fp32 and stage > 0:
+    if recipe.bf16 and recipe.accumulate_allreduce_grads_in_fp32 and stage > 0:
         flag = "--accumulate-allreduce-grads-in-fp32, which --bf16 sets"
         settings += [
             ("data_types.grad_accum_dtype", "fp32", flag),
@@ -145,13 +195,13 @@ def _settings(recipe: Recipe, stage: int) -> list[tuple[str, Any, str]]:
 
 def _check_sections(given: Mapping[str, Any]) -> None:
     for name in given:
-        if name in _REFUSED:
-            raise LETError(f"--deepspeed-config sets {name}: {_REFUSED[name]}.")
+        if name in _UNSUPPORTED:
+            raise LETError(f"--deepspeed-config sets {name}: {_UNSUPPORTED[name]}.")
         if name not in _SECTIONS:
             near = difflib.get_close_matches(name, _SECTIONS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; take it out."
+            hint = f"did you mean {near[0]}?" if near else "remove it."
             raise LETError(
-                f"--deepspeed-config sets {name}, which means nothing to this engine{hint}"
+                f"--deepspeed-config sets {name}, which this engine does not support; {hint}"
             )
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3, "auto"):
@@ -159,7 +209,7 @@ def _check_sections(given: Mapping[str, Any]) -> None:
 
 
 def _without_auto(config: Config) -> Config:
-    """Leave out what the file leaves to others, as Hugging Face's configs do with "auto"."""
+    """Remove the values that are "auto", as in Hugging Face's configs."""
     kept: Config = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -170,7 +220,11 @@ def _without_auto(config: Config) -> Config:
 
 
 def _set(config: Config, path: str, value: Any, flag: str) -> None:
-    """Put `value` at a dotted path, or refuse another one that stands there."""
+    """Set `value` at a dotted path.
+
+    Raises:
+        LETError: the config has a different value there.
+    """
     *sections, name = path.split(".")
     for section in sections:
         config = config.setdefault(section, {})
@@ -178,7 +232,7 @@ def _set(config: Config, path: str, value: Any, flag: str) -> None:
     if not _same(found, value):
         raise LETError(
             f"--deepspeed-config sets {path} to {json.dumps(found)} but {flag} says"
-            f" {json.dumps(value)}; take one of the two away."
+            f" {json.dumps(value)}; remove one of the two."
         )
 
 
@@ -195,7 +249,7 @@ def _same(found: Any, value: Any) -> bool:
 
 
 def _choose_adam(config: Config, fused_adam: bool) -> None:
-    """Use torch's AdamW, which nothing has to be compiled for, unless its state is offloaded."""
+    """Use torch's AdamW, which needs no compilation, unless its state is offloaded."""
     params = config["optimizer"]["params"]
     if not offloads_optimizer(config) and "torch_adam" not in params:
         params["torch_adam"] = True
