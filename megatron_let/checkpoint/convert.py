@@ -27,8 +27,8 @@ from megatron_let.checkpoint.parameter_mapping import (
 )
 from megatron_let.checkpoint.safetensors_files import TensorPlan, write_safetensors
 from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_dist
-from megatron_let.checkpoint.weights import Weights
-from megatron_let.errors import LETError, first_line
+from megatron_let.checkpoint.weights import Weights, load_tokenizer
+from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_folder, write_json
 from megatron_let.files.names import TRACKER
 
@@ -94,17 +94,7 @@ def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> dict[str, Any]:
         for pattern in _TOKENIZER_FILES:
             for file in tokenizer.glob(pattern):
                 shutil.copy(file, folder / file.name)
-    return _special_tokens(tokenizer)
-
-
-def _special_tokens(tokenizer: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer can raise many types
-        reason = first_line(error)
-        raise LETError(f"The tokenizer {tokenizer} cannot be read ({reason}).") from error
+    loaded = load_tokenizer(tokenizer)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: value for name in names if (value := getattr(loaded, name)) is not None}
 

@@ -164,7 +164,7 @@ def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> i
     if tokenizer is None:
         # Without a tokenizer the padding is known only if the run was given a size.
         return min(int(known), rows) if known else rows
-    size = tokenizer_size(tokenizer)
+    size = len(load_tokenizer(tokenizer))
     expected = padded_vocab_size(
         size,
         int(args.get("make_vocab_size_divisible_by") or 128),
@@ -178,20 +178,20 @@ def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> i
     return max(size, min(int(known), rows)) if known else size
 
 
-def tokenizer_size(path: Path) -> int:
-    """Return the number of ids of a tokenizer's folder or SentencePiece file.
+def load_tokenizer(path: Path) -> Any:
+    """Load a tokenizer's folder or SentencePiece file; `len` is its number of ids.
 
     Raises:
         LETError: the tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer
-
     try:
         if path.is_file():
-            import sentencepiece
+            from sentencepiece import SentencePieceProcessor
 
-            return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
-        return len(AutoTokenizer.from_pretrained(path, local_files_only=True))
+            return SentencePieceProcessor(model_file=str(path))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a damaged tokenizer can raise many types
         raise LETError(f"The tokenizer {path} cannot be read ({first_line(error)}).") from error
 
@@ -254,7 +254,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
 
 
 def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
-    size = tokenizer_size(tokenizer)
+    size = len(load_tokenizer(tokenizer))
     if size > vocab_size:
         raise LETError(
             f"The tokenizer {tokenizer} has {size} tokens and the model's embedding {vocab_size}"

@@ -29,7 +29,7 @@ from megatron.training.checkpointing import (
     set_checkpoint_version,
 )
 
-from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, Resume, write_info
+from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, is_universal, write_info
 from megatron_let.engines.deepspeed.model import DeepSpeedModel
 from megatron_let.files.atomic import atomic_file, replace_folder
 from megatron_let.files.names import checkpoint_name
@@ -59,11 +59,11 @@ class Checkpoints:
     Args:
         args: Megatron's; loading restores the sample counters in it.
         layout: of this run.
-        resume: the checkpoint to load; None for a new run.
+        resume: folder of the checkpoint to load; None for a new run.
     """
 
     def __init__(
-        self, args: argparse.Namespace, layout: CheckpointInfo, resume: Resume | None
+        self, args: argparse.Namespace, layout: CheckpointInfo, resume: Path | None
     ) -> None:
         self._args = args
         self._layout = layout
@@ -132,11 +132,11 @@ class Checkpoints:
         """
         if self._resume is None:
             return 0, 0.0
-        folder, (chunk,) = self._resume.folder, ddp_model
+        folder, (chunk,) = self._resume, ddp_model
         groups = [_settings(group) for group in optimizer.param_groups]
         loaded, state = chunk.engine.load_checkpoint(folder.parent, tag=folder.name)
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
-        if self._resume.universal:
+        if is_universal(folder):
             _repair_universal(chunk.engine, groups)
         _replay_cpu_adam(getattr(chunk.engine.optimizer, "optimizer", chunk.engine.optimizer))
         set_checkpoint_version(_VERSION)

@@ -28,19 +28,6 @@ class CheckpointInfo:
     tensor_parallel_size: int
 
 
-@dataclass(frozen=True)
-class Resume:
-    """The checkpoint that a run resumes from.
-
-    Attributes:
-        folder: of the checkpoint.
-        universal: whether it is in DeepSpeed's universal format.
-    """
-
-    folder: Path
-    universal: bool
-
-
 def write_info(folder: Path, info: CheckpointInfo) -> None:
     """Write `deepspeed.json` into a checkpoint's folder."""
     write_json(folder / FILE_NAME, asdict(info))
@@ -79,13 +66,14 @@ def refuse_deepspeed_checkpoint(folder: Path) -> None:
         )
 
 
-def plan_resume(folder: Path, now: CheckpointInfo, universal_exists: bool) -> Resume:
-    """Decide how a run in the layout `now` loads the checkpoint in `folder`.
+def plan_resume(folder: Path, now: CheckpointInfo) -> Path:
+    """Return the folder from which a run in the layout `now` resumes the checkpoint in `folder`.
+
+    It is `folder`, or its universal form if the number of replicas is another one.
 
     Args:
         folder: of the checkpoint, with its `deepspeed.json`.
         now: the run's layout; `iteration` is ignored.
-        universal_exists: whether `folder` was converted to the universal format.
 
     Raises:
         LETError: an exact resume is not possible; the message says what to do.
@@ -103,7 +91,7 @@ def plan_resume(folder: Path, now: CheckpointInfo, universal_exists: bool) -> Re
             f" of {now.zero_stage}; set zero_optimization.stage to {saved.zero_stage}."
         )
     if saved.zero_stage == 0 or saved.data_parallel_size == now.data_parallel_size:
-        return Resume(folder, universal=False)
+        return folder
     replicas = saved.data_parallel_size
     sizes = f"data-parallel size {replicas} but the run has {now.data_parallel_size}"
     if saved.zero_stage == 3 and saved.tensor_parallel_size > 1:
@@ -113,15 +101,20 @@ def plan_resume(folder: Path, now: CheckpointInfo, universal_exists: bool) -> Re
             f" {replicas} replicas."
         )
     universal = universal_folder(folder)
-    if not universal_exists:
+    if not is_universal(universal):
         raise LETError(
             f"The checkpoint {folder} has {sizes}; convert it with python -m"
             f" deepspeed.checkpoint.ds_to_universal --input_folder {folder} --output_folder"
             f" {universal}, and restart the run."
         )
-    return Resume(universal, universal=True)
+    return universal
 
 
 def universal_folder(folder: Path) -> Path:
     """Return the folder in which the universal form of a checkpoint is expected."""
     return folder.with_name(folder.name + "_universal")
+
+
+def is_universal(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint in DeepSpeed's universal format."""
+    return (folder / "zero").is_dir()

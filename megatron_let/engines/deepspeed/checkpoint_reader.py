@@ -12,12 +12,17 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.serialization import safe_globals
 
-from megatron_let.engines.deepspeed.checkpoint_info import FILE_NAME, CheckpointInfo, read_info
+from megatron_let.engines.deepspeed.checkpoint_info import (
+    FILE_NAME,
+    CheckpointInfo,
+    is_universal,
+    read_info,
+)
 from megatron_let.errors import LETError, first_line
 
 # Keys of the state that `checkpoint.universal_info` writes; the names are DeepSpeed's.
@@ -44,7 +49,7 @@ _DEEPSPEED_CLASSES = (
 
 def is_zero_checkpoint(folder: Path) -> bool:
     """Return whether a folder is a DeepSpeed checkpoint, in the native or universal format."""
-    return (folder / FILE_NAME).is_file() or (folder / "zero").is_dir()
+    return (folder / FILE_NAME).is_file() or is_universal(folder)
 
 
 class ZeroCheckpoint:
@@ -60,7 +65,7 @@ class ZeroCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / FILE_NAME).is_file() and (folder / "zero").is_dir():
+        if not (folder / FILE_NAME).is_file() and is_universal(folder):
             raise LETError(
                 f"{folder} is in DeepSpeed's universal format, for resuming; give the checkpoint"
                 " that it was converted from."
@@ -69,11 +74,12 @@ class ZeroCheckpoint:
         self.state: Mapping[str, Any] = _load_model(folder, self.info, 0)
 
     @functools.cached_property
-    def _shards(self) -> list[_Shard]:
+    def _shards(self) -> list[_WholeShard] | list[_FlatShard]:
         """One shard per tensor-parallel rank, opened when a tensor is asked for."""
-        open_shard = _FlatShard if self.info.zero_stage == 3 else _WholeShard
         ranks = range(self.info.tensor_parallel_size)
-        return [open_shard(self.folder, self.info, rank) for rank in ranks]
+        if self.info.zero_stage == 3:
+            return [_FlatShard(self.folder, self.info, rank) for rank in ranks]
+        return [_WholeShard(self.folder, self.info, rank) for rank in ranks]
 
     @functools.cached_property
     def _stored_names(self) -> dict[str, str]:
@@ -117,18 +123,8 @@ def _load_model(folder: Path, info: CheckpointInfo, rank: int) -> dict[str, Any]
     return _load(folder / f"{replica}mp_rank_{rank:02d}_model_states.pt")
 
 
-class _Shard(Protocol):
-    """One tensor-parallel rank's part of the model."""
-
-    shapes: Mapping[str, torch.Size]
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-
 class _WholeShard:
-    """The part under ZeRO 0 to 2, which saves the model once for all replicas."""
+    """A tensor-parallel rank's part under ZeRO 0 to 2: the model, saved once for all replicas."""
 
     def __init__(self, folder: Path, info: CheckpointInfo, rank: int) -> None:
         module = _load_model(folder, info, rank)["module"]
@@ -144,7 +140,7 @@ class _WholeShard:
 
 
 class _FlatShard:
-    """The part under ZeRO-3: each replica stores a piece of each parameter, one after the other.
+    """A tensor-parallel rank's part under ZeRO-3: each replica stores a piece of each parameter.
 
     Pieces are fp32 master weights in the order of `param_shapes`, each with
     ceil(elements / replicas) elements (`deepspeed/utils/zero_to_fp32.py`).

@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: the user's file, completed from the recipe. Pure functions."""
+"""The DeepSpeed config of a run: the user's file, completed from the args. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,13 @@ from megatron_let.errors import LETError, first_line
 Config = dict[str, Any]
 
 # DeepSpeed silently ignores an unknown section, so every allowed one is listed.
-_SECTIONS = frozenset(
-    {
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "data_types",
-        "dump_state",
-        "flops_profiler",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "memory_breakdown",
-        "optimizer",
-        "steps_per_print",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "wall_clock_breakdown",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-)
+_SECTIONS = frozenset({
+    "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "data_types",
+    "dump_state", "flops_profiler", "gradient_accumulation_steps", "gradient_clipping",
+    "memory_breakdown", "optimizer", "steps_per_print", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+})  # fmt: skip
 
 # Section -> what sets it instead, or why it is not supported.
 _UNSUPPORTED = {
@@ -59,54 +43,18 @@ _UNSUPPORTED = {
 _ADAM_TYPES = ("Adam", "AdamW")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a run that a DeepSpeed config could contradict; names are Megatron's.
-
-    Attributes:
-        micro_batch_size, global_batch_size: in sequences.
-        data_parallel_size: number of replicas.
-        clip_grad: gradient norm to clip to; 0 for none.
-        bf16: bf16 parameters with fp32 master weights; otherwise fp32.
-        accumulate_allreduce_grads_in_fp32: accumulate and reduce bf16 gradients in fp32.
-        lr, adam_beta1, adam_beta2, adam_eps, weight_decay: of AdamW, before the schedule.
-        use_distributed_optimizer: shard the optimizer's state (ZeRO-1).
-        overlap_grad_reduce: reduce gradients during the backward pass.
-    """
-
-    micro_batch_size: int
-    global_batch_size: int
-    data_parallel_size: int
-    clip_grad: float
-    bf16: bool
-    accumulate_allreduce_grads_in_fp32: bool
-    lr: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_eps: float
-    weight_decay: float
-    use_distributed_optimizer: bool
-    overlap_grad_reduce: bool
-
-    @property
-    def num_microbatches(self) -> int:
-        """Microbatches per replica and global batch."""
-        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
-
-
 def config_from_args(args: argparse.Namespace, cuda: bool) -> Config:
-    """Return the DeepSpeed config of a run: `--deepspeed-config`, completed from the recipe.
+    """Return the DeepSpeed config of a run: `--deepspeed-config`, completed from the args.
 
     Args:
         args: Megatron's.
         cuda: use torch's fused AdamW where the optimizer's state is not offloaded.
 
     Raises:
-        LETError: the file cannot be read, or contradicts the recipe.
+        LETError: the file cannot be read, or contradicts the args.
     """
     given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
-    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
-    return complete_config(given, recipe, fused_adam=cuda)
+    return complete_config(given, args, fused_adam=cuda)
 
 
 def read_config(path: Path) -> Config:
@@ -129,11 +77,12 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def complete_config(given: Mapping[str, Any], recipe: Recipe, fused_adam: bool) -> Config:
-    """Set every value that a user's config leaves out, or sets to "auto", from the recipe.
+def complete_config(given: Mapping[str, Any], args: argparse.Namespace, fused_adam: bool) -> Config:
+    """Set every value that a user's config leaves out, or sets to "auto", from the args.
 
     Args:
         given: the user's config; {} for none.
+        args: Megatron's, which hold the args.
         fused_adam: use torch's fused AdamW where the optimizer's state is not offloaded.
 
     Raises:
@@ -142,13 +91,13 @@ def complete_config(given: Mapping[str, Any], recipe: Recipe, fused_adam: bool) 
     _check_sections(given)
     config = _without_auto(copy.deepcopy(dict(given)))
     config.setdefault("zero_optimization", {})
-    config["zero_optimization"].setdefault("stage", int(recipe.use_distributed_optimizer))
+    config["zero_optimization"].setdefault("stage", int(args.use_distributed_optimizer))
     stage = config["zero_optimization"]["stage"]
-    for path, value, flag in _settings(recipe, stage):
+    for path, value, flag in _settings(args, stage):
         _set(config, path, value, flag)
     # It does not change the result, so the user's value is kept.
     if stage in (1, 2):
-        config["zero_optimization"].setdefault("overlap_comm", recipe.overlap_grad_reduce)
+        config["zero_optimization"].setdefault("overlap_comm", args.overlap_grad_reduce)
     config.setdefault("steps_per_print", None)
     _choose_adam(config, fused_adam)
     return config
@@ -165,26 +114,27 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return device != "none"
 
 
-def _settings(recipe: Recipe, stage: int) -> list[tuple[str, Any, str]]:
+def _settings(args: argparse.Namespace, stage: int) -> list[tuple[str, Any, str]]:
     """Return (dotted path, value, flag) of every value that the recipe sets."""
     adam = "optimizer.params."
+    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     settings = [
-        ("train_micro_batch_size_per_gpu", recipe.micro_batch_size, "--micro-batch-size"),
-        ("train_batch_size", recipe.global_batch_size, "--global-batch-size"),
+        ("train_micro_batch_size_per_gpu", args.micro_batch_size, "--micro-batch-size"),
+        ("train_batch_size", args.global_batch_size, "--global-batch-size"),
         (
             "gradient_accumulation_steps",
-            recipe.num_microbatches,
+            num_microbatches,
             "--global-batch-size over --micro-batch-size and the data-parallel size",
         ),
-        ("gradient_clipping", recipe.clip_grad, "--clip-grad"),
-        ("bf16.enabled", recipe.bf16, "--bf16"),
+        ("gradient_clipping", args.clip_grad, "--clip-grad"),
+        ("bf16.enabled", args.bf16, "--bf16"),
         ("optimizer.type", "AdamW", "--optimizer adam"),
-        (adam + "lr", recipe.lr, "--lr"),
-        (adam + "betas", [recipe.adam_beta1, recipe.adam_beta2], "--adam-beta1 and --adam-beta2"),
-        (adam + "eps", recipe.adam_eps, "--adam-eps"),
-        (adam + "weight_decay", recipe.weight_decay, "--weight-decay"),
+        (adam + "lr", args.lr, "--lr"),
+        (adam + "betas", [args.adam_beta1, args.adam_beta2], "--adam-beta1 and --adam-beta2"),
+        (adam + "eps", args.adam_eps, "--adam-eps"),
+        (adam + "weight_decay", args.weight_decay, "--weight-decay"),
     ]
-    if recipe.bf16 and recipe.accumulate_allreduce_grads_in_fp32 and stage > 0:
+    if args.bf16 and args.accumulate_allreduce_grads_in_fp32 and stage > 0:
         flag = "--accumulate-allreduce-grads-in-fp32, which --bf16 sets"
         settings += [
             ("data_types.grad_accum_dtype", "fp32", flag),

@@ -21,9 +21,8 @@ from megatron_let.compat import PATCHES, PatchSet
 from megatron_let.config.arguments import resumed_step
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
-    Resume,
+    is_universal,
     plan_resume,
-    universal_folder,
 )
 from megatron_let.engines.deepspeed.config import Config, config_from_args, zero_stage
 from megatron_let.engines.deepspeed.validation import check_arguments, disable_replaced_switches
@@ -68,8 +67,10 @@ def enable(args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace
         data_parallel_size=args.data_parallel_size,
         tensor_parallel_size=args.tensor_model_parallel_size,
     )
-    resume = _resume(args, layout)
-    if resume is not None and resume.universal:
+    resume: Path | None = None
+    if iteration := resumed_step(args):
+        resume = plan_resume(Path(args.load) / checkpoint_name(iteration), layout)
+    if resume is not None and is_universal(resume):
         config.setdefault("checkpoint", {})["load_universal"] = True
     print_rank_0(f"megatron_let: engine DeepSpeed, ZeRO stage {layout.zero_stage}")
     _patch(args, layout, resume)
@@ -85,16 +86,7 @@ def teacher_sharding(args: argparse.Namespace) -> Sharding | None:
     return TeacherSharding()
 
 
-def _resume(args: argparse.Namespace, layout: CheckpointInfo) -> Resume | None:
-    """Plan the loading of the run's checkpoint; None for a new run."""
-    iteration = resumed_step(args)
-    if iteration == 0:
-        return None
-    folder = Path(args.load) / checkpoint_name(iteration)
-    return plan_resume(folder, layout, (universal_folder(folder) / "zero").is_dir())
-
-
-def _patch(args: argparse.Namespace, layout: CheckpointInfo, resume: Resume | None) -> None:
+def _patch(args: argparse.Namespace, layout: CheckpointInfo, resume: Path | None) -> None:
     from megatron_let.engines.deepspeed import forward_backward
     from megatron_let.engines.deepspeed.checkpoint import Checkpoints
     from megatron_let.engines.deepspeed.optimizer import optimizer_of

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
+    is_universal,
     plan_resume,
     read_info,
     universal_folder,
@@ -26,8 +27,8 @@ def checkpoint(folder: Path, stage: int, dp: int, tp: int) -> Path:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_same_layout_resumes_the_checkpoint_itself(tmp_path: Path, stage: int) -> None:
     folder = checkpoint(tmp_path / checkpoint_name(5), stage, 2, 2)
-    resume = plan_resume(folder, CheckpointInfo(0, stage, 2, 2), universal_exists=True)
-    assert (resume.folder, resume.universal) == (folder, False)
+    (universal_folder(folder) / "zero").mkdir(parents=True)
+    assert plan_resume(folder, CheckpointInfo(0, stage, 2, 2)) == folder
 
 
 @pytest.mark.parametrize(("stage", "universal"), [(0, False), (1, True), (2, True), (3, True)])
@@ -35,9 +36,10 @@ def test_other_number_of_replicas_resumes_the_universal_checkpoint(
     tmp_path: Path, stage: int, universal: bool
 ) -> None:
     folder = checkpoint(tmp_path / checkpoint_name(5), stage, 2, 1)
-    resume = plan_resume(folder, CheckpointInfo(0, stage, 4, 1), universal_exists=True)
-    assert resume.universal == universal
-    assert resume.folder == (universal_folder(folder) if universal else folder)
+    (universal_folder(folder) / "zero").mkdir(parents=True)
+    resume = plan_resume(folder, CheckpointInfo(0, stage, 4, 1))
+    assert resume == (universal_folder(folder) if universal else folder)
+    assert is_universal(resume) == universal
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_inexact_resume_is_refused(
 ) -> None:
     folder = checkpoint(tmp_path / checkpoint_name(5), *saved)
     with pytest.raises(LETError, match=message):
-        plan_resume(folder, CheckpointInfo(0, *now), universal_exists=False)
+        plan_resume(folder, CheckpointInfo(0, *now))
 
 
 @pytest.mark.parametrize(

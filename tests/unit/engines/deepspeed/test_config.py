@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_let.engines.deepspeed.config import Recipe, complete_config, read_config
+from megatron_let.engines.deepspeed.config import complete_config, read_config
 from megatron_let.errors import LETError
 from tests.helpers.runs import ROOT
 
-RECIPE = Recipe(
+RECIPE = dict(
     micro_batch_size=4,
     global_batch_size=64,
     data_parallel_size=8,
@@ -32,7 +32,7 @@ OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
 
 
 def complete(given: dict[str, Any], fused_adam: bool = True, **changes: Any) -> dict[str, Any]:
-    return complete_config(given, dataclasses.replace(RECIPE, **changes), fused_adam)
+    return complete_config(given, argparse.Namespace(**(RECIPE | changes)), fused_adam)
 
 
 def test_empty_config_is_completed_from_the_recipe() -> None:
