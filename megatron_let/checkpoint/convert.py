@@ -25,7 +25,7 @@ from megatron_let.checkpoint.parameter_mapping import (
     merge,
     parameter_mappings,
 )
-from megatron_let.checkpoint.safetensors_files import TensorPlan, write_safetensors
+from megatron_let.checkpoint.safetensors_files import write_safetensors
 from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_dist
 from megatron_let.checkpoint.weights import Weights, load_tokenizer
 from megatron_let.errors import LETError
@@ -56,11 +56,11 @@ def to_hugging_face_folder(
     """
     _check_all_used(weights)
     dtype = dtype or weights.dtype
-    plan = [
-        TensorPlan(name, shape, dtype)
+    plan = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
         for mapping in parameter_mappings(weights.llama)
         for name, shape in mapping.tensors
-    ]
+    }
     with atomic_folder(output, force) as folder:
         special = _copy_tokenizer(weights.tokenizer, folder)
         config = to_hugging_face(weights.llama, str(dtype).removeprefix("torch.")) | special

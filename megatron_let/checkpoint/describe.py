@@ -34,16 +34,16 @@ def describe(path: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(folder)
     state, tensors = checkpoint.state, checkpoint.tensors()
     args: dict[str, Any] = vars(state["args"]) if state.get("args") is not None else {}
-    dtypes = sorted({str(t.properties.dtype).removeprefix("torch.") for t in tensors.values()})
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     return {
         "folder": str(folder),
         "iteration": state.get("iteration"),
         "consumed_samples": args.get("consumed_train_samples"),
         "consumed_tokens": _tokens(args),
         "layout": {label: args.get(name) or 1 for label, name in _LAYOUT},
-        "parameters_with_padding": sum(t.size.numel() for t in tensors.values()),
+        "parameters_with_padding": sum(t.numel() for t in tensors.values()),
         "dtypes": dtypes,
-        "tensors": {name: list(t.size) for name, t in sorted(tensors.items())},
+        "tensors": {name: list(t.shape) for name, t in sorted(tensors.items())},
         "bytes": sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
         "let": {k: _plain(v) for k, v in sorted(args.items()) if k.startswith("let_")},
         **checkpoint.facts(),

@@ -33,8 +33,8 @@ class Checkpoint(Protocol):
     @property
     def state(self) -> Mapping[str, Any]: ...
 
-    def tensors(self) -> Mapping[str, Any]:
-        """Return name -> an object with the tensor's `size` and `properties.dtype`."""
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return name -> a tensor of the same shape and type, which may be without values."""
         ...
 
     def entries(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,12 +49,9 @@ class LegacyCheckpoint:
         self.state: Mapping[str, Any] = state
         self._tensors = dict(_flat(state["model"]))
 
-    def tensors(self) -> Mapping[str, Any]:
-        """Return name -> size and type."""
-        return {
-            name: SimpleNamespace(size=t.size(), properties=SimpleNamespace(dtype=t.dtype))
-            for name, t in self._tensors.items()
-        }
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors by name."""
+        return self._tensors
 
     def entries(self) -> list[str]:
         """Return the names of the tensors."""

@@ -56,7 +56,7 @@ def _megatron_logits(weights: MegatronWeights, tokens: torch.Tensor) -> torch.Te
     if isinstance(weights.checkpoint, LegacyCheckpoint):
         raise LETError(f"The checkpoint {weights.folder} is in the old format; convert it first.")
     with _megatron_on_cpu():
-        rows = int(weights.checkpoint.tensors()["embedding.word_embeddings.weight"].size[0])
+        rows = int(weights.checkpoint.tensors()["embedding.word_embeddings.weight"].shape[0])
         model = _build(weights.llama, rows, weights.dtype)
         if isinstance(weights.checkpoint, TorchDist):
             _load_torch_dist(model, weights.folder)

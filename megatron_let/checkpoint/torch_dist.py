@@ -116,12 +116,15 @@ class TorchDist:
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return the model's tensors by name, without the optimizer's and a projection's."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the model's tensors by name, without values.
+
+        The tensors of the optimizer and of a learned projection are left out.
+        """
         found = self.metadata.state_dict_metadata.items()
         left_out = (*_OPTIMIZER_PREFIXES, f"{PROJECTION}_")
         return {
-            name: entry
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for name, entry in found
             if isinstance(entry, TensorStorageMetadata) and not name.startswith(left_out)
         }

@@ -33,11 +33,6 @@ class TensorAudit:
     different: tuple[str, ...]
     unused: tuple[str, ...]
 
-    @property
-    def bitwise(self) -> bool:
-        """Whether every tensor is used and equal."""
-        return not self.different and not self.unused
-
 
 @dataclass(frozen=True)
 class LogitComparison:

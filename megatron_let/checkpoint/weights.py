@@ -22,10 +22,8 @@ from megatron_let.checkpoint.formats import (
     open_checkpoint,
 )
 from megatron_let.checkpoint.parameter_mapping import ParameterMapping, parameter_mappings, split
-from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
+from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_let.errors import LETError, first_line
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights(Protocol):
@@ -95,8 +93,8 @@ class MegatronWeights:
             raise LETError(
                 f"The checkpoint {self.folder} has no word embedding; it is not of a GPT model."
             )
-        self.dtype: torch.dtype = embedding.properties.dtype
-        rows = int(embedding.size[0])
+        self.dtype: torch.dtype = embedding.dtype
+        rows = int(embedding.shape[0])
         self.llama = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
         self._mappings = parameter_mappings(self.llama)
         self._mapping_of = {name: m for m in self._mappings for name in m.names}
@@ -130,7 +128,7 @@ class MegatronWeights:
 
     def _read_merged(self, mapping: ParameterMapping) -> torch.Tensor:
         name, layer = self._stored_name(mapping)
-        size = tuple(self._stored[name].size)
+        size = tuple(self._stored[name].shape)
         count, shape = (1, size) if layer is None else (size[0], size[1:])
         padded = mapping.kind == "vocabulary" and shape[0] >= mapping.shape[0]
         fits = shape == mapping.shape or (padded and shape[1:] == mapping.shape[1:])
@@ -207,7 +205,7 @@ class HuggingFaceWeights:
         self._shapes = dict(t for m in parameter_mappings(self.llama) for t in m.tensors)
         self.tokenizer = tokenizer or _tokenizer_in(folder)
         self._check_shapes()
-        self.dtype = _DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
+        self.dtype = DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
         if self.tokenizer is not None:
             _check_tokenizer(self.tokenizer, self.llama.vocab_size)
 
@@ -227,10 +225,10 @@ class HuggingFaceWeights:
             if name not in self._files.names():
                 raise LETError(f"The folder {self.folder} has no tensor {name}; copy it again.")
             shape, dtype = self._files.shape_and_dtype(name)
-            if shape != wanted or dtype not in _DTYPES:
+            if shape != wanted or dtype not in DTYPES:
                 raise LETError(
                     f"The tensor {name} in {self.folder} is {shape} of {dtype}, and config.json"
-                    f" asks for {wanted} of {', '.join(_DTYPES)}."
+                    f" asks for {wanted} of {', '.join(DTYPES)}."
                 )
 
 

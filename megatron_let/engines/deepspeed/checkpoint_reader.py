@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -85,15 +84,16 @@ class ZeroCheckpoint:
     def _stored_names(self) -> dict[str, str]:
         return {name.removeprefix(_WRAPPER): name for name in self._shards[0].shapes}
 
-    def tensors(self) -> Mapping[str, Any]:
-        """Return name -> size and type; each layer has separate names."""
-        return {
-            name: SimpleNamespace(
-                size=self._size(stored),
-                properties=SimpleNamespace(dtype=self._shards[0].dtype(stored)),
-            )
-            for name, stored in self._stored_names.items()
-        }
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors by name, without values; each layer has separate names."""
+        found = {}
+        for name, stored in self._stored_names.items():
+            shards = [
+                torch.empty(shard.shapes[stored], dtype=shard.dtype(stored), device="meta")
+                for shard in self._shards
+            ]
+            found[name] = merge_shards(stored, shards, self.state)
+        return found
 
     def entries(self) -> list[str]:
         """Return the names of everything saved, without the optimizer."""
@@ -111,10 +111,6 @@ class ZeroCheckpoint:
         assert layer is None, "each layer has a separate name"
         stored = self._stored_names[name]
         return merge_shards(stored, [shard.read(stored) for shard in self._shards], self.state)
-
-    def _size(self, stored: str) -> torch.Size:
-        sizes = [torch.empty(shard.shapes[stored], device="meta") for shard in self._shards]
-        return merge_shards(stored, sizes, self.state).shape
 
 
 def _load_model(folder: Path, info: CheckpointInfo, rank: int) -> dict[str, Any]:

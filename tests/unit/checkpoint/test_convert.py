@@ -104,7 +104,7 @@ def test_padded_rows_are_removed_on_export(source: Path, tmp_path: Path) -> None
     layout = MegatronLayout(tensor_parallel=2, vocab_divisible_by=128)
     to_megatron_checkpoint(open_weights(source), tmp_path / "padded", layout=layout)
     stored = TorchDist(tmp_path / "padded/release")
-    assert stored.tensors()["embedding.word_embeddings.weight"].size[0] == 768
+    assert stored.tensors()["embedding.word_embeddings.weight"].shape[0] == 768
     back = open_weights(tmp_path / "padded")
     assert back.llama.vocab_size == 600
     assert torch.equal(

@@ -119,7 +119,7 @@ def test_zero_3_pieces_are_merged(tp: int, dp: int, tmp_path: Path) -> None:
     found = checkpoint.tensors()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].size == tensor.shape
+        assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype
         assert torch.equal(checkpoint.read(name), tensor)
 
 
