@@ -64,7 +64,7 @@ class Zero:
 
 
 def zero_from_config(config: Mapping[str, Any], shard_teacher: bool) -> Zero:
-    """Of a completed DeepSpeed config (an engine's `config_from_args`); defaults are DeepSpeed's.
+    """Of a completed DeepSpeed config (`ds_config.complete_config`); defaults are DeepSpeed's.
 
     Raises:
         LETError: it offloads to another device than the CPU.

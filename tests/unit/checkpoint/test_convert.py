@@ -197,8 +197,8 @@ def test_broken_checkpoint_is_refused(
         capsys, "megatron-to-hf", "--input", tmp_path / "broken", "--output", tmp_path / "out"
     )
     assert code == 2 and line.startswith("convert_checkpoint: error: ") and words in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "a file was left behind"
-    assert not (folder / "attacked").exists(), "code in the checkpoint ran"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "something was left behind"
+    assert not (folder / "attacked").exists(), "code of the checkpoint was run"
 
 
 # name -> (a change to a copy of the model, flags, words of the error)
@@ -254,7 +254,7 @@ def test_broken_model_is_refused(
         capsys, "hf-to-megatron", "--input", model, "--output", tmp_path / "out", *flags
     )
     assert code == 2 and line.startswith("convert_checkpoint: error: ") and words in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "a file was left behind"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"], "something was left behind"
 
 
 @pytest.mark.parametrize("kind", ["opt", "gpt_neox", "gpt2"])
