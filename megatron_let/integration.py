@@ -28,6 +28,7 @@ from megatron_let.config.arguments import (
 from megatron_let.config.let_config import LETConfig
 from megatron_let.config.validation import check_supported, check_teacher_shard
 from megatron_let.data.token_alignment import TokenAligner, load_token_aligner, teacher_length
+from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.methods.base import TaughtForwardBackward
 from megatron_let.methods.distillation import DistilledForwardBackward
@@ -37,7 +38,6 @@ from megatron_let.methods.schedules import alignment_weight
 from megatron_let.metrics.guard import load_guard
 from megatron_let.metrics.write import MetricsFile, forget_stale_averages
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
-from megatron_let.teacher.model import Sharding
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 from megatron_let.teacher.validation import check_fits, check_vocabulary_size
 
@@ -91,14 +91,6 @@ def _enable_metrics(args: argparse.Namespace, patches: PatchSet) -> None:
             _TRAINING + "evaluate_and_print_results": metrics.wrap_evaluate_and_print_results,
         },
     )
-
-
-def _teacher_sharding(args: argparse.Namespace) -> Sharding | None:
-    if not args.let_teacher_shard:
-        return None
-    from megatron_let.engines.deepspeed.teacher_shard import TeacherSharding
-
-    return TeacherSharding()
 
 
 def _warn(message: str) -> None:
@@ -203,7 +195,7 @@ def _method(
             step,
             num_steps(args),
             print_rank_0,
-            _teacher_sharding(args),
+            load_engine(args.engine).teacher_sharding(args),
             projection=projection,
         )
     vocab_size = get_tokenizer().vocab_size

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -55,12 +52,13 @@ def _run(argv: list[str], host: Host) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_let import integration
-    from megatron_let.checkpoint.loaded import check_loaded
+    from megatron_let.checkpoint.load_check import check_loaded
     from megatron_let.compat.apply import apply_host_patches
     from megatron_let.compat.local_layers import check_local_layers, local_layer_spec
     from megatron_let.config.arguments import let_config_from_args
     from megatron_let.data.fingerprint import check_data_tokenizer
     from megatron_let.data.gpt import check_data, datasets_provider
+    from megatron_let.engines import load_engine
     from megatron_let.methods.forward_step import make_forward_step
     from megatron_let.run import artifacts as artifact_log
     from megatron_let.run import control_files as control
@@ -75,7 +73,7 @@ def _run(argv: list[str], host: Host) -> None:
     check_data(args)
     check_data_tokenizer(args, get_tokenizer())
     check_loaded(args, get_tokenizer())
-    make_model = _enable_engine(args, host)
+    make_model = load_engine(args.engine).enable(args, host.cuda)
     integration.enable(args)
     control.enable(args)
     artifact_log.enable(args)
@@ -94,24 +92,6 @@ def _run(argv: list[str], host: Host) -> None:
         control.mark_done(args)
 
 
-def _enable_engine(args: argparse.Namespace, host: Host) -> Callable[[argparse.Namespace], Any]:
-    """Prepare what takes the steps; return the function from arguments to the model's config."""
-    if args.engine == "megatron":
-        from megatron.training.argument_utils import gpt_config_from_args
-
-        from megatron_let.config.arguments import resumed_step
-        from megatron_let.engines.deepspeed.checkpoint_info import refuse_deepspeeds
-        from megatron_let.files.names import checkpoint_name
-
-        if args.load is not None:
-            refuse_deepspeeds(Path(args.load) / checkpoint_name(resumed_step(args)))
-        return gpt_config_from_args
-    from megatron_let.engines.deepspeed import launch
-
-    _, config = launch.enable(args, host.cuda)
-    return functools.partial(launch.model_config, config=config)
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_let.config.arguments import add_arguments
 
@@ -124,7 +104,7 @@ def _expand_recipe(argv: list[str]) -> list[str]:
 
     from megatron_let.config.recipes import load_recipe, recipe_argv
     from megatron_let.config.validation import check_entry_supports, check_supported
-    from megatron_let.engines.deepspeed import refusals
+    from megatron_let.engines import load_engine
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)
@@ -138,8 +118,7 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     if args.let_method not in (None, "none"):
         check_supported(args)
     check_entry_supports(args)
-    if args.engine == "deepspeed":
-        refusals.check_supported(args)
+    load_engine(args.engine).check_arguments(args)
     return rest
 
 

@@ -1,25 +1,36 @@
 #!/usr/bin/env bash
-# All checks and tests, on a fresh machine too: bash tests/run.sh [pytest arguments]
+# Run all checks and tests, on a fresh machine too: bash tests/run.sh [--fast] [pytest arguments]
+#   --fast  ruff and the quick unit tests: about two minutes once the environment exists
 set -euo pipefail
 
-# On two quiet cores the whole of it, the install apart, takes about half of this.
+# Twice what the whole suite takes on two quiet cores, without the install.
 LIMIT_SECONDS=2700
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib/environment.sh
 . launch/lib/environment.sh
 
-SECONDS=0
-# DeepSpeed comes as source; where its build fails, everything else is tested all the same.
-ensure_environment dev evaluation deepspeed || {
-    echo "DeepSpeed could not be installed: the tests of --engine deepspeed are left out"
-    ensure_environment dev evaluation
+fast=""
+[[ ${1:-} != --fast ]] || {
+    fast=1
+    shift
 }
-bash tests/launch/install_slurm.sh
+
+SECONDS=0
+if [[ -n $fast ]]; then
+    ensure_environment dev
+else
+    # DeepSpeed is built from source. If its build fails, its tests are skipped.
+    ensure_environment dev evaluation deepspeed || {
+        echo "DeepSpeed could not be installed: tests of --engine deepspeed are skipped"
+        ensure_environment dev evaluation
+    }
+    bash tests/launch/install_slurm.sh
+fi
 echo "environment: ${SECONDS} s"
 SECONDS=0
 PATH="$(dirname -- "$LET_PYTHON"):$PATH"
-# One thread a process: the tests start several, and two cores are enough to share.
+# One thread per process: several processes share two cores.
 export OMP_NUM_THREADS=1
 
 failed=()
@@ -33,23 +44,23 @@ phase() {
     echo "$name: $result in $((SECONDS - start)) s"
 }
 
-# mypy refuses a folder without Python files, shellcheck a pattern without matches.
-shopt -s nullglob
-typed=(megatron_let)
-scripts=(tools/*.py tools/*/*.py)
-[[ ${#scripts[@]} == 0 ]] || typed+=(tools)
-shell_files=(launch/*.sh launch/*/*.sh tests/run.sh tests/*/*.sh .ci/run)
-
 phase ruff ruff check .
-phase mypy mypy "${typed[@]}"
-phase shellcheck shellcheck --external-sources "${shell_files[@]}"
-echo "before pytest: ${#failed[@]} of 3 checks failed${failed[*]:+ (${failed[*]})}"
+if [[ -z $fast ]]; then
+    phase mypy mypy megatron_let tools
+    phase shellcheck shellcheck --external-sources \
+        launch/*.sh launch/*/*.sh tests/run.sh tests/*/*.sh .ci/run
+    arguments=(--durations=15)
+else
+    arguments=(-m "not slow and not medium" tests/unit)
+fi
+echo "before pytest: ${#failed[@]} checks failed${failed[*]:+ (${failed[*]})}"
 
-# Two files at a time: a test that starts ranks leaves a core idle while they load.
-# pytest comes last because its closing line is read as the result. SIGINT lets it write that line;
-# in a terminal Ctrl-C has to reach it too.
+# Two files at a time: a test that starts ranks leaves one core idle while they load.
+# pytest comes last because its closing line is read as the result. It writes that line on SIGINT;
+# in a terminal Ctrl-C must reach it too.
 foreground=()
 [[ ! -t 0 ]] || foreground=(--foreground)
 timeout "${foreground[@]}" --signal=INT --kill-after=60 "$((LIMIT_SECONDS - SECONDS))" \
-    python -m pytest -q --durations=15 --numprocesses 2 --dist loadfile "$@" </dev/null || failed+=(pytest)
+    python -m pytest -q --numprocesses 2 --dist loadfile "${arguments[@]}" "$@" </dev/null ||
+    failed+=(pytest)
 [[ ${#failed[@]} == 0 ]]

@@ -1,4 +1,4 @@
-"""A Llama's architecture as Hugging Face and as Megatron's arguments write it."""
+"""A Llama's architecture, in Hugging Face's config and in Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class Llama:
 
     Attributes:
         ffn_size: width of the gate and up projections.
-        num_query_groups: key and value heads.
-        vocab_size: rows of the embedding that mean a token; padding is not counted.
-        max_positions: longest sequence that it was made for.
-        tied: the embedding is the output layer too.
+        num_query_groups: number of key and value heads.
+        vocab_size: number of tokens, which is the embedding's rows without padding.
+        max_positions: longest sequence.
+        tied: whether the output layer shares the embedding.
         rotary_base: theta of RoPE.
         rope_type: `default`, `linear` (positions divided by `rope_factor`) or `llama3` (Llama 3.1's
             scaling of the low frequencies by `rope_factor`, with Megatron's fixed bounds 1, 4
             and 8192).
+        init_std: standard deviation of the initial weights.
     """
 
     num_layers: int
@@ -43,21 +44,21 @@ class Llama:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters without padding, an embedding that is tied counted once."""
+        """Number of parameters without padding; a tied embedding counts once."""
         attention = (self.num_heads + self.num_query_groups) * 2 * self.head_size
         layer = self.hidden_size * (attention + 3 * self.ffn_size + 2)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
-# What Megatron's `_apply_scaling` has built in; only the factor is an argument of its.
+# Constants of Megatron's `_apply_scaling`; only the factor is an argument.
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
-# Megatron argument -> the value under which the model is a Llama.
+# Megatron argument -> its value in a Llama.
 _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("normalization", "RMSNorm"),
     ("swiglu", True),
@@ -85,21 +86,21 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
 
 
 def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
-    """The architecture that a run's arguments describe.
+    """Return the architecture that a run's arguments describe.
 
     Args:
-        args: Megatron's arguments, as the checkpoint holds them.
+        args: Megatron's arguments, as saved in the checkpoint.
         vocab_size: without padding.
 
     Raises:
-        LETError: names the argument that makes it no Llama.
+        LETError: the model is not a Llama; names the argument.
     """
     for name, wanted in _LLAMA_ARGUMENTS:
         value = args.get(name, wanted)
         if value != wanted and not (wanted is None and not value):
             raise LETError(
-                f"The checkpoint's model is no Llama: {name} is {value!r}, and a Llama's is"
-                f" {wanted!r}; such a model has no Hugging Face Llama folder."
+                f"The checkpoint's model is not a Llama: {name} is {value!r}, and a Llama's is"
+                f" {wanted!r}; only Llama models can be converted."
             )
     heads = int(args["num_attention_heads"])
     rope_type, factor = _rope_of_megatron(args)
@@ -108,7 +109,7 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
         hidden_size=int(args["hidden_size"]),
         ffn_size=int(args["ffn_hidden_size"]),
         num_heads=heads,
-        # Without group-query attention Megatron's parser leaves the number at 1.
+        # Without group-query attention Megatron's parser leaves it at 1.
         num_query_groups=int(args["num_query_groups"])
         if args.get("group_query_attention")
         else heads,
@@ -125,7 +126,7 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
 
 
 def norm_epsilon(args: Mapping[str, Any]) -> float:
-    """`--norm-epsilon` under either of the names that Megatron gave it."""
+    """Return `--norm-epsilon`, which Megatron saves under one of two names."""
     value = args.get("layernorm_epsilon", args.get("norm_epsilon"))
     return 1e-5 if value is None else float(value)
 
@@ -139,7 +140,7 @@ def _rope_of_megatron(args: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def to_megatron(llama: Llama) -> dict[str, Any]:
-    """The arguments of Megatron that describe the architecture."""
+    """Return Megatron's arguments for an architecture."""
     scaled = llama.rope_type == "llama3"
     linear = llama.rope_type == "linear"
     return dict(_LLAMA_ARGUMENTS) | {
@@ -166,7 +167,7 @@ def to_megatron(llama: Llama) -> dict[str, Any]:
 
 
 def recipe_settings(llama: Llama) -> dict[str, Any]:
-    """The `model` section of a recipe for this architecture, in Megatron's flags."""
+    """Return the `model` section of a recipe for an architecture, in Megatron's flags."""
     settings: dict[str, Any] = {
         "num-layers": llama.num_layers,
         "hidden-size": llama.hidden_size,
@@ -196,21 +197,21 @@ def recipe_settings(llama: Llama) -> dict[str, Any]:
 
 
 def from_hugging_face(config: Mapping[str, Any]) -> Llama:
-    """The architecture of a Llama's `config.json`, of any version of transformers.
+    """Return the architecture in a Llama's `config.json`, of any version of transformers.
 
     Raises:
-        LETError: another architecture, or a setting that Megatron's Llama lacks.
+        LETError: another architecture, or a setting that Megatron does not support.
     """
     kind = config.get("model_type")
     if kind != "llama":
         raise LETError(
-            f"The folder holds a model of type {kind!r}; only Llama's architecture converts"
-            " (model_type 'llama': SmolLM2, Llama 1 to 3, TinyLlama and their kin)."
+            f"The folder holds a model of type {kind!r}; only Llama models can be"
+            " converted (model_type 'llama': SmolLM2, Llama 1 to 3, TinyLlama and similar)."
         )
     for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, wanted) != wanted:
             raise LETError(
-                f"The model's {name} is {config[name]!r}; the converter knows {wanted!r} only."
+                f"The model's {name} is {config[name]!r}; the converter only supports {wanted!r}."
             )
     heads = int(config["num_attention_heads"])
     base, rope_type, factor = _rope_of_hugging_face(config)
@@ -233,14 +234,12 @@ def from_hugging_face(config: Mapping[str, Any]) -> Llama:
 
 
 def _rope_of_hugging_face(config: Mapping[str, Any]) -> tuple[float, str, float]:
-    # `rope_parameters` since transformers 5; before, `rope_theta` and `rope_scaling` beside it.
+    # `rope_parameters` since transformers 5; `rope_theta` and `rope_scaling` before.
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if base != int(base):
-        raise LETError(
-            f"The model's rope_theta is {base}; Megatron's --rotary-base is a whole one."
-        )
+        raise LETError(f"The model's rope_theta is {base}; Megatron's --rotary-base is an integer.")
     if kind == "default":
         return base, kind, 1.0
     factor = float(rope.get("factor", 1.0))
@@ -249,13 +248,13 @@ def _rope_of_hugging_face(config: Mapping[str, Any]) -> tuple[float, str, float]
     if kind == "llama3" and all(rope.get(k) == v for k, v in _LLAMA3_ROPE.items()):
         return base, kind, factor
     raise LETError(
-        f"The model's RoPE scaling is {rope}; Megatron has llama3 with {_LLAMA3_ROPE} and linear"
-        " with a whole factor."
+        f"The model's RoPE scaling is {rope}; Megatron supports llama3 with {_LLAMA3_ROPE} and"
+        " linear with an integer factor."
     )
 
 
 def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
-    """A `config.json` that transformers 4 and 5 read alike.
+    """Return a `config.json` for transformers 4 and 5.
 
     Args:
         dtype: torch's name of the weights' type, such as `bfloat16`.
@@ -290,7 +289,7 @@ def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
 
 
 def check_layout(llama: Llama, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Check that Megatron can train the model under a layout.
+    """Check that Megatron can train the model under a parallel layout.
 
     Raises:
         LETError: names the size that the layout does not divide.
@@ -302,7 +301,7 @@ def check_layout(llama: Llama, tensor_parallel: int, pipeline_parallel: int) -> 
         ("layers", llama.num_layers, pipeline_parallel, "pipeline"),
     )
     for what, count, ranks, kind in sizes:
-        # Megatron replicates a query group where there are fewer groups than ranks.
+        # Megatron replicates query groups if there are fewer groups than ranks.
         divides = count % ranks == 0 or (what == "query groups" and ranks % count == 0)
         if not divides:
             raise LETError(
@@ -316,7 +315,7 @@ def _divisors(count: int) -> str:
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Rows of the embedding in Megatron: the next multiple of divisible_by x TP."""
+    """Return Megatron's rows of the embedding: the next multiple of divisible_by x TP."""
     multiple = divisible_by * tensor_parallel
     return math.ceil(vocab_size / multiple) * multiple
 
@@ -327,7 +326,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-# Field of Llama -> the flag that sets it, of what a loaded model's mathematics depends on.
+# Field of Llama -> the flag that sets it, for the fields that change what weights compute.
 _CHECKED: tuple[tuple[str, str], ...] = (
     ("num_layers", "--num-layers"),
     ("hidden_size", "--hidden-size"),
@@ -344,14 +343,14 @@ _CHECKED: tuple[tuple[str, str], ...] = (
 
 
 def first_difference(run: Llama, checkpoint: Llama) -> tuple[str, Any, Any] | None:
-    """The flag whose value would make another model of the checkpoint's weights.
+    """Return the first flag under which the checkpoint's weights would be another model.
 
     Returns:
-        Flag, the run's value, the checkpoint's value; None where there is no difference.
+        Flag, the run's value, the checkpoint's value; None if there is no difference.
     """
 
     def value(llama: Llama, name: str) -> Any:
-        # The flag says the opposite of the field.
+        # The flag is the opposite of the field.
         return not llama.tied if name == "tied" else getattr(llama, name)
 
     for name, flag in _CHECKED:

@@ -1,10 +1,9 @@
-"""Conversion between Megatron checkpoints and Hugging Face folders, one tensor at a time."""
+"""Convert between Megatron checkpoints and Hugging Face folders, one tensor at a time."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,15 @@ from megatron_let.checkpoint.architecture import (
 from megatron_let.checkpoint.parameter_mapping import (
     EXTRA_STATES,
     EXTRA_STATES_ONCE,
-    Block,
-    blocks,
+    ParameterMapping,
     merge,
+    parameter_mappings,
 )
-from megatron_let.checkpoint.safetensors_files import TensorPlan, write_safetensors
-from megatron_let.checkpoint.torch_dist import COMMON_STATE
-from megatron_let.checkpoint.torch_dist_writer import Shard, write_torch_dist
-from megatron_let.checkpoint.weights import Weights
-from megatron_let.errors import LETError, first_line
-from megatron_let.files.atomic import atomic_folder
+from megatron_let.checkpoint.safetensors_files import write_safetensors
+from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_dist
+from megatron_let.checkpoint.weights import Weights, load_tokenizer
+from megatron_let.errors import LETError
+from megatron_let.files.atomic import atomic_folder, write_json
 from megatron_let.files.names import TRACKER
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,45 +48,43 @@ def to_hugging_face_folder(
 
     Args:
         dtype: of the weights; None keeps the checkpoint's.
+        max_shard_size: bytes, or text such as `5GB`.
+        force: replace an existing `output`.
 
     Raises:
-        LETError: a tensor without a place, or `output` exists; nothing is left behind.
+        LETError: a tensor that is not part of a Llama, or `output` exists; nothing is written.
     """
-    refuse_unused(weights)
+    _check_all_used(weights)
     dtype = dtype or weights.dtype
-    plan = [
-        TensorPlan(name, shape, dtype)
-        for block in blocks(weights.llama)
-        for name, shape in block.tensors
-    ]
+    plan = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for mapping in parameter_mappings(weights.llama)
+        for name, shape in mapping.tensors
+    }
     with atomic_folder(output, force) as folder:
         special = _copy_tokenizer(weights.tokenizer, folder)
         config = to_hugging_face(weights.llama, str(dtype).removeprefix("torch.")) | special
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", special)
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", special)
         write_safetensors(folder, plan, weights.read, max_shard_size)
 
 
-def refuse_unused(weights: Weights) -> None:
-    """Refuse weights that a conversion would drop in silence.
+def _check_all_used(weights: Weights) -> None:
+    """Check that a conversion would drop no tensor.
 
     Raises:
-        LETError: names one of them.
+        LETError: names one of the tensors.
     """
     unused = weights.unused()
     if unused:
         raise LETError(
-            f"{weights.folder} has {len(unused)} tensors that are no part of a Llama, such as"
+            f"{weights.folder} has {len(unused)} tensors that are not part of a Llama, such as"
             f" {unused[0]}; it is another architecture."
         )
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
 def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> dict[str, Any]:
-    """Put the tokenizer beside the model; return the ids of its special tokens."""
+    """Copy the tokenizer into the folder; return the ids of its special tokens."""
     if tokenizer is None:
         return {}
     if tokenizer.is_file():
@@ -98,26 +94,16 @@ def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> dict[str, Any]:
         for pattern in _TOKENIZER_FILES:
             for file in tokenizer.glob(pattern):
                 shutil.copy(file, folder / file.name)
-    return _special_tokens(tokenizer)
-
-
-def _special_tokens(tokenizer: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as error:  # a dozen kinds for a damaged tokenizer
-        reason = first_line(error)
-        raise LETError(f"The tokenizer {tokenizer} cannot be read ({reason}).") from error
+    loaded = load_tokenizer(tokenizer)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: value for name in names if (value := getattr(loaded, name)) is not None}
 
 
 @dataclass(frozen=True)
 class MegatronLayout:
-    """What a converted checkpoint is meant for.
+    """The parallel layout that a converted checkpoint is intended for.
 
-    torch_dist checkpoints load under any layout; this one is checked, and decides the padding.
+    torch_dist checkpoints load under any layout; this one is checked, and sets the padding.
     """
 
     tensor_parallel: int = 1
@@ -132,21 +118,23 @@ def to_megatron_checkpoint(
     layout: MegatronLayout = MegatronLayout(),
     force: bool = False,
 ) -> None:
-    """Write a checkpoint folder that Megatron loads with `--load`, as weights to start from.
+    """Write a checkpoint folder that Megatron loads with `--load`, as initial weights.
 
-    It is a release checkpoint in Megatron's sense: iteration 0, no optimizer, no random states.
+    It is a release checkpoint in Megatron's terms: iteration 0, no optimizer, no random states.
 
     Args:
         dtype: of the weights; None keeps the source's.
+        force: replace an existing `output`.
 
     Raises:
-        LETError: the layout does not fit the model, or `output` exists; nothing is left behind.
+        LETError: the layout does not fit the model, or `output` exists; nothing is written.
     """
     check_layout(weights.llama, layout.tensor_parallel, layout.pipeline_parallel)
-    refuse_unused(weights)
+    _check_all_used(weights)
     dtype = dtype or weights.dtype
     args = _release_arguments(weights, dtype, layout)
-    shards = [_shard(weights, b, dtype, args.padded_vocab_size) for b in blocks(weights.llama)]
+    rows, mappings = args.padded_vocab_size, parameter_mappings(weights.llama)
+    shards = [_shard(weights, mapping, dtype, rows) for mapping in mappings]
     objects: dict[str, Any] = {COMMON_STATE: [_common_state(args)]}
     objects |= {name: [None] for name in _extra_states(weights.llama.num_layers)}
     with atomic_folder(output, force) as folder:
@@ -163,16 +151,16 @@ def _extra_states(num_layers: int) -> list[str]:
     return stacked + [f"{name}._extra_state/shard_0_1" for name in EXTRA_STATES_ONCE]
 
 
-def _shard(weights: Weights, block: Block, dtype: torch.dtype, rows: int) -> Shard:
-    shape = (rows, *block.shape[1:]) if block.kind == "vocabulary" else block.shape
-    size = shape if block.layer is None else (weights.llama.num_layers, *shape)
-    read = functools.partial(_megatron_tensor, weights, block, shape[0])
-    return Shard(block.megatron[0], size, block.layer, dtype, read)
+def _shard(weights: Weights, mapping: ParameterMapping, dtype: torch.dtype, rows: int) -> Shard:
+    shape = (rows, *mapping.shape[1:]) if mapping.kind == "vocabulary" else mapping.shape
+    size = shape if mapping.layer is None else (weights.llama.num_layers, *shape)
+    read = functools.partial(_megatron_tensor, weights, mapping, shape[0])
+    return Shard(mapping.megatron[0], size, mapping.layer, dtype, read)
 
 
-def _megatron_tensor(weights: Weights, block: Block, rows: int) -> torch.Tensor:
-    """Read what a block is made of and put it together; padded rows are 0."""
-    tensor = merge(block, tuple(weights.read(name) for name in block.names), weights.llama)
+def _megatron_tensor(weights: Weights, mapping: ParameterMapping, rows: int) -> torch.Tensor:
+    """Read and merge the parts of one of Megatron's tensors; padded rows are 0."""
+    tensor = merge(mapping, tuple(weights.read(name) for name in mapping.names), weights.llama)
     missing = rows - tensor.shape[0]
     padding = (0, 0) * (tensor.dim() - 1) + (0, missing)
     return torch.nn.functional.pad(tensor, padding) if missing else tensor
@@ -181,7 +169,7 @@ def _megatron_tensor(weights: Weights, block: Block, rows: int) -> torch.Tensor:
 def _release_arguments(
     weights: Weights, dtype: torch.dtype, layout: MegatronLayout
 ) -> argparse.Namespace:
-    """Arguments that Megatron compares a run with, or takes by `--use-checkpoint-args`."""
+    """Return arguments that Megatron compares with a run's, or uses by `--use-checkpoint-args`."""
     llama: Llama = weights.llama
     rows = padded_vocab_size(llama.vocab_size, layout.vocab_divisible_by, layout.tensor_parallel)
     values = to_megatron(llama) | {

@@ -1,59 +1,69 @@
-"""Megatron's old `torch` format, one pickle a rank; read only for who trusts its author."""
+"""Megatron's old `torch` format, one pickle per rank; read only from a trusted author."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from megatron_let.checkpoint.torch_dist import legacy_files
 from megatron_let.errors import LETError, first_line
 
 
-class LegacyTensors:
-    """Tensors of a one-rank checkpoint, held in memory."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def tensors(self) -> Mapping[str, Any]:
-        """Name -> size and type."""
-        return {
-            name: SimpleNamespace(size=t.size(), properties=SimpleNamespace(dtype=t.dtype))
-            for name, t in self._tensors.items()
-        }
-
-    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """One tensor, or one layer of it."""
-        return self._tensors[name] if layer is None else self._tensors[name][layer]
+def is_legacy(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint in the old format."""
+    return bool(_files(folder))
 
 
-def read_legacy(folder: Path) -> tuple[LegacyTensors, Mapping[str, Any]]:
-    """Read a checkpoint in the old format; it may run code that its author put there.
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("mp_rank_*/*.pt"))
 
-    Returns:
-        Its tensors, and the rest.
+
+class LegacyCheckpoint:
+    """A checkpoint of one rank, held in memory. Opening it can run code in its pickle.
+
+    Attributes:
+        folder: of the checkpoint.
+        state: arguments, counters and everything else that is not a tensor.
 
     Raises:
-        LETError: it was saved by more than one rank, or is damaged.
+        LETError: saved by more than one rank, or damaged.
     """
-    files = legacy_files(folder)
-    if len(files) != 1:
-        raise LETError(
-            f"The checkpoint {folder} is split over {len(files)} ranks in the old format;"
-            " convert it first with Megatron: --load it with its layout and --ckpt-convert-format"
-            " torch_dist."
-        )
-    try:
-        state = torch.load(files[0], map_location="cpu", weights_only=False)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        raise LETError(f"{files[0]} cannot be read ({first_line(error)}).") from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise LETError(f"{files[0]} holds no model.")
-    return LegacyTensors(dict(_flat(state["model"]))), state
+
+    def __init__(self, folder: Path) -> None:
+        files = _files(folder)
+        if len(files) != 1:
+            raise LETError(
+                f"The checkpoint {folder} is split over {len(files)} ranks in the old format;"
+                " convert it first with Megatron: --load it with its layout and"
+                " --ckpt-convert-format torch_dist."
+            )
+        try:
+            state = torch.load(files[0], map_location="cpu", weights_only=False)
+        except Exception as error:  # a damaged pickle can raise any exception
+            raise LETError(f"{files[0]} cannot be read ({first_line(error)}).") from error
+        if not isinstance(state, dict) or "model" not in state:
+            raise LETError(f"{files[0]} has no model.")
+        self.folder = folder
+        self.state: Mapping[str, Any] = state
+        self._tensors = dict(_flat(state["model"]))
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors by name."""
+        return self._tensors
+
+    def entries(self) -> list[str]:
+        """Return the names of the tensors."""
+        return list(self._tensors)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `inspect` prints about this format."""
+        return {"engine": "megatron, old format"}
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """Return one tensor, or one layer of it."""
+        return self._tensors[name] if layer is None else self._tensors[name][layer]
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

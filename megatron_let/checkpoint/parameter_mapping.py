@@ -1,4 +1,4 @@
-"""Which Megatron tensor holds which Hugging Face tensors of a Llama, and in which order."""
+"""The mapping between Megatron's tensors of a Llama and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megatron_let.checkpoint.architecture import Llama
 
 Kind = Literal["copy", "vocabulary", "qkv", "gate_up"]
 
-# Begins the names of a learned projection (`--let-projection learned`), no part of the model.
+# Prefix of a learned projection's tensors (`--let-projection learned`), not part of the model.
 PROJECTION = "let_projection"
 
 
 @dataclass(frozen=True)
-class Block:
-    """One tensor of Megatron and what it is made of.
+class ParameterMapping:
+    """One of Megatron's tensors, and the Hugging Face tensors that it consists of.
 
     Attributes:
-        kind: how the tensors lie in it; `vocabulary` may have padded rows at its end.
-        megatron: its name with Transformer Engine, then without where that differs.
+        kind: how the tensors are arranged in it; `vocabulary` may have padded rows at the end.
+        megatron: its name with Transformer Engine, then without if that differs.
         layer: 0-based; None outside the layers. A torch_dist checkpoint stacks the layers of one
-            name along a first axis.
+            name along the first axis.
         tensors: Hugging Face names and shapes.
     """
 
@@ -39,73 +39,77 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of Megatron's tensor, without padding and without the axis of layers."""
+        """Shape of Megatron's tensor, without padding and without the layer axis."""
         rows = sum(shape[0] for _, shape in self.tensors)
         return (rows, *self.tensors[0][1][1:])
 
 
-def blocks(llama: Llama) -> list[Block]:
-    """Every tensor of the model, in the order of Hugging Face's files."""
+def parameter_mappings(llama: Llama) -> list[ParameterMapping]:
+    """Return the mapping of every tensor, in the order of Hugging Face's files."""
     hidden, vocabulary = llama.hidden_size, (llama.vocab_size, llama.hidden_size)
     embedding = ("embedding.word_embeddings.weight",)
-    found = [Block("vocabulary", embedding, None, (("model.embed_tokens.weight", vocabulary),))]
+    tokens = (("model.embed_tokens.weight", vocabulary),)
+    found = [ParameterMapping("vocabulary", embedding, None, tokens)]
     for index in range(llama.num_layers):
-        found += _layer_blocks(llama, index)
+        found += _layer_mappings(llama, index)
     final_norm = ("decoder.final_layernorm.weight",)
-    found.append(Block("copy", final_norm, None, (("model.norm.weight", (hidden,)),)))
+    norm = (("model.norm.weight", (hidden,)),)
+    found.append(ParameterMapping("copy", final_norm, None, norm))
     if not llama.tied:
         output = ("output_layer.weight",)
-        found.append(Block("vocabulary", output, None, (("lm_head.weight", vocabulary),)))
+        head = (("lm_head.weight", vocabulary),)
+        found.append(ParameterMapping("vocabulary", output, None, head))
     return found
 
 
-def _layer_blocks(llama: Llama, index: int) -> list[Block]:
+def _layer_mappings(llama: Llama, index: int) -> list[ParameterMapping]:
     hidden, ffn = llama.hidden_size, llama.ffn_size
     queries = llama.num_heads * llama.head_size
     keys = llama.num_query_groups * llama.head_size
     theirs, ours = f"model.layers.{index}.", "decoder.layers."
 
-    def block(
+    def mapping(
         kind: Kind, megatron: tuple[str, ...], *tensors: tuple[str, tuple[int, ...]]
-    ) -> Block:
+    ) -> ParameterMapping:
         names = tuple(ours + name for name in megatron)
-        return Block(kind, names, index, tuple((theirs + n + ".weight", s) for n, s in tensors))
+        parts = tuple((f"{theirs}{name}.weight", shape) for name, shape in tensors)
+        return ParameterMapping(kind, names, index, parts)
 
     return [
-        block(
+        mapping(
             "copy",
             ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
             ("input_layernorm", (hidden,)),
         ),
-        block(
+        mapping(
             "qkv",
             ("self_attention.linear_qkv.weight",),
             ("self_attn.q_proj", (queries, hidden)),
             ("self_attn.k_proj", (keys, hidden)),
             ("self_attn.v_proj", (keys, hidden)),
         ),
-        block(
+        mapping(
             "copy",
             ("self_attention.linear_proj.weight",),
             ("self_attn.o_proj", (hidden, queries)),
         ),
-        block(
+        mapping(
             "copy",
             ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
             ("post_attention_layernorm", (hidden,)),
         ),
-        block(
+        mapping(
             "gate_up",
             ("mlp.linear_fc1.weight",),
             ("mlp.gate_proj", (ffn, hidden)),
             ("mlp.up_proj", (ffn, hidden)),
         ),
-        block("copy", ("mlp.linear_fc2.weight",), ("mlp.down_proj", (hidden, ffn))),
+        mapping("copy", ("mlp.linear_fc2.weight",), ("mlp.down_proj", (hidden, ffn))),
     ]
 
 
-# Entries without numbers that Megatron's modules ask for when they load; Transformer Engine keeps
-# FP8 scales there. Names in a layer, then outside.
+# Entries without tensors that Megatron's modules require on load; Transformer Engine stores FP8
+# scales there. Names in a layer, then outside.
 EXTRA_STATES = (
     "decoder.layers.self_attention.linear_qkv",
     "decoder.layers.self_attention.core_attention",
@@ -116,32 +120,36 @@ EXTRA_STATES = (
 EXTRA_STATES_ONCE = ("decoder.final_layernorm",)
 
 
-def split(block: Block, tensor: torch.Tensor, llama: Llama) -> tuple[torch.Tensor, ...]:
-    """Take Megatron's tensor apart into Hugging Face's, in the order of `block.tensors`.
+def split(
+    mapping: ParameterMapping, tensor: torch.Tensor, llama: Llama
+) -> tuple[torch.Tensor, ...]:
+    """Split Megatron's tensor into Hugging Face's, in the order of `mapping.tensors`.
 
     Args:
-        tensor: of `block.shape`, or with padded rows where it is a vocabulary.
+        tensor: of `mapping.shape`; a vocabulary may have padded rows.
     """
-    if block.kind == "vocabulary":
+    if mapping.kind == "vocabulary":
         return (tensor[: llama.vocab_size],)
-    if block.kind == "gate_up":
+    if mapping.kind == "gate_up":
         return tuple(tensor.chunk(2))
-    if block.kind == "qkv":
+    if mapping.kind == "qkv":
         return _split_qkv(tensor, llama)
     return (tensor,)
 
 
-def merge(block: Block, tensors: tuple[torch.Tensor, ...], llama: Llama) -> torch.Tensor:
-    """Put Hugging Face's tensors together into Megatron's; the inverse of `split`."""
-    if block.kind == "gate_up":
+def merge(
+    mapping: ParameterMapping, tensors: tuple[torch.Tensor, ...], llama: Llama
+) -> torch.Tensor:
+    """Merge Hugging Face's tensors into Megatron's; the inverse of `split`."""
+    if mapping.kind == "gate_up":
         return torch.cat(tensors)
-    if block.kind == "qkv":
+    if mapping.kind == "qkv":
         return _merge_qkv(tensors, llama)
     return tensors[0]
 
 
 def _split_qkv(tensor: torch.Tensor, llama: Llama) -> tuple[torch.Tensor, ...]:
-    """[groups * (q + 2) * d, h] of Megatron to queries, keys and values.
+    """Split [groups * (q + 2) * d, h] into queries, keys and values.
 
     Megatron stores, for each query group, its q query heads, its key head and its value head.
     """

@@ -1,7 +1,7 @@
-"""A checkpoint's logits by the code that it is meant for: Megatron's GPTModel, or transformers.
+"""Logits of a checkpoint from Megatron's GPTModel or from transformers.
 
-Megatron's runs on the CPU in this process, and reads the checkpoint by its own loader, so that a
-comparison with transformers shares no code of the converter.
+Megatron's model runs on the CPU in this process, and reads the checkpoint with Megatron's loader:
+a comparison with transformers shares no code with the converter.
 """
 
 from __future__ import annotations
@@ -16,74 +16,61 @@ from typing import Any
 import torch
 
 from megatron_let.checkpoint.architecture import Llama
+from megatron_let.checkpoint.formats import Checkpoint
+from megatron_let.checkpoint.legacy import LegacyCheckpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
-from megatron_let.checkpoint.weights import HuggingFaceWeights, MegatronWeights, Weights
+from megatron_let.checkpoint.weights import MegatronWeights, Weights
 from megatron_let.compat.device import Host, prepare_process
-from megatron_let.engines.deepspeed.export import ZeroCheckpoint
 from megatron_let.errors import LETError
 
 
-def logits(weights: Weights, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Next-token logits of a model whose weights are cast to `dtype`.
+@torch.no_grad()
+def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the next-token logits of a model, computed in fp32.
 
     Args:
         tokens: [b, s].
 
     Returns:
-        [b, s, vocab_size] in fp32, without padded rows.
+        [b, s, vocab_size], without padded rows.
+
+    Raises:
+        LETError: the checkpoint is in Megatron's old format.
     """
     if isinstance(weights, MegatronWeights):
-        return megatron_logits(weights, tokens, dtype)
-    assert isinstance(weights, HuggingFaceWeights)
-    return hugging_face_logits(weights.folder, tokens, dtype)
+        return _megatron_logits(weights, tokens)
+    return _hugging_face_logits(weights.folder, tokens)
 
 
-@torch.no_grad()
-def hugging_face_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits by transformers, with no code of ours.
-
-    Returns:
-        [b, s, vocab_size] in fp32.
-    """
+def _hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+        folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
     )
-    rows = [model.eval()(row[None]).logits.float() for row in tokens]
+    rows = [model.eval()(row[None]).logits for row in tokens]
     return torch.cat(rows)
 
 
-@torch.no_grad()
-def megatron_logits(
-    weights: MegatronWeights, tokens: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Logits by Megatron's GPTModel on this process's CPU.
-
-    Returns:
-        [b, s, vocab_size] in fp32.
-
-    Raises:
-        LETError: the checkpoint is in the old format.
-    """
-    if not isinstance(weights.store, TorchDist | ZeroCheckpoint):
+def _megatron_logits(weights: MegatronWeights, tokens: torch.Tensor) -> torch.Tensor:
+    if isinstance(weights.checkpoint, LegacyCheckpoint):
         raise LETError(f"The checkpoint {weights.folder} is in the old format; convert it first.")
     with _megatron_on_cpu():
-        rows = int(weights.store.tensors()["embedding.word_embeddings.weight"].size[0])
+        rows = int(weights.checkpoint.tensors()["embedding.word_embeddings.weight"].shape[0])
         model = _build(weights.llama, rows, weights.dtype)
-        if isinstance(weights.store, ZeroCheckpoint):
-            _load_zero(model, weights.store)
+        if isinstance(weights.checkpoint, TorchDist):
+            _load_torch_dist(model, weights.folder)
         else:
-            _load(model, weights.folder)
-        model = model.to(dtype).eval()
+            _load_by_name(model, weights.checkpoint)
+        model = model.float().eval()
         positions = torch.arange(tokens.shape[1])[None]
-        found = [model(row[None], positions, None).float() for row in tokens]
+        found = [model(row[None], positions, None) for row in tokens]
     return torch.cat(found)[..., : weights.llama.vocab_size]
 
 
 @contextmanager
 def _megatron_on_cpu() -> Iterator[None]:
-    """A process group of one, and Megatron's random states; the stand-ins stay for good."""
+    """Set up one rank and Megatron's random states; the CPU shims stay applied."""
     host = Host(cuda=False, transformer_engine=False, fused_gradients=False)
     prepare_process(host, rank=0)
     from megatron.core import parallel_state
@@ -151,7 +138,7 @@ def _build(llama: Llama, rows: int, dtype: torch.dtype) -> Any:
     )
 
 
-def _load(model: Any, folder: Path) -> None:
+def _load_torch_dist(model: Any, folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
@@ -160,18 +147,18 @@ def _load(model: Any, folder: Path) -> None:
     model.load_state_dict(loaded["model"])
 
 
-def _load_zero(model: Any, store: ZeroCheckpoint) -> None:
-    """By the module's own names, which DeepSpeed's checkpoints keep.
+def _load_by_name(model: Any, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint whose tensors have the names of the module's parameters.
 
     Raises:
         LETError: it was trained with Transformer Engine's layers, whose norms have other names.
     """
-    missing = sorted(dict(model.named_parameters()).keys() - store.tensors().keys())
+    missing = sorted(dict(model.named_parameters()).keys() - checkpoint.tensors().keys())
     if missing:
         raise LETError(
-            f"The checkpoint {store.folder} has no {missing[0]}, by which torch's layers know it;"
+            f"The checkpoint {checkpoint.folder} has no {missing[0]}, the name in torch's layers;"
             " export it and compare the Hugging Face folder, or give --weights-only."
         )
-    tensors = {name: store.read(name) for name in store.tensors()}
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors()}
     # Only Transformer Engine's empty entries may be missing.
     model.load_state_dict(tensors, strict=False)

@@ -1,11 +1,10 @@
-"""Safetensors in shards, read and written one tensor at a time."""
+"""Read and write sharded safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,78 +13,64 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from megatron_let.errors import LETError, first_line
+from megatron_let.files.atomic import write_json
 
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+# Safetensors' names of the supported types.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """Name, shape and type of a tensor that is to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 def write_safetensors(
     folder: Path,
-    plan: Sequence[TensorPlan],
+    plan: Mapping[str, torch.Tensor],
     read: Callable[[str], torch.Tensor],
     max_shard_size: str | int,
 ) -> None:
-    """Write a model's files; only one tensor is held at a time.
+    """Write a model's files, holding one tensor at a time.
 
     `safetensors.torch.save_file` needs all tensors of a shard in memory.
 
     Args:
-        read: gives a tensor by its name.
+        plan: name -> a tensor of the shape and type to write; its values are not used.
+        read: returns a tensor by its name.
         max_shard_size: bytes, or text such as `5GB`.
     """
     shards = split_state_dict_into_shards_factory(
-        {tensor.name: tensor for tensor in plan},
-        get_storage_size=lambda tensor: tensor.num_bytes,
+        dict(plan),
+        get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    planned = {tensor.name: tensor for tensor in plan}
     for filename, names in shards.filename_to_tensors.items():
-        _write_file(folder / filename, [planned[name] for name in names], read)
+        _write_file(folder / filename, {name: plan[name] for name in names}, read)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _write_file(
-    path: Path, plan: Sequence[TensorPlan], read: Callable[[str], torch.Tensor]
+    path: Path, plan: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor]
 ) -> None:
     header = json.dumps(_header(plan)).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for planned in plan:
-            tensor = read(planned.name).to(planned.dtype).contiguous()
-            if tuple(tensor.shape) != planned.shape:
-                raise ValueError(f"{planned.name} is {tuple(tensor.shape)}, not {planned.shape}")
+        for name, planned in plan.items():
+            tensor = read(name).to(planned.dtype).contiguous()
+            if tensor.shape != planned.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(planned.shape)}")
             file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
 
 
-def _header(plan: Sequence[TensorPlan]) -> dict[str, Any]:
+def _header(plan: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     end = 0
-    for tensor in plan:
-        start, end = end, end + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": _DTYPES[tensor.dtype],
+    for name, tensor in plan.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -96,7 +81,7 @@ class SafetensorsFolder:
     """The tensors of a Hugging Face folder, read one at a time.
 
     Raises:
-        LETError: no safetensors, a missing shard, or a file that is cut short.
+        LETError: no safetensors, a missing shard, or a truncated file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,7 +89,7 @@ class SafetensorsFolder:
         self.files = _files_of_tensors(folder)
 
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return set(self.files)
 
     def read(self, name: str) -> torch.Tensor:
@@ -115,12 +100,12 @@ class SafetensorsFolder:
         """
         if name not in self.files:
             raise LETError(f"The folder {self.folder} has no tensor {name}; copy it again.")
-        # Opened anew for each, else every page read so far would stay in memory.
+        # Reopened for each tensor, so that the pages read so far do not stay in memory.
         with _opened(self.files[name]) as file:
             return file.get_tensor(name).clone()
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and safetensors' name of the type, without reading the tensor."""
+        """Return the shape and safetensors' name of the type, without reading the tensor."""
         with _opened(self.files[name]) as file:
             part = file.get_slice(name)
             return tuple(part.get_shape()), part.get_dtype()
@@ -137,7 +122,7 @@ def _files_of_tensors(folder: Path) -> Mapping[str, Path]:
         files = [folder / SINGLE] if (folder / SINGLE).is_file() else []
     if not files:
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        hint = f" but the pickle {pickles[0].name}, which can run code" if pickles else ""
+        hint = f", only the pickle {pickles[0].name}, which can run code" if pickles else ""
         raise LETError(
             f"The folder {folder} has no safetensors{hint}; save the model as safetensors"
             " (save_pretrained) and convert that."

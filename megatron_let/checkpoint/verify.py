@@ -1,4 +1,4 @@
-"""Whether two folders hold the same model: tensor by tensor, and by the logits of both."""
+"""Compare the models in two folders, by tensor and by logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_let.checkpoint.architecture import first_difference
-from megatron_let.checkpoint.parameter_mapping import blocks
+from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.reference_models import logits
 from megatron_let.checkpoint.weights import Weights
 from megatron_let.errors import LETError
@@ -20,11 +20,11 @@ class TensorAudit:
     """Tensor-by-tensor comparison of two models.
 
     Attributes:
-        num_tensors: Hugging Face tensors of the architecture, each read from both.
-        num_bitwise: of them, those that are equal bit by bit.
+        num_tensors: Hugging Face tensors of the architecture, each read from both models.
+        num_bitwise: how many of them are equal bit by bit.
         largest_difference: over all elements, in fp32.
         different: names of the tensors that are not equal.
-        unused: stored tensors of either model that have no place in it.
+        unused: stored tensors of either model that are not part of the architecture.
     """
 
     num_tensors: int
@@ -33,11 +33,6 @@ class TensorAudit:
     different: tuple[str, ...]
     unused: tuple[str, ...]
 
-    @property
-    def bitwise(self) -> bool:
-        """Whether every tensor is used once and equal."""
-        return not self.different and not self.unused
-
 
 @dataclass(frozen=True)
 class LogitComparison:
@@ -45,7 +40,7 @@ class LogitComparison:
 
     Attributes:
         largest_difference: absolute, over tokens and vocabulary.
-        top_token_agreement: share of positions with the same most likely token.
+        top_token_agreement: fraction of positions with the same most likely token.
         perplexities: of each model, per token.
     """
 
@@ -59,10 +54,10 @@ def audit(first: Weights, second: Weights) -> TensorAudit:
     """Compare every tensor of two models, one at a time.
 
     Raises:
-        LETError: they are of different architectures.
+        LETError: the architectures differ.
     """
     _check_same_architecture(first, second)
-    names = [name for block in blocks(first.llama) for name in block.names]
+    names = [name for mapping in parameter_mappings(first.llama) for name in mapping.names]
     different, largest = [], 0.0
     for name in names:
         a, b = first.read(name), second.read(name)
@@ -82,22 +77,19 @@ def _check_same_architecture(first: Weights, second: Weights) -> None:
     if difference is not None:
         name, ours, theirs = difference
         raise LETError(
-            f"{first.folder} and {second.folder} are not one architecture: {name} is {ours} and"
-            f" {theirs}."
+            f"{first.folder} and {second.folder} have different architectures: {name} is {ours}"
+            f" and {theirs}."
         )
 
 
-def compare_logits(
-    first: Weights, second: Weights, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> LogitComparison:
-    """Run both models on the same tokens, one after the other.
+def compare_logits(first: Weights, second: Weights, tokens: torch.Tensor) -> LogitComparison:
+    """Run both models in fp32 on the same tokens, one after the other.
 
     Args:
         tokens: [b, s].
-        dtype: to compute in; the weights are cast to it.
     """
-    ours = logits(first, tokens, dtype)
-    theirs = logits(second, tokens, dtype)
+    ours = logits(first, tokens)
+    theirs = logits(second, tokens)
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
     return LogitComparison(
         tokens.numel(),
@@ -113,13 +105,13 @@ def _perplexity(found: torch.Tensor, tokens: torch.Tensor) -> float:
 
 
 def sample_tokens(weights: Weights, count: int, length: int, data: Path | None) -> torch.Tensor:
-    """Tokens to compare on: of indexed data, or of a fixed text, or random without a tokenizer.
+    """Return tokens of indexed data or of a fixed text; random ones without data and tokenizer.
 
     Returns:
         [count, length] int64.
 
     Raises:
-        LETError: the data has too few tokens, or tokens that the model does not know.
+        LETError: the data has too few tokens, or tokens outside the model's vocabulary.
     """
     if data is not None:
         ids = _from_data(data, count * length)
@@ -130,8 +122,8 @@ def sample_tokens(weights: Weights, count: int, length: int, data: Path | None) 
         ids = torch.randint(weights.llama.vocab_size, (count * length,), generator=generator)
     if int(ids.max()) >= weights.llama.vocab_size:
         raise LETError(
-            f"The data {data} has token {int(ids.max())} and the model {weights.llama.vocab_size};"
-            " give data of the model's tokenizer."
+            f"The data {data} has token {int(ids.max())} and the model has"
+            f" {weights.llama.vocab_size} tokens; give data of the model's tokenizer."
         )
     return ids.view(count, length)
 
@@ -145,7 +137,7 @@ def _from_data(prefix: Path, needed: int) -> torch.Tensor:
         parts.append(np.asarray(data[index], dtype=np.int64))
         if sum(map(len, parts)) >= needed:
             return torch.from_numpy(np.concatenate(parts)[:needed])
-    raise LETError(f"The data {prefix} has fewer than {needed} tokens; give more, or ask for less.")
+    raise LETError(f"The data {prefix} has fewer than {needed} tokens; give more data.")
 
 
 def _from_text(tokenizer: Path, needed: int) -> torch.Tensor:
@@ -159,4 +151,4 @@ def _from_text(tokenizer: Path, needed: int) -> torch.Tensor:
         ids += encode(text, add_special_tokens=False).input_ids
         if len(ids) >= needed:
             return torch.tensor(ids[:needed])
-    raise LETError(f"The tokenizer {tokenizer} makes no tokens of plain text.")
+    raise LETError(f"The tokenizer {tokenizer} returns no tokens for plain text.")

@@ -1,4 +1,4 @@
-"""A Llama's weights under their Hugging Face names, wherever they lie."""
+"""A Llama's weights under their Hugging Face names, from any checkpoint format."""
 
 from __future__ import annotations
 
@@ -15,29 +15,25 @@ from megatron_let.checkpoint.architecture import (
     from_megatron,
     padded_vocab_size,
 )
-from megatron_let.checkpoint.legacy import read_legacy
-from megatron_let.checkpoint.parameter_mapping import Block, blocks, split
-from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
-from megatron_let.checkpoint.torch_dist import (
-    TorchDist,
-    is_checkpoint,
+from megatron_let.checkpoint.formats import (
+    Checkpoint,
+    find_format,
     iteration_folder,
-    legacy_files,
+    open_checkpoint,
 )
-from megatron_let.engines.deepspeed.export import ZeroCheckpoint, is_zero_checkpoint
+from megatron_let.checkpoint.parameter_mapping import ParameterMapping, parameter_mappings, split
+from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_let.errors import LETError, first_line
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights(Protocol):
     """The weights of one model.
 
     Attributes:
-        folder: where they lie.
-        llama: their architecture.
-        dtype: as they are stored.
-        tokenizer: folder or file of the tokenizer, where one is known.
+        folder: of the model or checkpoint.
+        llama: the architecture.
+        dtype: of the stored weights.
+        tokenizer: folder or file of the tokenizer; None if unknown.
     """
 
     folder: Path
@@ -46,11 +42,11 @@ class Weights(Protocol):
     tokenizer: Path | None
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor by its Hugging Face name."""
+        """Read one tensor by its Hugging Face name."""
         ...
 
     def unused(self) -> list[str]:
-        """Tensors that are stored and have no place in the model."""
+        """Return the names of stored tensors that are not part of the model."""
         ...
 
 
@@ -61,126 +57,94 @@ def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False)
 
     Args:
         tokenizer: folder or file, instead of the one that the checkpoint names.
-        trust: read Megatron's old format too, whose pickles can run code.
+        trust: also read Megatron's old format, whose pickles can run code.
 
     Raises:
-        LETError: neither, not whole, or no Llama.
+        LETError: not a model, not complete, or not a Llama.
     """
     if not path.exists():
         raise LETError(f"The model {path} does not exist.")
     if not path.is_dir():
-        raise LETError(f"The model {path} is a file; give the folder that it lies in.")
+        raise LETError(f"The model {path} is a file; give the folder that contains it.")
     folder = iteration_folder(path)
-    if is_zero_checkpoint(folder):
-        zero = ZeroCheckpoint(folder)
-        return MegatronWeights(folder, zero, zero.state, tokenizer)
-    if legacy_files(folder) and trust:
-        return MegatronWeights(folder, *read_legacy(folder), tokenizer)
-    if is_checkpoint(folder) or legacy_files(folder):
-        checkpoint = TorchDist(folder)
-        return MegatronWeights(folder, checkpoint, checkpoint.common_state(), tokenizer)
-    return HuggingFaceWeights(path, tokenizer)
-
-
-class TensorStore(Protocol):
-    """Tensors under Megatron's names, layers of one name stacked or not."""
-
-    def tensors(self) -> Mapping[str, Any]:
-        """Name -> something with the tensor's `size` and `properties.dtype`."""
-        ...
-
-    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """One tensor, or one layer of it."""
-        ...
+    if find_format(folder) is None:
+        return HuggingFaceWeights(path, tokenizer)
+    return MegatronWeights(open_checkpoint(folder, trust), tokenizer)
 
 
 class MegatronWeights:
     """Weights in a Megatron checkpoint; see `Weights`.
 
     Attributes:
+        checkpoint: the checkpoint.
         args: the run's arguments.
-        state: all that the checkpoint holds beside tensors.
     """
 
-    def __init__(
-        self, folder: Path, store: TensorStore, state: Mapping[str, Any], tokenizer: Path | None
-    ) -> None:
-        self.folder = folder
-        self.state = state
-        self.store = store
-        if state.get("args") is None:
-            raise LETError(f"The checkpoint {folder} holds no arguments of its run.")
-        self.args: dict[str, Any] = vars(state["args"])
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Path | None) -> None:
+        self.checkpoint = checkpoint
+        self.folder = checkpoint.folder
+        if checkpoint.state.get("args") is None:
+            raise LETError(f"The checkpoint {self.folder} has no arguments of its run.")
+        self.args: dict[str, Any] = vars(checkpoint.state["args"])
         self.tokenizer = tokenizer or _tokenizer_of(self.args)
-        self._stored = dict(store.tensors())
+        self._stored = dict(checkpoint.tensors())
         embedding = self._stored.get("embedding.word_embeddings.weight")
         if embedding is None:
-            raise LETError(f"The checkpoint {folder} has no word embedding; it is of no GPT model.")
-        self.dtype: torch.dtype = embedding.properties.dtype
-        rows = int(embedding.size[0])
+            raise LETError(
+                f"The checkpoint {self.folder} has no word embedding; it is not of a GPT model."
+            )
+        self.dtype: torch.dtype = embedding.dtype
+        rows = int(embedding.shape[0])
         self.llama = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
-        self._blocks = {name: block for block in blocks(self.llama) for name in block.names}
-        self._last: tuple[Block, dict[str, torch.Tensor]] | None = None
+        self._mappings = parameter_mappings(self.llama)
+        self._mapping_of = {name: m for m in self._mappings for name in m.names}
+        # The parts of the last tensor that was read and split, which have not been returned yet.
+        self._parts: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor by its Hugging Face name."""
-        block = self._blocks[name]
-        if self._last is None or self._last[0] is not block:
-            self._last = None
-            parts = split(block, self._read_block(block), self.llama)
-            self._last = (block, dict(zip(block.names, parts, strict=True)))
-        tensors = self._last[1]
-        # The last of a block is let go, so that no two blocks are held at once.
-        return tensors[name] if name != block.names[-1] else self._release()[name]
-
-    def _release(self) -> dict[str, torch.Tensor]:
-        assert self._last is not None
-        tensors = self._last[1]
-        self._last = None
-        return tensors
+        """Read one tensor by its Hugging Face name."""
+        if name not in self._parts:
+            # Freed first, so that two of Megatron's tensors are never held at once.
+            self._parts = {}
+            mapping = self._mapping_of[name]
+            parts = split(mapping, self._read_merged(mapping), self.llama)
+            self._parts = dict(zip(mapping.names, parts, strict=True))
+        return self._parts.pop(name)
 
     def unused(self) -> list[str]:
-        """Tensors that are stored and have no place in the model."""
-        used = {self._stored_name(block)[0] for block in self._blocks.values()}
-        return sorted(set(self._stored) - used - self._per_layer_names())
+        """Return the names of stored tensors that are not part of the model."""
+        names = {n for m in self._mappings for n in (self._stored_name(m)[0], *_unstacked(m))}
+        return sorted(self._stored.keys() - names)
 
-    def _per_layer_names(self) -> set[str]:
-        return {
-            name
-            for block in self._blocks.values()
-            for name in _unstacked(block)
-            if name in self._stored
-        }
-
-    def _stored_name(self, block: Block) -> tuple[str, int | None]:
-        """Name and layer under which a block is stored: stacked, or one name a layer."""
-        for name in block.megatron:
+    def _stored_name(self, mapping: ParameterMapping) -> tuple[str, int | None]:
+        """Return the stored name and layer: stacked layers, or a separate name per layer."""
+        for name in mapping.megatron:
             if name in self._stored:
-                return name, block.layer
-        for name in _unstacked(block):
+                return name, mapping.layer
+        for name in _unstacked(mapping):
             if name in self._stored:
                 return name, None
-        raise LETError(f"The checkpoint {self.folder} has no tensor {block.megatron[0]}.")
+        raise LETError(f"The checkpoint {self.folder} has no tensor {mapping.megatron[0]}.")
 
-    def _read_block(self, block: Block) -> torch.Tensor:
-        name, layer = self._stored_name(block)
-        size = tuple(self._stored[name].size)
+    def _read_merged(self, mapping: ParameterMapping) -> torch.Tensor:
+        name, layer = self._stored_name(mapping)
+        size = tuple(self._stored[name].shape)
         count, shape = (1, size) if layer is None else (size[0], size[1:])
-        padded = block.kind == "vocabulary" and shape[0] >= block.shape[0]
-        fits = shape == block.shape or (padded and shape[1:] == block.shape[1:])
+        padded = mapping.kind == "vocabulary" and shape[0] >= mapping.shape[0]
+        fits = shape == mapping.shape or (padded and shape[1:] == mapping.shape[1:])
         if not fits or (layer is not None and count != self.llama.num_layers):
             raise LETError(
                 f"The checkpoint's tensor {name} is {size}, and its arguments ask for"
-                f" {block.shape}; checkpoint and arguments do not belong together."
+                f" {mapping.shape}; checkpoint and arguments do not belong together."
             )
-        return self.store.read(name, layer)
+        return self.checkpoint.read(name, layer)
 
 
-def _unstacked(block: Block) -> list[str]:
-    if block.layer is None:
+def _unstacked(mapping: ParameterMapping) -> list[str]:
+    if mapping.layer is None:
         return []
-    prefix, place = "decoder.layers.", f"decoder.layers.{block.layer}."
-    return [name.replace(prefix, place, 1) for name in block.megatron]
+    stacked, single = "decoder.layers.", f"decoder.layers.{mapping.layer}."
+    return [name.replace(stacked, single, 1) for name in mapping.megatron]
 
 
 def _tokenizer_of(args: Mapping[str, Any]) -> Path | None:
@@ -189,16 +153,16 @@ def _tokenizer_of(args: Mapping[str, Any]) -> Path | None:
 
 
 def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> int:
-    """Rows of the embedding that are tokens.
+    """Return the number of the embedding's rows that are tokens.
 
     Raises:
-        LETError: the tokenizer is not the one of the run.
+        LETError: the tokenizer is not the run's.
     """
     known = args.get("vocab_size")
     if tokenizer is None:
-        # Without a tokenizer the padding can be told only where the run was given a size.
+        # Without a tokenizer the padding is known only if the run was given a size.
         return min(int(known), rows) if known else rows
-    size = tokenizer_size(tokenizer)
+    size = len(load_tokenizer(tokenizer))
     expected = padded_vocab_size(
         size,
         int(args.get("make_vocab_size_divisible_by") or 128),
@@ -207,26 +171,26 @@ def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> i
     if size > rows or (known is None and expected != rows):
         raise LETError(
             f"The tokenizer {tokenizer} has {size} tokens, padded {expected}, and the checkpoint's"
-            f" embedding has {rows} rows; give the run's own --tokenizer."
+            f" embedding has {rows} rows; give the run's --tokenizer."
         )
     return max(size, min(int(known), rows)) if known else size
 
 
-def tokenizer_size(path: Path) -> int:
-    """Number of ids of a tokenizer's folder or SentencePiece file.
+def load_tokenizer(path: Path) -> Any:
+    """Load a tokenizer's folder or SentencePiece file; `len` is its number of ids.
 
     Raises:
-        LETError: it cannot be read.
+        LETError: the tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer
-
     try:
         if path.is_file():
-            import sentencepiece
+            from sentencepiece import SentencePieceProcessor
 
-            return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
-        return len(AutoTokenizer.from_pretrained(path, local_files_only=True))
-    except Exception as error:  # a dozen kinds for a damaged tokenizer
+            return SentencePieceProcessor(model_file=str(path))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a damaged tokenizer can raise many types
         raise LETError(f"The tokenizer {path} cannot be read ({first_line(error)}).") from error
 
 
@@ -238,21 +202,20 @@ class HuggingFaceWeights:
         config = _read_config(folder)
         self.llama = from_hugging_face(config)
         self._files = SafetensorsFolder(folder)
-        self._shapes = dict(t for block in blocks(self.llama) for t in block.tensors)
-        first = "model.embed_tokens.weight"
-        self.tokenizer = tokenizer or _own_tokenizer(folder)
+        self._shapes = dict(t for m in parameter_mappings(self.llama) for t in m.tensors)
+        self.tokenizer = tokenizer or _tokenizer_in(folder)
         self._check_shapes()
-        self.dtype = _DTYPES[self._files.shape_and_dtype(first)[1]]
+        self.dtype = DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
         if self.tokenizer is not None:
             _check_tokenizer(self.tokenizer, self.llama.vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor by its Hugging Face name."""
+        """Read one tensor by its Hugging Face name."""
         return self._files.read(name)
 
     def unused(self) -> list[str]:
-        """Tensors that are stored and have no place in the model."""
-        # Buffers of old versions, and the copy of a tied embedding, hold nothing of their own.
+        """Return the names of stored tensors that are not part of the model."""
+        # Buffers of old versions, and the copy of a tied embedding, add nothing.
         known = {n for n in self._files.names() if n.endswith("rotary_emb.inv_freq")}
         tied = {"lm_head.weight"} if self.llama.tied else set()
         return sorted(self._files.names() - self._shapes.keys() - known - tied)
@@ -262,10 +225,10 @@ class HuggingFaceWeights:
             if name not in self._files.names():
                 raise LETError(f"The folder {self.folder} has no tensor {name}; copy it again.")
             shape, dtype = self._files.shape_and_dtype(name)
-            if shape != wanted or dtype not in _DTYPES:
+            if shape != wanted or dtype not in DTYPES:
                 raise LETError(
                     f"The tensor {name} in {self.folder} is {shape} of {dtype}, and config.json"
-                    f" asks for {wanted} of {', '.join(_DTYPES)}."
+                    f" asks for {wanted} of {', '.join(DTYPES)}."
                 )
 
 
@@ -279,19 +242,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text())
     except ValueError as error:
-        raise LETError(f"{file} is no JSON ({first_line(error)}).") from error
+        raise LETError(f"{file} is not valid JSON ({first_line(error)}).") from error
     return config
 
 
-def _own_tokenizer(folder: Path) -> Path | None:
+def _tokenizer_in(folder: Path) -> Path | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     return folder if any((folder / name).is_file() for name in names) else None
 
 
 def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
-    size = tokenizer_size(tokenizer)
+    size = len(load_tokenizer(tokenizer))
     if size > vocab_size:
         raise LETError(
             f"The tokenizer {tokenizer} has {size} tokens and the model's embedding {vocab_size}"
-            " rows; give the model's own --tokenizer."
+            " rows; give the model's --tokenizer."
         )

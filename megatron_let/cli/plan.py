@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_let.cli.common import output_console, run_command
+from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.planner.sizes import GPUS, TEACHERS
 
@@ -152,28 +153,21 @@ def _estimate(request: Request, args: argparse.Namespace, options: argparse.Name
 
 
 def _check_engine(args: argparse.Namespace, options: argparse.Namespace) -> None:
-    if args.engine != "deepspeed":
-        return
-    from megatron_let.engines.deepspeed.refusals import check_supported
-
     for flag in ("sweep", "plot"):
-        if getattr(options, flag):
+        if args.engine == "deepspeed" and getattr(options, flag):
             raise LETError(
                 f"--{flag} is about pipelines, which --engine deepspeed does not have; plan one"
                 " layout, or give --engine megatron."
             )
-    check_supported(args)
+    load_engine(args.engine).check_arguments(args)
 
 
 def _zero(args: argparse.Namespace, layout: Layout) -> Zero:
     """Return the run's ZeRO settings, from its DeepSpeed config as the engine completes it."""
-    from megatron_let.engines.deepspeed.ds_config import complete_config, read_config
-    from megatron_let.engines.deepspeed.recipe import recipe_from_args
     from megatron_let.planner.zero import zero_from_config
 
     # Megatron's validation sets these two in a run.
     args.data_parallel_size = layout.dp
     args.accumulate_allreduce_grads_in_fp32 = True
-    given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
-    config = complete_config(given, recipe_from_args(args), fused_adam=True)
+    config = load_engine(args.engine).config_from_args(args, cuda=True)
     return zero_from_config(config, args.let_teacher_shard)

@@ -1,1 +1,65 @@
-"""Engines that take a training step in place of Megatron's DDP and optimizers."""
+"""Engines that take the training steps: Megatron's own, or DeepSpeed's.
+
+This is the registry. Nothing outside this package imports an engine in any other way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from megatron_let.teacher.model import Sharding
+
+ENGINES = ("megatron", "deepspeed")
+
+
+class Engine(Protocol):
+    """What the entry, the integration and the planner need from an engine."""
+
+    def check_arguments(self, args: argparse.Namespace) -> None:
+        """Check the arguments before Megatron validates them.
+
+        Raises:
+            LETError: names the flag that the engine does not support.
+        """
+        ...
+
+    def config_from_args(self, args: argparse.Namespace, cuda: bool) -> dict[str, Any]:
+        """Return the engine's own config, completed from the run's arguments; {} for none.
+
+        Raises:
+            LETError: the user's config contradicts the arguments.
+        """
+        ...
+
+    def enable(self, args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace], Any]:
+        """Apply the engine's patches for the coming `pretrain()`.
+
+        Args:
+            args: Megatron's validated arguments.
+            cuda: the run is on GPUs.
+
+        Returns:
+            The function from arguments to the model's config.
+
+        Raises:
+            LETError: the engine cannot run, or cannot load the checkpoint.
+        """
+        ...
+
+    def teacher_sharding(self, args: argparse.Namespace) -> Sharding | None:
+        """Return what shards the teacher over the replicas; None for a whole teacher."""
+        ...
+
+
+def load_engine(name: str) -> Engine:
+    """Import one of `ENGINES`."""
+    if name == "deepspeed":
+        from megatron_let.engines.deepspeed import engine
+
+        return engine
+    from megatron_let.engines import megatron
+
+    return megatron

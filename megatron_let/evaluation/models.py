@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from megatron_let.checkpoint.architecture import to_hugging_face
-from megatron_let.checkpoint.parameter_mapping import blocks
-from megatron_let.checkpoint.torch_dist import INDEX, iteration_folder
+from megatron_let.checkpoint.formats import iteration_folder
+from megatron_let.checkpoint.parameter_mapping import parameter_mappings
+from megatron_let.checkpoint.torch_dist import INDEX
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
 from megatron_let.errors import LETError
 
@@ -40,8 +41,8 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
     model = model.to(dtype)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for block in blocks(weights.llama):
-            for name in block.names:
+        for mapping in parameter_mappings(weights.llama):
+            for name in mapping.names:
                 parameters.pop(name).copy_(weights.read(name))
     assert not parameters, f"never set: {sorted(parameters)}"
     return model.eval().to(device)

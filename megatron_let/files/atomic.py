@@ -71,16 +71,17 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _replace_folder(partial, path)
+        replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace_folder(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, and delete the one that was there."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    path.rename(old)
+    # A killed process of the same id may have left one.
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
     partial.rename(path)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A converted checkpoint in real training, and a trained one converted."""
+"""A converted checkpoint in a training run, and a trained checkpoint converted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNTOUCHED = ("--let-method", "none", "--train-iters", 1, "--lr", 0, "--min-lr", 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192, "rope_theta": 50000.0}  # fmt: skip
 GQA = ("--group-query-attention", "--num-query-groups", 2)
-# The model, the flags that the recipe needs for it, the layout and its ranks.
+# The model, the recipe's flags for it, the layout and its ranks.
 CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], int]] = {
     "tp2, untied, gqa": (
         {},
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], i
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own."""
+    """Run the command in another process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), *map(str, arguments)],
         env=environment(), capture_output=True, text=True, timeout=200,
@@ -54,7 +54,7 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_model_returns_bitwise_through_a_run(case: str, tmp_path: Path, data: Path) -> None:
+def test_round_trip_through_a_run_is_bitwise(case: str, tmp_path: Path, data: Path) -> None:
     changes, flags, layout, ranks = CASES[case]
     source = save_llama(tmp_path / "source", **changes)
     to_megatron_checkpoint(open_weights(source), tmp_path / "converted")
@@ -68,7 +68,7 @@ def test_model_returns_bitwise_through_a_run(case: str, tmp_path: Path, data: Pa
     assert describe(tmp_path / "saved")["iteration"] == 1
 
 
-def test_another_recipe_is_refused_before_training(tmp_path: Path, data: Path) -> None:
+def test_recipe_of_another_model_is_refused(tmp_path: Path, data: Path) -> None:
     source = save_llama(tmp_path / "source")
     to_megatron_checkpoint(open_weights(source), tmp_path / "converted")
     run = train(
@@ -79,15 +79,13 @@ def test_another_recipe_is_refused_before_training(tmp_path: Path, data: Path) -
     assert "--rotary-base is 20000.0 in this run and 10000.0 in the checkpoint" in run.error
 
 
-def test_trained_student_is_the_same_model_under_transformers(
-    tmp_path: Path, weights: Path
-) -> None:
+def test_trained_student_is_the_same_model_in_transformers(tmp_path: Path, weights: Path) -> None:
     exported = tmp_path / "exported"
     result = convert("megatron-to-hf", "--input", weights, "--output", exported)
     assert result.returncode == 0, result.stderr
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert model.config.vocab_size == 256
-    # Megatron's GPTModel and its loader on one side, transformers on the other.
+    # Megatron's GPTModel and loader against transformers.
     result = convert("verify", weights, exported)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "same model" in result.stderr and "same top token at 100.00%" in result.stderr
@@ -106,7 +104,7 @@ def _swap_gate_and_up(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_inspect_tells_what_a_run_saved(weights: Path) -> None:
+def test_inspect_describes_a_run(weights: Path) -> None:
     found = json.loads(convert("inspect", weights, "--json").stdout)
     assert found["iteration"] == 20 and found["layout"] == dict.fromkeys(
         ("TP", "PP", "VPP", "CP", "DP"), 1

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed's engine: resumed on as many replicas, and on others."""
+"""Checkpoints of DeepSpeed's engine: resumed on the same and on another number of replicas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAVED_AT = 5
 
 
 def _save(folder: Path, teacher: Path, data: Path, zero: dict[str, Any], *flags: object) -> Run:
-    """Ten steps with a checkpoint after the fifth, which is made the latest."""
+    """Train ten steps with a checkpoint after the fifth, and make that the latest."""
     checkpoints = folder / "checkpoints"
     run = deepspeed_run(
         folder, teacher, data, zero, "--save", checkpoints, "--save-interval", SAVED_AT, *flags
@@ -30,7 +30,7 @@ def _save(folder: Path, teacher: Path, data: Path, zero: dict[str, Any], *flags:
 
 
 def _differences(resumed: Run, whole: Run) -> dict[str, float]:
-    """Largest relative difference of each metric over the steps after the checkpoint."""
+    """Return the largest relative difference of each metric after the checkpoint."""
     pairs = list(zip(resumed.steps, whole.steps[SAVED_AT:], strict=True))
     return {
         key: max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs if key in b) for key in KEYS
@@ -38,7 +38,7 @@ def _differences(resumed: Run, whole: Run) -> dict[str, float]:
 
 
 def _convert(folder: Path) -> None:
-    """DeepSpeed's own program, as the refusal says."""
+    """Run DeepSpeed's converter, as the error says."""
     source = folder / "checkpoints" / f"iter_{SAVED_AT:07d}"
     target = source.with_name(source.name + "_universal")
     result = subprocess.run(
@@ -53,7 +53,6 @@ def _convert(folder: Path) -> None:
 
 
 def test_resumed_run_has_the_same_losses(tmp_path: Path, teacher: Path, data: Path) -> None:
-    """Bitwise on two replicas; on one, after a refusal and a conversion, to rounding."""
     zero, checkpoints = {"stage": 1}, tmp_path / "whole" / "checkpoints"
     whole = _save(tmp_path / "whole", teacher, data, zero)
     same = deepspeed_run(tmp_path / "same", teacher, data, zero, "--load", checkpoints)

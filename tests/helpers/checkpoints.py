@@ -1,4 +1,4 @@
-"""Small models in both formats."""
+"""Small models as Hugging Face folders and as Megatron checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.text_data import save_hugging_face_tokenizer
 
 
 def save_llama(folder: Path, shard_bytes: int | None = None, **changes: Any) -> Path:
-    """A random Llama whose every tensor matters, saved by transformers."""
+    """Save a random Llama in which every tensor changes the output."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": 250, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
@@ -29,7 +29,7 @@ def save_llama(folder: Path, shard_bytes: int | None = None, **changes: Any) -> 
     model = LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
-            # A norm of ones, or weights near 0, would hide a tensor in the wrong place.
+            # Norms of ones, or weights near 0, would hide a misplaced tensor.
             parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
             parameter.add_(1.0 if parameter.dim() == 1 else 0.0)
     sharded = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
@@ -38,7 +38,7 @@ def save_llama(folder: Path, shard_bytes: int | None = None, **changes: Any) -> 
 
 
 def with_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
-    """Put a trained tokenizer beside a model."""
+    """Add a trained tokenizer to a model's folder."""
     shutil.copytree(_tokenizer(vocab_size), folder, dirs_exist_ok=True)
     return folder
 
@@ -51,7 +51,7 @@ def _tokenizer(vocab_size: int) -> Path:
 
 
 def as_megatron(source: Path, output: Path, rename: Callable[[str], str] = str) -> Path:
-    """Convert, and give Megatron's tensors other names."""
+    """Convert a model, and rename Megatron's tensors."""
     from megatron_let.checkpoint import convert
 
     original = convert.Shard
@@ -68,14 +68,14 @@ def as_megatron(source: Path, output: Path, rename: Callable[[str], str] = str) 
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """A Hugging Face folder's state dict, by transformers."""
+    """Return a Hugging Face folder's state dict, loaded by transformers."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).state_dict()
 
 
 def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal bit by bit."""
+    """Return whether two state dicts are equal bit by bit."""
     return ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
         for name in ours

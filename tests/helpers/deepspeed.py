@@ -1,4 +1,4 @@
-"""Runs on DeepSpeed's engine, and the reason to leave them out."""
+"""Runs on DeepSpeed's engine, skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ needs_deepspeed = pytest.mark.skipif(
     reason="DeepSpeed is not installed: bash launch/lib/environment.sh deepspeed",
 )
 
-# A weight decay and an alignment that would be seen in the sixth digit if they were lost.
+# Weight decay and alignment large enough to change the sixth digit if they were lost.
 COMMON = (
     "--eval-iters", 0, "--weight-decay", 10, "--let-weight", 5, "--let-stop-step", 8,
 )  # fmt: skip
@@ -28,7 +28,7 @@ BF16 = ("--bf16",)
 def megatron_run(
     folder: Path, teacher: Path, data: Path, *flags: object, ranks: int = 1, **options: Any
 ) -> Run:
-    """The tiny recipe for 10 steps on Megatron's engine."""
+    """Run the tiny recipe for 10 steps on Megatron's engine."""
     options |= {"TEACHER": str(teacher)}
     return train(folder, "--data-path", data, *COMMON, *flags, ranks=ranks, **options)  # type: ignore[arg-type]
 
@@ -42,7 +42,7 @@ def deepspeed_run(
     ranks: int = 2,
     **options: Any,
 ) -> Run:
-    """The same on DeepSpeed's engine, with this `zero_optimization`."""
+    """Run the same on DeepSpeed's engine, with this `zero_optimization`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "deepspeed.json"
     config.write_text(json.dumps({"zero_optimization": zero}))

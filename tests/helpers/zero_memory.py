@@ -1,4 +1,4 @@
-"""Run the entry on DeepSpeed's engine and write down what its optimizer's step finds in memory.
+"""Run the entry on DeepSpeed's engine and record the bytes of all tensors in the optimizer's step.
 
 `-m tests.helpers.zero_memory ARGS`, with the entry's arguments; `$MEASURED` names the JSON file.
 """
@@ -19,7 +19,7 @@ from megatron_let import pretrain
 
 
 def tensor_bytes() -> int:
-    """Bytes of every tensor in this process, each storage once."""
+    """Return the bytes of all tensors in this process, counting each storage once."""
     storages = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def _watch(measured: dict[str, int]) -> None:
 
         def measured_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            # After the update of the last group, with its gradients still there.
+            # After the update of the last group, while its gradients still exist.
             measured["at_step"] = max(measured.get("at_step", 0), tensor_bytes())
             return result
 

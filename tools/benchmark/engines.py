@@ -1,8 +1,8 @@
 """Step time and memory of DeepSpeed's ZeRO stages against Megatron's distributed optimizer.
 
-The variants take turns, each a run of the entry with the same model, data, teacher and flags, in
-forward order and then in reverse, so that a load from elsewhere meets all. Ratios are taken within
-a turn. Memory is the last rank's peak: allocated on a GPU, resident on a CPU.
+Each turn runs every variant with the same model, data, teacher and flags, in alternating order, so
+that other load affects all of them. Ratios are within a turn. Memory is the last rank's peak:
+allocated on a GPU, resident on a CPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WARM_UP_STEPS = 3
 
 
 def main() -> int:
-    """Measure, print a table, write the CSV; return the exit code."""
+    """Measure every engine, print a table and write the CSV; return the exit code."""
     options, flags = _parse()
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in (BASELINE, *ZERO)}
     with tempfile.TemporaryDirectory() as name:
@@ -60,8 +60,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         description=(__doc__ or "").splitlines()[0], epilog="Other flags go to the entry."
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12, help="of each run (default: 12)")
-    parser.add_argument("--turns", type=int, default=3, help="runs of each variant (default: 3)")
+    parser.add_argument("--steps", type=int, default=12, help="per run (default: 12)")
+    parser.add_argument("--turns", type=int, default=3, help="runs per variant (default: 3)")
     parser.add_argument("--config", type=Path, required=True, help="recipe")
     return parser.parse_known_args()
 
@@ -69,7 +69,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 def _run(
     variant: str, folder: Path, options: argparse.Namespace, flags: list[str]
 ) -> dict[str, float]:
-    """One run; its median step and its peak memory."""
+    """Return the median step time and the peak memory of one run."""
     folder.mkdir(parents=True)
     metrics = folder / "metrics.jsonl"
     engine = ["--use-distributed-optimizer"]

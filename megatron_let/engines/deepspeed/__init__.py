@@ -1,4 +1,4 @@
-"""Megatron's loop and model on DeepSpeed's engine: ZeRO 1 to 3 and offload, `--engine deepspeed`.
+"""Megatron's training loop and model on DeepSpeed's engine: ZeRO 1 to 3 and offload.
 
-Only `launch` is imported before the engine is asked for; everything else here may import DeepSpeed.
+`engine` is the interface; modules that import DeepSpeed are imported when the engine is enabled.
 """

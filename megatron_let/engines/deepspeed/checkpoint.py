@@ -1,4 +1,4 @@
-"""Saving and loading through DeepSpeed's engine, in Megatron's folders and with its tracker."""
+"""Saving and loading with DeepSpeed's engine, in Megatron's folders and with its tracker."""
 
 from __future__ import annotations
 
@@ -29,20 +29,17 @@ from megatron.training.checkpointing import (
     set_checkpoint_version,
 )
 
-from megatron_let.engines.deepspeed.checkpoint_info import (
-    CheckpointInfo,
-    Resume,
-    write_info,
-)
-from megatron_let.engines.deepspeed.cpu_adam import replay_steps
+from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, is_universal, write_info
 from megatron_let.engines.deepspeed.model import DeepSpeedModel
+from megatron_let.files.atomic import atomic_file, replace_folder
 from megatron_let.files.names import checkpoint_name
 
-_VERSION = 3.0  # of Megatron's checkpoints
+# Version of Megatron's checkpoint format.
+_VERSION = 3.0
 
 
 def universal_info(module: torch.nn.Module) -> dict[str, Any]:
-    """How `ds_to_universal` merges the tensor-parallel shards of each parameter."""
+    """Return how `ds_to_universal` merges the tensor-parallel shards of each parameter."""
     replicated, rows = [], []
     for name, parameter in module.named_parameters():
         pattern = f"^{re.escape(name)}$"
@@ -57,16 +54,16 @@ def universal_info(module: torch.nn.Module) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """Stands in for Megatron's `save_checkpoint` and `load_checkpoint`.
+    """Replaces Megatron's `save_checkpoint` and `load_checkpoint`.
 
     Args:
-        args: Megatron's; the sample counters in it are restored on loading.
+        args: Megatron's; loading restores the sample counters in it.
         layout: of this run.
-        resume: what to load; None for a new run.
+        resume: folder of the checkpoint to load; None for a new run.
     """
 
     def __init__(
-        self, args: argparse.Namespace, layout: CheckpointInfo, resume: Resume | None
+        self, args: argparse.Namespace, layout: CheckpointInfo, resume: Path | None
     ) -> None:
         self._args = args
         self._layout = layout
@@ -82,7 +79,7 @@ class Checkpoints:
         *args: Any,
         **unused: Any,
     ) -> None:
-        """Write a checkpoint under a temporary name, and name it when it is whole."""
+        """Write a checkpoint under a temporary name, and rename it when it is complete."""
         (chunk,), save = model, Path(self._args.save)
         partial, folder = save / "partial", save / checkpoint_name(iteration)
         _on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -102,17 +99,16 @@ class Checkpoints:
     def _finish(self, partial: Path, folder: Path, iteration: int) -> None:
         layout = self._layout
         write_info(partial, CheckpointInfo(**{**vars(layout), "iteration": iteration}))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        # DeepSpeed's own programs look for `latest`, everything else for Megatron's tracker.
+        replace_folder(partial, folder)
+        # DeepSpeed's programs read `latest`, everything else Megatron's tracker.
         _replace_text(folder.parent / "latest", folder.name)
         tracker = Path(get_checkpoint_tracker_filename(folder.parent))
         previous = tracker.read_text() if tracker.is_file() else ""
         _replace_text(tracker, str(iteration))
-        self._forget(previous, iteration)
+        self._delete_previous(previous, iteration)
 
-    def _forget(self, previous: str, iteration: int) -> None:
-        """Delete the checkpoint before, unless `--save-retain-interval` keeps it."""
+    def _delete_previous(self, previous: str, iteration: int) -> None:
+        """Delete the previous checkpoint, unless `--save-retain-interval` keeps it."""
         interval = self._args.save_retain_interval
         if interval is None or not previous.isdecimal() or int(previous) == iteration:
             return
@@ -129,20 +125,20 @@ class Checkpoints:
         *args: Any,
         **unused: Any,
     ) -> tuple[int, float]:
-        """Load the checkpoint of this run's `Resume`.
+        """Load the checkpoint that the run resumes from.
 
         Returns:
-            Its iteration and floating-point operations; zeros for a new run.
+            Its iteration and number of floating-point operations; zeros for a new run.
         """
         if self._resume is None:
             return 0, 0.0
-        folder, (chunk,) = self._resume.folder, ddp_model
+        folder, (chunk,) = self._resume, ddp_model
         groups = [_settings(group) for group in optimizer.param_groups]
         loaded, state = chunk.engine.load_checkpoint(folder.parent, tag=folder.name)
-        assert loaded is not None, f"DeepSpeed found nothing in {folder}"
-        if self._resume.universal:
-            _separate(chunk.engine, groups)
-        replay_steps(getattr(chunk.engine.optimizer, "optimizer", chunk.engine.optimizer))
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
+        if is_universal(folder):
+            _repair_universal(chunk.engine, groups)
+        _replay_cpu_adam(getattr(chunk.engine.optimizer, "optimizer", chunk.engine.optimizer))
         set_checkpoint_version(_VERSION)
         check_checkpoint_args(state["args"])
         self._restore_counters(state["args"])
@@ -162,11 +158,11 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
-def _separate(engine: deepspeed.DeepSpeedEngine, groups: list[dict[str, Any]]) -> None:
-    """Give each group and each state its own again after a universal load.
+def _repair_universal(engine: deepspeed.DeepSpeedEngine, groups: list[dict[str, Any]]) -> None:
+    """Restore the groups' settings and separate the step counters after a universal load.
 
-    Under ZeRO-3 DeepSpeed 0.19.8 copies the first group's weight decay to all, and shares one
-    step counter among all states, which torch's AdamW then advances once for each.
+    Under ZeRO-3 DeepSpeed 0.19.8 copies the first group's weight decay to all groups, and shares
+    one step counter among all states, which torch's AdamW then advances once for each.
     """
     optimizer = engine.optimizer.optimizer
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
@@ -176,6 +172,24 @@ def _separate(engine: deepspeed.DeepSpeedEngine, groups: list[dict[str, Any]]) -
             state["step"] = state["step"].clone()
 
 
+def _replay_cpu_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Repeat the steps of a loaded DeepSpeed CPU Adam on a dummy parameter; others are unchanged.
+
+    It multiplies the powers of beta step by step, and after a resume starts from `pow`
+    (`Adam_Optimizer::IncrementStep`), which rounds differently. A step takes microseconds.
+    """
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    parameter, gradient, first, second = (torch.zeros(1) for _ in range(4))
+    for step in range(1, taken + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id,  # type: ignore[attr-defined]
+            *(step, 0.0, beta1, beta2, 1.0, 0.0, True, parameter, gradient, first, second),
+        )
+
+
 def _on_first_rank(action: Callable[[], None]) -> None:
     if torch.distributed.get_rank() == 0:
         action()
@@ -183,9 +197,8 @@ def _on_first_rank(action: Callable[[], None]) -> None:
 
 
 def _replace_text(file: Path, text: str) -> None:
-    new = file.with_name(file.name + ".new")
-    new.write_text(text)
-    new.rename(file)
+    with atomic_file(file) as partial:
+        partial.write_text(text)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -198,7 +211,7 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _restore_rng_state(state: dict[str, Any]) -> None:
-    """The reverse of Megatron's `get_rng_state`, which has no function for it."""
+    """Restore what Megatron's `get_rng_state` returned; Megatron has no function for it."""
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])

@@ -1,4 +1,4 @@
-"""What a DeepSpeed checkpoint says about itself, and how a run may resume from it."""
+"""The layout of a DeepSpeed checkpoint, and how a run may resume from it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_let.errors import LETError, first_line
+from megatron_let.files.atomic import write_json
 
 FILE_NAME = "deepspeed.json"
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The layout that a checkpoint was saved in, in its folder's `deepspeed.json`.
+    """The layout of a run that saved a checkpoint, in the checkpoint's `deepspeed.json`.
 
     Attributes:
-        iteration: steps taken.
+        iteration: number of steps taken.
         zero_stage: 0 to 3.
-        data_parallel_size, tensor_parallel_size: ranks.
+        data_parallel_size, tensor_parallel_size: numbers of ranks.
     """
 
     iteration: int
@@ -27,29 +28,16 @@ class CheckpointInfo:
     tensor_parallel_size: int
 
 
-@dataclass(frozen=True)
-class Resume:
-    """Where a run begins.
-
-    Attributes:
-        folder: the checkpoint's.
-        universal: it is in DeepSpeed's universal format.
-    """
-
-    folder: Path
-    universal: bool
-
-
 def write_info(folder: Path, info: CheckpointInfo) -> None:
     """Write `deepspeed.json` into a checkpoint's folder."""
-    (folder / FILE_NAME).write_text(json.dumps(asdict(info)) + "\n")
+    write_json(folder / FILE_NAME, asdict(info))
 
 
 def read_info(folder: Path) -> CheckpointInfo:
     """Read a checkpoint's `deepspeed.json`.
 
     Raises:
-        LETError: it is no checkpoint of the DeepSpeed engine, or damaged.
+        LETError: the folder is not a checkpoint of the DeepSpeed engine, or is damaged.
     """
     file = folder / FILE_NAME
     if not file.is_file():
@@ -61,65 +49,72 @@ def read_info(folder: Path) -> CheckpointInfo:
         return CheckpointInfo(**json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise LETError(
-            f"{file} is damaged ({first_line(error)}); resume an earlier one."
+            f"{file} is damaged ({first_line(error)}); resume from an earlier checkpoint."
         ) from error
 
 
-def refuse_deepspeeds(folder: Path) -> None:
-    """Refuse a DeepSpeed checkpoint under Megatron's engine.
+def refuse_deepspeed_checkpoint(folder: Path) -> None:
+    """Refuse to load a DeepSpeed checkpoint with Megatron's engine.
 
     Raises:
-        LETError: `folder` is one.
+        LETError: `folder` is a checkpoint of the DeepSpeed engine.
     """
     if (folder / FILE_NAME).is_file():
         raise LETError(
-            f"The checkpoint {folder} is of --engine deepspeed; resume it with that, or give"
+            f"The checkpoint {folder} is of --engine deepspeed; resume it with that engine, or give"
             " another --load and --save."
         )
 
 
-def plan_resume(folder: Path, now: CheckpointInfo, universal_exists: bool) -> Resume:
-    """Decide how a run in the layout `now` loads the checkpoint in `folder`.
+def plan_resume(folder: Path, now: CheckpointInfo) -> Path:
+    """Return the folder from which a run in the layout `now` resumes the checkpoint in `folder`.
+
+    It is `folder`, or its universal form if the number of replicas is another one.
 
     Args:
-        folder: the checkpoint's, with its `deepspeed.json`.
-        now: the run's layout; `iteration` is not looked at.
-        universal_exists: `folder` was converted to the universal format beside it.
+        folder: of the checkpoint, with its `deepspeed.json`.
+        now: the run's layout; `iteration` is ignored.
 
     Raises:
-        LETError: no exact resume is possible; says what to do.
+        LETError: an exact resume is not possible; the message says what to do.
     """
     saved = read_info(folder)
     if saved.tensor_parallel_size != now.tensor_parallel_size:
         raise LETError(
             f"The checkpoint {folder} has tensor parallel size {saved.tensor_parallel_size} but"
-            f" the run {now.tensor_parallel_size}; give --tensor-model-parallel-size"
+            f" the run has {now.tensor_parallel_size}; give --tensor-model-parallel-size"
             f" {saved.tensor_parallel_size}."
         )
     if saved.zero_stage != now.zero_stage:
         raise LETError(
-            f"The checkpoint {folder} is of ZeRO stage {saved.zero_stage} but the run of"
-            f" {now.zero_stage}; set zero_optimization.stage to {saved.zero_stage}."
+            f"The checkpoint {folder} is of ZeRO stage {saved.zero_stage} but the run is"
+            f" of {now.zero_stage}; set zero_optimization.stage to {saved.zero_stage}."
         )
     if saved.zero_stage == 0 or saved.data_parallel_size == now.data_parallel_size:
-        return Resume(folder, universal=False)
-    sizes = f"data-parallel size {saved.data_parallel_size} but the run {now.data_parallel_size}"
+        return folder
+    replicas = saved.data_parallel_size
+    sizes = f"data-parallel size {replicas} but the run has {now.data_parallel_size}"
     if saved.zero_stage == 3 and saved.tensor_parallel_size > 1:
         raise LETError(
-            f"The checkpoint {folder} has {sizes}, and DeepSpeed's universal format does not know"
+            f"The checkpoint {folder} has {sizes}, and DeepSpeed's universal format lacks"
             " Megatron's tensor-parallel shards under ZeRO-3; resume on"
-            f" {saved.data_parallel_size} replicas."
+            f" {replicas} replicas."
         )
     universal = universal_folder(folder)
-    if not universal_exists:
+    if not is_universal(universal):
         raise LETError(
-            f"The checkpoint {folder} has {sizes}; convert it by python -m"
+            f"The checkpoint {folder} has {sizes}; convert it with python -m"
             f" deepspeed.checkpoint.ds_to_universal --input_folder {folder} --output_folder"
-            f" {universal}, and start the run again."
+            f" {universal}, and restart the run."
         )
-    return Resume(universal, universal=True)
+    return universal
 
 
 def universal_folder(folder: Path) -> Path:
-    """Where the universal form of a checkpoint is looked for."""
+    """Return the folder in which the universal form of a checkpoint is expected."""
     return folder.with_name(folder.name + "_universal")
+
+
+def is_universal(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint in DeepSpeed's universal format."""
+    return (folder / "zero").is_dir()

@@ -1,4 +1,4 @@
-"""The model under DeepSpeed: built, partitioned if ZeRO-3 asks for it, and wrapped."""
+"""The model on DeepSpeed's engine: built, partitioned under ZeRO-3, and wrapped."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from megatron.core.utils import unwrap_model
 from megatron.training.models import GPTModelConfig
 from megatron.training.models.gpt import GPTModelBuilder
 
-from megatron_let.engines.deepspeed.ds_config import Config, zero_stage
-from megatron_let.engines.deepspeed.mpu import ModelParallelUnit
+from megatron_let.engines.deepspeed.adapters import ModelParallelUnit
+from megatron_let.engines.deepspeed.config import Config, zero_stage
 
 MakeEngine = Callable[[torch.nn.Module], deepspeed.DeepSpeedEngine]
 
 
 class DeepSpeedModel(torch.nn.Module):
-    """What Megatron's loop sees as its model chunk, in DDP's place.
+    """The model chunk of Megatron's loop, in place of DDP.
 
     Attributes:
-        engine: DeepSpeed's, through which every forward goes.
-        force_all_reduce: written by Megatron's `train_step`, of no meaning here.
+        engine: DeepSpeed's engine, which runs every forward pass.
+        force_all_reduce: set by Megatron's `train_step`; ignored.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
@@ -35,40 +35,40 @@ class DeepSpeedModel(torch.nn.Module):
         self.force_all_reduce = False
 
     def __getattr__(self, name: str) -> Any:
-        """What the loop asks of the model itself (`config`, `pg_collection`, `decoder`)."""
+        """Return an attribute of the wrapped model, such as `config` or `decoder`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(unwrap_model(self.engine.module), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the wrapped model's."""
+        """Run the wrapped model's forward pass."""
         return self.engine(*args, **kwargs)
 
     def zero_grad_buffer(self) -> None:
-        """DeepSpeed clears gradients after each step by itself."""
+        """Do nothing: DeepSpeed clears the gradients after each step."""
 
 
 def zero_init(config: Config) -> contextlib.AbstractContextManager[Any]:
-    """The context in which parameters are partitioned as they are made; ZeRO-3 only."""
+    """Return a context that partitions parameters as they are created; ZeRO-3 only."""
     if zero_stage(config) != 3:
         return contextlib.nullcontext()
-    # Without it zero.Init counts one rank in silence, and refuses the batch size.
+    # Without it zero.Init silently assumes one rank, and rejects the batch size.
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed.zero.Init(
         data_parallel_group=parallel_state.get_data_parallel_group(),
         config_dict_or_path=config,
         mpu=ModelParallelUnit(),
-        # Not the dtype: it would round the rotary frequencies to bf16.
+        # Not the dtype, which would round the rotary frequencies to bf16.
         tensor_overrides=[DeepSpeedTensorOverride.device],
     )
 
 
 class DeepSpeedModelBuilder(GPTModelBuilder):
-    """Builds the chunk without DDP, under which ZeRO would train nothing."""
+    """Builds the model without DDP, under which ZeRO would train nothing."""
 
     def build_distributed_models(self, *args: Any, **options: Any) -> list[Any]:
-        """As `GPTModelBuilder.build_distributed_models`; `wrap_with_ddp` is ignored."""
+        """Build the models and their engines; `wrap_with_ddp` is ignored."""
         config: DeepSpeedModelConfig = self._model_config
         options["wrap_with_ddp"] = False
         with config.build_context():
@@ -79,11 +79,11 @@ class DeepSpeedModelBuilder(GPTModelBuilder):
 
 @dataclass(kw_only=True)
 class DeepSpeedModelConfig(GPTModelConfig):
-    """A GPT model that `pretrain()` builds on DeepSpeed's engine.
+    """Config of a GPT model that `pretrain()` builds on DeepSpeed's engine.
 
     Attributes:
-        build_context: entered around the model's construction.
-        make_engine: from the built module to its engine.
+        build_context: entered while the model is built.
+        make_engine: builds the engine of a module.
     """
 
     builder: ClassVar[str] = f"{__name__}.DeepSpeedModelBuilder"

@@ -9,12 +9,12 @@ import deepspeed
 import torch
 from deepspeed.runtime.utils import clip_grad_norm_
 
-from megatron_let.engines.deepspeed.guard import FirstStepGuard
 from megatron_let.engines.deepspeed.model import DeepSpeedModel
+from megatron_let.engines.deepspeed.step_check import StepCheck
 
 
 class DeepSpeedOptimizer:
-    """What `train_step` and the learning rate's schedule ask of Megatron's optimizer.
+    """The interface that `train_step` and the learning rate schedule use.
 
     Attributes:
         is_stub_optimizer: False; every rank has parameters.
@@ -22,47 +22,47 @@ class DeepSpeedOptimizer:
 
     is_stub_optimizer = False
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, guard: FirstStepGuard) -> None:
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         self._engine = engine
-        self._guard = guard
+        self._check = StepCheck(engine.module)
         self._one = torch.ones(())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Of the optimizer in DeepSpeed, with Megatron's `wd_mult`, `max_lr` and so on."""
+        """The parameter groups of DeepSpeed's optimizer, with Megatron's `wd_mult` and so on."""
         return self._engine.optimizer.param_groups
 
     def zero_grad(self) -> None:
-        """DeepSpeed clears gradients after each step by itself."""
+        """Do nothing: DeepSpeed clears the gradients after each step."""
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss itself: there is no loss scale without fp16."""
+        """Return the loss itself: without fp16 there is no loss scale."""
         return loss
 
     def get_loss_scale(self) -> torch.Tensor:
-        """1: there is no loss scale without fp16."""
+        """Return 1: without fp16 there is no loss scale."""
         return self._one
 
     def reload_model_params(self) -> None:
-        """Nothing to do: DeepSpeed's masters are made with the engine."""
+        """Do nothing: DeepSpeed's master weights are created with the engine."""
 
     def step(self) -> tuple[bool, float, None]:
         """Take the step of the last microbatch.
 
         Returns:
-            Whether it was taken, the norm of the whole gradient before clipping, and no count of
-            zeros.
+            Whether it was taken, the norm of the whole gradient before clipping, and None for the
+            number of zeros.
         """
         norm = self._norm_without_zero()
-        self._guard.before_step(max(group["lr"] for group in self.param_groups))
+        self._check.before_step(max(group["lr"] for group in self.param_groups))
         self._engine.step()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
-        self._guard.after_step(norm)
+        self._check.after_step(norm)
         return math.isfinite(norm), norm, None
 
     def _norm_without_zero(self) -> float | None:
-        """Of all gradients under ZeRO-0 in fp32, where DeepSpeed clips but keeps no norm."""
+        """Return the gradient norm under ZeRO-0 in fp32, where DeepSpeed clips but keeps none."""
         if not isinstance(self._engine.optimizer, torch.optim.Optimizer):
             return None
         parameters = self._engine.module.parameters()
@@ -72,6 +72,6 @@ class DeepSpeedOptimizer:
 def optimizer_of(
     config: Any, model_chunks: list[DeepSpeedModel], **unused: Any
 ) -> DeepSpeedOptimizer:
-    """Stand in for `get_megatron_optimizer`: the optimizer is in the engine already."""
+    """Replace `get_megatron_optimizer`: the engine already has the optimizer."""
     (chunk,) = model_chunks
-    return DeepSpeedOptimizer(chunk.engine, FirstStepGuard(chunk.engine.module))
+    return DeepSpeedOptimizer(chunk.engine)

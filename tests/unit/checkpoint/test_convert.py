@@ -1,4 +1,4 @@
-"""Conversion both ways and through the program, and everything it refuses."""
+"""Conversion in both directions by the command, and the inputs that it refuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def keep_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program hides the GPUs of its process."""
+    """The command hides the GPUs of its process."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -53,7 +53,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(source: Path) -> Path:
-    """The same as Megatron's checkpoint."""
+    """The same model as a Megatron checkpoint."""
     return as_megatron(source, source.with_name("megatron"))
 
 
@@ -84,7 +84,7 @@ def _without_transformer_engine(name: str) -> str:
     return name
 
 
-def test_names_without_transformer_engine_convert_too(
+def test_names_without_transformer_engine_are_converted(
     source: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     renamed = as_megatron(source, tmp_path / "local", _without_transformer_engine)
@@ -100,11 +100,11 @@ def test_names_without_transformer_engine_convert_too(
     assert ours.unused() == []
 
 
-def test_padded_rows_do_not_come_back(source: Path, tmp_path: Path) -> None:
+def test_padded_rows_are_removed_on_export(source: Path, tmp_path: Path) -> None:
     layout = MegatronLayout(tensor_parallel=2, vocab_divisible_by=128)
     to_megatron_checkpoint(open_weights(source), tmp_path / "padded", layout=layout)
     stored = TorchDist(tmp_path / "padded/release")
-    assert stored.tensors()["embedding.word_embeddings.weight"].size[0] == 768
+    assert stored.tensors()["embedding.word_embeddings.weight"].shape[0] == 768
     back = open_weights(tmp_path / "padded")
     assert back.llama.vocab_size == 600
     assert torch.equal(
@@ -141,14 +141,14 @@ def test_each_tensor_is_read_once(source: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(read) == len(set(read)) == 4 * 6 + 3
 
 
-# what is wrong -> (a change to a copy of the checkpoint or model, the sentence)
+# name -> (a change to a copy of the checkpoint, words of the error)
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "still being written": (lambda f: (f / ".metadata").unlink(), "is still being written"),
     "not finished": (lambda f: (f / "metadata.json").unlink(), "is still being written"),
     "cut short": (lambda f: _cut(f / "__0_0.distcp"), "copy the checkpoint again"),
     "file missing": (lambda f: (f / "__0_0.distcp").unlink(), "is missing; copy"),
     "index damaged": (lambda f: _cut(f / ".metadata"), "cannot be read"),
-    "index of an attacker": (lambda f: _poison(f / ".metadata"), "posix.system has no place"),
+    "index of an attacker": (lambda f: _poison(f / ".metadata"), "posix.system is not allowed"),
     "old format": (lambda f: _legacy(f), "add --trust"),
     "other format": (
         lambda f: (f / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
@@ -201,13 +201,14 @@ def test_broken_checkpoint_is_refused(
     assert not (folder / "attacked").exists(), "code of the checkpoint was run"
 
 
+# name -> (a change to a copy of the model, flags, words of the error)
 BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[object, ...], str]] = {
     "shard missing": (lambda f: next(f.glob("*-of-*")).unlink(), (), "is missing; copy"),
     "shard cut short": (lambda f: _cut(next(f.glob("*-of-*"))), (), "cut short or damaged"),
     "tensor missing": (lambda f: _without_a_tensor(f), (), "has no tensor"),
     "no config": (lambda f: (f / "config.json").unlink(), (), "nor a Hugging Face model"),
     "pickles only": (lambda f: _as_pickle(f), (), "pickle pytorch_model.bin"),
-    "a tensor too many": (lambda f: _with_a_tensor(f), (), "no part of a Llama"),
+    "a tensor too many": (lambda f: _with_a_tensor(f), (), "not part of a Llama"),
     "another width": (lambda f: _config(f, intermediate_size=99), (), "config.json asks for"),
     "smaller vocabulary": (lambda f: with_tokenizer(f, 700), (), "700 tokens"),
     "TP that does not divide": (
@@ -288,7 +289,7 @@ def test_existing_output_is_kept_unless_forced(
     assert not (tmp_path / "out/precious").exists() and (tmp_path / "out/config.json").exists()
 
 
-def test_folder_that_fails_midway_is_not_there(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     with (
         pytest.raises(RuntimeError),
@@ -300,7 +301,7 @@ def test_folder_that_fails_midway_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_old_format_is_read_on_trust(
+def test_old_format_is_read_with_trust(
     ranks: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = open_weights(as_megatron(source, tmp_path / "new"))
@@ -322,8 +323,8 @@ def test_old_format_is_read_on_trust(
 
 def _legacy_state(weights: Any) -> dict[str, Any]:
     model = {}
-    for name in weights.store.tensors():
-        tensor = weights.store.read(name)
+    for name in weights.checkpoint.tensors():
+        tensor = weights.checkpoint.read(name)
         if not name.startswith("decoder.layers."):
             model[name] = tensor
             continue
@@ -334,7 +335,7 @@ def _legacy_state(weights: Any) -> dict[str, Any]:
 
 def test_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     stored = TorchDist(checkpoint / "release")
-    state = stored.common_state()
+    state = stored.state
     state["args"].ffn_hidden_size = 100
     copy = Path(shutil.copytree(checkpoint / "release", tmp_path / "copy"))
     torch.save(state, copy / "common.pt")

@@ -1,7 +1,8 @@
-"""The DeepSpeed config of a run: the user's file, completed from the recipe. Pure functions."""
+"""The DeepSpeed config of a run: the user's file, completed from the args. Pure functions."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import difflib
 import json
@@ -10,59 +11,57 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.engines.deepspeed.recipe import Recipe
 from megatron_let.errors import LETError, first_line
 
 Config = dict[str, Any]
 
-# DeepSpeed passes over an unknown section in silence, so each one that may stand there is named.
-_SECTIONS = frozenset(
-    {
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "data_types",
-        "dump_state",
-        "flops_profiler",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "memory_breakdown",
-        "optimizer",
-        "steps_per_print",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "wall_clock_breakdown",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-)
+# DeepSpeed silently ignores an unknown section, so every allowed one is listed.
+_SECTIONS = frozenset({
+    "aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "data_types",
+    "dump_state", "flops_profiler", "gradient_accumulation_steps", "gradient_clipping",
+    "memory_breakdown", "optimizer", "steps_per_print", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+})  # fmt: skip
 
-# Section -> what sets it in Megatron's place, or why it cannot be.
-_REFUSED = {
+# Section -> what sets it instead, or why it is not supported.
+_UNSUPPORTED = {
     "activation_checkpointing": "give --recompute-granularity instead",
     "amp": "give --bf16 instead",
     "curriculum_learning": "Megatron reads the data",
     "data_efficiency": "Megatron reads the data",
     "elasticity": "the batch size is --global-batch-size",
-    "fp16": "fp16 was never tried with it; give --bf16 instead",
-    "pipeline": "pipelines are Megatron's; use --engine megatron",
+    "fp16": "fp16 is untested; give --bf16 instead",
+    "pipeline": "use --engine megatron for pipelines",
     "scheduler": "the learning rate follows --lr-decay-style",
     "sequence_parallel_size": "give --sequence-parallel instead",
     "tensor_parallel": "give --tensor-model-parallel-size instead",
     "torch_autocast": "give --bf16 instead",
 }
 
-# Optimizers of DeepSpeed that are the recipe's AdamW.
+# DeepSpeed's names for the recipe's AdamW.
 _ADAM_TYPES = ("Adam", "AdamW")
+
+
+def config_from_args(args: argparse.Namespace, cuda: bool) -> Config:
+    """Return the DeepSpeed config of a run: `--deepspeed-config`, completed from the args.
+
+    Args:
+        args: Megatron's.
+        cuda: use torch's fused AdamW where the optimizer's state is not offloaded.
+
+    Raises:
+        LETError: the file cannot be read, or contradicts the args.
+    """
+    given = read_config(args.deepspeed_config) if args.deepspeed_config else {}
+    return complete_config(given, args, fused_adam=cuda)
 
 
 def read_config(path: Path) -> Config:
     """Read a user's DeepSpeed config.
 
     Raises:
-        LETError: no such file, or no JSON object.
+        LETError: the file cannot be read, or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -71,70 +70,71 @@ def read_config(path: Path) -> Config:
             f"--deepspeed-config {path} cannot be read ({first_line(error)})."
         ) from error
     except ValueError as error:
-        raise LETError(f"--deepspeed-config {path} is no JSON ({first_line(error)}).") from error
+        reason = first_line(error)
+        raise LETError(f"--deepspeed-config {path} is not valid JSON ({reason}).") from error
     if not isinstance(config, dict):
-        raise LETError(f"--deepspeed-config {path} is no JSON object but {type(config).__name__}.")
+        raise LETError(f"--deepspeed-config {path} is not a JSON object; give one in braces.")
     return config
 
 
-def complete_config(given: Mapping[str, Any], recipe: Recipe, fused_adam: bool) -> Config:
-    """Complete a user's config with what the recipe says, where it is silent or says "auto".
+def complete_config(given: Mapping[str, Any], args: argparse.Namespace, fused_adam: bool) -> Config:
+    """Set every value that a user's config leaves out, or sets to "auto", from the args.
 
     Args:
         given: the user's config; {} for none.
-        recipe: of the run.
-        fused_adam: torch's fused AdamW is to be used where the optimizer's state is not offloaded.
+        args: Megatron's, which hold the args.
+        fused_adam: use torch's fused AdamW where the optimizer's state is not offloaded.
 
     Raises:
-        LETError: the config contradicts the recipe, or has a section that is not DeepSpeed's to
-            decide here.
+        LETError: the config contradicts the recipe, or has an unsupported section.
     """
     _check_sections(given)
     config = _without_auto(copy.deepcopy(dict(given)))
     config.setdefault("zero_optimization", {})
-    config["zero_optimization"].setdefault("stage", int(recipe.use_distributed_optimizer))
+    config["zero_optimization"].setdefault("stage", int(args.use_distributed_optimizer))
     stage = config["zero_optimization"]["stage"]
-    for path, value, flag in _settings(recipe, stage):
+    for path, value, flag in _settings(args, stage):
         _set(config, path, value, flag)
-    # Of no consequence to the result, so the user's word is taken.
+    # It does not change the result, so the user's value is kept.
     if stage in (1, 2):
-        config["zero_optimization"].setdefault("overlap_comm", recipe.overlap_grad_reduce)
+        config["zero_optimization"].setdefault("overlap_comm", args.overlap_grad_reduce)
     config.setdefault("steps_per_print", None)
     _choose_adam(config, fused_adam)
     return config
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a completed config."""
+    """Return the ZeRO stage of a completed config."""
     return int(config["zero_optimization"]["stage"])
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's state is in the host's memory or on NVMe."""
+    """Return whether the optimizer's state is in host memory or on NVMe."""
     device = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     return device != "none"
 
 
-def _settings(recipe: Recipe, stage: int) -> list[tuple[str, Any, str]]:
-    """(dotted path, value, flag) of everything that the recipe decides."""
+def _settings(args: argparse.Namespace, stage: int) -> list[tuple[str, Any, str]]:
+    """Return (dotted path, value, flag) of every value that the recipe sets."""
     adam = "optimizer.params."
+    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     settings = [
-        ("train_micro_batch_size_per_gpu", recipe.micro_batch_size, "--micro-batch-size"),
-        ("train_batch_size", recipe.global_batch_size, "--global-batch-size"),
+        ("train_micro_batch_size_per_gpu", args.micro_batch_size, "--micro-batch-size"),
+        ("train_batch_size", args.global_batch_size, "--global-batch-size"),
         (
             "gradient_accumulation_steps",
-            recipe.num_microbatches,
+            num_microbatches,
             "--global-batch-size over --micro-batch-size and the data-parallel size",
         ),
-        ("gradient_clipping", recipe.clip_grad, "--clip-grad"),
-        ("bf16.enabled", recipe.bf16, "--bf16"),
+        ("gradient_clipping", args.clip_grad, "--clip-grad"),
+        ("bf16.enabled", args.bf16, "--bf16"),
         ("optimizer.type", "AdamW", "--optimizer adam"),
-        (adam + "lr", recipe.lr, "--lr"),
-        (adam + "betas", [recipe.adam_beta1, recipe.adam_beta2], "--adam-beta1 and --adam-beta2"),
-        (adam + "eps", recipe.adam_eps, "--adam-eps"),
-        (adam + "weight_decay", recipe.weight_decay, "--weight-decay"),
+        (adam + "lr", args.lr, "--lr"),
+        (adam + "betas", [args.adam_beta1, args.adam_beta2], "--adam-beta1 and --adam-beta2"),
+        (adam + "eps", args.adam_eps, "--adam-eps"),
+        (adam + "weight_decay", args.weight_decay, "--weight-decay"),
     ]
-    if recipe.bf16 and recipe.grads_in_fp32 and stage > 0:
+    if args.bf16 and args.accumulate_allreduce_grads_in_fp32 and stage > 0:
         flag = "--accumulate-allreduce-grads-in-fp32, which --bf16 sets"
         settings += [
             ("data_types.grad_accum_dtype", "fp32", flag),
@@ -145,13 +145,13 @@ def _settings(recipe: Recipe, stage: int) -> list[tuple[str, Any, str]]:
 
 def _check_sections(given: Mapping[str, Any]) -> None:
     for name in given:
-        if name in _REFUSED:
-            raise LETError(f"--deepspeed-config sets {name}: {_REFUSED[name]}.")
+        if name in _UNSUPPORTED:
+            raise LETError(f"--deepspeed-config sets {name}: {_UNSUPPORTED[name]}.")
         if name not in _SECTIONS:
             near = difflib.get_close_matches(name, _SECTIONS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; take it out."
+            hint = f"did you mean {near[0]}?" if near else "remove it."
             raise LETError(
-                f"--deepspeed-config sets {name}, which means nothing to this engine{hint}"
+                f"--deepspeed-config sets {name}, which this engine does not support; {hint}"
             )
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3, "auto"):
@@ -159,7 +159,7 @@ def _check_sections(given: Mapping[str, Any]) -> None:
 
 
 def _without_auto(config: Config) -> Config:
-    """Leave out what the file leaves to others, as Hugging Face's configs do with "auto"."""
+    """Remove the values that are "auto", as in Hugging Face's configs."""
     kept: Config = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -170,7 +170,11 @@ def _without_auto(config: Config) -> Config:
 
 
 def _set(config: Config, path: str, value: Any, flag: str) -> None:
-    """Put `value` at a dotted path, or refuse another one that stands there."""
+    """Set `value` at a dotted path.
+
+    Raises:
+        LETError: the config has a different value there.
+    """
     *sections, name = path.split(".")
     for section in sections:
         config = config.setdefault(section, {})
@@ -178,7 +182,7 @@ def _set(config: Config, path: str, value: Any, flag: str) -> None:
     if not _same(found, value):
         raise LETError(
             f"--deepspeed-config sets {path} to {json.dumps(found)} but {flag} says"
-            f" {json.dumps(value)}; take one of the two away."
+            f" {json.dumps(value)}; remove one of the two."
         )
 
 
@@ -195,7 +199,7 @@ def _same(found: Any, value: Any) -> bool:
 
 
 def _choose_adam(config: Config, fused_adam: bool) -> None:
-    """Use torch's AdamW, which nothing has to be compiled for, unless its state is offloaded."""
+    """Use torch's AdamW, which needs no compilation, unless its state is offloaded."""
     params = config["optimizer"]["params"]
     if not offloads_optimizer(config) and "torch_adam" not in params:
         params["torch_adam"] = True

@@ -1,4 +1,4 @@
-"""Megatron's schedule without pipeline, with DeepSpeed's backward pass."""
+"""Megatron's schedule without pipelining, with DeepSpeed's backward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def forward_backward(
 ) -> list[dict[str, Any]]:
     """Run one global batch; keyword arguments and result are those of Megatron's schedules.
 
-    The last microbatch's `engine.step()` is the optimizer's, as in DeepSpeed's own loop.
+    The optimizer calls the last microbatch's `engine.step()`.
     """
     (chunk,) = model
     config = get_model_config(chunk)
@@ -53,11 +53,11 @@ def forward_backward(
 
 
 def finalize_model_grads(*args: Any, **kwargs: Any) -> None:
-    """Stand in for Megatron's: DeepSpeed's backward has reduced the gradients already."""
+    """Replace Megatron's function: DeepSpeed's backward has already reduced the gradients."""
 
 
 def wrap_getter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stand in for `get_forward_backward_func`: evaluation keeps Megatron's own schedule."""
+    """Wrap `get_forward_backward_func`; evaluation keeps Megatron's schedule."""
 
     def getter(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         evaluate = original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A teacher that does not fit beside the student: its weights sharded by ZeRO-3."""
+"""ZeRO-3 sharding of a teacher that does not fit into memory with the student."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import deepspeed
 import torch
 from megatron.core import parallel_state
 
-from megatron_let.engines.deepspeed.mpu import ModelParallelUnit
+from megatron_let.engines.deepspeed.adapters import ModelParallelUnit
 
 
 class TeacherSharding:
     """Shards a frozen model over the data-parallel ranks; each layer is gathered as it runs.
 
-    Every replica runs the teacher on as many microbatches, so its ranks gather together.
+    The gathers are collective: every replica runs the teacher on the same number of microbatches.
     """
 
     def __init__(self) -> None:
         self._engine: deepspeed.DeepSpeedEngine | None = None
 
     def shard(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Shard a model; no device ever holds it whole, because its parameters move one by one.
+        """Shard a model; parameters move one by one, so no device holds the whole model.
 
         Args:
-            model: on the CPU, whole on every rank, in the precision it will run in.
+            model: on the CPU, whole on every rank, in the precision to run in.
 
         Returns:
             The same module, with ZeRO-3's hooks.
@@ -36,20 +36,19 @@ class TeacherSharding:
             config_dict_or_path=config,
             mpu=ModelParallelUnit(),
         )
-        # Without an optimizer DeepSpeed's engine only gathers and releases, which it does by hooks.
+        # Without an optimizer the engine only gathers and releases parameters in hooks.
         self._engine, *_ = deepspeed.initialize(
             model=model, config=config, mpu=ModelParallelUnit(), dist_init_required=False
         )
         return model
 
     def free(self) -> None:
-        """Free the weights; DeepSpeed's caches keep the modules themselves, which are small."""
+        """Free the weights; DeepSpeed's caches keep the modules, which are small."""
         if self._engine is None:
             return
         self._engine.destroy()
         for parameter in self._engine.module.parameters():
-            nothing = parameter.data.new_empty(0)
-            parameter.data = parameter.ds_tensor.data = nothing
+            parameter.data = parameter.ds_tensor.data = parameter.data.new_empty(0)
         self._engine = None
 
 

@@ -1,0 +1,119 @@
+"""The formats of Megatron checkpoints: how each is recognised and opened.
+
+This is the only place that names the DeepSpeed engine's reader. A folder that matches no format
+may be a Hugging Face folder, which `weights.open_weights` opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_let.checkpoint.legacy import LegacyCheckpoint, is_legacy
+from megatron_let.checkpoint.torch_dist import TorchDist, is_torch_dist
+from megatron_let.engines.deepspeed.checkpoint_reader import ZeroCheckpoint, is_zero_checkpoint
+from megatron_let.errors import LETError
+from megatron_let.files.names import TRACKER, checkpoint_name
+
+
+class Checkpoint(Protocol):
+    """A checkpoint with tensors under Megatron's names; layers of one name may be stacked.
+
+    Attributes:
+        folder: of the checkpoint.
+        state: arguments, counters and everything else that is not a tensor.
+    """
+
+    folder: Path
+
+    @property
+    def state(self) -> Mapping[str, Any]: ...
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return name -> a tensor of the same shape and type, which may be without values."""
+        ...
+
+    def entries(self) -> list[str]:
+        """Return the names of everything saved, without the optimizer."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `inspect` prints about this format."""
+        ...
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """Read one tensor, or one layer of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format.
+
+    Attributes:
+        matches: whether a folder looks like the format, complete or not.
+        open: opens a folder; raises `LETError` if it is not complete.
+        runs_code: whether reading its pickles can run code.
+    """
+
+    matches: Callable[[Path], bool]
+    open: Callable[[Path], Checkpoint]
+    runs_code: bool = False
+
+
+# In the order of detection.
+FORMATS = (
+    Format(is_zero_checkpoint, ZeroCheckpoint),
+    Format(is_legacy, LegacyCheckpoint, runs_code=True),
+    Format(is_torch_dist, TorchDist),
+)
+
+
+def find_format(folder: Path) -> Format | None:
+    """Return the format of a checkpoint folder; None if it is of no known format."""
+    return next((found for found in FORMATS if found.matches(folder)), None)
+
+
+def open_checkpoint(folder: Path, trust: bool = False) -> Checkpoint:
+    """Open an `iter_*` folder of either engine; reads no tensor.
+
+    Args:
+        trust: also read the old format, whose pickles can run code.
+
+    Raises:
+        LETError: not a checkpoint, not complete, or not trusted.
+    """
+    found = find_format(folder)
+    if found is None:
+        raise LETError(
+            f"The folder {folder} is not a Megatron checkpoint; give a run's checkpoint folder or"
+            " one of its iter_* folders."
+        )
+    if found.runs_code and not trust:
+        raise LETError(
+            f"The checkpoint {folder} is in Megatron's old format, pickles that can run code when"
+            " they are opened; if you trust its author, add --trust."
+        )
+    return found.open(folder)
+
+
+def iteration_folder(path: Path) -> Path:
+    """Return the last checkpoint in a run's checkpoint folder, or `path` if it is a checkpoint.
+
+    Raises:
+        LETError: the folder, or the checkpoint that its tracker names, does not exist.
+    """
+    if not path.is_dir():
+        raise LETError(f"The checkpoint {path} does not exist.")
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return path
+    content = tracker.read_text().strip()
+    name = checkpoint_name(int(content)) if content.isdecimal() else content
+    if not (path / name).is_dir():
+        raise LETError(f"{tracker} names {content!r}, but {path / name} does not exist.")
+    return path / name

@@ -1,0 +1,34 @@
+"""Small Llama architectures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_let.checkpoint.architecture import Llama
+
+LLAMA = Llama(
+    num_layers=2, hidden_size=24, ffn_size=20, num_heads=6, num_query_groups=3, head_size=4,
+    vocab_size=40, max_positions=64, tied=False, norm_epsilon=1e-5,
+)  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_query_groups": 6},
+    "mqa": {"num_query_groups": 1},
+    "tied": {"tied": True},
+    "wide heads": {"head_size": 8},
+    "odd ffn": {"ffn_size": 5461},
+    "llama3 rope": {"rotary_base": 500000.0, "rope_type": "llama3", "rope_factor": 32.0},
+    "linear rope": {"rope_type": "linear", "rope_factor": 4.0},
+    "epsilon": {"norm_epsilon": 1e-6},
+}
+
+
+def variant(name: str) -> Llama:
+    """Return the architecture with the changes of `VARIANTS[name]`."""
+    return replace(LLAMA, **VARIANTS[name])
+
+
+def config_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a `config.json` as arguments of transformers' `LlamaConfig`."""
+    return {k: v for k, v in config.items() if k not in ("architectures", "model_type")}

@@ -1,0 +1,108 @@
+"""The package's layout: which room may import which, and the README's map of the tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import ROOT
+
+PACKAGE = ROOT / "megatron_let"
+# A room imports only from lower floors; rooms of one floor do not import each other.
+FLOORS = (
+    {"errors"},
+    {"files"},
+    {"losses"},
+    {"config"},
+    {"teacher", "compat"},
+    {"data", "placement", "run"},
+    {"metrics", "engines", "planner"},
+    {"checkpoint"},
+    {"methods", "evaluation", "doctor"},
+    {"integration"},
+    {"pretrain"},
+    {"cli"},
+)
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Yield the modules of this package that a file imports, at its top or inside functions."""
+    names = {dotted_name(module) for module in MODULES}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module in names:
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (members & names) or {node.module}
+
+
+def room_of(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted_name)
+def test_module_imports_only_lower_floors(path: Path) -> None:
+    room = room_of(dotted_name(path))
+    for module in imported_modules(path):
+        other = room_of(module)
+        if room and other not in ("", room):
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {module}"
+
+
+def test_modules_have_no_import_cycle() -> None:
+    graph = {
+        dotted_name(path): set(imported_modules(path)) - {dotted_name(path)} for path in MODULES
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def test_every_room_has_a_floor_and_no_module_is_loose() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert loose == {"errors", "integration", "pretrain"}
+    assert rooms | loose == set(FLOOR_OF)
+
+
+def test_module_names_are_unique() -> None:
+    names = [p.stem for p in MODULES if p.stem not in ("__init__", "__main__")]
+    allowed = {"checkpoint", "config", "validation", "model"}
+    repeated = {name for name in names if names.count(name) > 1} - allowed
+    assert not repeated
+
+
+def summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring, without its period."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ").removesuffix(".")
+
+
+def test_readme_map_is_the_tree() -> None:
+    """Each row is a room or a loose module, with the first sentence of its docstring."""
+    readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `megatron_let/([\w/.]+)` \| (.+) \|$", readme, re.MULTILINE))
+    expected = {
+        path.relative_to(PACKAGE).as_posix(): summary(path)
+        for path in PACKAGE.glob("*.py")
+        if path.stem != "__init__"
+    }
+    for path in PACKAGE.glob("*/__init__.py"):
+        expected[f"{path.parent.name}/"] = summary(path)
+    assert rows == expected
+
+
+def test_tests_mirror_the_package() -> None:
+    """A folder of unit tests is named after the room that it tests."""
+    folders = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/__init__.py")}
+    assert folders - {"launch", "benchmark"} <= set(FLOOR_OF)
