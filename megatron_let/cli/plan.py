@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), 0)
-    from megatron_let.planner import report
+    from megatron_let.planner import display
     from megatron_let.planner.layouts import sweep
 
     args = _megatron_arguments(options, rest)
@@ -93,14 +93,14 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         found = [_estimate(request, args, options)]
     if options.json:
-        values = [report.as_json(each) for each in found]
+        values = [display.as_json(each) for each in found]
         print(json.dumps(values if options.sweep else values[0], indent=2))
     elif options.sweep:
-        report.print_sweep(console, found, *titles)
+        display.print_sweep(console, found, *titles)
     else:
-        report.print_estimate(console, found[0], *titles)
+        display.print_estimate(console, found[0], *titles)
     if options.plot is not None:
-        report.plot_stages(found[0], options.plot)
+        display.plot_stages(found[0], options.plot)
     return 0 if found and found[0].fits else 1
 
 
