@@ -22,6 +22,7 @@ from megatron_let.metrics.provenance import provenance, write_csv
 if TYPE_CHECKING:
     from megatron_let.evaluation.perplexity import Perplexity
     from megatron_let.evaluation.table import Row
+    from megatron_let.evaluation.tasks import Task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,15 +100,17 @@ def _device(given: argparse.Namespace) -> str:
 
 def _tasks(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.evaluation.harness import check_installed, versions
+    from megatron_let.evaluation.tasks import tasks_named
 
     check_installed()
+    tasks = tasks_named(given.tasks)
     if given.data is not None:
         # lm-eval reads local files through `datasets`, which tries the network first.
         os.environ["HF_HUB_OFFLINE"] = "1"
     say(console, ", ".join(f"{name} {number}" for name, number in versions().items()))
     for models in _models(given):
-        rows = [_row(given, model) for model in models]
-        _write_table(given, rows, console)
+        rows = [_row(given, model, tasks) for model in models]
+        _write_table(given, rows, tasks, console)
     return 0
 
 
@@ -125,18 +128,17 @@ def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
     return new_checkpoints(given.models[0], given.interval)
 
 
-def _row(given: argparse.Namespace, model: Path) -> Row:
+def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row:
     from megatron_let.checkpoint.weights import open_weights
     from megatron_let.evaluation.harness import Settings, evaluate
     from megatron_let.evaluation.models import tokens_seen
     from megatron_let.evaluation.table import Row
-    from megatron_let.evaluation.tasks import tasks_named
 
     weights = open_weights(model, given.tokenizer)
     device = _device(given)
     results = evaluate(
         weights,
-        tasks_named(given.tasks),
+        tasks,
         Settings(given.num_fewshot, given.limit, given.dtype),
         given.output / "cache",
         given.data,
@@ -146,12 +148,12 @@ def _row(given: argparse.Namespace, model: Path) -> Row:
     return Row(str(model), tokens_seen(weights), tuple(results))
 
 
-def _write_table(given: argparse.Namespace, rows: list[Row], console: Console) -> None:
+def _write_table(
+    given: argparse.Namespace, rows: list[Row], tasks: tuple[Task, ...], console: Console
+) -> None:
     from megatron_let.evaluation import table
     from megatron_let.evaluation.harness import versions
-    from megatron_let.evaluation.tasks import tasks_named
 
-    tasks = tasks_named(given.tasks)
     shots = f"{given.num_fewshot}-shot accuracy, %"
     limit = f", first {given.limit} items" if given.limit else ""
     output_console().print(table.terminal_table(rows, tasks, shots + limit))
