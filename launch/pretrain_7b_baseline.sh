@@ -13,11 +13,10 @@
 #SBATCH --output=%x.out
 #SBATCH --open-mode=append
 set -euo pipefail
-launch="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-# sbatch runs a copy from its spool folder, and Slurm knows where the script was.
-if [[ ! -e $launch/lib/job.sh ]]; then
-    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_7b_baseline\.sh.*|\1|p')"
-fi
+launch="$(dirname -- "${BASH_SOURCE[0]}")"
+# sbatch runs a copy in its spool folder; Slurm knows the folder of the original.
+[[ -e $launch/lib/job.sh ]] ||
+    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_[^/]*\.sh.*|\1|p')"
 # shellcheck source=launch/lib/job.sh
 . "$launch/lib/job.sh"
 run_job configs/baseline_7b.yaml SmolLM2-1.7B 300 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The 7B with SmolLM2-1.7B as teacher, by ZeRO-3 on one node of 8 x 40 GB: sbatch launch/pretrain_7b_let_deepspeed.sh
+# The 7B with SmolLM2-1.7B as teacher, with ZeRO-3 on one node of 8 x 40 GB: sbatch launch/pretrain_7b_let_deepspeed.sh
 #SBATCH --job-name=let_7b_deepspeed
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -13,11 +13,10 @@
 #SBATCH --output=%x.out
 #SBATCH --open-mode=append
 set -euo pipefail
-launch="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
-# sbatch runs a copy from its spool folder, and Slurm knows where the script was.
-if [[ ! -e $launch/lib/job.sh ]]; then
-    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_7b_let_deepspeed\.sh.*|\1|p')"
-fi
+launch="$(dirname -- "${BASH_SOURCE[0]}")"
+# sbatch runs a copy in its spool folder; Slurm knows the folder of the original.
+[[ -e $launch/lib/job.sh ]] ||
+    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_[^/]*\.sh.*|\1|p')"
 # shellcheck source=launch/lib/job.sh
 . "$launch/lib/job.sh"
 run_job configs/let_7b_deepspeed.yaml SmolLM2-1.7B 300 "$@"

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# The end of an attempt: what happened, and whether the run goes on. Sourced by job.sh.
+# The end of an attempt: report what happened, then end or requeue the job. Sourced by job.sh.
 
-# Megatron's exit codes after a result that it does not trust (core/rerun_state_machine.py).
+# Megatron's exit codes for a suspicious or invalid result (core/rerun_state_machine.py).
 readonly EXIT_RERUN_ELSEWHERE=16 EXIT_RESULT_INVALID=17
-# What gloo and NCCL say on the other ranks when one is gone.
+# Messages of gloo and NCCL on the other ranks after one has died.
 readonly LOST_PEER='Connection (closed|reset) by peer|remote process exited|ncclRemoteError'
 
-# Say what happened, then end or requeue; $1 is srun's exit code.
+# Report what happened, then end or requeue; $1 is srun's exit code.
 finish_attempt() {
     local code="$1" failure time="" rank="-" node=""
     if failure="$(first_failure)"; then
         read -r time code rank node <<<"$failure"
         show_failure "$time" "$code" "$rank" "$node"
     elif ((code)); then
-        say "no rank said how it ended; the step ended with code $code; the nodes' last lines:"
+        say "no rank recorded an exit code; the step ended with code $code; the nodes' last lines:"
         tail -qn 5 -- "$OUTPUT"/logs/node_*.log 2>/dev/null | sed 's/^/    /'
     fi
     ((code == 0)) || _show_disk
-    # A full disk, of which was spoken, has no place for it.
+    # This fails on a full disk, which _show_disk has reported.
     printf '%s\t%s\t%s\t%s\n' "$(date +%s)" "$code" "$rank" "$(iteration)" \
         2>/dev/null >"$ATTEMPT/result.tsv" || true
     if [[ -e $CHECKPOINTS/DONE ]]; then
@@ -32,15 +32,15 @@ finish_attempt() {
 
 _refuse_requeue() {
     case "$1" in
-    "$EXIT_USAGE") end "$1" "error: the run cannot start as it is asked for: not requeued" ;;
+    "$EXIT_USAGE") end "$1" "error: the run cannot start with these settings: not requeued" ;;
     "$EXIT_RESULT_INVALID")
-        end "$1" "error: Megatron found a result invalid (exit code 17): not requeued; its log" \
-            "names the node and GPU, and the checkpoint of iteration $(iteration) is from before"
+        end "$1" "error: Megatron found an invalid result (exit code 17): not requeued; its log" \
+            "names the node and GPU; the last checkpoint (iteration $(iteration)) precedes it"
         ;;
     "$EXIT_RERUN_ELSEWHERE")
-        # Read by the next attempt: the suspicious rank must run on another GPU.
+        # The next attempt reads this: the suspicious rank must run on another GPU.
         echo $((LET_NODE_SHIFT + 1)) >"$OUTPUT/node_shift"
-        say "Megatron asks to run the last iteration again on another GPU (exit code 16)"
+        say "Megatron requests the last iteration again on another GPU (exit code 16)"
         ;;
     esac
 }
@@ -49,22 +49,22 @@ _requeue() {
     (($(tries_without_progress) < 2)) || end_without_progress
     ((${SLURM_RESTART_COUNT:-0} < ${LET_MAX_RESTARTS:-50})) ||
         end "$EXIT_RESTARTS" "error: run $RUN was requeued ${SLURM_RESTART_COUNT:-0} times" \
-            "(LET_MAX_RESTARTS): not again; submit it again to go on"
+            "(LET_MAX_RESTARTS): not requeued again; submit it again to continue"
     say "requeueing run $RUN at iteration $(iteration)"
     scontrol requeue "$SLURM_JOB_ID" ||
-        end 1 "error: this cluster does not requeue job $SLURM_JOB_ID: submit it again to go on"
-    # Slurm ends this script now.
+        end 1 "error: this cluster does not requeue job $SLURM_JOB_ID: submit it again to continue"
+    # Slurm kills this script now.
     sleep 120
 }
 
-# "time code rank node" of the rank that failed first; a rank that was told to end writes nothing.
+# Print "time code rank node" of the rank that failed first; terminated ranks write nothing.
 first_failure() {
     local failures failure rank
     mapfile -t failures < <(awk 'FNR == 1 && NF && $2 != 0' "$LET_STEP_DIR"/exits/* 2>/dev/null |
         sort -n)
     for failure in "${failures[@]}"; do
         read -r _ _ rank _ <<<"$failure"
-        # A rank that lost its peer can be gone before the one that left it has cleaned up.
+        # A rank that lost its peer may exit before the failed peer has finished its cleanup.
         if ! _last_lines "$rank" | grep -E "$LOST_PEER" >/dev/null; then
             printf '%s\n' "$failure"
             return
@@ -73,7 +73,7 @@ first_failure() {
     [[ ${#failures[@]} != 0 ]] && printf '%s\n' "${failures[0]}"
 }
 
-# The end of a rank's log, without what earlier attempts wrote.
+# Print the end of a rank's log, without lines of earlier attempts.
 _last_lines() {
     tail -n 30 -- "$(rank_log "$1")" |
         awk '/^==== attempt / { text = "" } { text = text $0 "\n" } END { printf "%s", text }'

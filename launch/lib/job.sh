@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A training job: shown, submitted or run. Sourced by launch/pretrain_*.sh, which call
+# Show, submit or run a training job. Sourced by launch/pretrain_*.sh, which call
 #
 #   run_job RECIPE TEACHER DISK_GIB [--dry-run] [sbatch options] [-- training arguments]
 #
-# Outside Slurm it submits itself; inside it checks the nodes, trains, and then ends or requeues.
-# All of this is bash, because a host whose Python is in a container need not have another.
+# Outside Slurm it submits itself; inside, it checks the nodes, trains, and then ends or requeues.
+# It is bash because the host may have Python only in a container.
 
 LET_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)"
-# What went wrong, for whoever reads `sacct`; a rank's own code is passed on otherwise.
+# Exit codes for `sacct`; otherwise a rank's exit code is passed on.
 readonly EXIT_USAGE=2 EXIT_BAD_NODE=3 EXIT_NO_PROGRESS=4 EXIT_RESTARTS=5 EXIT_STOPPED=6
 
 # shellcheck source=launch/lib/site.sh
@@ -42,7 +42,7 @@ say() {
     printf 'launch: %s\n' "$*"
 }
 
-# Say why and end with this exit code.
+# Exit with code $1 and the message.
 end() {
     local code="$1"
     shift
@@ -64,12 +64,12 @@ _read_arguments() {
         shift
     done
     if [[ -n ${SLURM_JOB_ID:-} && ${#SBATCH_OPTIONS[@]} != 0 && -z $DRY_RUN ]]; then
-        end "$EXIT_USAGE" "error: ${SBATCH_OPTIONS[0]} stands after the script: sbatch options go" \
-            "before it, training arguments behind --"
+        end "$EXIT_USAGE" "error: ${SBATCH_OPTIONS[0]} is after the script: give sbatch options" \
+            "before it and training arguments after --"
     fi
 }
 
-# The job's name is the run's name; singleton then allows one job of a name at a time.
+# The job's name is the run's name; `singleton` allows one job per name at a time.
 _name_run() {
     local index option
     RUN="${SLURM_JOB_NAME:-$(sed -n 's/^#SBATCH --job-name=//p' "$0")}"
@@ -87,13 +87,13 @@ _name_run() {
 _show() {
     compose_step --kill-on-bad-exit=1
     compose_training ""
-    echo "# job: sbatch${SBATCH_OPTIONS[*]:+ ${SBATCH_OPTIONS[*]}} $0, whose header is"
+    echo "# job: sbatch${SBATCH_OPTIONS[*]:+ ${SBATCH_OPTIONS[*]}} $0, with the header"
     sed -n '/^#SBATCH/p' "$0"
     env | sed -n '/^SBATCH_/s/^/# from the site file or the environment: /p' | sort
     echo "# run folder: $OUTPUT"
-    echo "# one task a node, or one a GPU with --ntasks-per-node=$LET_RANKS_PER_NODE:"
+    echo "# one task per node, or one per GPU with --ntasks-per-node=$LET_RANKS_PER_NODE:"
     quoted "${STEP[@]}" ranks "${TRAINING[@]}"
-    echo "# which runs on each node (--exit-duration-in-mins is added from the time limit):"
+    echo "# which runs on each node (a job adds --exit-duration-in-mins from its time limit):"
     LET_SHOW=1 bash "$LET_ROOT/launch/lib/node.sh" ranks "${TRAINING[@]}"
 }
 
@@ -106,7 +106,7 @@ _run() {
     compose_step --kill-on-bad-exit=1
     compose_training "$(exit_minutes)"
     begin_step training
-    # The last net: a run that neither signal nor duration ended still reaches the requeue below.
+    # A run that neither the signal nor the duration has ended must still reach the requeue.
     timeout --kill-after=15 "$(seconds_left 60)" "${STEP[@]}" ranks "${TRAINING[@]}" || code=$?
     finish_attempt "$code"
 }

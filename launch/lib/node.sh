@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One Slurm task of a step, on the host or in a container.
-#   bash node.sh ranks MODULE [ARGUMENTS]    all ranks of a node by torchrun, or one where each has a task
-#   bash node.sh once MODULE [ARGUMENTS]     one process a node that is no rank
+#   bash node.sh ranks MODULE [ARGUMENTS]    all ranks of a node by torchrun, or one rank per task
+#   bash node.sh once MODULE [ARGUMENTS]     one process per node that is not a rank
 set -euo pipefail
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=launch/env/common.sh
@@ -11,14 +11,14 @@ here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 kind="$1"
 shift
 
-# Named variables only: the whole environment would hold keys and passwords.
+# Only these variables: the whole environment may contain keys and passwords.
 readonly RECORDED='^(SLURM_JOB_(ID|NAME|NODELIST|NUM_NODES|PARTITION)|(NCCL|GLOO|UCX|FI|TORCH_NCCL|TORCH_FR)_[A-Z0-9_]+|PYTORCH_[A-Z_]*ALLOC_CONF|CUDA_(VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)|OMP_NUM_THREADS|TRITON_CACHE_DIR|DATA|TEACHER|TOKENIZER|OUTPUT)='
 
 named_variables() {
     env | grep -E "$RECORDED" | sort
 }
 
-# What only the place where Python runs knows; job.sh recorded the rest.
+# Record what only the (container's) Python knows; job.sh records the rest.
 record() {
     named_variables >"$LET_RECORD_DIR/environment.txt"
     printf '%q ' "$@" >"$LET_RECORD_DIR/command.txt"
@@ -28,7 +28,7 @@ print(*sorted({f"{d.name}=={d.version}" for d in m.distributions()}), sep="\n")'
         >"$LET_RECORD_DIR/packages.txt"
 }
 
-# Static, not c10d: rank 0 is on a known node, and a restart can move ranks on purpose.
+# Static rendezvous, not c10d: rank 0 is on a known node, and an attempt can shift the ranks.
 compose_launcher() {
     launcher=("$LET_PYTHON" -m torch.distributed.run --nnodes "$1" --node-rank "$2"
         --nproc-per-node "$LET_RANKS_PER_NODE" --master-addr "$3" --master-port "$4" --no-python)
@@ -45,7 +45,7 @@ if [[ -n ${LET_SHOW:-} ]]; then
     exit
 fi
 
-# What is said besides the ranks' own output would bury who failed first.
+# torchrun's messages would hide the first failure among the ranks' output.
 name="${SLURMD_NODENAME:-$(hostname)}"
 exec 2>>"$OUTPUT/logs/node_$name.log"
 printf '==== attempt %s, job %s, %(%F %T)T: %s\n' "$LET_ATTEMPT" "$SLURM_JOB_ID" -1 "$1" >&2
@@ -61,5 +61,5 @@ fi
 export RANK=$(((SLURM_PROCID + LET_NODE_SHIFT * LET_RANKS_PER_NODE) % SLURM_NTASKS))
 export WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$LET_RANKS_PER_NODE"
 export MASTER_ADDR="$LET_MASTER_ADDR" MASTER_PORT="$LET_MASTER_PORT"
-# A group of its own, as torchrun gives each rank: rank.sh ends it whole.
+# A separate process group, as with torchrun: rank.sh kills the whole group.
 exec setsid --wait "${rank[@]}"

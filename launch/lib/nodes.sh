@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Are the nodes of this job fit to train? Each by itself, then all together. Sourced by job.sh.
+# Check the nodes of this job, each alone and then all together. Sourced by job.sh.
 
 check_nodes() {
     local code=0 limit="${LET_PREFLIGHT_SECONDS:-300}" free
@@ -9,7 +9,7 @@ check_nodes() {
     begin_step preflight
     VERDICTS="$LET_STEP_DIR/nodes"
     mkdir -p -- "$VERDICTS"
-    # One node's failure must not end the others' doctors, or they would look unfit too.
+    # One node's failure must not kill the other nodes' checks, or they would look unfit too.
     compose_step --kill-on-bad-exit=0 --ntasks="$SLURM_NNODES" --ntasks-per-node=1
     timeout --kill-after=15 "$limit" "${STEP[@]}" once megatron_let.doctor.node \
         --output "$OUTPUT" --verdicts "$VERDICTS" || true
@@ -21,12 +21,12 @@ check_nodes() {
     ((code == 0)) || _refuse_together "$code"
 }
 
-# A verdict is a file named after its node: empty if the node is fit, else one problem a line.
+# A verdict is a file named after its node: empty if the node is fit, else one problem per line.
 _refuse_bad_nodes() {
     local node bad=""
     while IFS= read -r node; do
         if [[ ! -e $VERDICTS/$node ]]; then
-            say "node $node: its doctor did not answer; the end of $OUTPUT/logs/node_$node.log:"
+            say "node $node: the doctor did not finish; the end of $OUTPUT/logs/node_$node.log:"
             tail -n 5 -- "$OUTPUT/logs/node_$node.log" 2>/dev/null | sed 's/^/    /'
         elif [[ -s $VERDICTS/$node ]]; then
             sed "s/^/launch: node $node: /" "$VERDICTS/$node"
@@ -36,18 +36,18 @@ _refuse_bad_nodes() {
         bad+="${bad:+,}$node"
     done <"$ATTEMPT/nodes.txt"
     [[ -z $bad ]] || end "$EXIT_BAD_NODE" "error: nodes $bad are not fit to train:" \
-        "submit again with --exclude=$bad, and have them looked at"
+        "submit again with --exclude=$bad, and have them checked"
 }
 
 _refuse_together() {
-    local failure time code="$1" rank node="" error="the nodes are fit one by one but not together"
-    # srun's own code is that of whichever rank it ended last.
+    local failure time code="$1" rank node="" error="each node is fit, but not all together"
+    # srun's exit code is that of the rank it killed last.
     if failure="$(first_failure)"; then
         read -r time code rank node <<<"$failure"
         show_failure "$time" "$code" "$rank" "$node"
     fi
     if [[ $code == "$EXIT_BAD_NODE" ]]; then
-        # Measured, and no one node's doing.
+        # The measurement does not blame a single node.
         error="the all-reduce between the nodes is under LET_MIN_BUS_GBPS=${LET_MIN_BUS_GBPS:-}" node=""
     fi
     end "$EXIT_BAD_NODE" "error: $error (code $code): check LET_FABRIC and the interface" \

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What one cluster is like, from its site file, checked. Sourced by job.sh.
+# Load and check the settings of a cluster. Sourced by job.sh.
 
-# Source the site file and export what the ranks need; $1 is the teacher's name under LET_MODELS.
+# Source the site file and export its variables; $1 is the teacher's name under LET_MODELS.
 load_site() {
     local site="${LET_SITE:-$LET_ROOT/launch/site.sh}" name
     [[ -r $site ]] || end "$EXIT_USAGE" "error: there is no site file $site:" \
-        "copy launch/site.example.sh to launch/site.sh and fill it in, or set LET_SITE to yours"
+        "copy launch/site.example.sh to launch/site.sh and edit it, or set LET_SITE to yours"
     set -o allexport
     # shellcheck source=launch/site.example.sh
     . "$site"
-    # The teacher's tokenizer serves the baseline too, so that the two can be compared.
+    # The baseline uses the teacher's tokenizer too, so that the runs can be compared.
     TEACHER="${TEACHER:-${LET_MODELS:+$LET_MODELS/$1}}"
     TOKENIZER="${TOKENIZER:-$TEACHER}"
     LET_PYTHON="${LET_PYTHON:-$(_default_python)}"
@@ -24,11 +24,11 @@ load_site() {
         end "$EXIT_USAGE" "error: LET_FABRIC is '$LET_FABRIC': set it to the name of a file in" \
             "launch/env/, such as infiniband"
     [[ -n ${LET_CONTAINER:-} || -x $LET_PYTHON ]] ||
-        end "$EXIT_USAGE" "error: there is no Python at $LET_PYTHON: make it on a login node with" \
+        end "$EXIT_USAGE" "error: there is no Python at $LET_PYTHON: create it on a login node with" \
             "bash launch/lib/environment.sh, or set LET_PYTHON in $site"
 }
 
-# A virtual environment of the host does not run in a container.
+# Print the default Python; the host's virtual environment does not run in a container.
 _default_python() {
     [[ -n ${LET_CONTAINER:-} ]] && echo python3 || echo "$LET_ROOT/.venv/bin/python"
 }

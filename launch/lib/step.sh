@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# How Slurm starts the ranks: srun or srun in a container, what it runs, and for how long.
+# How Slurm starts the ranks: srun, also in a container, the command, and the time limits.
 # Sourced by job.sh.
 
-# What Slurm sends before the time limit goes to every process of a step. Only a rank listens to
-# SIGURG; all others ignore it, while SIGUSR1 would end the checkpoint writer and torchrun.
+# Slurm sends the signal before the time limit to every process of a step. Only a rank handles
+# SIGURG; others ignore it, while SIGUSR1 would kill the checkpoint writer and torchrun.
 readonly EXIT_SIGNAL=SIGURG
 
-# Fill STEP: how a task is started, with these options of srun, and in a container if the site names
-# one; what it runs comes after it.
+# Set STEP: the command that starts a task with these srun options, in the site's container if any;
+# append to it what the task runs.
 compose_step() {
     local mounts="$LET_ROOT,$LET_RUNS,${DATA%/*},$TEACHER${LET_MOUNTS:+,$LET_MOUNTS}"
-    # Binding is left to the ranks: srun would put all of a node's ranks on one core.
+    # No binding: with one task per node srun would bind all its ranks to one core.
     STEP=(srun --export=ALL --cpu-bind=none --chdir="$LET_ROOT" "$@")
     case "${LET_CONTAINER:-}" in
     "") ;;
@@ -24,7 +24,7 @@ compose_step() {
     STEP+=(bash "$LET_ROOT/launch/lib/node.sh")
 }
 
-# pyxis takes SOURCE:TARGET; a mount of the site that names a target already stays as it is.
+# pyxis takes SOURCE:TARGET; keep mounts that already have a target.
 _each_onto_itself() {
     local mount mounts=()
     IFS=, read -r -a mounts <<<"$1"
@@ -34,7 +34,7 @@ _each_onto_itself() {
     done | sed 's/,$//'
 }
 
-# Fill TRAINING: the module and its arguments; $1 is the second net in minutes, or empty.
+# Set TRAINING: the module and its arguments; $1 is --exit-duration-in-mins, or empty.
 compose_training() {
     TRAINING=(megatron_let.pretrain --config "$RECIPE")
     TRAINING+=(--exit-signal-handler --exit-signal "$EXIT_SIGNAL")
@@ -48,23 +48,23 @@ quoted() {
     echo
 }
 
-# Where all ranks meet, and how far they are shifted over the nodes.
+# Set the rendezvous of the ranks and their shift over the nodes.
 set_rendezvous() {
     local hosts first
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    # Megatron asks for another GPU to tell a broken one: every rank moves to the next node.
+    # After Megatron requested another GPU, every rank runs on the next node.
     LET_NODE_SHIFT=0
     [[ ! -r $OUTPUT/node_shift ]] || read -r LET_NODE_SHIFT <"$OUTPUT/node_shift"
     LET_NODE_SHIFT=$((LET_NODE_SHIFT % ${#hosts[@]}))
     first="${hosts[(${#hosts[@]} - LET_NODE_SHIFT) % ${#hosts[@]}]}"
-    # The address and not the name, which need not resolve on the other nodes.
+    # The address, because the name may not resolve on the other nodes.
     LET_MASTER_ADDR="$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
-    # Another one in each attempt, so that a port that is taken costs one of them.
+    # A different port per attempt, so that a used port fails only one.
     export LET_NODE_SHIFT LET_MASTER_ADDR
     export LET_MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * LET_ATTEMPT) % 10000))
 }
 
-# Seconds to the time limit, less $1; 0, which `timeout` takes for never, if there is none.
+# Print the seconds to the time limit minus $1; 0 (`timeout`: no limit) if there is none.
 seconds_left() {
     local end
     end="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')"
@@ -73,7 +73,7 @@ seconds_left() {
     echo $((end > 0 ? end : 1))
 }
 
-# The second net, five minutes before the limit; empty where there is no limit or no such time.
+# Print the minutes to five minutes before the limit; nothing without a limit or with less time.
 exit_minutes() {
     local minutes
     minutes=$(($(seconds_left 300) / 60))

@@ -79,13 +79,13 @@ class PreprocessOptions:
     block_bytes: int = BLOCK_BYTES
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
-    def beside(self, suffix: str) -> Path:
+    def output_path(self, suffix: str) -> Path:
         """Return the path of a file next to the data sets."""
         return self.output_prefix.with_name(self.output_prefix.name + suffix)
 
     def prefix(self, output: str) -> Path:
         """Return the path of a data set, without suffix, by its name."""
-        return self.beside(f"_{output}_document")
+        return self.output_path(f"_{output}_document")
 
 
 def preprocess(options: PreprocessOptions, console: Console) -> dict[str, Any]:
@@ -104,7 +104,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> dict[str, Any]:
     tokenizer = load_text_tokenizer(options.tokenizer_type, options.tokenizer_model)
     made_with = fingerprint(tokenizer)
     plan = _plan(options, files, made_with)
-    run = _Run(options, files, ignored, tokenizer, made_with, plan)
+    sizes = ((path, path.stat().st_size) for path in files)
+    sources = group_sources(sizes, options.block_bytes)
+    run = _Run(options, sources, ignored, tokenizer, made_with, plan)
     try:
         return run.carry_out(console)
     except OSError as error:
@@ -153,87 +155,79 @@ def _plan(
     }
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        options: PreprocessOptions,
-        files: list[Path],
-        ignored: list[Path],
-        tokenizer: TextTokenizer,
-        made_with: TokenizerFingerprint,
-        plan: dict[str, Any],
-    ) -> None:
-        self._options = options
-        self._ignored = ignored
-        self._tokenizer = tokenizer
-        self._made_with = made_with
-        self._plan = plan
-        self._folder = options.beside(".work")
-        self._shards = Shards(self._folder)
-        self._sources = group_sources(
-            ((path, path.stat().st_size) for path in files), options.block_bytes
-        )
-        self._counts = Counts()
+    options: PreprocessOptions
+    sources: list[Source]
+    ignored: list[Path]
+    tokenizer: TextTokenizer
+    made_with: TokenizerFingerprint
+    plan: dict[str, Any]
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(self.options.output_path(".work"))
 
     def carry_out(self, console: Console) -> dict[str, Any]:
         """Write shards, merge and report; remove the run's work folder at the end."""
-        report_path = self._options.beside(".report.json")
+        report_path = self.options.output_path(".report.json")
         if report_path.is_file():
             report = _finished(report_path, self._result_plan())
-            shutil.rmtree(self._folder, ignore_errors=True)
-            console.print(f"{report_path} says that this data is complete; nothing to do")
+            shutil.rmtree(self.shards.folder, ignore_errors=True)
+            console.print(f"the data of {report_path} is complete: nothing to do")
             return report
         start = time.monotonic()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self._folder):
-            _claim(self._folder / "plan.json", self._plan)
-            remove_partial(self._folder)
+        self.shards.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.shards.folder):
+            _claim(self.shards.folder / "plan.json", self.plan)
+            remove_partial(self.shards.folder)
             self._write_shards(console)
             names = self._shard_names()
             for name in names:
-                self._counts.add(Counts.from_json(self._shards.read(name)["counts"]))
-            self._counts.check()
+                self.counts.add(Counts.from_json(self.shards.read(name)["counts"]))
+            self.counts.check()
             report = self._merge(names, console)
             report["seconds"] = round(time.monotonic() - start, 1)
             write_json(report_path, report)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.shards.folder)
         return report
 
     def _result_plan(self) -> dict[str, Any]:
         """Return the plan and the subset weights, which a continued run may still change."""
-        return {**self._plan, "subset_weights": self._options.subset_weights}
+        return {**self.plan, "subset_weights": self.options.subset_weights}
 
     def _write_shards(self, console: Console) -> None:
-        options = self._options
+        options = self.options
         writer = ShardWriter(
-            self._shards,
-            self._sources,
-            self._tokenizer,
+            self.shards,
+            self.sources,
+            self.tokenizer,
             options.selection,
             options.max_document_bytes,
             options.strict,
         )
         # Forked before the progress bar starts its thread.
-        total_bytes = sum(source.num_bytes for source in self._sources)
+        total_bytes = sum(source.num_bytes for source in self.sources)
         with WorkerPool(options.workers, writer) as pool, ProgressBar(console, total_bytes) as bar:
             for unit, counts in pool.map(self._units(bar)):
                 bar.advance(unit.input_bytes, counts)
 
     def _units(self, bar: ProgressBar) -> Iterator[Unit]:
         """Yield the units without a finished shard."""
-        for source in self._sources:
+        for source in self.sources:
             if self._is_done(source):
                 bar.skip(source.num_bytes)
                 continue
-            reader = UnitReader(source, self._options.block_bytes, self._options.max_document_bytes)
+            reader = UnitReader(source, self.options.block_bytes, self.options.max_document_bytes)
             blocks = 0
             for unit in reader:
                 blocks += 1
-                if self._shards.record(unit.name).is_file():
+                if self.shards.record(unit.name).is_file():
                     bar.skip(unit.input_bytes)
                 else:
                     yield unit
-            if reader.damage and self._options.strict:
+            if reader.damage and self.options.strict:
                 raise LETError(f"{source.paths[0]}: {reader.damage}; copy the file again.")
             write_json(self._end(source), {"blocks": blocks, "damage": reader.damage})
 
@@ -241,72 +235,72 @@ class _Run:
         """Return whether all shards of a source are finished."""
         end = self._end(source)
         return end.is_file() and all(
-            self._shards.record(Unit(source.index, block).name).is_file()
+            self.shards.record(Unit(source.index, block).name).is_file()
             for block in range(json.loads(end.read_text())["blocks"])
         )
 
     def _end(self, source: Source) -> Path:
         """Return the path of a source's number of blocks, written once all of it was read."""
-        return self._folder / f"{source.index:05d}.end.json"
+        return self.shards.folder / f"{source.index:05d}.end.json"
 
     def _shard_names(self) -> list[str]:
         return [
             Unit(source.index, block).name
-            for source in self._sources
+            for source in self.sources
             for block in range(json.loads(self._end(source).read_text())["blocks"])
         ]
 
     def _merge(self, names: list[str], console: Console) -> dict[str, Any]:
-        outputs = sorted(self._counts.outputs)
+        outputs = sorted(self.counts.outputs)
         if not outputs:
             raise LETError(
-                f"No document was written: {self._counts.filtered.total()} were filtered and"
-                f" {dict(self._counts.rejected)} rejected; check --json-keys"
-                f" {' '.join(self._options.selection.json_keys)} and the subsets."
+                f"No document was written: {self.counts.filtered.total()} were filtered and"
+                f" {dict(self.counts.rejected)} rejected; check --json-keys"
+                f" {' '.join(self.options.selection.json_keys)} and the subsets."
             )
-        unknown = sorted(set(self._options.subset_weights) - set(self._counts.subsets))
+        unknown = sorted(set(self.options.subset_weights) - set(self.counts.subsets))
         if unknown:
             raise LETError(
                 f"--subset-weights has {unknown[0]!r}, of which nothing was written; the subsets"
-                f" are {', '.join(sorted(self._counts.subsets))}."
+                f" are {', '.join(sorted(self.counts.subsets))}."
             )
         console.print(f"merging {len(names)} shards into {len(outputs)} data sets")
-        prefixes = {name: self._options.prefix(name) for name in outputs}
-        dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
-        merge_shards(self._shards, names, prefixes, dtype)
+        prefixes = {name: self.options.prefix(name) for name in outputs}
+        dtype = DType.optimal_dtype(self.tokenizer.vocab_size)
+        merge_shards(self.shards, names, prefixes, dtype)
         for prefix in prefixes.values():
-            write_sidecar_file(prefix, self._made_with, self._options.tokenizer_model.name)
-        rejected_path = self._options.beside(REJECTED)
-        examples = _concatenate([self._shards.rejections(n) for n in names], rejected_path)
+            write_sidecar_file(prefix, self.made_with, self.options.tokenizer_model.name)
+        rejected_path = self.options.output_path(REJECTED)
+        examples = _concatenate([self.shards.rejections(n) for n in names], rejected_path)
         return {
             "plan": self._result_plan(),
             "data_sets": {name: str(path) for name, path in prefixes.items()},
             "data_args": self._write_blend(prefixes),
             "dtype": dtype.__name__,
-            "written": vars(self._counts.written()),
-            **self._counts.to_json(),
+            "written": vars(self.counts.written()),
+            **self.counts.to_json(),
             "rejected_examples": examples,
             "damaged_files": self._damaged(),
-            "ignored_files": [str(path) for path in self._ignored],
+            "ignored_files": [str(path) for path in self.ignored],
             "subsets_not_found": sorted(
-                {*self._options.selection.include_subsets, *self._options.selection.exclude_subsets}
-                - {*self._counts.subsets, *self._counts.filtered}
+                {*self.options.selection.include_subsets, *self.options.selection.exclude_subsets}
+                - {*self.counts.subsets, *self.counts.filtered}
             ),
         }
 
     def _damaged(self) -> dict[str, str]:
-        ends = {str(s.paths[0]): json.loads(self._end(s).read_text()) for s in self._sources}
+        ends = {str(s.paths[0]): json.loads(self._end(s).read_text()) for s in self.sources}
         return {path: end["damage"] for path, end in ends.items() if end["damage"]}
 
     def _write_blend(self, prefixes: dict[str, Path]) -> str | None:
         """Write the data-args file of a run with several data sets of one key."""
-        selection = self._options.selection
+        selection = self.options.selection
         if not selection.per_subset and selection.split is None:
             return None
         key = selection.json_keys[0]
         factors = {
             selection.output_name(key, split, subset): factor
-            for subset, factor in self._options.subset_weights.items()
+            for subset, factor in self.options.subset_weights.items()
             for split in (SPLITS if selection.split else (None,))
         }
         blends = {}
@@ -314,16 +308,16 @@ class _Run:
             start = f"{key}_{split}" if selection.split else key
             tokens = {
                 name: tally.tokens
-                for name, tally in sorted(self._counts.outputs.items())
+                for name, tally in sorted(self.counts.outputs.items())
                 if name == start or name.startswith(start + "_")
             }
             if tokens:
                 blends[split] = blend_list(blend_weights(tokens, factors), prefixes)
         if selection.split:
-            path = self._options.beside(".data_args.json")
+            path = self.options.output_path(".data_args.json")
             write_per_split_data_args(path, blends)
         else:
-            path = self._options.beside(".data_args.txt")
+            path = self.options.output_path(".data_args.txt")
             write_data_args(path, blends["all"])
         return str(path)
 

@@ -63,25 +63,26 @@ class Shards:
         return json.loads(self.record(name).read_text())
 
 
+@dataclass(frozen=True)
 class ShardWriter:
-    """Turns units into shards; the same unit gives the same bytes in any process."""
+    """Turns units into shards; the same unit gives the same bytes in any process.
 
-    def __init__(
-        self,
-        shards: Shards,
-        sources: list[Source],
-        tokenizer: TextTokenizer,
-        selection: Selection,
-        max_document_bytes: int,
-        strict: bool,
-    ) -> None:
-        self._shards = shards
-        self._sources = sources
-        self._tokenizer = tokenizer
-        self._selection = selection
-        self._max_document_bytes = max_document_bytes
-        self._strict = strict
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    Attributes:
+        max_document_bytes: longer documents are rejected.
+        strict: raise an error at the first unusable document.
+    """
+
+    shards: Shards
+    sources: list[Source]
+    tokenizer: TextTokenizer
+    selection: Selection
+    max_document_bytes: int
+    strict: bool
+
+    @property
+    def dtype(self) -> type[np.number[Any]]:
+        """Type of the token ids."""
+        return DType.optimal_dtype(self.tokenizer.vocab_size)
 
     def __call__(self, unit: Unit) -> tuple[Unit, Counts]:
         """Write the shard of a unit; return the unit without its lines, and its counts.
@@ -90,13 +91,13 @@ class ShardWriter:
             LETError: a document is unusable, under `--strict`.
             OSError: the disk is full.
         """
-        prefix = self._shards.prefix(unit.name)
+        prefix = self.shards.prefix(unit.name)
         with (
-            atomic_file(self._shards.rejections(unit.name)) as rejected_partial,
+            atomic_file(self.shards.rejections(unit.name)) as rejected_partial,
             atomic_file(prefix.with_suffix(".idx")) as idx_partial,
             atomic_file(prefix.with_suffix(".bin")) as bin_partial,
         ):
-            builder = IndexedDatasetBuilder(str(bin_partial), dtype=self._dtype)
+            builder = IndexedDatasetBuilder(str(bin_partial), dtype=self.dtype)
             counts, outputs, rejected = self._write_documents(unit, builder)
             builder.finalize(str(idx_partial))
             names = list(dict.fromkeys(outputs))
@@ -105,7 +106,7 @@ class ShardWriter:
             rejected_partial.write_text("".join(json.dumps(asdict(r)) + "\n" for r in rejected))
         counts.check()
         # The record comes last: it marks the shard as complete.
-        write_json(self._shards.record(unit.name), {"outputs": names, "counts": counts.to_json()})
+        write_json(self.shards.record(unit.name), {"outputs": names, "counts": counts.to_json()})
         return Unit(unit.source, unit.block, input_bytes=unit.input_bytes), counts
 
     def _write_documents(
@@ -114,7 +115,7 @@ class ShardWriter:
         counts, outputs, rejected = Counts(), [], []
         for item in self._encoded(self._batches(unit, counts)):
             if isinstance(item, Rejection):
-                if self._strict:
+                if self.strict:
                     raise LETError(
                         f"{item.file}, line {item.line}: {item.detail} ({item.reason}); correct"
                         " it, or omit --strict to report such documents and continue."
@@ -133,17 +134,18 @@ class ShardWriter:
     def _encoded(
         self, batches: Iterator[list[Document | Rejection]]
     ) -> Iterator[tuple[Document, np.ndarray[Any, Any]] | Rejection]:
-        end = [self._tokenizer.eod] if self._selection.append_eod else []
+        end = [self.tokenizer.eod] if self.selection.append_eod else []
+        dtype = self.dtype
         for batch in batches:
             texts = [item.text for item in batch if isinstance(item, Document)]
-            encoded = iter(self._tokenizer.encode(texts))
+            encoded = iter(self.tokenizer.encode(texts))
             for item in batch:
                 if isinstance(item, Rejection):
                     yield item
                     continue
                 ids = next(encoded)
                 if len(ids):
-                    yield item, np.append(ids, end).astype(self._dtype)
+                    yield item, np.append(ids, end).astype(dtype)
                 else:
                     origin = item.origin
                     yield Rejection(origin.file, origin.line, "empty", "the text has no tokens")
@@ -162,9 +164,9 @@ class ShardWriter:
 
     def _documents(self, unit: Unit, counts: Counts) -> Iterator[Document | Rejection]:
         """Yield the documents of a unit; filtered ones are only counted."""
-        selection, source = self._selection, self._sources[unit.source]
+        selection, source = self.selection, self.sources[unit.source]
         columns = (*selection.json_keys, selection.subset_key)
-        for record in read_records(source, unit, columns, self._max_document_bytes):
+        for record in read_records(source, unit, columns, self.max_document_bytes):
             for key in selection.json_keys:
                 counts.documents_in += 1
                 if isinstance(record, Rejection):
@@ -178,7 +180,7 @@ class ShardWriter:
 
     def _document(self, record: Record, key: str) -> Document | Rejection | str:
         """Return a document, its rejection, or the subset for which it is filtered."""
-        selection = self._selection
+        selection = self.selection
         subset = _subset(record, selection.subset_key)
         if subset is None:
             if selection.filters or selection.per_subset:
@@ -192,8 +194,8 @@ class ShardWriter:
         text, size = decode_text(value)
         if isinstance(size, str):
             return _reject(record, text, size)
-        if size > self._max_document_bytes:
-            limit = self._max_document_bytes
+        if size > self.max_document_bytes:
+            limit = self.max_document_bytes
             return _reject(record, "too_long", f"longer than {limit} bytes; split it")
         if not text:
             return _reject(record, "empty", "the text is empty")
@@ -204,11 +206,11 @@ class ShardWriter:
     def _write_outputs(self, unit: Unit, names: list[str], outputs: list[str]) -> None:
         if len(names) > _MAX_OUTPUTS:
             raise LETError(
-                f"{self._selection.subset_key} has more than {_MAX_OUTPUTS} values, each of which"
+                f"{self.selection.subset_key} has more than {_MAX_OUTPUTS} values, each of which"
                 " would be a data set; omit --per-subset, or give another --subset-key."
             )
         numbers = {name: number for number, name in enumerate(names)}
-        path = self._shards.outputs(unit.name)
+        path = self.shards.outputs(unit.name)
         with atomic_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.array([numbers[name] for name in outputs], dtype=np.uint16))
 

@@ -64,3 +64,11 @@ def nvidia_smi(query: str) -> list[str]:
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return [line.strip() for line in result.stdout.splitlines()]
+
+
+def driver_versions() -> list[str]:
+    """Return the driver version of each GPU; nothing if nvidia-smi is missing or fails."""
+    try:
+        return nvidia_smi("driver_version")
+    except (OSError, subprocess.SubprocessError):
+        return []

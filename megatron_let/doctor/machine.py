@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from packaging.version import Version
 
 from megatron_let.compat.device import Host
 from megatron_let.doctor import packages
-from megatron_let.doctor.check import GIB, Check, nvidia_smi
+from megatron_let.doctor.check import GIB, Check, driver_versions
 from megatron_let.doctor.kernels import check_locks
 
 
@@ -62,21 +61,14 @@ def _torch() -> Check:
 def _gpus() -> Iterator[Check]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found = f"{len(gpus)} x {gpus[0].name}, {gpus[0].total_memory / GIB:.0f} GiB"
-    driver = (_ask_driver() or ["unknown"])[0]
+    driver = (driver_versions() or ["unknown"])[0]
     yield Check("GPUs", f"{found}, driver {driver}", "runs on the GPUs under NCCL")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield Check("NCCL", nccl, "settings for a fabric: launch/env/")
 
 
-def _ask_driver() -> list[str]:
-    try:
-        return nvidia_smi("driver_version")
-    except (OSError, subprocess.SubprocessError):
-        return []
-
-
 def _cpu() -> Check:
-    drivers = [] if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else _ask_driver()
+    drivers = [] if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else driver_versions()
     if drivers:
         found = f"{len(drivers)}, driver {drivers[0]}, but torch cannot use them"
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_let.doctor.check import nvidia_smi, version_of
+from megatron_let.doctor.check import driver_versions, version_of
 from megatron_let.doctor.node import node_name, write_verdict
 
 # Exit code for a slow all-reduce; the launcher uses the same for unfit nodes.
@@ -34,15 +33,8 @@ def node_facts() -> dict[str, Any]:
     facts["Python"] = sys.version.split()[0]
     if torch.cuda.is_available():
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        facts["driver"] = _driver()
+        facts["driver"] = (driver_versions() or ["unknown"])[0]
     return facts
-
-
-def _driver() -> str:
-    try:
-        return nvidia_smi("driver_version")[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
 
 
 def outliers(facts: dict[str, dict[str, Any]], clocks: dict[str, float]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: four virtual nodes of eight GPUs that are empty files."""
+"""A real Slurm on this machine: four virtual nodes whose eight GPUs are empty files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits for its credential to expire, two minutes by default.
+# A requeued job waits until its credential expires, two minutes by default.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -42,7 +42,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
-# Other programs may keep this machine's cores busy.
+# The machine's cores may be busy.
 MessageTimeout=60
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
 CPUs=64 RealMemory=4000 Gres=gpu:a100:8 State=UNKNOWN
@@ -51,7 +51,7 @@ PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Return why a cluster cannot be started here; None if it can."""
     absent = [program for program in _PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"no {', '.join(absent)}: bash tests/launch/install_slurm.sh"
@@ -59,7 +59,7 @@ def missing() -> str | None:
 
 
 def _free_ports(count: int) -> int:
-    """First of so many free ports in a row."""
+    """Return the first of `count` consecutive free ports."""
     for first in range(17000, 30000, 50):
         with contextlib.ExitStack() as stack:
             try:
@@ -73,7 +73,7 @@ def _free_ports(count: int) -> int:
 
 
 class Cluster:
-    """The daemons, in the foreground as our children, and Slurm's commands."""
+    """Slurm's daemons as child processes, and its commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
-        """Bring all up and wait until the nodes are idle."""
+        """Start all daemons and wait until the nodes are idle."""
         self._write_files()
         folder = self.folder
         self._spawn(
@@ -117,8 +117,8 @@ class Cluster:
 
     def _spawn(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}.out").open("ab")
-        # A session of its own, so that Ctrl-C in the tests leaves us to end it in order; and an end
-        # with us where we are killed.
+        # A separate session, so that Ctrl-C does not reach the daemons before `stop`; setpriv ends
+        # them if the tests are killed.
         self._daemons.append(
             subprocess.Popen(
                 ("setpriv", "--pdeathsig", "TERM", *command),
@@ -133,19 +133,19 @@ class Cluster:
             time.sleep(0.2)
 
     def command(self, *command: str) -> str:
-        """What one of Slurm's commands prints; empty if it fails."""
+        """Return what one of Slurm's commands prints; empty if it fails."""
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return result.stdout.strip()
 
     def cancel_all(self) -> None:
-        """End all jobs, and wait until nothing of them runs."""
+        """Cancel all jobs and wait until they have ended."""
         deadline = time.monotonic() + 60
         while self.command("squeue", "-h") and time.monotonic() < deadline:
             self.command("scancel", "--user=root")
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """End all jobs, then the daemons."""
+        """Cancel all jobs, then end the daemons."""
         self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.terminate()
@@ -155,14 +155,14 @@ class Cluster:
         self._kill_leftovers()
 
     def _kill_leftovers(self) -> None:
-        """Whatever a broken test left, and nothing that was not started here."""
+        """Kill what a failed test left, and only processes started here."""
         for process in psutil.process_iter(["name"]):
             with contextlib.suppress(psutil.Error):
                 if self._is_ours(process):
                     process.kill()
 
     def _is_ours(self, process: psutil.Process) -> bool:
-        # A step's daemon writes its title over its environment, but has a log of ours open.
+        # A step's daemon overwrites its environment with its title, but has a log of ours open.
         if process.info["name"] == "slurmstepd":
             folder = f"{self.folder}/"
             return any(file.path.startswith(folder) for file in process.open_files())

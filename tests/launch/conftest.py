@@ -1,4 +1,4 @@
-"""The virtual cluster, once for all tests of this folder, and gone after them."""
+"""The virtual cluster, started once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def no_job_is_left(cluster: Cluster) -> Iterator[None]:
-    """A test that fails leaves its job, which would hold the nodes of the next one."""
+    """Cancel the job of a failed test, which would block the nodes for the next one."""
     yield
     cluster.cancel_all()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slurm for tests/launch, from Debian's packages; without root or apt those tests skip.
+# Install Slurm for tests/launch from Debian's packages; without root or apt those tests skip.
 set -euo pipefail
 
 skip() {
@@ -11,7 +11,7 @@ command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v mu
 [[ $EUID == 0 ]] || skip "needs root"
 command -v apt-get >/dev/null || skip "needs apt-get"
 export DEBIAN_FRONTEND=noninteractive
-# Another install may hold apt's lock, and a package server may not answer.
+# Another install may hold apt's lock, and a package server may be unreachable.
 apt=(timeout 300 apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=2
     -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20)
 "${apt[@]}" update >/dev/null || skip "apt-get update failed"

@@ -1,4 +1,4 @@
-"""Jobs of the launch scripts on the virtual cluster: submitted, watched, disturbed."""
+"""Jobs of the launch scripts on the virtual cluster: submit, observe, disturb."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import psutil
 from tests.helpers.runs import ROOT, Run
 from tests.launch.cluster import Cluster
 
-# The 7B recipe with everything but its size, precision and data.
+# Overrides of the 7B recipe: size, precision and data.
 SMALL = (
     "--num-layers", 4, "--hidden-size", 64, "--ffn-hidden-size", 176, "--num-attention-heads", 4,
     "--seq-length", 64, "--max-position-embeddings", 64, "--tokenizer-type", "NullTokenizer",
@@ -30,7 +30,7 @@ SMALL = (
     "--save-retain-interval", 10000,
 )  # fmt: skip
 
-# Any other state, such as REQUEUED or SIGNALING, passes.
+# Any other state, such as REQUEUED or SIGNALING, is temporary.
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -45,12 +45,12 @@ class Job:
 
     @property
     def output(self) -> str:
-        """All that Slurm wrote for the job, over its requeues."""
+        """The job's output over all requeues."""
         return self.output_path.read_text() if self.output_path.exists() else ""
 
     @property
     def run(self) -> Run:
-        """Its metrics."""
+        """The run's metrics."""
         return Run(0, self.output, self.folder / "metrics.jsonl")
 
     @property
@@ -58,7 +58,7 @@ class Job:
         """Last iteration in the metrics; 0 for none."""
         path = self.folder / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        # The last line may be half written.
+        # The last line may be incomplete.
         *_, last = ["{}", *text[: text.rfind("\n") + 1].splitlines()]
         return int(json.loads(last).get("iteration", 0))
 
@@ -69,12 +69,12 @@ class Job:
         return int(path.read_text() or 0) if path.exists() else 0
 
     def details(self) -> dict[str, str]:
-        """Slurm's view: JobState, ExitCode, Restarts, ..."""
+        """Return Slurm's fields of the job: JobState, ExitCode, Restarts, ..."""
         text = self._cluster.command("scontrol", "show", "job", "-o", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def until(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> None:
-        """Wait; fail with the job's output if it takes too long or the job ends before."""
+        """Wait for a condition; fail with the job's output on a timeout or if the job ends."""
         deadline = time.monotonic() + timeout
         while not condition():
             state = self.details()["JobState"]
@@ -88,17 +88,17 @@ class Job:
         return self.details()
 
     def signal(self, name: str) -> None:
-        """What Slurm does before the time limit, by hand."""
+        """Send the signal that Slurm sends before the time limit."""
         self._cluster.command("scancel", f"--signal={name}", self.number)
 
     def cancel(self) -> None:
-        """As a user would."""
+        """Cancel the job and wait until its nodes are free."""
         self._cluster.command("scancel", self.number)
         self.wait()
         self.until_nodes_are_free()
 
     def rank(self, number: int) -> psutil.Process:
-        """The Python process of one rank."""
+        """Return the Python process of one rank."""
         for process in psutil.process_iter(["cmdline"]):
             with contextlib.suppress(psutil.Error):
                 if "megatron_let.pretrain" in (process.info["cmdline"] or ()) and (
@@ -111,11 +111,11 @@ class Job:
         raise AssertionError(f"rank {number} of job {self.number} does not run")
 
     def writers(self) -> list[psutil.Process]:
-        """The processes in which the ranks of two nodes write checkpoints."""
+        """Return the checkpoint-writing processes of ranks 0 and 1."""
         return [p for number in range(2) for p in self.rank(number).children(recursive=True)]
 
     def until_nodes_are_free(self, timeout: float = 60) -> None:
-        """Wait until nothing of the job runs or is cleaned up."""
+        """Wait until the job neither runs nor is being cleaned up."""
         deadline = time.monotonic() + timeout
         while self._cluster.command("squeue", "-h", "-t", "R,CG", "-j", self.number):
             assert time.monotonic() < deadline, f"the nodes are not free after {timeout} s"
@@ -150,7 +150,7 @@ class Launcher:
         runs: Path | None = None,
         **variables: str,
     ) -> Job:
-        """`sbatch OPTIONS SCRIPT -- FLAGS` from the repository's root."""
+        """Run `sbatch OPTIONS SCRIPT -- FLAGS` in the repository's root."""
         runs = runs or self.runs
         output = f"--output={self.runs}/%x.out"
         command = ["sbatch", "--parsable", f"--job-name={name}", "--time=20", output, *options]
@@ -166,6 +166,6 @@ class Launcher:
 
 
 def kill(process: psutil.Process, number: signal.Signals) -> float:
-    """Send a signal; return the time."""
+    """Send a signal; return the current time."""
     os.kill(process.pid, number)
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: started, warned, killed, hung, refused, steered, cancelled, out of disk."""
+"""Jobs on a real Slurm: signalled, killed, hung, on unfit nodes, steered, out of disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.distributed
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("pretrain_*.sh"))
 NEVER = 10000
-# Made anew, so that no recorded diff of this file holds it.
+# Random, so that a recorded diff of this file does not contain it.
 SECRET = secrets.token_hex(8)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_slurm_takes_the_script_at_its_size(script: str, launcher: Launcher) -> None:
+def test_slurm_accepts_the_script_at_its_size(script: str, launcher: Launcher) -> None:
     result = subprocess.run(
         ["sbatch", "--test-only", f"launch/{script}"], cwd=ROOT, env=launcher.environment(),
         capture_output=True, text=True,
@@ -35,8 +35,8 @@ def test_slurm_takes_the_script_at_its_size(script: str, launcher: Launcher) -> 
     assert f"on nodes {nodes} in" in result.stderr
 
 
-def test_warned_run_goes_on_as_if_nothing_had_been(launcher: Launcher) -> None:
-    """Signal, checkpoint, requeue, resume, DONE; the losses are those of a run left alone."""
+def test_signalled_run_resumes_with_the_losses_of_an_uninterrupted_run(launcher: Launcher) -> None:
+    """Signal, checkpoint, requeue, resume, DONE."""
     flags = ("--train-iters", 30, "--save-interval", NEVER)
     wandb = ("--wandb-project", "let", "--wandb-exp-name", "whole")
     whole = launcher.submit("whole", *flags, *wandb, SOME_TOKEN=SECRET)
@@ -54,7 +54,7 @@ def test_warned_run_goes_on_as_if_nothing_had_been(launcher: Launcher) -> None:
     assert [attempt[1] for attempt in attempts] == [warned.number] * 2
     saved = int(attempts[1][2])
     assert 5 <= saved < 30, "the second attempt starts where the first one saved"
-    # Each step once: what the signal saved was not trained again.
+    # Each step once: no step is repeated after the signal.
     assert [row["iteration"] for row in warned.run.rows if "lm_loss" in row] == list(range(1, 31))
     for key in ("lm_loss", "grad_norm", "learning_rate"):
         assert largest_difference(warned.run, whole.run, key) == 0.0, key
@@ -69,7 +69,7 @@ def test_warned_run_goes_on_as_if_nothing_had_been(launcher: Launcher) -> None:
 
 
 def _check_record(job: Job) -> None:
-    """What an attempt was, and nothing secret."""
+    """The record of an attempt is complete and contains no secret."""
     attempt = job.folder / "attempts/0001"
     for name in ("command.txt", "commit.txt", "nodes.txt", "packages.txt", "recipe.yaml"):
         assert (attempt / name).read_text().strip(), name
@@ -81,7 +81,7 @@ def _check_record(job: Job) -> None:
     command = (attempt / "command.txt").read_text()
     assert "torch.distributed.run" in command and "--train-iters 30" in command
     assert f"wandb sync {job.folder}/wandb/offline-run-" in job.output
-    # Rank 0's and the last rank's, which prints the losses.
+    # Output of rank 0 and of the last rank, which prints the losses.
     assert "scheduled an async checkpoint save at iteration" in job.output
     assert "lm loss:" in job.output and "megatron_let: device CPU" in job.output
 
@@ -99,7 +99,7 @@ def _check_status(launcher: Launcher, job: Job) -> None:
     assert lines["last end"].startswith("attempt 2 with code 0")
 
 
-def test_killed_rank_ends_the_job_and_a_second_one_stops_it(launcher: Launcher) -> None:
+def test_second_killed_rank_without_progress_ends_the_run(launcher: Launcher) -> None:
     job = launcher.submit("killed", "--train-iters", NEVER, "--save-interval", NEVER)
     for attempt in (1, 2):
         mark = f"launch: run killed, attempt {attempt},"
@@ -117,12 +117,12 @@ def test_killed_rank_ends_the_job_and_a_second_one_stops_it(launcher: Launcher) 
         assert time.monotonic() - start < 60
     details = job.wait()
     assert (details["JobState"], details["ExitCode"]) == ("FAILED", "4:0"), job.output[-3000:]
-    assert "stands at iteration 0 after two tries: not requeued" in job.output
-    # It would bury the failing rank's own last lines.
+    assert "at iteration 0 after two attempts: not requeued" in job.output
+    # Its messages would hide the last lines of the failed rank.
     assert "torch.distributed.elastic" not in job.output
 
 
-def test_hung_rank_is_found_and_ends_the_job(launcher: Launcher) -> None:
+def test_hung_rank_ends_the_job_after_the_timeout(launcher: Launcher) -> None:
     job = launcher.submit(
         "hung", "--train-iters", NEVER, "--save-interval", NEVER,
         "--distributed-timeout-seconds-after-init", 10, LET_MAX_RESTARTS="0",
@@ -137,21 +137,21 @@ def test_hung_rank_is_found_and_ends_the_job(launcher: Launcher) -> None:
 
 
 def write_program(path: Path, *lines: str) -> str:
-    """Write a program; return a PATH on which it comes first."""
+    """Write a program; return a PATH that finds it first."""
     path.write_text("\n".join(("#!/bin/bash", *lines, "")))
     path.chmod(0o755)
     return f"{path.parent}:{os.environ['PATH']}"
 
 
 def test_unfit_node_is_named_before_training(launcher: Launcher, tmp_path: Path) -> None:
-    """A program in nvidia-smi's place shows one GPU too few on the second node."""
+    """A fake nvidia-smi shows one GPU too few on the third node."""
     path = write_program(
         tmp_path / "nvidia-smi",
         "[[ $SLURMD_NODENAME == n3 ]] && count=7 || count=8",
         "case $1 in *memory.total) value=81559 ;; *driver*) exit 1 ;; *) value=0 ;; esac",
         "for ((i = 0; i < count; i++)); do echo $value; done",
     )
-    # As many nodes as the script's own header asks for.
+    # The number of nodes is that of the script's header.
     job = launcher.submit("unfit", options=(), LET_PREFLIGHT="on", LET_GPUS_PER_NODE="8", PATH=path)
     details = job.wait()
     assert details["ExitCode"] == "3:0", job.output[-3000:]
@@ -160,8 +160,8 @@ def test_unfit_node_is_named_before_training(launcher: Launcher, tmp_path: Path)
     assert not (job.folder / "checkpoints").exists(), "no training was started"
 
 
-def test_unequal_nodes_are_named_before_training(launcher: Launcher, tmp_path: Path) -> None:
-    """The second node's clock is 7 s ahead, and its Triton is another one."""
+def test_different_node_is_named_before_training(launcher: Launcher, tmp_path: Path) -> None:
+    """The second node has a clock 7 s ahead and another version of Triton."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata, os, time\n"
         "if os.environ.get('SLURMD_NODENAME') == 'n2':\n"
@@ -178,14 +178,14 @@ def test_unequal_nodes_are_named_before_training(launcher: Launcher, tmp_path: P
     assert "submit again with --exclude=n2" in job.output
 
 
-def test_node_that_does_not_answer_is_named(launcher: Launcher, tmp_path: Path) -> None:
-    """The second node's Python does not start; the first one is not accused of it."""
+def test_node_whose_doctor_fails_is_named(launcher: Launcher, tmp_path: Path) -> None:
+    """Python does not start on the second node; the first one is not blamed."""
     python = tmp_path / "python"
     write_program(python, "[[ $SLURMD_NODENAME == n2 ]] && echo 'libc is gone' >&2 && exit 127",
                   f'exec {sys.executable} "$@"')  # fmt: skip
     job = launcher.submit("silent", LET_PREFLIGHT="on", LET_PYTHON=str(python))
     assert job.wait()["ExitCode"] == "3:0", job.output[-3000:]
-    assert "launch: node n2: its doctor did not answer" in job.output
+    assert "launch: node n2: the doctor did not finish" in job.output
     assert "libc is gone" in job.output and "--exclude=n2," in job.output
 
 
@@ -194,14 +194,16 @@ def test_slow_network_is_named_before_training(launcher: Launcher) -> None:
     assert job.wait()["ExitCode"] == "3:0", job.output[-3000:]
     assert "GB/s, under LET_MIN_BUS_GBPS=1000" in job.output
     assert "between the nodes is under LET_MIN_BUS_GBPS=1000 (code 3): check" in job.output
-    assert "--exclude" not in job.output, "no node is accused of it"
+    assert "--exclude" not in job.output, "no node is blamed"
     assert not (job.folder / "checkpoints").exists(), "no training was started"
 
 
-def test_files_steer_a_run_with_a_task_for_each_rank(launcher: Launcher, tmp_path: Path) -> None:
-    """SAVE_NOW and STOP, after a look at the nodes, where srun and not torchrun starts ranks.
+def test_control_files_steer_a_run_with_one_task_per_rank(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """SAVE_NOW and STOP, after the preflight, with ranks started by srun instead of torchrun.
 
-    A program in apptainer's place notes its arguments and starts what comes after the image.
+    A fake apptainer records its arguments and runs the command after the image.
     """
     path = write_program(
         tmp_path / "apptainer", f'echo "$@" >{tmp_path}/arguments',
@@ -226,17 +228,17 @@ def test_files_steer_a_run_with_a_task_for_each_rank(launcher: Launcher, tmp_pat
     assert f"was stopped by {job.folder}/checkpoints/STOP at iteration" in job.output
     refused = launcher.submit("steered", "--train-iters", NEVER)
     assert refused.wait()["ExitCode"] == "6:0"
-    assert "remove that file to go on" in refused.output
+    assert f"{job.folder}/checkpoints/STOP" in refused.output
 
 
-def test_cancel_within_a_checkpoint_leaves_the_previous_one(launcher: Launcher) -> None:
+def test_cancel_during_a_checkpoint_keeps_the_previous_one(launcher: Launcher) -> None:
     flags = ("--save-interval", 20)
     job = launcher.submit("cancelled", "--train-iters", NEVER, *flags)
-    cut = _stop_writers_within_a_save(job, 20)
+    cut = _stop_writers_during_a_save(job, 20)
     start = time.monotonic()
     job.cancel()
     print(f"{time.monotonic() - start:.1f} s from the cancel to free nodes")
-    # Orphaned writers that held the output open once cost a minute.
+    # Orphaned writers that hold the output open would cost a minute.
     assert time.monotonic() - start < 30
     assert job.checkpoint == cut - 20
     assert job.details()["JobState"] == "CANCELLED"
@@ -247,8 +249,8 @@ def test_cancel_within_a_checkpoint_leaves_the_previous_one(launcher: Launcher) 
     assert resumed.checkpoint == cut + 5
 
 
-def _stop_writers_within_a_save(job: Job, interval: int) -> int:
-    """Let a checkpoint begin and never be complete; return its iteration."""
+def _stop_writers_during_a_save(job: Job, interval: int) -> int:
+    """Let a checkpoint begin but not finish; return its iteration."""
     job.until(lambda: job.checkpoint >= interval, "a first checkpoint")
     for writer in job.writers():
         writer.send_signal(signal.SIGSTOP)
@@ -256,15 +258,15 @@ def _stop_writers_within_a_save(job: Job, interval: int) -> int:
     begun = job.iteration
     job.until(lambda: job.iteration >= begun + 2, "two more steps")
     cut = job.checkpoint + interval
-    job.until((job.folder / f"checkpoints/iter_{cut:07d}").exists, "the begin of a checkpoint")
+    job.until((job.folder / f"checkpoints/iter_{cut:07d}").exists, "the start of a checkpoint")
     return cut
 
 
-def test_full_disk_is_named_and_the_last_checkpoint_stays(
+def test_full_disk_is_named_and_keeps_the_last_checkpoint(
     launcher: Launcher, tmp_path: Path
 ) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "let", tmp_path]).returncode:
-        pytest.skip("a disk of 40 MB is mounted, for which the tests must run as root")
+        pytest.skip("mounting a disk of 40 MB needs root")
     try:
         job = launcher.submit(
             "full", "--train-iters", NEVER, "--save-interval", 10, runs=tmp_path,
@@ -291,9 +293,9 @@ def test_full_disk_is_named_and_the_last_checkpoint_stays(
 
 
 @pytest.mark.slow
-def test_distrusted_result_runs_again_on_another_node(launcher: Launcher, tmp_path: Path) -> None:
-    """Megatron's own injected error: exit code 16, all ranks one node on, then its verdict, 17."""
-    # By the host's name it knows whether another GPU was tried.
+def test_suspicious_result_runs_again_on_another_node(launcher: Launcher, tmp_path: Path) -> None:
+    """An error injected by Megatron: exit code 16, all ranks on the next node, then 17."""
+    # Megatron tells by the host's name whether another GPU was tried.
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "machine = os.uname()\n"
@@ -317,13 +319,13 @@ def test_distrusted_result_runs_again_on_another_node(launcher: Launcher, tmp_pa
     ("limit", "said"),
     [
         (("--time=4", "--signal=URG@120"), "exiting program after receiving SIGTERM"),
-        # Seven minutes less five leave one or two; no warning comes in that time.
+        # --exit-duration-in-mins is one or two minutes; no signal comes in that time.
         (("--time=7", "--signal=URG@1"), "minutes] datetime"),
     ],
-    ids=["warned", "second net"],
+    ids=["signal", "duration"],
 )
 def test_time_limit_requeues_the_run(limit: tuple[str, ...], said: str, launcher: Launcher) -> None:
-    """By Slurm's own clock, and by Megatron's where the warning is missed."""
+    """By Slurm's signal, and by Megatron's duration if the signal is missed."""
     name = f"limited_{limit[0][-1]}"
     job = launcher.submit(
         name, "--train-iters", NEVER, "--save-interval", NEVER, options=("--nodes=2", *limit)
@@ -340,8 +342,8 @@ def test_time_limit_requeues_the_run(limit: tuple[str, ...], said: str, launcher
 
 
 @pytest.mark.slow
-def test_killed_rank_ends_a_job_with_a_task_for_each_rank(launcher: Launcher) -> None:
-    """As with torchrun, where srun starts the ranks."""
+def test_killed_rank_ends_a_job_with_one_task_per_rank(launcher: Launcher) -> None:
+    """As with torchrun, with ranks started by srun."""
     job = launcher.submit(
         "killed_task", "--train-iters", NEVER, "--save-interval", NEVER,
         options=("--nodes=2", "--ntasks-per-node=2"), LET_RANKS_PER_NODE="2", LET_MAX_RESTARTS="0",

@@ -1,23 +1,21 @@
-"""Speed of preprocessing against datatrove's tokenizer step, on the same files in the same run.
+"""Compare the speed of preprocessing with datatrove's tokenizer step, on the same files.
 
-Needs datatrove and orjson besides (pip install datatrove orjson). Both sides read JSON lines, end
-each document with the same token, and write uint16 to the same disk; ours also merges its shards.
-Each measurement is a forked process with the tokenizer loaded before; the sides take turns, so that
-a load from elsewhere meets both. What is measured per core is held to one core, reader included.
+Needs datatrove and orjson (pip install datatrove orjson). Both read JSON lines, end each document
+with the same token, and write uint16 to the same disk; this package also merges its shards. Each
+measurement is a forked process with the tokenizer already loaded; the two alternate, so that other
+load on the machine affects both. Per-core measurements are restricted to one core, reader included.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
-import platform
 import resource
+import shlex
 import shutil
 import statistics
 import sys
@@ -33,15 +31,16 @@ from rich.table import Table
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.preprocess import BLOCK_BYTES, PreprocessOptions, preprocess
 from megatron_let.data.text_tokenizer import HUGGING_FACE
+from megatron_let.metrics.provenance import provenance, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "preprocess.csv"
-LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "datatrove", "megatron-core", "numpy")
+LIBRARIES = ("tokenizers", "sentencepiece", "datatrove", "numpy")
 Job = Callable[[Path], None]
 
 
 def main() -> int:
-    """Measure, print a table, write the CSV; return the exit code."""
+    """Measure, print a table and write the CSV; return the exit code."""
     options = _parse()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
@@ -52,7 +51,7 @@ def main() -> int:
         samples: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
         cores = sorted(os.sched_getaffinity(0))
         for repeat in range(options.repeats):
-            # Turns on each core: a neighbour's load on one must not weigh on one side.
+            # Alternate cores, so that load on one core does not affect one side only.
             single = {cores[repeat % len(cores)]}
             names = list(jobs) if repeat % 2 == 0 else list(jobs)[::-1]
             for job in names:
@@ -60,9 +59,16 @@ def main() -> int:
                     _measure(jobs[job], folder / "out", single if job in per_core else set(cores))
                 )
                 shutil.rmtree(folder / "out", ignore_errors=True)
-    rows = _rows(samples, num_bytes, _baselines(options))
+    rows = _rows(samples, num_bytes)
     _print(rows)
-    _write_csv(rows, options)
+    tokenizers = [path.name for path in (options.hugging_face, options.sentence_piece) if path]
+    source = {
+        **provenance(shlex.join(["python", *sys.argv])),
+        "load_1min": f"{os.getloadavg()[0]:.2f}",
+        "tokenizers": " ".join(tokenizers),
+        "libraries": " ".join(f"{n}=={importlib.metadata.version(n)}" for n in LIBRARIES),
+    }
+    write_csv(RESULTS, rows, source)
     return 0
 
 
@@ -71,14 +77,14 @@ def _parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--hugging-face", type=Path, required=True, help="folder of a tokenizer")
     add("--sentence-piece", type=Path, help="a .model file")
-    add("--megabytes", type=int, default=16, help="of real text (default: 16)")
-    add("--repeats", type=int, default=7, help="of every measurement (default: 7)")
+    add("--megabytes", type=int, default=16, help="amount of real text (default: 16)")
+    add("--repeats", type=int, default=7, help="number of measurements (default: 7)")
     add("--scratch", type=Path, help="folder for the text and the results")
     return parser.parse_args()
 
 
 def _write_corpus(folder: Path, num_bytes: int) -> int:
-    """Real text in as many files as there are cores; return its bytes of UTF-8."""
+    """Write real text to as many files as there are cores; return its size in UTF-8 bytes."""
     folder.mkdir()
     texts = list(environment_text(num_bytes))
     cores = len(os.sched_getaffinity(0))
@@ -91,7 +97,7 @@ def _write_corpus(folder: Path, num_bytes: int) -> int:
 def _jobs(options: argparse.Namespace, corpus: Path) -> dict[str, Job]:
     cores = len(os.sched_getaffinity(0))
     hugging_face = options.hugging_face
-    # As many blocks a core as make the end of the run no matter.
+    # Enough blocks per core to balance the end of the run.
     block_bytes = min(BLOCK_BYTES, options.megabytes * 1_000_000 // (cores * 8))
     jobs: dict[str, Job] = {
         "ours, Hugging Face": _ours(corpus, HUGGING_FACE, hugging_face, 1, block_bytes),
@@ -109,16 +115,11 @@ def _jobs(options: argparse.Namespace, corpus: Path) -> dict[str, Job]:
     return jobs
 
 
-def _baselines(options: argparse.Namespace) -> dict[str, str]:
-    """What each measurement is compared with."""
-    cores = len(os.sched_getaffinity(0))
-    found = {
-        "ours, Hugging Face": "datatrove, Hugging Face",
-        f"ours, Hugging Face, {cores} workers": "ours, Hugging Face",
-    }
-    if options.sentence_piece:
-        found["ours, SentencePiece"] = "datatrove, SentencePiece"
-    return found
+def _baseline(name: str) -> str | None:
+    """Return the measurement that one is compared with."""
+    if name.endswith("workers"):
+        return name.rpartition(", ")[0]
+    return name.replace("ours", "datatrove") if name.startswith("ours") else None
 
 
 def _ours(corpus: Path, kind: str, model: Path, workers: int, block_bytes: int) -> Job:
@@ -153,14 +154,14 @@ def _datatrove(corpus: Path, tokenizer: Path) -> Job:
 
 
 def _convert_sentence_piece(model: Path, folder: Path) -> None:
-    """The form of a SentencePiece model that datatrove can read."""
+    """Convert a SentencePiece model to a tokenizer that datatrove can read."""
     from transformers import LlamaTokenizer
 
     LlamaTokenizer.from_pretrained(str(model.parent), vocab_file=str(model)).save_pretrained(folder)
 
 
 def _measure(job: Job, out: Path, cores: set[int]) -> dict[str, float]:
-    """Seconds on the clock and of CPU, in a process of its own on some cores."""
+    """Return clock and CPU seconds of a job in a forked process on these cores."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
@@ -185,9 +186,7 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _rows(
-    samples: dict[str, list[dict[str, float]]], num_bytes: int, baselines: dict[str, str]
-) -> list[dict[str, Any]]:
+def _rows(samples: dict[str, list[dict[str, float]]], num_bytes: int) -> list[dict[str, Any]]:
     rows = []
     for name, found in samples.items():
         row: dict[str, Any] = {"what": name, "text_bytes": num_bytes, "samples": len(found)}
@@ -198,7 +197,7 @@ def _rows(
                 round(speeds[0], 3),
                 round(speeds[-1], 3),
             )
-        if base := baselines.get(name):
+        if base := _baseline(name):
             row["baseline"] = base
             for key in ("seconds", "cpu"):
                 pairs = zip(samples[base], found, strict=True)
@@ -224,34 +223,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
         speeds = (f"{row['mb_per_seconds']:.2f}", f"{row['mb_per_cpu']:.2f}")
         table.add_row(row["what"], *speeds, row.get("baseline", ""), clock, cpu)
     Console(width=140).print(table)
-
-
-def _write_csv(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    tokenizers = [options.hugging_face.name]
-    if options.sentence_piece:
-        tokenizers.append(options.sentence_piece.name)
-    fixed = {
-        "tokenizers": " ".join(tokenizers),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
-        "load_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": " ".join(f"{n}=={importlib.metadata.version(n)}" for n in LIBRARIES),
-        "command": "tools/benchmark/preprocess.py"
-        f" --megabytes {options.megabytes} --repeats {options.repeats}",
-    }
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*names, *fixed])
-        writer.writeheader()
-        writer.writerows({**row, **fixed} for row in rows)
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 if __name__ == "__main__":

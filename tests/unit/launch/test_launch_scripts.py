@@ -1,4 +1,4 @@
-"""What the launch scripts show, refuse and decide, without a Slurm."""
+"""The launch scripts without Slurm: dry runs, settings, and decisions at the end of an attempt."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch(script: Path, site: Path, *arguments: str, **variables: str) -> tuple
     return result.returncode, result.stdout
 
 
-def test_there_is_a_script_for_each_paper_recipe() -> None:
+def test_each_paper_recipe_has_a_script() -> None:
     names = [script.stem.removeprefix("pretrain_") for script in SCRIPTS]
     assert len(names) == 6
     for name in names:
@@ -57,7 +57,7 @@ def test_dry_run_shows_job_and_command(script: Path, site: Path) -> None:
         assert expected in shown, expected
 
 
-def test_deepspeeds_script_is_one_node_of_its_recipe(site: Path) -> None:
+def test_deepspeed_dry_run_shows_one_node_and_its_recipe(site: Path) -> None:
     code, shown = launch(DEEPSPEED, site, "--dry-run")
     assert code == 0, shown
     for expected in (
@@ -72,17 +72,17 @@ def test_deepspeeds_script_is_one_node_of_its_recipe(site: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_recipe_saves_as_the_launcher_expects(script: Path) -> None:
+def test_recipe_saves_asynchronously_to_the_run_folder(script: Path) -> None:
     size, method = script.stem.removeprefix("pretrain_").split("_")
     settings = load_recipe(ROOT / f"configs/{method}_{size}.yaml")
-    # Without any one of the three Megatron saves synchronously, or refuses.
+    # Without any one of the three Megatron saves synchronously, or fails.
     assert settings["async-save"] and settings["use-persistent-ckpt-worker"]
     assert settings["async-strategy"] == "mcore" and settings["exit-signal-handler"]
     assert settings["save"] == settings["load"] == "${OUTPUT}/checkpoints"
 
 
-# Table 3 and appendix B: layers, width, feed-forward, heads, peak rate, batch a GPU, accumulation.
-# The appendix gives no batch a GPU for 3B; 8 x 8 is ours.
+# Table 3, appendix B: layers, width, feed-forward, heads, peak rate, batch per GPU, accumulation.
+# The appendix gives no batch per GPU for 3B; 8 x 8 is this package's.
 PAPER = {
     "1p4b": (24, 2048, 5461, 32, 4e-4, 16, 4),
     "3b": (None, None, None, None, 3e-4, 8, 8),
@@ -91,7 +91,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_sizes_are_the_papers(script: Path) -> None:
+def test_recipe_and_header_have_the_papers_sizes(script: Path) -> None:
     size, method = script.stem.removeprefix("pretrain_").split("_")
     header = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script.read_text(), re.MULTILINE))
     assert header["job-name"] == f"{method}_{size}"
@@ -105,7 +105,7 @@ def test_sizes_are_the_papers(script: Path) -> None:
     assert settings["micro-batch-size"] == micro
     assert settings["global-batch-size"] == micro * accumulation * ranks == 2048
     assert settings["seq-length"] == settings["max-position-embeddings"] == 1280
-    # 20B tokens, a tenth of it warm-up, down to a tenth of the rate.
+    # 20B tokens, warm-up over a tenth of the steps, decay to a tenth of the peak rate.
     assert settings["train-iters"] * 2048 * 1280 == pytest.approx(20e9, rel=1e-3)
     assert settings["lr-warmup-iters"] == pytest.approx(settings["train-iters"] / 10, abs=1)
     assert settings["min-lr"] == pytest.approx(settings["lr"] / 10)
@@ -116,7 +116,7 @@ def test_sizes_are_the_papers(script: Path) -> None:
 
 
 @pytest.mark.parametrize("size", PAPER)
-def test_baseline_and_let_differ_in_the_method_only(size: str) -> None:
+def test_baseline_and_let_differ_only_in_the_method(size: str) -> None:
     baseline, let = (load_recipe(ROOT / f"configs/{m}_{size}.yaml") for m in ("baseline", "let"))
     names = {name for name in baseline.keys() | let.keys() if baseline.get(name) != let.get(name)}
     assert {name for name in names if not name.startswith("let-")} <= {"tokenizer-model"}
@@ -141,11 +141,11 @@ def test_container_runs_the_same_inner_script(container: str, expected: str, sit
     shown = shown.replace("\\,", ",")
     assert code == 0 and expected in shown, shown
     assert "launch/lib/node.sh ranks megatron_let.pretrain" in shown
-    assert "rank.sh python3 -u -m megatron_let.pretrain" in shown, "the container's own Python"
+    assert "rank.sh python3 -u -m megatron_let.pretrain" in shown, "the container's Python"
 
 
 @pytest.mark.parametrize("option", [["--job-name=two"], ["--job-name", "two"], ["-J", "two"]])
-def test_job_name_is_the_run(option: list[str], site: Path) -> None:
+def test_job_name_is_the_run_name(option: list[str], site: Path) -> None:
     code, shown = launch(SCRIPTS[0], site, "--dry-run", *option)
     assert code == 0 and f"# run folder: {site.parent}/runs/two\n" in shown
 
@@ -157,15 +157,17 @@ def test_job_name_is_the_run(option: list[str], site: Path) -> None:
         ({"LET_FABRIC": "carrier-pigeon"}, "LET_FABRIC is 'carrier-pigeon'"),
         ({"LET_CONTAINER": "docker", "LET_IMAGE": "x"}, "LET_CONTAINER is 'docker'"),
         ({"LET_CONTAINER": "pyxis"}, "error: LET_IMAGE is not set"),
-        ({"LET_SITE": "/nowhere"}, "there is no site file /nowhere"),
+        ({"LET_SITE": "/nowhere"}, "no site file /nowhere"),
     ],
 )
-def test_mistake_gets_one_line(variables: dict[str, str], expected: str, site: Path) -> None:
+def test_invalid_setting_ends_with_one_error_line(
+    variables: dict[str, str], expected: str, site: Path
+) -> None:
     code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
     assert code == 2 and expected in shown and shown.count("error:") == 1
 
 
-def test_scripts_name_no_site_and_each_setting_its_reason() -> None:
+def test_scripts_have_no_site_paths_and_a_reason_per_setting() -> None:
     for path in (ROOT / "launch/env").glob("*.sh"):
         reason = False
         for line in path.read_text().splitlines():
@@ -176,7 +178,7 @@ def test_scripts_name_no_site_and_each_setting_its_reason() -> None:
             assert not re.search(r"/(scratch|lustre|gpfs|home)/", path.read_text()), path
 
 
-# What is decided at the end of an attempt
+# The end of an attempt
 
 
 DECIDE = """
@@ -209,7 +211,7 @@ def decide(
     table = "".join(f"{i}\t7\t{start}\t0\tn1\n" for i, start in enumerate(starts))
     (output / "attempts.tsv").write_text("0\t6\t100\t0\tn1\n" + table)
     if rank_code:
-        # Rank 5 was ended by what rank 3 did.
+        # Rank 5 failed because of rank 3.
         (output / "exits/5").write_text("2000.5 1 5 n2\n")
         (output / "exits/3").write_text(f"1000.5 {rank_code} 3 n1\n")
     if mark:
@@ -218,7 +220,7 @@ def decide(
 
 
 def end_attempt(output: Path, code: int, restarts: int = 0) -> tuple[int, str]:
-    """What the launcher does after a step that ended with this code."""
+    """Run the end of an attempt after a step with this exit code."""
     script = DECIDE.format(root=ROOT, output=output, code=code, restarts=restarts)
     result = subprocess.run(
         ["bash", "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -234,14 +236,14 @@ def end_attempt(output: Path, code: int, restarts: int = 0) -> tuple[int, str]:
         (0, {"mark": "STOP"}, 0, "was stopped by"),
         (1, {}, 0, "rank 3 on node n1 failed first, with exit code 1"),
         (1, {"starts": (0, 100)}, 0, "requeueing"),
-        (1, {"starts": (100, 100)}, 4, "stands at iteration 100 after two tries"),
+        (1, {"starts": (100, 100)}, 4, "at iteration 100 after two attempts: not requeued"),
         (0, {"restarts": 50}, 5, "was requeued 50 times"),
-        (2, {}, 2, "the run cannot start as it is asked for: not requeued"),
+        (2, {}, 2, "error: the run cannot start with these settings"),
         (16, {}, 0, "again on another GPU (exit code 16)"),
-        (17, {}, 17, "Megatron found a result invalid (exit code 17): not requeued"),
+        (17, {}, 17, "(exit code 17): not requeued"),
     ],
 )
-def test_end_of_an_attempt(
+def test_end_of_an_attempt_ends_or_requeues(
     rank_code: int, situation: dict[str, object], code: int, expected: str, tmp_path: Path
 ) -> None:
     found, shown = decide(tmp_path, rank_code, **situation)  # type: ignore[arg-type]
@@ -251,7 +253,7 @@ def test_end_of_an_attempt(
         assert "last words" in shown and "old" not in shown, "only this attempt's lines"
 
 
-def test_rank_that_lost_its_peer_did_not_fail_first(tmp_path: Path) -> None:
+def test_rank_that_lost_its_peer_is_not_blamed(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "exits").mkdir()
     (tmp_path / "logs/rank_0000.log").write_text("RuntimeError: Connection closed by peer [::1]\n")
@@ -262,15 +264,15 @@ def test_rank_that_lost_its_peer_did_not_fail_first(tmp_path: Path) -> None:
     assert code == 4 and "rank 1 on node n2 failed first" in shown and "out of memory" in shown
 
 
-def test_end_before_any_rank_shows_what_the_nodes_said(tmp_path: Path) -> None:
+def test_end_before_any_rank_shows_the_node_logs(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/node_n2.log").write_text("address already in use\n")
     (tmp_path / "attempts.tsv").write_text("1\t7\t0\t0\tn1\n")
     code, shown = end_attempt(tmp_path, 1)
-    assert code == 0 and "no rank said how it ended; the step ended with code 1" in shown
+    assert code == 0 and "the step ended with code 1" in shown
     assert "    address already in use" in shown and "requeueing run run at iteration 0" in shown
 
 
-def test_rerun_elsewhere_moves_the_ranks(tmp_path: Path) -> None:
+def test_rerun_request_shifts_the_ranks(tmp_path: Path) -> None:
     decide(tmp_path, 16)
     assert (tmp_path / "node_shift").read_text() == "1\n"
