@@ -1,1 +1,1 @@
-"""Checkpoints: Megatron's torch_dist format to Hugging Face Llama folders and back."""
+"""Checkpoints of both engines: read, describe, compare, convert to and from Hugging Face."""

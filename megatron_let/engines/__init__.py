@@ -1,6 +1,6 @@
-"""Engines that take the training steps: Megatron's own, or DeepSpeed's.
+"""Training engines behind one registry: Megatron's, or DeepSpeed's ZeRO.
 
-This is the registry. Nothing outside this package imports an engine in any other way.
+Modules outside this package use `load_engine` and import no engine.
 """
 
 from __future__ import annotations
