@@ -82,10 +82,10 @@ def test_megatrons_parser_takes_every_setting(path: Path, parser: argparse.Argum
 def megatron_on_any_host() -> Iterator[None]:
     """Megatron's validation asks for a GPU's properties."""
     from megatron_let.compat import PATCHES, PatchSet
-    from megatron_let.compat.cpu_shims import stand_ins
+    from megatron_let.compat.cpu_shims import cpu_shims
 
     patches = PatchSet()
-    patches.apply_all(PATCHES, stand_ins())
+    patches.apply_all(PATCHES, cpu_shims())
     yield
     patches.undo()
 
