@@ -58,7 +58,7 @@ def train(argv: list[str], host: Host) -> None:
 
     # Configuration
     host_patches = apply_host_patches(host)
-    args = parse_command_line(argv, host.argv(), _check_flags)
+    args = parse_command_line(argv, host.argv(), check_flags)
     config = let_config_from_args(args)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
     if args.transformer_impl == "local":
@@ -89,7 +89,12 @@ def train(argv: list[str], host: Host) -> None:
         control_files.mark_done(args)
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
+    """Check that LET, this entry and the engine support every flag.
+
+    Raises:
+        LETError: names the flag and what to do.
+    """
     from megatron_let.config.validation import check_entry_supports, check_supported
     from megatron_let.engines.deepspeed import refusals
 

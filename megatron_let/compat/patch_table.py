@@ -286,17 +286,15 @@ _WANDB_ROWS = (
     ),
 )
 
-PATCHES: dict[str, Patch] = {
-    row.target: row
-    for row in (
-        *_CPU_ROWS,
-        *_PIP_ROWS,
-        *_TORCH_OPTIMIZER_ROWS,
-        *_LET_ROWS,
-        *_PROJECTION_ROWS,
-        *_METRICS_ROWS,
-        *_CONTROL_ROWS,
-        *_WANDB_ROWS,
-        *_DEEPSPEED_ROWS,
-    )
-}
+ROWS: tuple[Patch, ...] = (
+    *_CPU_ROWS,
+    *_PIP_ROWS,
+    *_TORCH_OPTIMIZER_ROWS,
+    *_LET_ROWS,
+    *_PROJECTION_ROWS,
+    *_METRICS_ROWS,
+    *_CONTROL_ROWS,
+    *_WANDB_ROWS,
+    *_DEEPSPEED_ROWS,
+)
+PATCHES = {row.target: row for row in ROWS}

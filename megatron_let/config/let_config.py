@@ -121,8 +121,8 @@ class LETConfig:
             )
         if self.cross_tokenizer and self.loss != "cosine":
             raise LETError(
-                f"--let-loss {self.loss} cannot be used with --let-cross-tokenizer, which leaves some"
-                " tokens without a teacher state; use --let-loss cosine."
+                f"--let-loss {self.loss} cannot be used with --let-cross-tokenizer, under which"
+                " some tokens have no teacher state; use --let-loss cosine."
             )
         if self.projection != "interpolate" and self.loss == "cca":
             # In directions without a gradient Adam would take full steps on rounding noise.

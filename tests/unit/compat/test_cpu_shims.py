@@ -263,7 +263,9 @@ def test_backward_that_requests_cuda_runs_on_cpu(backward: Any, expected: int) -
 
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_matches_megatron(groups: int, scale: float | None, megatron_on_cpu: None) -> None:
+def test_attention_matches_megatron(
+    groups: int, scale: float | None, megatron_on_cpu: None
+) -> None:
     config = transformer_config(num_query_groups=groups)
     query, key, value = (t.requires_grad_() for t in heads(config, 12))
     future = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
@@ -309,7 +311,9 @@ def test_attention_default_scale_is_inverse_root_of_head_width() -> None:
     torch.testing.assert_close(default, explicit(query, key, value, None))
 
 
-def test_attention_dropout_uses_rng_tracker_and_is_off_in_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_dropout_uses_rng_tracker_and_is_off_in_eval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     forks: list[str] = []
 
     @contextlib.contextmanager
@@ -339,9 +343,7 @@ def test_attention_dropout_uses_rng_tracker_and_is_off_in_eval(monkeypatch: pyte
         ({"normalization": "RMSNorm", "num_moe_experts": 4}, "--num-experts 4"),
     ],
 )
-def test_unsupported_model_raises_error_naming_flag(
-    values: dict[str, Any], expected: str
-) -> None:
+def test_unsupported_model_raises_error_naming_flag(values: dict[str, Any], expected: str) -> None:
     config = SimpleNamespace(transformer=transformer_config(**values))
     with pytest.raises(LETError, match=expected):
         local_layer_spec(config)

@@ -182,7 +182,9 @@ def attribute(target: str) -> Any:
 def test_apply_all_of_a_target_that_does_not_fit_applies_none(module: ModuleType) -> None:
     before = attribute("torch:Tensor.cuda")
     with pytest.raises(PatchError, match="torch:nothing"):
-        PatchSet().apply_all({"torch:Tensor.cuda": lambda original: None, "torch:nothing": identity})
+        PatchSet().apply_all(
+            {"torch:Tensor.cuda": lambda original: None, "torch:nothing": identity}
+        )
     assert attribute("torch:Tensor.cuda") is before
 
 
@@ -205,6 +207,10 @@ def all_rows_applied() -> Iterator[PatchSet]:
 
 def test_every_row_fits_what_is_installed(all_rows_applied: PatchSet) -> None:
     assert [patch.target for patch in all_rows_applied.applied] == list(PATCHES)
+
+
+def test_no_target_has_two_rows() -> None:
+    assert len(PATCHES) == len(table.ROWS)
 
 
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=lambda patch: patch.target)
