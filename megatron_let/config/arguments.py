@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.let_config import (
-    LAYER_PAIRS,
     LOSSES,
     METHODS,
     PLACEMENTS,
@@ -53,14 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("method", "what to train with", choices=METHODS)
     add("teacher", "Hugging Face folder or .gguf file of the small trained model", type=Path)
     add("layer", "k, the student's layer: middle, last or a number from 1", type=_layer)
-    group.add_argument(
-        "--let-layer-pair",
-        action=_LayerPair,
-        choices=LAYER_PAIRS,
-        default=argparse.SUPPRESS,
-        help="--let-layer and --let-teacher-layer by the paper's name, teacher's layer first: Last"
-        " or Middle to Early (the third), Middle or Last; the later flag wins",
-    )
     add("loss", "loss between the student's and the teacher's states", choices=LOSSES)
     add(
         "projection",
@@ -140,15 +131,6 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="shard the teacher over the replicas by ZeRO-3 (--engine deepspeed)",
     )
-
-
-class _LayerPair(argparse.Action):
-    """Sets `--let-layer` and `--let-teacher-layer`."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
-    ) -> None:
-        namespace.let_layer, namespace.let_teacher_layer = LAYER_PAIRS[value]
 
 
 def _layer(text: str) -> int | str:

@@ -18,16 +18,6 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
-# Paper, section 3.3: --let-layer and --let-teacher-layer of each pair; "early" is the third layer.
-LAYER_PAIRS: dict[str, tuple[int | str, str]] = {
-    "L2E": (3, "last"),
-    "L2M": ("middle", "last"),
-    "L2L": ("last", "last"),
-    "M2E": (3, "middle"),
-    "M2M": ("middle", "middle"),
-    "M2L": ("last", "middle"),
-}
-
 
 @dataclass(frozen=True)
 class LETConfig:

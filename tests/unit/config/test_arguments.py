@@ -14,7 +14,6 @@ from megatron_let.config.arguments import add_arguments, let_config_from_args, n
 from megatron_let.config.let_config import LETConfig
 
 LET = ("--let-method", "let", "--let-teacher", "/t")
-PAIR = ("--let-layer-pair", "M2M")
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -88,17 +87,8 @@ def test_every_setting_is_read_by_some_method() -> None:
 @pytest.mark.parametrize(
     ("flags", "student", "teacher"),
     [
-        (("--let-layer-pair", "L2E"), 3, "last"),
-        (("--let-layer-pair", "L2M"), 12, "last"),
-        (("--let-layer-pair", "L2L"), 24, "last"),
-        (("--let-layer-pair", "M2E"), 3, "middle"),
-        (("--let-layer-pair", "M2M"), 12, "middle"),
-        (("--let-layer-pair", "M2L"), 24, "middle"),
         (("--let-layer", "middle", "--let-teacher-layer", "5"), 12, "5"),
         (("--let-layer", "last"), 24, "last"),
-        # As a recipe's settings come before the command line.
-        (("--let-layer", "4", "--let-teacher-layer", "1", *PAIR), 12, "middle"),
-        ((*PAIR, "--let-layer", "4"), 4, "middle"),
     ],
 )
 def test_layers_by_name(flags: tuple[str, ...], student: int, teacher: str) -> None:
@@ -114,10 +104,7 @@ def test_middle_of_one_layer_is_that_layer() -> None:
     assert let_config_from_args(args).layer == 1
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--let-method=kd", "--let-layer=x", "--let-layer-pair=L2X", "--let-teacher-dtype=fp64"],
-)
+@pytest.mark.parametrize("flag", ["--let-method=kd", "--let-layer=x", "--let-teacher-dtype=fp64"])
 def test_value_of_wrong_type_is_refused_by_the_parser(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
