@@ -27,7 +27,7 @@ _ALIGNMENT = (
     "projection",
     "cross_tokenizer",
 )
-_DISTILLATION = ("kd_weight", "kd_temperature", "kd_top_k", "kd_fade")
+_DISTILLATION = ("kd_weight", "kd_temperature", "kd_top_k")
 
 # Settings that each method does not read.
 _UNUSED: dict[str, tuple[str, ...]] = {
@@ -95,12 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("kd-weight", "w of rkd and salt, from 0 to 1", type=float)
     add("kd-temperature", "divides the teacher's logits in rkd and salt", type=float)
     add("kd-top-k", "number of the teacher's logits to keep per token; 0 keeps all", type=int)
-    add(
-        "kd-fade",
-        "let w of salt decay linearly to 0 at the stop step",
-        "no",
-        action=argparse.BooleanOptionalAction,
-    )
     group.add_argument("--let-metrics-path", type=Path, help="JSON lines file, one line per step")
     group.add_argument(
         "--let-guard",

@@ -46,7 +46,6 @@ class LETConfig:
         kd_weight: w of `rkd` and `salt`, the share of the teacher's distribution in the targets.
         kd_temperature: divides the teacher's logits.
         kd_top_k: number of the teacher's largest logits to keep per token; 0 keeps all.
-        kd_fade: `salt` only: w decays linearly to 0 at `stop_step`.
 
     Raises:
         LETError: a value is out of range.
@@ -69,7 +68,6 @@ class LETConfig:
     kd_weight: float = 0.5
     kd_temperature: float = 1.0
     kd_top_k: int = 0
-    kd_fade: bool = False
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -142,11 +140,6 @@ class LETConfig:
             raise LETError(
                 f"--let-kd-top-k is {self.kd_top_k}; give the number of the teacher's logits to"
                 " keep per token, or 0 for all."
-            )
-        if self.kd_fade and self.method != "salt":
-            raise LETError(
-                f"--let-kd-fade is for --let-method salt and the method is {self.method}; drop"
-                " the flag."
             )
 
     @property

@@ -25,17 +25,17 @@ def test_every_setting_has_a_flag() -> None:
         *LET, "--let-layer", "5", "--let-weight", "0.5", "--let-stop-step", "7",
         "--let-teacher-layer", "middle", "--no-let-teacher-final-norm",
         "--let-teacher-dtype", "fp32", "--let-loss", "logsum", "--let-kd-weight", "0.3",
-        "--let-kd-temperature", "2", "--let-kd-top-k", "8", "--let-kd-fade",
+        "--let-kd-temperature", "2", "--let-kd-top-k", "8",
         "--let-teacher-compile", "--let-placement", "spread", "--let-max-prefetch", "4",
         "--let-projection", "learned",
     ]  # fmt: skip
     values: dict[str, Any] = {
-        "loss": "logsum", "kd_weight": 0.3, "kd_temperature": 2.0, "kd_top_k": 8, "kd_fade": True,
+        "loss": "logsum", "kd_weight": 0.3, "kd_temperature": 2.0, "kd_top_k": 8,
         "teacher_compile": True, "placement": "spread", "max_prefetch": 4,
         "projection": "learned",
     }  # fmt: skip
     expected = LETConfig("let", Path("/t"), 5, 0.5, 7, "middle", False, "fp32", **values)
-    with pytest.warns(UserWarning, match="--let-kd-fade.* has no effect with --let-method let"):
+    with pytest.warns(UserWarning, match="--let-kd-temperature.*--let-method let"):
         assert let_config_from_args(parse(*flags)) == expected
     default = LETConfig()
     unset = [n for n, v in dataclasses.asdict(expected).items() if v == getattr(default, n)]

@@ -63,7 +63,6 @@ def test_defaults_are_the_papers() -> None:
         ({"method": "rkd", "kd_temperature": 0.0}, ["--let-kd-temperature is 0.0"]),
         ({"method": "salt", "kd_top_k": -1}, ["--let-kd-top-k is -1"]),
         ({"method": "salt", "stop_step": 0}, ["--let-stop-step is 0"]),
-        ({"method": "rkd", "kd_fade": True}, ["--let-kd-fade", "--let-method salt"]),
     ],
 )
 def test_value_out_of_range_raises_error_naming_flag_and_value(
