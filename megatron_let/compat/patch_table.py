@@ -1,42 +1,74 @@
-"""The one table of everything that is patched, in Megatron or torch, and why.
+"""The table of all patches of Megatron and torch, with their reasons.
 
-`python -m megatron_let.compat` prints it. Hooks come first: what `pretrain()`, its arguments,
-its config container and the layer spec offer is used through them and is not here.
+`python -m megatron_let.compat` prints it. A patch is the last resort: what the arguments of
+`pretrain()`, its config container and the layer spec offer is used through them and is not here.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from megatron_let.compat.patch_set import Patch
+from megatron_let.errors import LETError
 
-# pip's is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
+# pip's version is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
 MEGATRON_VERSIONS = ">=0.19.0.dev0,<0.20"
 TORCH_VERSIONS = ">=2.9"
 
 
-def _cpu(target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch") -> Patch:
+class PatchError(LETError):
+    """A patch does not fit what is installed, or conflicts with another patch."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row of the table.
+
+    Attributes:
+        target: `module:attribute`, e.g. `megatron.training.training:train_step`; the attribute
+            may be dotted (`torch:Tensor.cuda`).
+        reason: what goes wrong without the patch.
+        parameters: leading parameter names that the target must have; None for C functions.
+        unnecessary_when: the change upstream that would make the row unnecessary.
+        test: the test that fails without it, as `file::test`.
+        kind: `wrap` calls the original, `replace` does not.
+        package: distribution whose version is checked against `versions`.
+        versions: PEP 440 range in which the target behaves as the row assumes.
+    """
+
+    target: str
+    reason: str
+    parameters: tuple[str, ...] | None
+    unnecessary_when: str
+    test: str
+    kind: Literal["wrap", "replace"] = "wrap"
+    package: Literal["megatron-core", "torch"] = "megatron-core"
+    versions: str = MEGATRON_VERSIONS
+
+
+def _cpu(target: str, reason: str) -> Patch:
+    of_torch = target.startswith("torch")
     return Patch(
         target=target,
         kind="replace",
         reason=reason,
-        package=package,
-        versions=MEGATRON_VERSIONS if package == "megatron-core" else TORCH_VERSIONS,
+        package="torch" if of_torch else "megatron-core",
+        versions=TORCH_VERSIONS if of_torch else MEGATRON_VERSIONS,
         parameters=None,
-        unnecessary_when="Megatron's training loop runs on a CPU by itself",
-        test="tests/distributed/test_cpu_host.py::test_every_stand_in_is_needed_or_documented",
+        unnecessary_when="Megatron's training loop runs on a CPU",
+        test="tests/distributed/test_cpu_host.py::test_every_shim_is_needed_or_documented",
     )
 
 
 _CPU_ROWS = (
-    _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is there"),
-    _cpu("torch.cuda:device_count", "0 devices skip initialize_model_parallel"),
+    _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is available"),
+    _cpu("torch.cuda:device_count", "with 0 devices initialize_model_parallel is skipped"),
     _cpu("torch.cuda:set_device", "initialize_distributed selects a GPU"),
     _cpu("torch.cuda:current_device", "tensors are created on the current GPU by number"),
     _cpu("torch.cuda:get_device_properties", "argument validation reads the capability"),
     _cpu("torch.cuda:synchronize", "timers synchronise"),
     _cpu("torch.cuda:get_rng_state", "the RNG tracker and checkpoints save the generator"),
-    _cpu("torch.cuda:manual_seed", "each rank's dropout generator is seeded apart"),
+    _cpu("torch.cuda:manual_seed", "each rank seeds its dropout generator differently"),
     _cpu("torch.cuda:Stream", "DDP is built on a side stream"),
     _cpu("torch.cuda:current_stream", "collectives wait for the current stream"),
     _cpu("torch.cuda:stream", "DDP is built on a side stream"),
@@ -46,17 +78,14 @@ _CPU_ROWS = (
     _cpu(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         "the RNG tracker reads a CUDA generator",
-        "megatron-core",
     ),
     _cpu(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         "the RNG tracker writes a CUDA generator",
-        "megatron-core",
     ),
     _cpu(
         "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
-        "the asynchronous checkpoint writer selects a GPU and dies, and training waits for it",
-        "megatron-core",
+        "the asynchronous checkpoint writer fails to select a GPU, and training waits for it",
     ),
 )
 
@@ -66,11 +95,9 @@ _PIP_ROWS = (
     Patch(
         target="megatron.core.datasets.utils:compile_helpers",
         kind="replace",
-        reason="pip's wheel has the compiled helper but no makefile, and start-up exits with 1",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="pip's wheel has the compiled helper but no makefile, and start-up exits",
         parameters=(),
-        unnecessary_when="the wheel ships core/datasets/Makefile or the loop does not call make",
+        unnecessary_when="the wheel ships core/datasets/Makefile or start-up does not call make",
         test="tests/unit/compat/test_patch_table.py::test_compile_helpers_is_replaced_without_a_makefile",
     ),
 )
@@ -80,22 +107,15 @@ _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
 _TORCH_OPTIMIZER_ROWS = (
     Patch(
         target=_OPTIMIZER + "state_dict",
-        kind="wrap",
-        reason="with torch's Adam it asserts that a step was taken, and no checkpoint can be"
-        " loaded",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="with torch's Adam it asserts that a step was taken, so no checkpoint can be loaded",
         parameters=("self",),
         unnecessary_when="state_dict() of a new optimizer over torch's Adam returns step 0",
         test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
     ),
     Patch(
         target=_OPTIMIZER + "load_state_dict",
-        kind="wrap",
         reason="with torch's Adam the step counter is 0 after a resume, so the bias correction"
-        " starts over, and fp32 parameters cannot be loaded",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        " restarts, and fp32 parameters cannot be loaded",
         parameters=("self", "state_dict"),
         unnecessary_when="load_state_dict() restores the step of torch's Adam",
         test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
@@ -105,22 +125,16 @@ _TORCH_OPTIMIZER_ROWS = (
 _LET_ROWS = (
     Patch(
         target=_TRAINING + "get_forward_backward_func",
-        kind="wrap",
-        reason="the alignment needs a global batch's tokens on the stage that owns layer k, the"
-        " index of each microbatch, and a place before the optimizer step",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="the alignment needs a global batch's tokens on the stage of layer k, the index of"
+        " each microbatch, and a place before the optimizer step",
         parameters=None,
         unnecessary_when="pretrain() accepts a forward-backward function or a step callback",
         test="tests/distributed/test_layout_matrix.py::test_layout_matches_one_process",
     ),
     Patch(
         target=_TRAINING + "training_log",
-        kind="wrap",
         reason="an average that is no longer reported is printed as 0, so the log would show a"
-        " cosine where there is no teacher",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        " cosine after the teacher is freed",
         parameters=("loss_dict", "total_loss_dict"),
         unnecessary_when="training_log drops keys that loss_dict no longer has",
         test="tests/distributed/test_training.py::test_log_shows_no_cosine_after_the_teacher",
@@ -130,11 +144,8 @@ _LET_ROWS = (
 _PROJECTION_ROWS = (
     Patch(
         target=_TRAINING + "setup_model_and_optimizer",
-        kind="wrap",
-        reason="a learned projection is put beside the model's layers once they are built and"
-        " loaded, and takes its step with the optimizer's",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="a learned projection is created after the model is built and loaded, and its"
+        " parameters are stepped with the model's",
         parameters=("model_type", "model_provider_func", "checkpointing_context"),
         unnecessary_when="pretrain() accepts a callback after the set-up, with model and optimizer",
         test="tests/distributed/test_projection.py::test_layout_matches_one_process",
@@ -144,10 +155,7 @@ _PROJECTION_ROWS = (
 _METRICS_ROWS = (
     Patch(
         target=_TRAINING + "train_step",
-        kind="wrap",
-        reason="one JSON line a step needs the loss, the gradient norm and the time together",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="one JSON line per step needs the loss, the gradient norm and the time together",
         parameters=(
             "forward_step_func",
             "data_iterator",
@@ -159,38 +167,29 @@ _METRICS_ROWS = (
             "iteration",
         ),
         unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
     Patch(
         target=_TRAINING + "evaluate_and_print_results",
-        kind="wrap",
-        reason="evaluate() does not know its iteration nor whether it scores validation or test",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="evaluate() knows neither its iteration nor whether the data is validation or test",
         parameters=("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
         unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
     Patch(
         target=_TRAINING + "evaluate",
-        kind="wrap",
-        reason="the validation loss is printed but returned to nobody",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="the validation loss is printed but not returned to the caller",
         parameters=("forward_step_func", "data_iterator", "model"),
         unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
 )
 
 _CONTROL_ROWS = (
     Patch(
         target=_TRAINING + "checkpoint_and_decide_exit",
-        kind="wrap",
-        reason="a file that asks to stop or to save now must be looked at between two steps, where"
-        " the model, the optimizer and the data iterator are at hand",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        reason="the control files are checked between two steps, where the model, the optimizer"
+        " and the data iterator are available for a save",
         parameters=(
             "model",
             "optimizer",
@@ -213,8 +212,6 @@ def _deepspeed(target: str, reason: str, parameters: tuple[str, ...], test: str)
         target=_TRAINING + target,
         kind="replace",
         reason=reason,
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=parameters,
         unnecessary_when="pretrain() takes these functions from its config container",
         test=_DEEPSPEED_TESTS + test,
@@ -245,28 +242,23 @@ _DEEPSPEED_ROWS = (
 _WANDB_ROWS = (
     Patch(
         target="megatron.training.wandb_utils:on_save_checkpoint_success",
-        kind="wrap",
         reason="pretrain() finishes wandb before the last asynchronous save, whose artifact then"
-        " fails and ends the last rank with a traceback",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
+        " fails and the last rank exits with a traceback",
         parameters=("checkpoint_path", "tracker_filename", "save_dir", "iteration"),
         unnecessary_when="pretrain() finishes wandb after maybe_finalize_async_save()",
         test="tests/unit/run/test_artifacts.py::test_artifact_is_logged_while_wandb_runs",
     ),
 )
 
-PATCHES: dict[str, Patch] = {
-    row.target: row
-    for row in (
-        *_CPU_ROWS,
-        *_PIP_ROWS,
-        *_TORCH_OPTIMIZER_ROWS,
-        *_LET_ROWS,
-        *_PROJECTION_ROWS,
-        *_METRICS_ROWS,
-        *_CONTROL_ROWS,
-        *_WANDB_ROWS,
-        *_DEEPSPEED_ROWS,
-    )
-}
+ROWS: tuple[Patch, ...] = (
+    *_CPU_ROWS,
+    *_PIP_ROWS,
+    *_TORCH_OPTIMIZER_ROWS,
+    *_LET_ROWS,
+    *_PROJECTION_ROWS,
+    *_METRICS_ROWS,
+    *_CONTROL_ROWS,
+    *_WANDB_ROWS,
+    *_DEEPSPEED_ROWS,
+)
+PATCHES = {row.target: row for row in ROWS}

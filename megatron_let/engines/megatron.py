@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_let.config.arguments import resumed_step
 from megatron_let.engines.deepspeed.checkpoint_info import refuse_deepspeed_checkpoint
 from megatron_let.files.names import checkpoint_name
+from megatron_let.run.resume import resumed_step
 
 
 def check_arguments(args: argparse.Namespace) -> None:

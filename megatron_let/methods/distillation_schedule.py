@@ -6,15 +6,11 @@ from megatron_let.config.let_config import LETConfig
 
 
 def distillation_weight(step: int, config: LETConfig) -> float:
-    """w(s): constant for `rkd`; for `salt`, constant or falling linearly, 0 from `stop_step` on.
+    """w(s): constant for `rkd`; for `salt`, constant and 0 from `stop_step` on.
 
     Args:
         step: 0-based training step.
         config: of a run whose method is `rkd` or `salt`.
     """
-    if config.method == "rkd":
-        return config.kd_weight
-    if step >= config.stop_step:
-        return 0.0
-    fade = (config.stop_step - step) / config.stop_step if config.kd_fade else 1.0
-    return config.kd_weight * fade
+    over = config.method == "salt" and step >= config.stop_step
+    return 0.0 if over else config.kd_weight

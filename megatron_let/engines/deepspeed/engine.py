@@ -17,8 +17,7 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.training import get_megatron_optimizer_config
 
-from megatron_let.compat import PATCHES, PatchSet
-from megatron_let.config.arguments import resumed_step
+from megatron_let.compat import PatchSet
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
     is_universal,
@@ -28,6 +27,7 @@ from megatron_let.engines.deepspeed.config import Config, config_from_args, zero
 from megatron_let.engines.deepspeed.validation import check_arguments, disable_replaced_switches
 from megatron_let.errors import LETError
 from megatron_let.files.names import checkpoint_name
+from megatron_let.run.resume import resumed_step
 
 if TYPE_CHECKING:
     import deepspeed
@@ -93,7 +93,6 @@ def _patch(args: argparse.Namespace, layout: CheckpointInfo, resume: Path | None
 
     checkpoints = Checkpoints(args, layout, resume)
     PatchSet().apply_all(
-        PATCHES,
         {
             _TRAINING + "get_forward_backward_func": forward_backward.wrap_getter,
             _TRAINING + "get_megatron_optimizer": lambda original: optimizer_of,

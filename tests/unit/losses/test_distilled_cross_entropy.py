@@ -175,7 +175,6 @@ def test_vocabulary_split_over_ranks(tmp_path: Path) -> None:
     [
         ({"method": "rkd"}, [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
         ({"method": "salt"}, [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]),
-        ({"method": "salt", "kd_fade": True}, [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
     ],
 )
 def test_weight_of_each_step(values: dict[str, object], expected: list[float]) -> None:
