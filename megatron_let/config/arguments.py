@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group.add_argument(f"--let-{name}", default=None, help=help_text, **options)
 
     add("method", f"what to train with (default: {default.method})", choices=METHODS)
-    add("teacher", "Hugging Face folder or .gguf file of the small trained model", type=Path)
+    add("teacher", "the small trained model: a folder, a .gguf file or a hub id", type=Path)
     add(
         "layer",
         f"k, the student's layer: middle, last or a number (default: {default.layer})",
