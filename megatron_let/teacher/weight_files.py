@@ -7,8 +7,6 @@ import struct
 import zipfile
 from pathlib import Path
 
-import torch
-
 from megatron_let.errors import LETError, first_line
 
 # In transformers' order of preference; a sharded model has NAME.index.json instead.
@@ -79,6 +77,9 @@ def _is_whole_torch(file: Path) -> bool:
     """Whether a file of `torch.save` opens: a zip ends with its directory, a pickle is read."""
     if zipfile.is_zipfile(file):
         return True
+    # Only this rare format needs torch, which takes seconds to import.
+    import torch
+
     try:
         torch.load(file, map_location="meta", weights_only=True)
     except Exception:  # a truncated pickle raises many types
