@@ -58,10 +58,10 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
     # The teacher's folder
     "teacher missing": (("--let-teacher", "{nowhere}"), "The teacher {nowhere} does not exist"),
     "teacher no model": (("--let-teacher", "{empty_folder}"), "has no config.json"),
-    "teacher no gguf": (("--let-teacher", "{text_file}"), "is a file but no .gguf"),
-    "teacher of unknown kind": (("--let-teacher", "{unknown}"), "of no known model"),
-    "teacher is BERT": (("--let-teacher", "{bert}"), "is no causal language model"),
-    "teacher is T5": (("--let-teacher", "{t5}"), "is no causal language model"),
+    "teacher no gguf": (("--let-teacher", "{text_file}"), "is a file but not a .gguf"),
+    "teacher of unknown kind": (("--let-teacher", "{unknown}"), "of an unknown model"),
+    "teacher is BERT": (("--let-teacher", "{bert}"), "not a causal language model"),
+    "teacher is T5": (("--let-teacher", "{t5}"), "not a causal language model"),
     "teacher without weights": (("--let-teacher", "{no_weights}"), "has no weight file"),
     "teacher cut short": (
         ("--let-teacher", "{cut}"),

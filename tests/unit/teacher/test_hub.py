@@ -133,7 +133,7 @@ def test_repository_without_safetensors_gives_bin_shards(
     shutil.copy(model / "config.json", folder)
     shards = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
     for shard in (*shards, "training_args.bin"):
-        (folder / shard).touch()
+        (folder / shard).write_text(shard)
     index = {"weight_map": dict(zip("ab", shards, strict=True))}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     hub.commit("small/bin", folder)
