@@ -85,8 +85,8 @@ def _download(repository: str, revision: str) -> Path:
     except Exception as error:  # huggingface_hub's own types, and those of its HTTP client
         folder = _cached(repository, revision)
         if folder is None or isinstance(error, RevisionNotFoundError):
-            reason = _describe(error, repository, revision)
-            raise LETError(f"The teacher {repository} is not a local path, and {reason}") from error
+            problem = _describe(error, repository, revision)
+            raise LETError(f"The teacher {repository} {problem}") from error
         return folder
 
 
@@ -115,30 +115,30 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _describe(error: Exception, repository: str, revision: str) -> str:
-    """Say what failed and what to do; the end of a sentence."""
+    """Say what is wrong with a repository and what to do; the predicate of a sentence."""
     hub = constants.ENDPOINT
     if isinstance(error, RevisionNotFoundError):
         return (
-            f"the model has no revision {revision} on {hub}; give a branch, a tag or a full commit"
-            " hash after the @."
+            f"has no revision {revision} on {hub}; give a branch, a tag or a full commit hash after"
+            " the @."
         )
     if isinstance(error, GatedRepoError):
         return (
-            f"the model is gated; accept its conditions at {hub}/{repository} and set HF_TOKEN to"
-            " a token of that account."
+            f"is gated; accept its conditions at {hub}/{repository} and set HF_TOKEN to a token of"
+            " that account."
         )
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{hub} has no such model or it is private; check the path or the id, or set HF_TOKEN"
-            " to a token that may read it."
+            f"is neither a local path nor a public model on {hub}; check the path or the id, or set"
+            " HF_TOKEN to a token that may read it."
         )
     if isinstance(error, OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE is set and the local cache does not hold the model at revision"
-            f" {revision}; run 'hf download {repository} --revision {revision}' on a machine with"
-            " a network that shares the cache, or unset HF_HUB_OFFLINE."
+            f"is neither a local path nor in the local cache at revision {revision}, and"
+            f" HF_HUB_OFFLINE is set; run 'hf download {repository} --revision {revision}' where"
+            " there is a network, or unset HF_HUB_OFFLINE."
         )
     return (
-        f"it cannot be downloaded from {hub} ({first_line(error)}); check the network, or give a"
-        " model folder."
+        "is neither a local path nor in the local cache, and cannot be downloaded from"
+        f" {hub} ({first_line(error)}); check the network, or give a model folder."
     )
