@@ -125,6 +125,7 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     from megatron_let.config.recipes import load_recipe, recipe_argv
     from megatron_let.config.validation import check_entry_supports, check_supported
     from megatron_let.engines.deepspeed import refusals
+    from megatron_let.teacher.inspect import resolve_teacher
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)
@@ -140,6 +141,9 @@ def _expand_recipe(argv: list[str]) -> list[str]:
     check_entry_supports(args)
     if args.engine == "deepspeed":
         refusals.check_supported(args)
+    if args.let_teacher is not None and args.tokenizer_model == str(args.let_teacher):
+        # Megatron's tokenizer takes neither a .gguf file nor a revision.
+        rest = [*rest, "--tokenizer-model", str(resolve_teacher(args.let_teacher))]
     return rest
 
 
