@@ -54,6 +54,7 @@ class HubServer:
         fixed = {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1,localhost",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(cache / "huggingface"),
