@@ -194,7 +194,7 @@ def _method(
 
 
 def _description(config: LETConfig, folder: TeacherFolder) -> str:
-    teacher = f"{folder.path.name} (width {folder.hidden_size})"
+    teacher = f"{config.teacher} (width {folder.hidden_size})"
     if config.method == "let":
         return (
             f"layer {config.layer} learns from {teacher}, weight {config.weight} falling to 0 at"

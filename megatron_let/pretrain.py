@@ -55,7 +55,7 @@ def train(argv: list[str], host: Host) -> None:
 
     # Configuration
     host_patches = apply_host_patches(host)
-    args = parse_command_line(argv, host.argv(), check_flags)
+    args = parse_command_line(argv, host.argv(), prepare_arguments)
     config = let_config_from_args(args)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
     if args.transformer_impl == "local":
@@ -86,18 +86,22 @@ def train(argv: list[str], host: Host) -> None:
         control_files.mark_done(args)
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Check that LET, this entry and the engine support every flag.
+def prepare_arguments(args: argparse.Namespace) -> None:
+    """Check that LET, this entry and the engine support every flag; locate the tokenizer.
 
     Raises:
         LETError: names the flag and what to do.
     """
     from megatron_let.config.validation import check_entry_supports, check_supported
     from megatron_let.engines import load_engine
+    from megatron_let.teacher.inspect import resolve_teacher
 
     check_supported(args)
     check_entry_supports(args)
     load_engine(args.engine).check_arguments(args)
+    if args.let_teacher is not None and args.tokenizer_model == str(args.let_teacher):
+        # Megatron's tokenizer loads neither a .gguf file nor a revision of a hub id.
+        args.tokenizer_model = str(resolve_teacher(args.let_teacher))
 
 
 if __name__ == "__main__":

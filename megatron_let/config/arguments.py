@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         )
 
     add("method", "what to train with", choices=METHODS)
-    add("teacher", "Hugging Face folder or .gguf file of the small trained model", type=Path)
+    add("teacher", "the small trained model: a folder, a .gguf file or a hub id", type=Path)
     add("layer", "k, the student's layer: middle, last or a number from 1", type=_layer)
     add("loss", "loss between the student's and the teacher's states", choices=LOSSES)
     add(

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.teacher.tokenizer import without_special_ends
 
 # Spaces, case, digits, code, scripts and bytes: what two tokenizers with equal vocabularies may
 # split differently. A change makes every existing data set fail the check.
@@ -143,8 +144,7 @@ def _check_equal(
 def _of_megatron(tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
     """Return vocabulary and end of document of Megatron's tokenizer, and possible splittings."""
     ids = list(tokenizer.tokenize(_PROBE_TEXT))
-    # Megatron's wrapper may add a token at either end.
-    possible = [_ids_hash(part) for part in (ids, ids[1:], ids[:-1], ids[1:-1])]
+    possible = [_ids_hash(part) for part in without_special_ends(ids)]
     values = {
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,

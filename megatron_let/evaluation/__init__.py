@@ -1,1 +1,1 @@
-"""The paper's evaluation: nine tasks by lm-eval, and perplexity over indexed data."""
+"""The paper's evaluation: nine lm-eval tasks, and perplexity over indexed data."""

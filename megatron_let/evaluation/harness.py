@@ -1,4 +1,4 @@
-"""The tasks by EleutherAI's lm-eval, one result a task, kept so that none is computed twice."""
+"""Score models on tasks with EleutherAI's lm-eval, with a cache of one result per task."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_let.evaluation.models import checkpoint_hash, load_model, load_tok
 from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
 from megatron_let.files.atomic import write_json
 
-_ACCURACIES = ("acc", "acc_norm")
+ACCURACIES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the tasks are run; all of it is part of a result's identity.
+    """How the tasks are run; part of the key of a cached result.
 
     Attributes:
-        num_fewshot: examples before the question; the paper's is 1.
-        limit: items of each task; None for all.
-        dtype: of the weights, torch's name; None keeps the checkpoint's.
+        num_fewshot: examples before the question; the paper uses 1.
+        limit: items per task; None for all.
+        dtype: torch's name of the precision of the weights; None keeps the checkpoint's.
     """
 
     num_fewshot: int = 1
@@ -39,12 +39,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """One task's outcome.
+    """Scores of a model on one task.
 
     Attributes:
-        scores: accuracy and its standard error, by lm-eval's names (`acc`, `acc_stderr`, ...).
-        answers: for each item 1 or 0, right or wrong in plain accuracy.
+        task: lm-eval's name of the task.
+        scores: accuracies and standard errors under lm-eval's names (`acc`, `acc_stderr`, ...).
+        items: number of items that were scored.
         task_version: lm-eval's version of the task.
+        answers: one digit per item, 1 if it is correct in plain accuracy.
     """
 
     task: str
@@ -55,7 +57,7 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a score depends on."""
+    """Return the package versions that a score depends on."""
     return {name: version(name) for name in ("lm-eval", "datasets", "transformers", "torch")}
 
 
@@ -68,24 +70,27 @@ def evaluate(
     batch_size: str = "auto",
     device: str = "cpu",
 ) -> list[Result]:
-    """Score a model on tasks; those that the cache holds cost nothing.
+    """Score a model on tasks, computing only results that are not in the cache.
 
     Args:
-        weights: from `open_weights`.
-        cache: folder of results, one JSON file each.
-        data: folder of local tasks; None takes the hub's data.
+        weights: checkpoint from `open_weights`.
+        tasks: tasks to score, in the order of the results.
+        settings: how to run them.
+        cache: folder of results, one JSON file per task.
+        data: folder of local task data; None takes it from the hub.
         batch_size: a number, or `auto` for the largest that fits.
+        device: device to run on.
 
     Raises:
-        LETError: lm-eval is not installed, or a task's data is not there.
+        LETError: lm-eval is not installed, or the data of a task is missing.
     """
     checkpoint = checkpoint_hash(weights.folder)
     files = {task: cache / _file_name(checkpoint, task, settings, data) for task in tasks}
     missing = tuple(task for task, path in files.items() if not path.is_file())
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
-        for result in _run(weights, missing, settings, data, batch_size, device):
-            task = next(task for task in missing if task.name == result.task)
+        results = _run(weights, missing, settings, data, batch_size, device)
+        for task, result in zip(missing, results, strict=True):
             write_json(files[task], asdict(result))
     return [Result(**json.loads(path.read_text())) for path in files.values()]
 
@@ -103,10 +108,10 @@ def _file_name(checkpoint: str, task: Task, settings: Settings, data: Path | Non
 
 
 def check_installed() -> None:
-    """Check that lm-eval is there.
+    """Check that lm-eval is installed.
 
     Raises:
-        LETError: says how to get it.
+        LETError: it is not; says how to install it.
     """
     try:
         import lm_eval  # noqa: F401
@@ -124,7 +129,7 @@ def _run(
     batch_size: str,
     device: str,
 ) -> Iterator[Result]:
-    """Each task's result as soon as it is there, so that an interruption loses one task."""
+    """Yield the results one by one, so that an interruption loses one task at most."""
     check_installed()
     from lm_eval.models.huggingface import HFLM
 
@@ -151,7 +156,7 @@ def _score(model: Any, task: Task, settings: Settings, specification: str) -> Re
         limit=settings.limit,
         bootstrap_iters=100,
         log_samples=True,
-        # Reading lm-eval's 13,000 other tasks takes a minute.
+        # Indexing lm-eval's 13,000 other tasks takes a minute.
         task_manager=TaskManager(include_defaults=False),
     )
     assert found is not None
@@ -159,14 +164,14 @@ def _score(model: Any, task: Task, settings: Settings, specification: str) -> Re
 
 
 def _specification(task: Task, data: Path | None, folder: Path) -> str:
-    """The file of a task for lm-eval: its own, or one that includes it and reads local data."""
+    """Return the path of lm-eval's task file, or of one that includes it and reads local data."""
     import lm_eval.tasks
 
-    own = Path(lm_eval.tasks.__file__).parent / task.file
+    original = str(Path(lm_eval.tasks.__file__).parent / task.file)
     if data is None:
-        return str(own)
+        return original
     path = folder / f"{task.name}.yaml"
-    settings = {"include": str(own), "task": task.name, **local_data(task, data)}
+    settings = {"include": original, "task": task.name, **local_data(task, data)}
     path.write_text(yaml.safe_dump(settings))
     return str(path)
 
@@ -174,7 +179,7 @@ def _specification(task: Task, data: Path | None, folder: Path) -> str:
 def _result(task: Task, found: Any) -> Result:
     raw = found["results"][task.name]
     scores = {}
-    for metric in _ACCURACIES:
+    for metric in ACCURACIES:
         if f"{metric},none" in raw:
             scores[metric] = float(raw[f"{metric},none"])
             scores[f"{metric}_stderr"] = _number(raw[f"{metric}_stderr,none"])
@@ -189,5 +194,5 @@ def _result(task: Task, found: Any) -> Result:
 
 
 def _number(value: Any) -> float:
-    # lm-eval says "N/A" where there is one item only.
+    # lm-eval gives "N/A" for a single item.
     return float(value) if isinstance(value, int | float) else float("nan")

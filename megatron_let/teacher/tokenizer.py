@@ -1,4 +1,4 @@
-"""Whether student and teacher read the same tokens."""
+"""Check that student and teacher share a tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.inspect import TeacherFolder
 
-# Merges, spaces, digits and bytes, which two vocabularies can split apart though they are equal.
+# Merges, spaces, digits and bytes: two tokenizers of one vocabulary can split these differently.
 _PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
 
 
@@ -18,31 +18,38 @@ def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
 
     Args:
         student: Megatron's tokenizer (`megatron.core.tokenizers`).
-        folder: the teacher's.
+        folder: folder of the teacher.
 
     Raises:
-        LETError: the teacher has no tokenizer, or the first token that differs.
+        LETError: the teacher has no tokenizer, or the two differ; names the first token that does.
     """
     try:
         teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except Exception as error:  # a missing or damaged tokenizer raises many kinds
+    except Exception as error:  # a missing or damaged tokenizer raises many types
         raise LETError(
             f"The teacher {folder.path} has no tokenizer to compare with the student's "
             f"({first_line(error)}); copy its tokenizer files beside the model."
         ) from error
-    check_same_vocabulary(_student_vocabulary(student), _teacher_vocabulary(teacher))
-    ids = student.tokenize(_PROBE_TEXT)
+    teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
+    check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
     teacher_ids = teacher(_PROBE_TEXT, add_special_tokens=False).input_ids
-    # A tokenizer may put a begin- or end-of-document token around the text.
-    if teacher_ids not in (ids, ids[1:], ids[:-1], ids[1:-1]):
+    if teacher_ids not in without_special_ends(student.tokenize(_PROBE_TEXT)):
         raise LETError(
             "The teacher's tokenizer has the student's vocabulary but splits text differently;"
             " use one tokenizer for both."
         )
 
 
+def without_special_ends(ids: list[int]) -> list[list[int]]:
+    """Return the possible ids of a text itself, for ids that may include BOS or EOS or both.
+
+    Megatron's wrapper of a tokenizer may add either and has no option to leave them out.
+    """
+    return [ids, ids[1:], ids[:-1], ids[1:-1]]
+
+
 def check_same_vocabulary(student: dict[int, str], teacher: dict[int, str]) -> None:
-    """Compare two vocabularies, id by id.
+    """Compare two vocabularies (id -> token).
 
     Raises:
         LETError: names the first id whose token differs.
@@ -61,12 +68,6 @@ def check_same_vocabulary(student: dict[int, str], teacher: dict[int, str]) -> N
 def _student_vocabulary(tokenizer: Any) -> dict[int, str]:
     # Megatron's `inv_vocab` is {id: token} for Hugging Face and {token: id} for others.
     pairs = tokenizer.inv_vocab.items()
-    return (
-        {k: v for k, v in pairs}
-        if all(isinstance(k, int) for k, _ in pairs)
-        else dict(enumerate(tokenizer.vocab))
-    )
-
-
-def _teacher_vocabulary(tokenizer: Any) -> dict[int, str]:
-    return {index: token for token, index in tokenizer.get_vocab().items()}
+    if all(isinstance(key, int) for key, _ in pairs):
+        return dict(pairs)
+    return dict(enumerate(tokenizer.vocab))

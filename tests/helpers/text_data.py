@@ -1,4 +1,4 @@
-"""Small tokenizers, text files and what preprocessing makes of them."""
+"""Small tokenizers, text files and preprocessed data sets."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 @functools.cache
 def real_texts(budget_bytes: int = 300_000) -> list[str]:
-    """Texts of this machine, cut short so that there are many."""
+    """Return documentation text of this machine in pieces of at most 2,000 characters."""
     return [t[i : i + 2000] for t in environment_text(budget_bytes) for i in range(0, len(t), 2000)]
 
 
 def save_hugging_face_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
-    """A byte-level BPE of GPT-2's kind, trained on this machine's text."""
+    """Train and save a byte-level BPE as GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def save_hugging_face_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
 
 
 def save_sentence_piece(path: Path, vocab_size: int = 600) -> Path:
-    """A SentencePiece BPE with byte fallback, as Llama's."""
+    """Train and save a SentencePiece BPE with byte fallback, as Llama's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(real_texts()),
@@ -67,7 +67,7 @@ def save_sentence_piece(path: Path, vocab_size: int = 600) -> Path:
 
 
 def json_lines(texts: Sequence[Any], subsets: Sequence[str] = ()) -> bytes:
-    """One JSON object a line, with the Pile's subset where one is given."""
+    """Return one JSON object per line, with the Pile's field for the subset if any is given."""
     lines = []
     for index, text in enumerate(texts):
         meta = {"meta": {"pile_set_name": subsets[index % len(subsets)]}} if subsets else {}
@@ -76,7 +76,7 @@ def json_lines(texts: Sequence[Any], subsets: Sequence[str] = ()) -> bytes:
 
 
 def write_input(path: Path, texts: Sequence[str], subsets: Sequence[str] = ()) -> Path:
-    """Write documents in the format that the file's name says."""
+    """Write documents in the format of the file's suffix."""
     lines = json_lines(texts, subsets)
     if path.suffix == ".zst":
         path.write_bytes(zstandard.compress(lines))
@@ -91,7 +91,7 @@ def write_input(path: Path, texts: Sequence[str], subsets: Sequence[str] = ()) -
 
 
 def run(inputs: Sequence[Path], prefix: Path, tokenizer: Path, **options: Any) -> dict[str, Any]:
-    """Preprocess quietly; options of `Selection` may be given by name."""
+    """Run preprocessing without output; `options` are fields of PreprocessOptions or Selection."""
     names = Selection.__dataclass_fields__
     selection = Selection(**{k: v for k, v in options.items() if k in names})
     rest = {k: v for k, v in options.items() if k not in names}
@@ -101,15 +101,15 @@ def run(inputs: Sequence[Path], prefix: Path, tokenizer: Path, **options: Any) -
 
 
 def documents_of(prefix: Path | str) -> list[list[int]]:
-    """Token ids of each document of a data set, as Megatron reads them."""
+    """Return the token ids of each document of a data set, read by Megatron."""
     data = IndexedDataset(str(prefix))
     return [data[index].tolist() for index in range(len(data.document_indices) - 1)]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Content of every result file but the report, which holds a duration.
+    """Return the content of every result file but the report, which holds a duration.
 
-    The folder's own path, which a blend names, is taken out.
+    The path of the folder, which a blend contains, is removed.
     """
     return {
         path.name: path.read_bytes().replace(str(folder).encode(), b"")

@@ -30,8 +30,8 @@ from megatron_let.data.token_alignment import (
     teacher_length,
 )
 from megatron_let.errors import LETError
-from megatron_let.teacher.inspect import default_cache
-from megatron_let.teacher.model import RealignedTeacher
+from megatron_let.teacher.cache import default_cache
+from megatron_let.teacher.model import TokenAlignedTeacher
 from megatron_let.teacher.package import packaged_teacher
 
 TEXTS = {
@@ -263,7 +263,7 @@ def test_teachers_states_are_taken_by_index() -> None:
             return torch.stack((tokens, -tokens), dim=-1).float()
 
     rows = torch.tensor([[10, 11, 12, 0, 0, 2, -1], [20, 21, 22, -1, 1, 1, 2]])
-    state = RealignedTeacher(Counting(), 3).hidden_state(rows)  # type: ignore[arg-type]
+    state = TokenAlignedTeacher(Counting(), 3).hidden_state(rows)  # type: ignore[arg-type]
     assert state[..., 0].tolist() == [[10, 10, 12, 0], [0, 21, 21, 22]]
     assert state[..., 1].tolist() == [[-10, -10, -12, 0], [0, -21, -21, -22]]
 

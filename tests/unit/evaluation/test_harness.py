@@ -1,10 +1,11 @@
-"""Tasks, tables and results of the evaluation, and lm-eval itself where it is installed."""
+"""The nine tasks, their cache and reports, and lm-eval itself if it is installed."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a tokenizer, for 512 positions."""
+    """A random Llama with a tokenizer and 512 positions."""
     folder = tmp_path_factory.mktemp("evaluated") / "llama"
     return with_tokenizer(save_llama(folder, vocab_size=600, max_position_embeddings=512))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks of a few questions."""
+    """Three tasks with a few questions each."""
     folder = tmp_path_factory.mktemp("tasks")
     for name, rows in QUESTIONS.items():
         (folder / name).mkdir()
@@ -62,27 +63,27 @@ def row(name: str, tokens: int | None, percent: float) -> Row:
     return Row(name, tokens, tuple(result(task.name, percent) for task in TASKS))
 
 
-def test_the_papers_nine_tasks_in_its_order() -> None:
+def test_tasks_are_the_papers_nine_in_order() -> None:
     columns = ["ARC-c", "ARC-e", "HS", "LAMB", "OBQA", "PIQA", "SciQ", "Wino.", "BoolQ"]
     assert [task.column for task in TASKS] == columns
     assert [task.name for task in TASKS if task.metric == "acc_norm"] == ["openbookqa"]
 
 
-def test_average_and_its_standard_error() -> None:
-    # Eight tasks at 40, OpenBookQA at half of it by its own metric; all errors 2.
+def test_average_uses_metric_of_each_task() -> None:
+    # Eight tasks at 40, OpenBookQA at half of it because of acc_norm; all errors 2.
     average, error = row("m", None, 40.0).average(TASKS)
     assert average == pytest.approx((8 * 40 + 20) / 9)
     assert error == pytest.approx(2.0 / math.sqrt(9))
 
 
-def test_csv_has_both_accuracies() -> None:
+def test_csv_rows_have_both_accuracies() -> None:
     lines = csv_rows([row("m", 10, 40.0)], TASKS)
     assert len(lines) == 2 * 9 + 1 and lines[-1]["task"] == "average"
     found = [line for line in lines if line["task"] == "openbookqa"]
     assert [(line["metric"], line["percent"]) for line in found] == [("acc", 40), ("acc_norm", 20)]
 
 
-def test_plot_needs_two_models_whose_tokens_are_known(tmp_path: Path) -> None:
+def test_plot_is_written_for_two_models_with_token_counts(tmp_path: Path) -> None:
     path = tmp_path / "average.png"
     assert not plot_average(path, [row("a", None, 30.0), row("b", 5, 30.0)], TASKS)
     assert not path.exists()
@@ -90,20 +91,20 @@ def test_plot_needs_two_models_whose_tokens_are_known(tmp_path: Path) -> None:
     assert plot_average(path, rows, TASKS) and path.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_json_has_every_answer(tmp_path: Path) -> None:
+def test_results_json_has_answers_and_source(tmp_path: Path) -> None:
     write_results_json(tmp_path / "r.json", [row("a", 7, 30.0)], TASKS, {"command": "c"})
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["models"][0]["results"][0]["answers"] == "0110" and found["command"] == "c"
 
 
-def test_unknown_task_and_missing_data_are_named(tmp_path: Path) -> None:
-    with pytest.raises(LETError, match="'mmlu' is none of"):
+def test_unknown_task_or_missing_data_raises(tmp_path: Path) -> None:
+    with pytest.raises(LETError, match="'mmlu'"):
         tasks_named(["mmlu"])
-    with pytest.raises(LETError, match="no arc_challenge/validation"):
+    with pytest.raises(LETError, match="arc_challenge/validation"):
         local_data(TASKS[0], tmp_path)
 
 
-def test_local_splits_take_the_hubs_place(data: Path) -> None:
+def test_local_data_replaces_splits_of_hub(data: Path) -> None:
     (task,) = tasks_named(["arc_easy"])
     found = local_data(task, data)
     assert found["dataset_path"] == "json"
@@ -111,9 +112,7 @@ def test_local_splits_take_the_hubs_place(data: Path) -> None:
     assert found["training_split"] is None and found["test_split"] is None
 
 
-def test_hash_is_of_the_content(model: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_checkpoint_hash_depends_on_content_not_on_path(model: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(model, tmp_path / "moved"))
     assert checkpoint_hash(moved) == checkpoint_hash(model)
     changed = save_llama(tmp_path / "changed", vocab_size=600, rms_norm_eps=1e-6)
@@ -124,7 +123,7 @@ def test_hash_is_of_the_content(model: Path, tmp_path: Path) -> None:
     assert checkpoint_hash(megatron) != checkpoint_hash(again)
 
 
-def test_scores_are_computed_once(
+def test_evaluate_computes_each_result_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_let.checkpoint.weights import open_weights
@@ -146,7 +145,7 @@ def test_scores_are_computed_once(
     assert asked == [["arc_easy", "boolq"], ["sciq"], ["arc_easy", "boolq"]]
 
 
-def test_watch_gives_whole_checkpoints_until_the_run_is_done(tmp_path: Path) -> None:
+def test_new_checkpoints_yields_complete_ones_until_done(tmp_path: Path) -> None:
     def add(name: str, *files: str) -> None:
         (tmp_path / name).mkdir(exist_ok=True)
         for file in files:
@@ -164,7 +163,7 @@ def test_watch_gives_whole_checkpoints_until_the_run_is_done(tmp_path: Path) -> 
     assert len(finished_checkpoints(tmp_path)) == 2
 
 
-def test_lm_eval_scores_local_tasks_alike_in_both_formats(
+def test_lm_eval_gives_equal_scores_for_both_checkpoint_formats(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(
@@ -183,6 +182,6 @@ def test_lm_eval_scores_local_tasks_alike_in_both_formats(
     assert found["num_fewshot"] == "1" and found["lm-eval"]
     with (tmp_path / "out/results.csv").open() as file:
         assert {line["task"] for line in csv.DictReader(file)} == {*QUESTIONS, "average"}
-    # The second call is answered by the cache: the data is not even read.
+    # The second call reads the cache only.
     monkeypatch.setattr(harness, "_run", None)
     assert main([str(argument) for argument in arguments]) == 0

@@ -1,4 +1,4 @@
-"""Perplexity over indexed data, against a plain computation."""
+"""Perplexity over indexed data, compared with a plain computation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data(model: Path) -> Path:
     return prefix
 
 
-def test_every_token_but_the_first_is_predicted_once(data: Path, model: Path) -> None:
+def test_windows_predict_each_token_but_the_first_once(data: Path, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = [i for text in TEXTS for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     for length in (1, 7, 16, len(ids), 10_000):
@@ -47,9 +47,7 @@ def test_every_token_but_the_first_is_predicted_once(data: Path, model: Path) ->
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("length", [8, 1000])
-def test_loss_is_that_of_a_plain_loop(
-    length: int, batch_size: int, data: Path, model: Path
-) -> None:
+def test_loss_equals_plain_loop(length: int, batch_size: int, data: Path, model: Path) -> None:
     llama = AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = [i for text in TEXTS for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
@@ -68,12 +66,12 @@ def test_loss_is_that_of_a_plain_loop(
     assert 2**found.bits_per_byte == pytest.approx(found.per_byte)
 
 
-def test_part_of_a_data_set(data: Path) -> None:
+def test_windows_stop_at_max_tokens(data: Path) -> None:
     (window,) = windows(data, 100, 5)
     assert len(window) == 5
 
 
-def test_data_sets_add_up() -> None:
+def test_total_sums_tokens_bytes_and_loss() -> None:
     parts = [Perplexity("a", 10, 40, 30.0), Perplexity("b", 30, 60, 50.0)]
     both = total(parts)
     assert (both.tokens, both.bytes, both.loss) == (40, 100, 80.0)
@@ -84,16 +82,16 @@ def test_data_sets_add_up() -> None:
     ("items", "names"),
     [(["a", "b"], ["a", "b"]), (["0.3", "a", "0.7", "b"], ["a", "b"]), (["a"], ["a"])],
 )
-def test_blend_is_read_as_training_reads_it(items: list[str], names: list[str]) -> None:
+def test_blend_of_returns_prefixes(items: list[str], names: list[str]) -> None:
     assert [str(path) for path in blend_of(items)] == names
 
 
-def test_blend_without_turns_is_refused() -> None:
-    with pytest.raises(LETError, match="WEIGHT PREFIX pairs"):
+def test_blend_with_missing_weight_raises() -> None:
+    with pytest.raises(LETError, match="--data-path"):
         blend_of(["0.3", "a", "b"])
 
 
-def test_both_formats_and_a_blend_through_the_program(
+def test_command_gives_equal_perplexity_for_both_checkpoint_formats(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     megatron = as_megatron(model, tmp_path / "megatron")
@@ -108,7 +106,7 @@ def test_both_formats_and_a_blend_through_the_program(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_model_of_a_checkpoint_is_the_model(tied: bool, tmp_path: Path) -> None:
+def test_megatron_checkpoint_gives_logits_of_source_model(tied: bool, tmp_path: Path) -> None:
     source = save_llama(tmp_path / "source", tie_word_embeddings=tied)
     megatron = as_megatron(source, tmp_path / "megatron")
     ours = load_model(open_weights(megatron), torch.float32, "cpu")
@@ -123,10 +121,10 @@ def test_model_of_a_checkpoint_is_the_model(tied: bool, tmp_path: Path) -> None:
     [
         (["--data-path", "{here}/nowhere"], "nowhere.bin does not exist"),
         (["--data-args-path", "{here}/nowhere"], "does not exist"),
-        (["--data-path", "{here}/large"], "made with another tokenizer"),
+        (["--data-path", "{here}/large"], "another tokenizer"),
     ],
 )
-def test_bad_data_is_named(
+def test_bad_data_exits_with_error_line(
     flags: list[str], words: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = with_tokenizer(tmp_path / "tokenizer", 700)

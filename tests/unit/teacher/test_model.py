@@ -1,4 +1,4 @@
-"""The teacher's state is the one Hugging Face computes, and the teacher is frozen."""
+"""The tapped state equals the hidden state that transformers returns, and the teacher is frozen."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load(folder: Path, **values: Any) -> Teacher:
 
 
 def causal_model(folder: Path) -> PreTrainedModel:
-    """The whole model with its LM head and its own attention, as a user would load it."""
+    """Load the model with its LM head and default attention."""
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -68,7 +68,7 @@ def causal_model(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Embeddings, then the output of each layer, the last one after the final norm."""
+    """Return embeddings, then the output of each layer; the last one after the final norm."""
     return model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
 
 
@@ -76,11 +76,11 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-# The tapped state
+# Tapped state
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_last_layer_after_the_final_norm(
+def test_last_layer_is_after_final_norm(
     name: str, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     state = load(folders[name]).hidden_state(tokens)
@@ -89,7 +89,7 @@ def test_last_layer_after_the_final_norm(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_last_layer_before_the_final_norm(
+def test_last_layer_without_final_norm(
     name: str, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     model = causal_model(folders[name])
@@ -98,13 +98,13 @@ def test_last_layer_before_the_final_norm(
     raw = hidden_states(model, tokens)[-1]
     state = load(folders[name], teacher_final_norm=False).hidden_state(tokens)
     assert_same(state, raw)
-    assert not torch.allclose(raw, normed, atol=0.1), "the norm of this model does nothing"
+    assert not torch.allclose(raw, normed, atol=0.1), "the final norm of this model is the identity"
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("tap", "layer"), [("middle", 1), ("1", 1), ("2", 2)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_earlier_layer_is_never_normed(
+def test_earlier_layer_is_never_normalised(
     name: str, tap: str, layer: int, norm: bool, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     teacher = load(folders[name], teacher_layer=tap, teacher_final_norm=norm)
@@ -114,13 +114,13 @@ def test_earlier_layer_is_never_normed(
 
 
 @pytest.mark.parametrize("values", [{}, {"teacher_final_norm": False}, {"teacher_layer": "1"}])
-def test_compiled_teacher_gives_the_same_state(
+def test_compiled_teacher_gives_same_state(
     values: dict[str, Any],
     folders: dict[str, Path],
     tokens: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a backend that counts graphs; the tap keeps a layer's output out of the graph."""
+    """Uses a backend that counts graphs; the tap must not break compilation."""
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -130,7 +130,7 @@ def test_compiled_teacher_gives_the_same_state(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     expected = load(folders["llama"], **values).hidden_state(tokens)
     assert not graphs
-    # The CPU host turns it off in its own process.
+    # The CPU shims disable dynamo in this process.
     with torch._dynamo.config.patch(disable=False):
         teacher = load(folders["llama"], **values, teacher_compile=True)
         first, second = (teacher.hidden_state(rows) for rows in (tokens, tokens.flip(0)))
@@ -140,7 +140,7 @@ def test_compiled_teacher_gives_the_same_state(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_last_layer_by_number_is_the_last_layer(
+def test_last_layer_by_number_equals_last(
     name: str, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     by_number = load(folders[name], teacher_layer=str(NUM_LAYERS)).hidden_state(tokens)
@@ -148,7 +148,7 @@ def test_last_layer_by_number_is_the_last_layer(
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_second_call_does_not_remember_the_first(
+def test_second_call_does_not_depend_on_first(
     norm: bool, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     teacher = load(folders["llama"], teacher_final_norm=norm)
@@ -165,12 +165,12 @@ def test_tapped_layer(tap: str, layers: int, expected: int) -> None:
     assert tapped_layer(tap, layers) == expected
 
 
-def test_layer_beyond_the_teachers_is_refused() -> None:
-    with pytest.raises(LETError, match="--let-teacher-layer is 13 but the teacher has 12 layers"):
+def test_layer_beyond_last_raises() -> None:
+    with pytest.raises(LETError, match="--let-teacher-layer is 13"):
         tapped_layer("13", 12)
 
 
-# Frozen, small, and without a trace
+# Frozen, truncated, no side effects
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -181,7 +181,7 @@ def test_teacher_is_frozen(name: str, folders: dict[str, Path], tokens: torch.Te
     assert not any(module.training for module in teacher._model.modules())
 
 
-def test_dropout_of_the_teacher_is_off(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_dropout_of_teacher_is_off(tmp_path: Path, tokens: torch.Tensor) -> None:
     folder = save_teacher(tmp_path / "gpt2", "gpt2")
     config = json.loads((folder / "config.json").read_text())
     dropout = {"resid_pdrop": 0.9, "embd_pdrop": 0.9, "attn_pdrop": 0.9}
@@ -196,13 +196,13 @@ def test_teacher_has_no_lm_head(name: str, folders: dict[str, Path]) -> None:
     assert head is not None
     teacher = load(folders[name])._model
     assert teacher.get_output_embeddings() is None
-    # The input embedding is the only matrix of the vocabulary's size.
+    # The input embedding is the only matrix with a row per token of the vocabulary.
     wide = [p for p in teacher.parameters() if p.dim() == 2 and p.shape[0] == VOCAB_SIZE]
     assert len(wide) == 1
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layers_after_the_tap_are_gone(name: str, folders: dict[str, Path]) -> None:
+def test_layers_after_tap_are_removed(name: str, folders: dict[str, Path]) -> None:
     whole, cut = load(folders[name]), load(folders[name], teacher_layer="1")
     layers = [m for m in cut._model.modules() if isinstance(m, torch.nn.ModuleList)]
     assert len(layers[0]) == 1
@@ -212,7 +212,7 @@ def test_layers_after_the_tap_are_gone(name: str, folders: dict[str, Path]) -> N
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_precision_is_as_asked_for(
+def test_dtype_of_weights_and_state_follows_config(
     architecture: str, name: str, dtype: torch.dtype, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     teacher = load(folders[architecture], teacher_dtype=name)
@@ -220,14 +220,14 @@ def test_precision_is_as_asked_for(
     assert teacher.hidden_state(tokens).dtype == dtype
 
 
-def test_bf16_is_the_fp32_state_rounded(folders: dict[str, Path], tokens: torch.Tensor) -> None:
+def test_bf16_state_is_close_to_fp32_state(folders: dict[str, Path], tokens: torch.Tensor) -> None:
     exact = load(folders["llama"]).hidden_state(tokens)
     rounded = load(folders["llama"], teacher_dtype="bf16").hidden_state(tokens).float()
     assert torch.cosine_similarity(exact, rounded, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_loading_leaves_the_random_numbers_alone(name: str, folders: dict[str, Path]) -> None:
+def test_loading_preserves_random_state(name: str, folders: dict[str, Path]) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     load(folders[name])
@@ -235,7 +235,7 @@ def test_loading_leaves_the_random_numbers_alone(name: str, folders: dict[str, P
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_size_is_that_of_the_weights_on_the_device(name: str, folders: dict[str, Path]) -> None:
+def test_num_bytes_counts_weights_on_device(name: str, folders: dict[str, Path]) -> None:
     teacher = load(folders[name])
     parameters = sum(p.numel() * p.element_size() for p in teacher._model.parameters())
     assert teacher.width == 48
@@ -255,20 +255,20 @@ def test_size_is_that_of_the_weights_on_the_device(name: str, folders: dict[str,
     ],
     ids=["bloom", "gpt_neo"],
 )  # fmt: skip
-def test_model_without_sdpa_attention_is_loaded_with_its_own(
+def test_model_without_sdpa_uses_its_default_attention(
     model: PreTrainedModel, tmp_path: Path, tokens: torch.Tensor
 ) -> None:
-    """SDPA is for speed; AutoModel knows many causal models that have no such attention."""
+    """Several causal models in transformers have no SDPA attention."""
     model.save_pretrained(tmp_path)
     state = load(tmp_path).hidden_state(tokens % 64)
     assert_same(state, hidden_states(model.eval(), tokens % 64)[-1])
 
 
-# Refused
+# Errors
 
 
 def bert(scale: float) -> BertModel:
-    """A bidirectional model; large weights stand for a trained one."""
+    """A bidirectional model; large weights imitate a trained one."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = BertModel(BertConfig(vocab_size=64, intermediate_size=64, **sizes))
@@ -283,23 +283,23 @@ def bert(scale: float) -> BertModel:
     [(1, torch.float32), (4, torch.float32), (4, torch.bfloat16)],
     ids=["as initialised", "large weights", "large weights in bf16"],
 )
-def test_bidirectional_model_is_refused(scale: float, dtype: torch.dtype) -> None:
-    with pytest.raises(LETError, match="BertModel is not causal: a later token changes"):
+def test_bidirectional_model_raises(scale: float, dtype: torch.dtype) -> None:
+    with pytest.raises(LETError, match="BertModel is not causal"):
         Teacher(bert(scale).to(dtype), num_layers=2, tap=2, final_norm=True)
 
 
-def test_causal_model_that_is_told_to_look_ahead_is_refused(folders: dict[str, Path]) -> None:
+def test_causal_architecture_without_causal_mask_raises(folders: dict[str, Path]) -> None:
     model = AutoModel.from_pretrained(folders["llama"])
     for layer in model.layers:
         layer.self_attn.is_causal = False
     model._attn_implementation = model.config._attn_implementation = "sdpa"
-    looks_ahead = _without_mask(model)
+    without_mask = _without_mask(model)
     with pytest.raises(LETError, match="is not causal"):
-        Teacher(looks_ahead, NUM_LAYERS, NUM_LAYERS, final_norm=True)
+        Teacher(without_mask, NUM_LAYERS, NUM_LAYERS, final_norm=True)
 
 
 def _without_mask(model: PreTrainedModel) -> PreTrainedModel:
-    """Llama whose attention sees the whole sequence."""
+    """Make the attention of a Llama cover the whole sequence."""
     for layer in model.layers:
         attend = layer.self_attn.forward
 
@@ -313,16 +313,16 @@ def _without_mask(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def test_model_without_such_a_list_of_layers_is_refused() -> None:
+def test_model_without_list_of_layers_raises() -> None:
     model = LlamaModel(LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2,
                                    num_attention_heads=4, intermediate_size=64))  # fmt: skip
-    with pytest.raises(LETError, match="LlamaModel has no list of 5 layers to tap"):
+    with pytest.raises(LETError, match="LlamaModel has no list of 5 layers"):
         Teacher(model, num_layers=5, tap=5, final_norm=True)
 
 
 @pytest.fixture
 def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of the Llama teacher to break."""
+    """A copy of the Llama teacher that a test may change."""
     return shutil.copytree(folders["llama"], tmp_path / "copy")
 
 
@@ -344,25 +344,23 @@ def assert_refused(folder: Path, expected: str) -> None:
     assert "\n" not in message and message.endswith(".") and str(folder) in message, message
 
 
-def test_layer_without_weights_is_refused(copy: Path) -> None:
+def test_missing_weights_of_layer_raise(copy: Path) -> None:
     change_config(copy, num_hidden_layers=4)
-    assert_refused(copy, r"has no weight for layers\.3\.\S+ and 8 more; its files are of another")
+    assert_refused(copy, r"layers\.3\.\S+ and 8 more")
 
 
-def test_single_missing_weight_is_refused(copy: Path) -> None:
+def test_single_missing_weight_raises(copy: Path) -> None:
     change_weights(copy, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    assert_refused(copy, r"has no weight for layers\.1\.mlp\.up_proj\.weight")
+    assert_refused(copy, r"layers\.1\.mlp\.up_proj\.weight")
 
 
-def test_weights_of_other_sizes_are_refused(copy: Path) -> None:
+def test_weights_of_other_sizes_raise(copy: Path) -> None:
     change_config(copy, hidden_size=64)
     assert_refused(copy, "its files are of another model|of one model")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_taken_for_something_else(
-    copy: Path, value: float
-) -> None:
+def test_non_finite_weights_are_not_reported_as_another_error(copy: Path, value: float) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.1.mlp.down_proj.weight"][0] = value
 
@@ -370,4 +368,4 @@ def test_weights_that_are_not_finite_are_not_taken_for_something_else(
     try:
         load(copy)
     except LETError as error:
-        assert "NaN or Inf" in str(error), "refused for a reason that is not the true one"
+        assert "NaN or Inf" in str(error), error

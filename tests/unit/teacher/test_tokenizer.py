@@ -1,4 +1,4 @@
-"""Real tokenizers compared: equal ones pass, and the first token that differs is named."""
+"""Comparison of tokenizers: equal ones pass, otherwise the first difference is named."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 def student(folder: Path) -> Any:
-    """Megatron's own wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
+    """Megatron's wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
     )
@@ -65,14 +65,14 @@ def refused(ours: Path, theirs: Path) -> str:
     return message
 
 
-def test_same_tokenizer_passes(plain: Path, tmp_path: Path) -> None:
+def test_equal_tokenizers_pass(plain: Path, tmp_path: Path) -> None:
     check_same_tokenizer(student(plain), teacher(plain))
     again = save(byte_level_bpe(), tmp_path / "again")
     check_same_tokenizer(student(again), teacher(plain))
 
 
 @pytest.mark.parametrize("template", ["<begin> $A", "$A <end>", "<begin> $A <end>"])
-def test_special_tokens_around_the_text_are_no_difference(tmp_path: Path, template: str) -> None:
+def test_special_tokens_around_text_are_ignored(tmp_path: Path, template: str) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<end>", 0), ("<begin>", 1)]
@@ -95,9 +95,7 @@ def test_swapped_tokens_are_named(plain: Path, tmp_path: Path) -> None:
     assert f"token 40 is {first!r} for the student and {second!r} for the teacher" in message
 
 
-def test_student_with_more_tokens_names_the_first_that_the_teacher_lacks(
-    plain: Path, tmp_path: Path
-) -> None:
+def test_first_token_beyond_shorter_vocabulary_is_named(plain: Path, tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     size = tokenizer.get_vocab_size()
     tokenizer.add_tokens(["<new>"])
@@ -108,7 +106,7 @@ def test_student_with_more_tokens_names_the_first_that_the_teacher_lacks(
     assert f"token {size} is None for the student and '<new>'" in refused(plain, larger)
 
 
-def test_tokenizer_of_other_text_names_a_token(plain: Path, tmp_path: Path) -> None:
+def test_first_token_of_other_vocabulary_is_named(plain: Path, tmp_path: Path) -> None:
     other = save(byte_level_bpe(["quick brown foxes jump over"] * 20), tmp_path / "other")
     ours, theirs = (
         {i: t for t, i in Tokenizer.from_file(str(f / "tokenizer.json")).get_vocab().items()}
@@ -118,17 +116,17 @@ def test_tokenizer_of_other_text_names_a_token(plain: Path, tmp_path: Path) -> N
     assert f"token {first} is {ours[first]!r} for the student" in refused(plain, other)
 
 
-def test_same_vocabulary_that_splits_otherwise_is_refused(plain: Path, tmp_path: Path) -> None:
+def test_equal_vocabulary_with_other_splitting_raises(plain: Path, tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(True)]
     )
     digits = save(tokenizer, tmp_path / "digits")
-    assert "has the student's vocabulary but splits text differently" in refused(plain, digits)
+    assert "splits text differently" in refused(plain, digits)
 
 
-def test_vocabulary_with_an_unused_id_is_compared_to_its_end(tmp_path: Path) -> None:
-    """Ids need not be consecutive: some models leave a gap before their special tokens."""
+def test_vocabulary_with_gap_is_compared_to_its_end(tmp_path: Path) -> None:
+    """Some models leave a gap in their ids before the special tokens."""
 
     def with_gap(last: str) -> Path:
         words = {"<unk>": 0, "<end>": 1, "<begin>": 2, "the": 3, "end": 5, last: 6}
@@ -141,13 +139,13 @@ def test_vocabulary_with_an_unused_id_is_compared_to_its_end(tmp_path: Path) -> 
     assert "token 6 is 'ours' for the student and 'theirs'" in refused(ours, theirs)
 
 
-def test_teacher_without_a_tokenizer_is_named(plain: Path, tmp_path: Path) -> None:
+def test_teacher_without_tokenizer_raises(plain: Path, tmp_path: Path) -> None:
     bare = save_teacher(tmp_path / "bare")
     assert f"The teacher {bare} has no tokenizer to compare" in refused(plain, bare)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {}}'])
-def test_damaged_tokenizer_is_named(plain: Path, tmp_path: Path, content: str) -> None:
+def test_damaged_tokenizer_raises(plain: Path, tmp_path: Path, content: str) -> None:
     damaged = save(byte_level_bpe(), save_teacher(tmp_path / "damaged"))
     (damaged / "tokenizer.json").write_text(content)
     assert str(damaged) in refused(plain, damaged)
@@ -157,7 +155,7 @@ vocabularies = st.lists(st.text(max_size=4), max_size=8).map(lambda tokens: dict
 
 
 @given(vocabularies, vocabularies)
-def test_vocabularies_pass_only_when_equal(ours: dict[int, str], theirs: dict[int, str]) -> None:
+def test_vocabularies_pass_only_if_equal(ours: dict[int, str], theirs: dict[int, str]) -> None:
     if ours == theirs:
         check_same_vocabulary(ours, theirs)
         return

@@ -1,0 +1,63 @@
+"""Convert a `.gguf` file to a model folder."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.cache import exclusive_lock, teachers_cache
+from megatron_let.teacher.quiet import quiet_transformers
+
+
+def convert_gguf(file: Path) -> Path:
+    """Dequantise a `.gguf` file to a bf16 folder in the cache, once per content; return the folder.
+
+    Raises:
+        LETError: the file is not a readable GGUF model.
+    """
+    if file.suffix != ".gguf":
+        raise LETError(
+            f"The teacher {file} is a file but not a .gguf file; give a model folder or a .gguf"
+            " file."
+        )
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    folder = teachers_cache() / f"{file.stem}-{digest}"
+    # All ranks of a node call this; the first one converts.
+    with exclusive_lock(folder.name):
+        if not folder.is_dir():
+            _write_folder(file, folder)
+    return folder
+
+
+def _write_folder(file: Path, folder: Path) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    names: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    # Recent transformers keep GGUF blocks packed, and a packed model cannot be saved.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    dense = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.bfloat16, **dense, **names
+            )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **names)
+    except Exception as error:  # gguf and transformers raise many types for a damaged file
+        raise LETError(
+            f"The teacher {file} cannot be read as GGUF ({first_line(error)}); "
+            "copy the file again, or install gguf and accelerate."
+        ) from error
+    # transformers would try to load the saved folder as a quantised model.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)

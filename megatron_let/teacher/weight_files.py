@@ -1,0 +1,87 @@
+"""The weight files of a model folder: which ones transformers loads, and whether they are whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+from megatron_let.errors import LETError, first_line
+
+# In transformers' order of preference; a sharded model has NAME.index.json instead.
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers would load, whether or not they exist.
+
+    Raises:
+        LETError: the index of a sharded model is damaged.
+    """
+    for name in WEIGHT_NAMES:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / shard for shard in _shards(index)]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def check_weight_files(folder: Path) -> None:
+    """Check that a folder has all of its weight files and that none is truncated.
+
+    Reads the headers of the files only.
+
+    Raises:
+        LETError: there are none, one is missing, or one is shorter than its header says.
+    """
+    files = weight_files(folder)
+    if not files:
+        raise LETError(f"The teacher {folder} has no weight file (*.safetensors or *.bin).")
+    for file in files:
+        if not file.is_file():
+            raise LETError(f"The teacher's weight file {file} is missing; copy the folder again.")
+        is_whole = _is_whole_safetensors if file.suffix == ".safetensors" else _is_whole_torch
+        if not is_whole(file):
+            raise LETError(
+                f"The teacher's weight file {file} is cut short or damaged at "
+                f"{file.stat().st_size} bytes; copy it again."
+            )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LETError(
+            f"The teacher's weight index {index} is damaged ({first_line(error)}); copy it again."
+        ) from error
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Whether the file is as long as its header says (8-byte length, JSON, data)."""
+    try:
+        with file.open("rb") as stream:
+            (header_length,) = struct.unpack("<Q", stream.read(8))
+            if header_length > file.stat().st_size:
+                return False
+            header = json.loads(stream.read(header_length))
+        ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+        return bool(file.stat().st_size == 8 + header_length + max(ends, default=0))
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def _is_whole_torch(file: Path) -> bool:
+    """Whether a file of `torch.save` opens: a zip ends with its directory, a pickle is read."""
+    if zipfile.is_zipfile(file):
+        return True
+    # Only this rare format needs torch, which takes seconds to import.
+    import torch
+
+    try:
+        torch.load(file, map_location="meta", weights_only=True)
+    except Exception:  # a truncated pickle raises many types
+        return False
+    return True
