@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from megatron_let.config.let_config import Placement
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import PLACEMENTS, Placement, samples_split
-from megatron_let.placement.simulate import Costs, Owner, simulate
+from megatron_let.placement.plan import FIXED_PLACEMENTS, samples_split
+from megatron_let.placement.simulate import AlignedLayer, Costs, simulate
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -102,7 +103,7 @@ class Estimate:
     seconds: dict[Placement, float]
     placement: Placement | None
     costs: Costs
-    owner: Owner
+    owner: AlignedLayer
     fits: bool
 
     @property
@@ -116,10 +117,10 @@ class Estimate:
         return max(self.memory, key=lambda stage: stage.total)
 
 
-def owner_of(layer: int, num_layers: int, layout: Layout) -> Owner:
+def owner_of(layer: int, num_layers: int, layout: Layout) -> AlignedLayer:
     """Stage and chunk of a 1-based layer, the layers cut evenly."""
     chunk = (layer - 1) // (num_layers // layout.pp // layout.num_chunks)
-    return Owner(chunk % layout.pp, chunk // layout.pp)
+    return AlignedLayer(chunk % layout.pp, chunk // layout.pp)
 
 
 def estimate(request: Request, layout: Layout) -> Estimate:
@@ -132,7 +133,7 @@ def estimate(request: Request, layout: Layout) -> Estimate:
     seconds: dict[Placement, float] = {}
     placement: Placement | None = None
     if request.teacher is not None:
-        seconds = {name: _seconds(name, request, layout, costs, owner) for name in PLACEMENTS}
+        seconds = {name: _seconds(name, request, layout, costs, owner) for name in FIXED_PLACEMENTS}
         placement = _best(seconds)
     memory = tuple(_memory(request, layout, stage, owner, placement) for stage in range(layout.pp))
     return Estimate(
@@ -151,11 +152,11 @@ def fits(request: Request, layout: Layout, placement: Placement | None = "aligne
 def _best(seconds: dict[Placement, float]) -> Placement:
     """The fastest; of those within 0.1 % the one with the least memory."""
     limit = min(seconds.values()) * 1.001
-    return next(name for name in PLACEMENTS if seconds[name] <= limit)
+    return next(name for name in FIXED_PLACEMENTS if seconds[name] <= limit)
 
 
 def _seconds(
-    placement: Placement, request: Request, layout: Layout, costs: Costs, owner: Owner
+    placement: Placement, request: Request, layout: Layout, costs: Costs, owner: AlignedLayer
 ) -> float:
     """Of one step's passes under a placement."""
 
@@ -211,7 +212,7 @@ def _teacher_seconds(request: Request, layout: Layout, speed: float) -> float:
 
 
 def _memory(
-    request: Request, layout: Layout, stage: int, owner: Owner, placement: Placement | None
+    request: Request, layout: Layout, stage: int, owner: AlignedLayer, placement: Placement | None
 ) -> StageMemory:
     student = stage_memory(request.student, layout, request.seq_length, stage)
     if request.teacher is None or (placement == "aligned-stage" and stage != owner.stage):

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_let.errors import LETError
 from megatron_let.placement.plan import samples_split
-from megatron_let.placement.simulate import Costs, Owner
+from megatron_let.placement.simulate import AlignedLayer, Costs
 from megatron_let.planner.estimate import Estimate, Gpu, Request, stage_costs
 from megatron_let.planner.memory import (
     Layout,
@@ -263,7 +263,7 @@ def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
         seconds=seconds,
         placement="aligned-stage" if seconds else None,
         costs=costs,
-        owner=Owner(0, 0),
+        owner=AlignedLayer(0, 0),
         fits=memory.total <= request.gpu.memory * (1 - request.reserve),
     )
 

@@ -33,8 +33,6 @@ class TeacherFolder:
         path: the folder.
         num_layers, hidden_size, vocab_size: of the model.
         max_positions: longest sequence it was built for; None where the config sets no limit.
-        own_length: tokens of a sample under the teacher's own tokenizer, which stand before an
-            index for each of the student's; None where both have one tokenizer.
     """
 
     path: Path
@@ -42,7 +40,6 @@ class TeacherFolder:
     hidden_size: int
     vocab_size: int
     max_positions: int | None
-    own_length: int | None = None
 
 
 def inspect_teacher(teacher: Path, cache: Path | None = None) -> TeacherFolder:

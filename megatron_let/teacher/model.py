@@ -122,21 +122,21 @@ class RealignedTeacher(Teacher):
     `data.realign` makes the rows.
     """
 
-    def __init__(self, teacher: Teacher, own_length: int) -> None:
+    def __init__(self, teacher: Teacher, teacher_length: int) -> None:
         """
         Args:
             teacher: the model.
-            own_length: of its own tokens in a row.
+            teacher_length: tokens per row under the teacher's tokenizer.
         """
-        self._model, self._teacher, self._own_length = teacher._model, teacher, own_length
+        self._model, self._teacher, self._teacher_length = teacher._model, teacher, teacher_length
         self.width, self.num_bytes = teacher.width, teacher.num_bytes
 
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[b, own_length + s]` -> `[b, s, d_T]`.
+        """`[b, teacher_length + s]` -> `[b, s, d_T]`.
 
         Zeros where the index is -1: a zero vector has cosine 0, and no gradient.
         """
-        own, index = tokens.tensor_split([self._own_length], dim=1)
+        own, index = tokens.tensor_split([self._teacher_length], dim=1)
         state = self._teacher.hidden_state(own)
         places = index.clamp_min(0)[..., None].expand(-1, -1, state.shape[-1])
         return state.gather(1, places).masked_fill(index[..., None] < 0, 0)
@@ -159,6 +159,7 @@ def load_teacher(
     config: LETConfig,
     device: torch.device,
     sharding: Sharding | None = None,
+    teacher_length: int | None = None,
 ) -> Teacher:
     """Load the teacher that `config` names on `device`.
 
@@ -166,6 +167,8 @@ def load_teacher(
         folder, config: of the teacher.
         device: it runs on.
         sharding: spreads it over the devices of several ranks; None copies it whole.
+        teacher_length: tokens per sample under the teacher's tokenizer with
+            `--let-cross-tokenizer`; None without it.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
@@ -176,7 +179,7 @@ def load_teacher(
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
     if config.teacher_compile:
         teacher.compile()
-    return teacher if folder.own_length is None else RealignedTeacher(teacher, folder.own_length)
+    return teacher if teacher_length is None else RealignedTeacher(teacher, teacher_length)
 
 
 def load_model(

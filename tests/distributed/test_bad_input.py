@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[tuple[str | int | float, ...], str]] = {
     ),
     "data beyond the teacher's tokens": (
         ("--data-path", "{large_ids}"),
-        f"The data has token id 300 but the teacher knows ids below {VOCAB_SIZE}",
+        f"The data has token id 300 but the teacher's vocabulary has {VOCAB_SIZE} ids",
     ),
     "sequence too long": (
         ("--seq-length", 2 * MAX_POSITIONS, "--max-position-embeddings", 2 * MAX_POSITIONS),

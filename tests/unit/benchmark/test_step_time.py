@@ -1,4 +1,4 @@
-"""The one-GPU benchmark: its figures on made-up steps, and the tool itself at a tiny size."""
+"""The one-GPU benchmark: its figures on synthetic steps, and the tool at a tiny size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from tests.helpers.runs import ROOT
 from tools.benchmark import step_time
 
-BASELINE, TAUGHT = 100, 104
+BASELINE, WITH_TEACHER = 100, 104
 
 
 def made_up(seconds: list[float], peaks: list[int], counted: int = 3) -> list[dict[str, Any]]:
-    """Blocks of equal steps, whose first ones are far slower and fuller."""
+    """Blocks of equal steps; the first steps of each block are much slower and use more memory."""
     settling = [{"step_seconds": 99.0, "max_memory_bytes": 10**9}] * step_time.SETTLING
     return [
         step
@@ -26,31 +26,31 @@ def made_up(seconds: list[float], peaks: list[int], counted: int = 3) -> list[di
     ]
 
 
-def test_first_steps_of_a_block_are_not_counted() -> None:
-    taken = step_time.blocks(made_up([1.0, 1.1, 1.0], [BASELINE, TAUGHT, BASELINE]), 3)
+def test_blocks_drop_first_steps() -> None:
+    taken = step_time.blocks(made_up([1.0, 1.1, 1.0], [BASELINE, WITH_TEACHER, BASELINE]), 3)
     assert [len(block) for block in taken] == [3, 3, 3]
     assert {step["step_seconds"] for block in taken for step in block} == {1.0, 1.1}
 
 
 @pytest.mark.parametrize("num_blocks", [0, 2, 4])
-def test_a_run_that_ends_with_a_taught_block_is_refused(num_blocks: int) -> None:
-    with pytest.raises(ValueError, match="no odd number of blocks of 5"):
+def test_blocks_even_number_raises(num_blocks: int) -> None:
+    with pytest.raises(ValueError, match="not an odd number of blocks of 5"):
         step_time.blocks(made_up([1.0] * num_blocks, [BASELINE] * num_blocks), 3)
 
 
-def test_a_run_that_was_cut_is_refused() -> None:
+def test_blocks_incomplete_run_raises() -> None:
     with pytest.raises(ValueError, match="14 steps"):
         step_time.blocks(made_up([1.0] * 3, [BASELINE] * 3)[:-1], 3)
 
 
-def test_ratio_is_free_of_a_machine_that_slows_down_evenly() -> None:
-    """The baseline takes 1.0, 1.2, 1.4 s; each taught block 4 % more than there would be."""
+def test_step_ratios_cancel_linear_drift() -> None:
+    """The baseline takes 1.0, 1.2, 1.4 s; each block with a teacher takes 4 % more."""
     seconds = [1.0, 1.04 * 1.1, 1.2, 1.04 * 1.3, 1.4]
     taken = step_time.blocks(made_up(seconds, [BASELINE] * 5), 3)
     assert step_time.step_ratios(taken) == pytest.approx([1.04, 1.04])
 
 
-def test_one_slow_step_does_not_move_a_block() -> None:
+def test_step_ratios_ignore_one_slow_step() -> None:
     steps = made_up([1.0, 1.04, 1.0], [BASELINE] * 3)
     steps[step_time.SETTLING + 3 + step_time.SETTLING + 1] = {"step_seconds": 50.0}
     assert step_time.step_ratios(step_time.blocks(steps, 3)) == pytest.approx([1.04])
@@ -61,7 +61,7 @@ def test_figures() -> None:
     row = step_time.figures(step_time.blocks(made_up(seconds, peaks), 3), BASELINE)
     assert row == {
         "step_ratio": 1.04, "step_ratio_q25": 1.03, "step_ratio_q75": 1.05,
-        "untaught_seconds": 1.0, "peak_ratio": 1.04, "peak_ratio_after": 1.01,
+        "baseline_seconds": 1.0, "peak_ratio": 1.04, "peak_ratio_after": 1.01,
         "baseline_peak_gib": 0.0, "cycles": 3, "steps": 3,
     }  # fmt: skip
 

@@ -11,11 +11,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_let.config.let_config import LETConfig
 from megatron_let.losses import distilled_cross_entropy as module
 from megatron_let.losses.distilled_cross_entropy import SoftTargets, distilled_cross_entropy
-from megatron_let.methods.distillation_schedule import distillation_weight
-from megatron_let.methods.logits_hook import DistillationHook
 from tests.helpers.runs import free_port
 
 SHAPE = (7, 3)
@@ -168,54 +165,3 @@ def test_vocabulary_split_over_ranks(tmp_path: Path) -> None:
         for part in parts:
             torch.testing.assert_close(part[name][0].double(), hard, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(part[name][1].double(), soft, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"method": "rkd"}, [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
-        ({"method": "salt"}, [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]),
-        ({"method": "salt", "kd_fade": True}, [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
-    ],
-)
-def test_weight_of_each_step(values: dict[str, object], expected: list[float]) -> None:
-    config = LETConfig(teacher=Path("/t"), stop_step=4, **values)  # type: ignore[arg-type]
-    assert [distillation_weight(step, config) for step in range(6)] == pytest.approx(expected)
-
-
-class Model(torch.nn.Module):
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        return labels + logits
-
-    def forward(self, labels: Tensor, logits: Tensor) -> Tensor:
-        return self.compute_language_model_loss(labels, logits)
-
-
-class Wrapper(torch.nn.Module):
-    """As DeepSpeed's engine is seen by the loop: it forwards attributes to the model."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.inner = model
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-
-def test_loss_is_replaced_in_the_model_and_not_in_its_wrapper(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, zero = Model(), torch.zeros(2, 2)
-    hook = DistillationHook(Wrapper(model))
-    monkeypatch.setattr(
-        "megatron_let.methods.logits_hook.distilled_cross_entropy",
-        lambda logits, labels, state, targets: (state, state),
-    )
-    hook.open_step(lambda microbatch: torch.full((2, 2), 7.0), object())  # type: ignore[arg-type]
-    assert torch.equal(model(zero, zero), torch.full((2, 2), 7.0))
-    hook.close_step()
-    hook.remove()
-    assert torch.equal(model(zero, zero), zero)

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from megatron_let.config.let_config import LOSSES, Loss
 from megatron_let.losses.registry import alignment_loss
-from megatron_let.methods.learned_projection import AdamStep, LearnedProjection, behind_projection
-from megatron_let.methods.projection_training import ProjectionTraining
+from megatron_let.methods.learned_projection import (
+    AdamStep,
+    LearnedProjection,
+    ProjectionTraining,
+    behind_projection,
+)
 from tests.helpers import plain_reference as plain
 
 SCALE = torch.tensor(0.37, dtype=torch.float64)
@@ -146,7 +150,7 @@ def chunk(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     chunk.decoder.layers = torch.nn.ModuleList([layer])
     chunk.config = SimpleNamespace(hidden_size=24, init_method_std=0.3, sequence_parallel=False)
     monkeypatch.setattr(
-        "megatron_let.methods.projection_training._ranks_with_tokens", lambda _: ALONE
+        "megatron_let.methods.learned_projection._ranks_with_tokens", lambda _: ALONE
     )
     return chunk
 

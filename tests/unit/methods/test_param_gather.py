@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_let.methods.let import _start_param_gather
+from megatron_let.methods.let import start_param_gather
 
 
 class BucketGroup:
@@ -35,14 +35,14 @@ def chunk(groups: list[BucketGroup], **values: Any) -> Any:
 
 def test_the_first_layers_gather_is_started_and_only_that() -> None:
     groups = [BucketGroup(), BucketGroup()]
-    _start_param_gather(chunk(groups))
+    start_param_gather(chunk(groups))
     # Bucket groups are in the order of the backward.
     assert [group.num_started for group in groups] == [0, 1]
 
 
 def test_a_gather_under_way_is_left_alone() -> None:
     groups = [BucketGroup(), BucketGroup(dispatched=True)]
-    _start_param_gather(chunk(groups))
+    start_param_gather(chunk(groups))
     assert [group.num_started for group in groups] == [0, 0]
 
 
@@ -55,10 +55,10 @@ def test_a_gather_under_way_is_left_alone() -> None:
 )
 def test_nothing_is_started_that_nobody_waits_for(values: dict[str, Any]) -> None:
     groups = [BucketGroup()]
-    _start_param_gather(chunk(groups, **values))
+    start_param_gather(chunk(groups, **values))
     assert groups[0].num_started == 0
 
 
 def test_a_model_without_ddp_has_nothing_to_gather() -> None:
-    _start_param_gather(SimpleNamespace())
-    _start_param_gather(chunk([]))
+    start_param_gather(SimpleNamespace())
+    start_param_gather(chunk([]))
