@@ -144,7 +144,7 @@ def _enable_teacher(args: argparse.Namespace, patches: PatchSet) -> None:
         )
     )
     log = {_TRAINING + "training_log": forget_stale_averages}
-    patches.apply_all(PATCHES, method.patches() | log)
+    patches.apply_all(PATCHES, method.wrappers() | log)
     print_rank_0("LET: " + method.describe())
 
 

@@ -96,8 +96,8 @@ class TeacherMethod(ABC):
     def release(self) -> bool:
         """Free the teacher; return whether any rank had one."""
 
-    def patches(self) -> dict[str, Callable[[Any], Any]]:
-        """Map each row of the patch table that the method needs to its wrapper."""
+    def wrappers(self) -> dict[str, Callable[[Any], Any]]:
+        """Map the targets in the patch table that the method needs to their wrappers."""
         return {"megatron.training.training:get_forward_backward_func": self.wrap_getter}
 
     def wrap_getter(self, original: Callable[..., ForwardBackward]) -> Callable[..., Any]:

@@ -56,12 +56,12 @@ class LETMethod(TeacherMethod):
             f" to 0 at step {config.stop_step}"
         )
 
-    def patches(self) -> dict[str, Callable[[Any], Any]]:
+    def wrappers(self) -> dict[str, Callable[[Any], Any]]:
         """Add the set-up of a learned projection."""
         if self._projection is None:
-            return super().patches()
+            return super().wrappers()
         setup = "megatron.training.training:setup_model_and_optimizer"
-        return {setup: self._projection.wrap_setup, **super().patches()}
+        return {setup: self._projection.wrap_setup, **super().wrappers()}
 
     def run_with_teacher(
         self, forward_backward: ForwardBackward, weight: float, kwargs: dict[str, Any]
