@@ -11,7 +11,7 @@ from tests.helpers.data import write_indexed_data
 from tests.helpers.models import save_teacher
 from tests.helpers.runs import train
 
-# The suite shares two cores with other ranks: a slow example is not a failure.
+# Tests share two cores with the ranks of other tests: a slow example is not a failure.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path) -> Path:
-    """Checkpoint of a student that has learned for 20 steps, with its cosine well above 0."""
+    """Checkpoint of a student after 20 steps, whose cosine is well above 0."""
     folder = tmp_path_factory.mktemp("weights")
     train(
         folder, "--data-path", data, "--save", folder / "checkpoint", "--save-interval", 20,

@@ -1,6 +1,6 @@
-"""Every change to installed code: a table of rows, and the registry that applies them."""
+"""Patches of installed code: the table of rows and what applies them; CPU shims; torch layers."""
 
-from megatron_let.compat.patch_set import Patch, PatchError, PatchSet
-from megatron_let.compat.patch_table import PATCHES
+from megatron_let.compat.patch_set import PatchSet
+from megatron_let.compat.patch_table import PATCHES, Patch, PatchError
 
 __all__ = ["PATCHES", "Patch", "PatchError", "PatchSet"]

@@ -1,4 +1,4 @@
-"""`python -m megatron_let.compat`: print the table."""
+"""`python -m megatron_let.compat`: print the patch table."""
 
 from rich.console import Console
 from rich.table import Table

@@ -1,7 +1,7 @@
-"""Megatron on a CPU with gloo: a stand-in for every CUDA call that its training loop makes.
+"""Run Megatron on a CPU with gloo: a shim for every CUDA call of its training loop.
 
-Each stand-in is a row of `compat/patch_table.py`, and `stand_ins()` gives its function. They
-were found by removing them one at a time from a run that trains, evaluates and saves.
+Each shim is a row of `compat/patch_table.py`; `cpu_shims()` returns its function. A test removes
+them one at a time from a run that trains, evaluates and saves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WRITER = "megatron.core.dist_checkpointing.strategies.async_utils:"
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    # Megatron passes torch.cuda.current_device(), an integer, where torch means the current GPU.
+    # Megatron passes torch.cuda.current_device(), an integer, which torch takes as the current GPU.
     return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
 
 
@@ -40,7 +40,7 @@ def _backward(
     grad_tensors: Any = None,
     **unused: Any,
 ) -> None:
-    """`Tensor.backward` and `torch.autograd.backward`, straight to the autograd engine."""
+    """Replace `Tensor.backward` and `torch.autograd.backward` by a call of the autograd engine."""
     given = next((g for g in (gradients, gradient, grad_tensors) if g is not None), None)
     outputs = _as_tuple(tensors, 1)
     pairs = zip(outputs, _as_tuple(given, len(outputs)), strict=True)
@@ -56,12 +56,12 @@ def _backward(
 
 
 class CudaDeviceAsCpu(TorchFunctionMode):
-    """Turns `device="cuda"` into the CPU and drops `pin_memory=True`, in every torch call."""
+    """Replaces `device="cuda"` by the CPU and drops `pin_memory=True` in every torch call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.backward, torch.autograd.backward):
-            # Torch would run it with this mode off, and a layer's backward would ask for CUDA.
+            # torch would run it with this mode off, and a layer's backward would request CUDA.
             with self:
                 return _backward(*args, **kwargs)
         if _is_cuda(kwargs.get("device")):
@@ -73,7 +73,7 @@ class CudaDeviceAsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream on a machine that runs everything in program order."""
+    """A CUDA stream on a CPU, which runs everything in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -107,19 +107,19 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
     def tensor_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return original(self, dtype, *args, **kwargs)
-        # Optimizers select parameters by 'torch.cuda.FloatTensor' and its half-precision kin.
-        # Under CudaDeviceAsCpu the original comes back here, and the name is done already.
+        # Optimizers select parameters by 'torch.cuda.FloatTensor' and its half-precision variants.
+        # Under CudaDeviceAsCpu the original calls this function, whose name has the prefix already.
         return "torch.cuda." + original(self).removeprefix("torch.").removeprefix("cuda.")
 
     return tensor_type
 
 
 def write_checkpoints(*args: Any, **kwargs: Any) -> None:
-    """Stand in for the loop of the asynchronous checkpoint writer, a process without patches."""
+    """Run the loop of the asynchronous checkpoint writer, in whose process nothing is patched."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     for name in ("device_count", "set_device", "synchronize"):
-        setattr(torch.cuda, name, stand_ins()[f"torch.cuda:{name}"](None))
+        setattr(torch.cuda, name, cpu_shims()[f"torch.cuda:{name}"](None))
     PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 
@@ -127,8 +127,8 @@ def _replace_by(function: Any) -> Callable[[Any], Any]:
     return lambda original: function
 
 
-def stand_ins() -> dict[str, Callable[[Any], Any]]:
-    """Return {patch target: function from the original to its CPU stand-in}."""
+def cpu_shims() -> dict[str, Callable[[Any], Any]]:
+    """Return {patch target: function from the original to its CPU shim}."""
     rng = "megatron.core.tensor_parallel.random:"
     return {
         "torch.cuda:is_available": _replace_by(lambda: True),
@@ -151,6 +151,6 @@ def stand_ins() -> dict[str, Callable[[Any], Any]]:
         rng + "_set_cuda_rng_state": _replace_by(
             lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
         ),
-        # By its name in this module, under which the writer's process finds it.
+        # A module-level function, because the writer's process imports it by name.
         _WRITER + "PersistentAsyncCaller.async_loop": _replace_by(staticmethod(write_checkpoints)),
     }

@@ -1,4 +1,4 @@
-"""Which device a run uses, and what Megatron must be told for it."""
+"""The device of a run, and the flags and environment that Megatron needs for it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class Host:
-    """What this machine offers.
+    """Capabilities of this machine.
 
     Attributes:
         cuda: a GPU is usable; otherwise the run is on the CPU with gloo.
         transformer_engine: Transformer Engine can be imported.
-        fused_gradients: Apex's or Transformer Engine's fused weight-gradient kernel is there.
+        fused_gradients: Apex's fused weight-gradient kernel can be imported.
     """
 
     cuda: bool
@@ -25,14 +25,14 @@ class Host:
     fused_gradients: bool
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Return one line for the log."""
         device = torch.cuda.get_device_name() if self.cuda else "CPU"
         backend = "NCCL" if self.cuda else "gloo"
         layers = "Transformer Engine" if self.transformer_engine else "torch"
         return f"device {device}, backend {backend}, layers by {layers}"
 
     def argv(self) -> list[str]:
-        """Megatron flags that this host needs; they go before the recipe's."""
+        """Return the Megatron flags that this host needs; the recipe may override them."""
         flags = []
         if not self.cuda:
             flags += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
@@ -48,7 +48,10 @@ class Host:
 
 
 def detect_host() -> Host:
-    """Look at this machine; an importable `apex` alone proves nothing, so its kernel is probed."""
+    """Detect this machine's capabilities.
+
+    Apex can be installed without its kernels, so the kernel's module is looked up.
+    """
     cuda = torch.cuda.is_available()
     engine = cuda and importlib.util.find_spec("transformer_engine") is not None
     fused = cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -56,20 +59,18 @@ def detect_host() -> Host:
 
 
 def prepare_process(host: Host, rank: int) -> None:
-    """Set what Megatron reads at import or when CUDA starts; call it before importing Megatron."""
-    # Megatron asserts it for TP and CP: one queue keeps communication ahead of compute.
+    """Set what Megatron reads at import or CUDA at its start; call it before importing Megatron."""
+    # Megatron asserts it for TP and CP: with one queue communication starts before compute.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not os.environ.get("WANDB_API_KEY"):
         os.environ.setdefault("WANDB_MODE", "offline")
     if not host.cuda:
-        # Megatron decides at import what torch.compile gets; there is no inductor gain on a CPU.
+        # Megatron chooses at import what torch.compile compiles; inductor gains nothing on a CPU.
         torch._dynamo.config.disable = True
-        # transformers imports DeepSpeed where it is installed, which would take our stand-ins of
-        # CUDA's calls for a GPU.
+        # transformers imports an installed DeepSpeed, which would take the CPU shims for a GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if rank != 0:
         warnings.filterwarnings("ignore")
     if not host.transformer_engine:
-        # A dozen lines a rank that say Transformer Engine and Apex are not there; one line of
-        # ours says it too.
+        # A dozen lines per rank about missing Transformer Engine and Apex; Host.describe() says it.
         warnings.filterwarnings("ignore", module=r"megatron\.")

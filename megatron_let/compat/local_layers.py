@@ -1,7 +1,7 @@
-"""GPT layer spec of torch modules only, for hosts without Transformer Engine.
+"""GPT layer spec of torch modules, for hosts without Transformer Engine.
 
-Megatron's own local spec refuses sequence parallelism in its norm and context parallelism in its
-attention, and materialises [b, heads, s, s] scores. The two modules here do neither.
+Megatron's local spec supports neither sequence parallelism in its norm nor context parallelism in
+its attention, and materialises [b, heads, s, s] scores. The two modules here lift these limits.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from megatron_let.errors import LETError
 
 
 class RMSNorm(torch.nn.Module):
-    """`torch.nn.functional.rms_norm` whose weight takes part in sequence parallelism.
+    """RMSNorm by torch, with sequence parallelism; takes the parameters of Megatron's norms.
 
-    Same parameters as Megatron's norms; [s, b, h] or [s/tp, b, h] to the same shape.
+    Maps [s, b, h], or [s/tp, b, h] under sequence parallelism, to the same shape.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def zigzag_positions(local_length: int, cp_size: int, device: torch.device) -> torch.Tensor:
-    """Global positions of the tokens of all CP ranks, in the order of an all-gather over them.
+    """Return the global positions of all CP ranks' tokens, in all-gather order.
 
     Rank r holds the chunks r and 2*cp-1-r of 2*cp equal chunks (Megatron's load balancing).
 
@@ -68,7 +68,7 @@ def zigzag_positions(local_length: int, cp_size: int, device: torch.device) -> t
 
 
 class SDPAttention(MegatronModule):
-    """Core attention by torch `scaled_dot_product_attention`, causal, with context parallelism.
+    """Causal core attention by torch's `scaled_dot_product_attention`, with context parallelism.
 
     With CP > 1, K and V are gathered over the context-parallel group ([s, b, groups, d]) and the
     mask follows the zigzag order of the shards.
@@ -130,8 +130,8 @@ class SDPAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[None]:
-        # As Megatron's attention: tensor-parallel ranks hold different heads and must not share
-        # one mask; under sequence parallelism their default generators differ by themselves.
+        # As in Megatron's attention: tensor-parallel ranks hold different heads and need different
+        # masks; under sequence parallelism their default generators differ already.
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
@@ -141,7 +141,7 @@ class SDPAttention(MegatronModule):
         return gather_from_sequence_parallel_region(tensor, group=self.cp_group)
 
 
-# Setting of the model -> the only value that torch's layers have here.
+# Setting of the model -> the only value that the torch layers support.
 _LOCAL_LAYERS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "num_moe_experts": None,
@@ -159,7 +159,7 @@ def check_local_layers(settings: Any) -> None:
         settings: Megatron's arguments or a `TransformerConfig`.
 
     Raises:
-        LETError: names the flag, its value and the value that is possible.
+        LETError: names the flag, its value and the supported value.
     """
     for name, possible in _LOCAL_LAYERS.items():
         value = getattr(settings, name, possible)
@@ -167,15 +167,15 @@ def check_local_layers(settings: Any) -> None:
             flag = "--" + name.replace("_moe", "").replace("_", "-")
             remedy = f"give {flag} {possible}" if possible else f"drop {flag}"
             raise LETError(
-                f"Without Transformer Engine there is no {flag} {value}; {remedy}, or install"
-                " Transformer Engine."
+                f"{flag} {value} needs Transformer Engine, which is not installed; {remedy}, or"
+                " install Transformer Engine."
             )
 
 
 def local_layer_spec(
     config: GPTModelConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Layer spec for `GPTModelConfig.transformer_layer_spec` (dense Llama-style models).
+    """Return a spec for `GPTModelConfig.transformer_layer_spec` (dense Llama-style models).
 
     Raises:
         LETError: the model needs Transformer Engine.
@@ -192,7 +192,7 @@ def local_layer_spec(
     attention.core_attention = SDPAttention
     if transformer.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # A block of submodules, not a layer: a bare layer keeps the stock final norm.
+    # A spec of the block, because a layer spec alone keeps the stock final norm.
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(transformer, vp_stage), layer_norm=RMSNorm
     )

@@ -1,18 +1,49 @@
-"""The one table of everything that is patched, in Megatron or torch, and why.
+"""The table of all patches of Megatron and torch, with their reasons.
 
-`python -m megatron_let.compat` prints it. Hooks come first: what `pretrain()`, its arguments,
-its config container and the layer spec offer is used through them and is not here.
+`python -m megatron_let.compat` prints it. A patch is the last resort: what the arguments of
+`pretrain()`, its config container and the layer spec offer is used through them and is not here.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from megatron_let.compat.patch_set import Patch
+from megatron_let.errors import LETError
 
-# pip's is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
+# pip's version is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
 MEGATRON_VERSIONS = ">=0.19.0.dev0,<0.20"
 TORCH_VERSIONS = ">=2.9"
+
+
+class PatchError(LETError):
+    """A patch does not fit what is installed, or conflicts with another patch."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row of the table.
+
+    Attributes:
+        target: `module:attribute`, e.g. `megatron.training.training:train_step`; the attribute
+            may be dotted (`torch:Tensor.cuda`).
+        kind: `wrap` calls the original, `replace` does not.
+        reason: what goes wrong without the patch.
+        package: distribution whose version is checked against `versions`.
+        versions: PEP 440 range in which the target behaves as the row assumes.
+        parameters: leading parameter names that the target must have; None for C functions.
+        unnecessary_when: the change upstream that would make the row unnecessary.
+        test: the test that fails without it, as `file::test`.
+    """
+
+    target: str
+    kind: Literal["wrap", "replace"]
+    reason: str
+    package: str
+    versions: str
+    parameters: tuple[str, ...] | None
+    unnecessary_when: str
+    test: str
 
 
 def _cpu(target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch") -> Patch:
@@ -23,20 +54,20 @@ def _cpu(target: str, reason: str, package: Literal["torch", "megatron-core"] = 
         package=package,
         versions=MEGATRON_VERSIONS if package == "megatron-core" else TORCH_VERSIONS,
         parameters=None,
-        unnecessary_when="Megatron's training loop runs on a CPU by itself",
-        test="tests/distributed/test_cpu_host.py::test_every_stand_in_is_needed_or_documented",
+        unnecessary_when="Megatron's training loop runs on a CPU",
+        test="tests/distributed/test_cpu_host.py::test_every_shim_is_needed_or_documented",
     )
 
 
 _CPU_ROWS = (
-    _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is there"),
-    _cpu("torch.cuda:device_count", "0 devices skip initialize_model_parallel"),
+    _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is available"),
+    _cpu("torch.cuda:device_count", "with 0 devices initialize_model_parallel is skipped"),
     _cpu("torch.cuda:set_device", "initialize_distributed selects a GPU"),
     _cpu("torch.cuda:current_device", "tensors are created on the current GPU by number"),
     _cpu("torch.cuda:get_device_properties", "argument validation reads the capability"),
     _cpu("torch.cuda:synchronize", "timers synchronise"),
     _cpu("torch.cuda:get_rng_state", "the RNG tracker and checkpoints save the generator"),
-    _cpu("torch.cuda:manual_seed", "each rank's dropout generator is seeded apart"),
+    _cpu("torch.cuda:manual_seed", "each rank seeds its dropout generator differently"),
     _cpu("torch.cuda:Stream", "DDP is built on a side stream"),
     _cpu("torch.cuda:current_stream", "collectives wait for the current stream"),
     _cpu("torch.cuda:stream", "DDP is built on a side stream"),
@@ -55,7 +86,7 @@ _CPU_ROWS = (
     ),
     _cpu(
         "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
-        "the asynchronous checkpoint writer selects a GPU and dies, and training waits for it",
+        "the asynchronous checkpoint writer fails to select a GPU, and training waits for it",
         "megatron-core",
     ),
 )
@@ -66,11 +97,11 @@ _PIP_ROWS = (
     Patch(
         target="megatron.core.datasets.utils:compile_helpers",
         kind="replace",
-        reason="pip's wheel has the compiled helper but no makefile, and start-up exits with 1",
+        reason="pip's wheel has the compiled helper but no makefile, and start-up exits",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=(),
-        unnecessary_when="the wheel ships core/datasets/Makefile or the loop does not call make",
+        unnecessary_when="the wheel ships core/datasets/Makefile or start-up does not call make",
         test="tests/unit/compat/test_patch_table.py::test_compile_helpers_is_replaced_without_a_makefile",
     ),
 )
@@ -81,8 +112,7 @@ _TORCH_OPTIMIZER_ROWS = (
     Patch(
         target=_OPTIMIZER + "state_dict",
         kind="wrap",
-        reason="with torch's Adam it asserts that a step was taken, and no checkpoint can be"
-        " loaded",
+        reason="with torch's Adam it asserts that a step was taken, so no checkpoint can be loaded",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("self",),
@@ -93,7 +123,7 @@ _TORCH_OPTIMIZER_ROWS = (
         target=_OPTIMIZER + "load_state_dict",
         kind="wrap",
         reason="with torch's Adam the step counter is 0 after a resume, so the bias correction"
-        " starts over, and fp32 parameters cannot be loaded",
+        " restarts, and fp32 parameters cannot be loaded",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("self", "state_dict"),
@@ -106,8 +136,8 @@ _LET_ROWS = (
     Patch(
         target=_TRAINING + "get_forward_backward_func",
         kind="wrap",
-        reason="the alignment needs a global batch's tokens on the stage that owns layer k, the"
-        " index of each microbatch, and a place before the optimizer step",
+        reason="the alignment needs a global batch's tokens on the stage of layer k, the index of"
+        " each microbatch, and a place before the optimizer step",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=None,
@@ -118,7 +148,7 @@ _LET_ROWS = (
         target=_TRAINING + "training_log",
         kind="wrap",
         reason="an average that is no longer reported is printed as 0, so the log would show a"
-        " cosine where there is no teacher",
+        " cosine after the teacher is freed",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("loss_dict", "total_loss_dict"),
@@ -131,8 +161,8 @@ _PROJECTION_ROWS = (
     Patch(
         target=_TRAINING + "setup_model_and_optimizer",
         kind="wrap",
-        reason="a learned projection is put beside the model's layers once they are built and"
-        " loaded, and takes its step with the optimizer's",
+        reason="a learned projection is created after the model is built and loaded, and its"
+        " parameters are stepped with the model's",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("model_type", "model_provider_func", "checkpointing_context"),
@@ -145,7 +175,7 @@ _METRICS_ROWS = (
     Patch(
         target=_TRAINING + "train_step",
         kind="wrap",
-        reason="one JSON line a step needs the loss, the gradient norm and the time together",
+        reason="one JSON line per step needs the loss, the gradient norm and the time together",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=(
@@ -159,27 +189,27 @@ _METRICS_ROWS = (
             "iteration",
         ),
         unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
     Patch(
         target=_TRAINING + "evaluate_and_print_results",
         kind="wrap",
-        reason="evaluate() does not know its iteration nor whether it scores validation or test",
+        reason="evaluate() knows neither its iteration nor whether the data is validation or test",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
         unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
     Patch(
         target=_TRAINING + "evaluate",
         kind="wrap",
-        reason="the validation loss is printed but returned to nobody",
+        reason="the validation loss is printed but not returned to the caller",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("forward_step_func", "data_iterator", "model"),
         unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_line_a_step",
+        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
 )
 
@@ -187,8 +217,8 @@ _CONTROL_ROWS = (
     Patch(
         target=_TRAINING + "checkpoint_and_decide_exit",
         kind="wrap",
-        reason="a file that asks to stop or to save now must be looked at between two steps, where"
-        " the model, the optimizer and the data iterator are at hand",
+        reason="the control files are checked between two steps, where the model, the optimizer"
+        " and the data iterator are available for a save",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=(
@@ -230,13 +260,13 @@ _DEEPSPEED_ROWS = (
     ),
     _deepspeed(
         "save_checkpoint",
-        "ZeRO's shards of masters and moments are saved by DeepSpeed's engine",
+        "ZeRO's shards of master weights and moments are saved by DeepSpeed's engine",
         ("iteration", "model", "optimizer", "opt_param_scheduler"),
         "_checkpoint.py::test_resumed_run_has_the_same_losses",
     ),
     _deepspeed(
         "load_checkpoint",
-        "ZeRO's shards of masters and moments are loaded by DeepSpeed's engine",
+        "ZeRO's shards of master weights and moments are loaded by DeepSpeed's engine",
         ("ddp_model", "optimizer", "opt_param_scheduler"),
         "_checkpoint.py::test_resumed_run_has_the_same_losses",
     ),
@@ -247,7 +277,7 @@ _WANDB_ROWS = (
         target="megatron.training.wandb_utils:on_save_checkpoint_success",
         kind="wrap",
         reason="pretrain() finishes wandb before the last asynchronous save, whose artifact then"
-        " fails and ends the last rank with a traceback",
+        " fails and the last rank exits with a traceback",
         package="megatron-core",
         versions=MEGATRON_VERSIONS,
         parameters=("checkpoint_path", "tracker_filename", "save_dir", "iteration"),
@@ -256,17 +286,15 @@ _WANDB_ROWS = (
     ),
 )
 
-PATCHES: dict[str, Patch] = {
-    row.target: row
-    for row in (
-        *_CPU_ROWS,
-        *_PIP_ROWS,
-        *_TORCH_OPTIMIZER_ROWS,
-        *_LET_ROWS,
-        *_PROJECTION_ROWS,
-        *_METRICS_ROWS,
-        *_CONTROL_ROWS,
-        *_WANDB_ROWS,
-        *_DEEPSPEED_ROWS,
-    )
-}
+ROWS: tuple[Patch, ...] = (
+    *_CPU_ROWS,
+    *_PIP_ROWS,
+    *_TORCH_OPTIMIZER_ROWS,
+    *_LET_ROWS,
+    *_PROJECTION_ROWS,
+    *_METRICS_ROWS,
+    *_CONTROL_ROWS,
+    *_WANDB_ROWS,
+    *_DEEPSPEED_ROWS,
+)
+PATCHES = {row.target: row for row in ROWS}

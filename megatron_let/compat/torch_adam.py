@@ -1,6 +1,6 @@
-"""Megatron's distributed optimizer over torch's Adam, made fit to resume.
+"""Resume Megatron's distributed optimizer over torch's Adam.
 
-Without Transformer Engine and Apex the step counter is a tensor of each parameter's state, which
+Without Transformer Engine and Apex the step counter is a tensor in each parameter's state, which
 0.19.2 does not expect when it loads a checkpoint.
 """
 
@@ -16,7 +16,7 @@ _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
 
 
 def wrap_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stand in for `state_dict`: a new optimizer, asked before it loads, is at step 0."""
+    """Wrap `state_dict`: a new optimizer, before it has loaded a checkpoint, is at step 0."""
 
     @functools.wraps(original)
     def state_dict(self: Any) -> Any:
@@ -34,11 +34,11 @@ def wrap_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stand in for `load_state_dict`: each parameter goes on from the step that was saved."""
+    """Wrap `load_state_dict`: each parameter continues from the saved step."""
 
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        # In fp32 the optimizer's parameters are views of the model's, and are written in place.
+        # In fp32 the optimizer's parameters are views of the model's and are written in place.
         with torch.no_grad():
             original(self, state_dict)
         step = float(state_dict["optimizer"]["param_groups"][0]["step"])
@@ -49,7 +49,7 @@ def wrap_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrappers() -> dict[str, Callable[[Any], Any]]:
-    """Return {patch target: its wrapper}, all needed where Adam is torch's."""
+    """Return {patch target: wrapper} for hosts on which Adam is torch's."""
     return {
         _OPTIMIZER + "state_dict": wrap_state_dict,
         _OPTIMIZER + "load_state_dict": wrap_load_state_dict,

@@ -1,1 +1,1 @@
-"""What a run asks for: flags, recipes and their validation."""
+"""The configuration of a run: flags, recipes, LETConfig and their validation."""

@@ -1,4 +1,4 @@
-"""LETConfig: what a run asks of Late-to-Early Training, checked on construction."""
+"""LETConfig: the settings of Late-to-Early Training, validated on construction."""
 
 from __future__ import annotations
 
@@ -18,24 +18,15 @@ PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
-# Paper, section 3.3: --let-layer and --let-teacher-layer of each pair; "early" is the third layer.
-LAYER_PAIRS: dict[str, tuple[int | str, str]] = {
-    "L2E": (3, "last"),
-    "L2M": ("middle", "last"),
-    "L2L": ("last", "last"),
-    "M2E": (3, "middle"),
-    "M2M": ("middle", "middle"),
-    "M2L": ("last", "middle"),
-}
-
 
 @dataclass(frozen=True)
 class LETConfig:
     """Settings of Late-to-Early Training (paper, Algorithm 1).
 
     Attributes:
-        method: `let` aligns layer `layer` of the student with the teacher; `rkd` and `salt` learn
-            from its output distribution, to the end or for `stop_step` steps; `none` is stock.
+        method: `let` aligns layer `layer` of the student with the teacher; `rkd` and `salt` distill
+            the teacher's output distribution, to the end or for `stop_step` steps; `none` trains
+            without a teacher.
         teacher: Hugging Face folder or `.gguf` file of a causal language model.
         layer: k, the student's aligned layer, 1-based.
         weight: lambda_0, the weight of the alignment loss at step 0.
@@ -43,19 +34,18 @@ class LETConfig:
         teacher_layer: `last`, `middle` (half of the layers, rounded down) or a 1-based number.
         teacher_final_norm: whether the teacher's final norm is applied to its last layer.
         teacher_dtype: precision of the teacher's weights, forward pass and exchanged states.
-        teacher_compile: whether the teacher goes through `torch.compile`.
+        teacher_compile: whether to compile the teacher with `torch.compile`.
         placement: where in the pipeline the teacher runs; `auto` measures the first steps and
             takes the fastest. It does not change the numbers.
         max_prefetch: microbatches whose teacher states the stage of layer k may hold before their
             backward; None for those of a global batch.
-        loss: what is aligned: the cosine (equation 7), the LogSum loss or canonical correlations.
-        projection: what brings the student's state to the teacher's width: equation 6, or a linear
-            layer that is trained with the student and leaves with the teacher.
-        cross_tokenizer: the teacher reads the text under a tokenizer of its own (the paper's LET†).
+        loss: the cosine (equation 7), the LogSum loss or canonical correlations.
+        projection: maps the student's state to the teacher's width: equation 6, or a linear layer
+            that is trained with the student and removed with the teacher.
+        cross_tokenizer: the teacher reads the same text under its own tokenizer (the paper's LET†).
         kd_weight: w of `rkd` and `salt`, the share of the teacher's distribution in the targets.
         kd_temperature: divides the teacher's logits.
-        kd_top_k: keep the teacher's so many largest entries of each token; 0 keeps all.
-        kd_fade: `salt` only: let w fall linearly to 0 at `stop_step` rather than stay.
+        kd_top_k: number of the teacher's largest logits to keep per token; 0 keeps all.
 
     Raises:
         LETError: a value is out of range.
@@ -78,7 +68,6 @@ class LETConfig:
     kd_weight: float = 0.5
     kd_temperature: float = 1.0
     kd_top_k: int = 0
-    kd_fade: bool = False
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -120,14 +109,14 @@ class LETConfig:
             )
         if self.cross_tokenizer and self.loss != "cosine":
             raise LETError(
-                f"--let-cross-tokenizer leaves some tokens without a teacher, which --let-loss"
-                f" {self.loss} cannot leave out; use --let-loss cosine."
+                f"--let-loss {self.loss} cannot be used with --let-cross-tokenizer, under which"
+                " some tokens have no teacher state; use --let-loss cosine."
             )
         if self.projection != "interpolate" and self.loss == "cca":
-            # Adam would take full steps on the rounding noise of the directions without a gradient.
+            # In directions without a gradient Adam would take full steps on rounding noise.
             raise LETError(
-                f"--let-projection {self.projection} has nothing to learn from --let-loss cca,"
-                " which no invertible linear map changes; use --let-loss cosine or logsum."
+                f"--let-projection {self.projection} gets no gradient from --let-loss cca, which is"
+                " invariant to invertible linear maps; use --let-loss cosine or logsum."
             )
         tap = self.teacher_layer
         if tap not in ("last", "middle") and not (tap.isdecimal() and int(tap) >= 1):
@@ -136,8 +125,8 @@ class LETConfig:
     def _check_distillation(self) -> None:
         if self.projection != "interpolate":
             raise LETError(
-                f"--let-projection {self.projection} is for hidden states and --let-method"
-                f" {self.method} learns from logits; drop it, or give --let-method let."
+                f"--let-projection {self.projection} maps hidden states and --let-method"
+                f" {self.method} distills logits; drop it, or give --let-method let."
             )
         if not 0 <= self.kd_weight <= 1:
             raise LETError(
@@ -149,21 +138,16 @@ class LETConfig:
             )
         if self.kd_top_k < 0:
             raise LETError(
-                f"--let-kd-top-k is {self.kd_top_k}; give how many of the teacher's entries to"
-                " keep, or 0 for all."
-            )
-        if self.kd_fade and self.method != "salt":
-            raise LETError(
-                f"--let-kd-fade is for --let-method salt; {self.method} keeps its weight to the"
-                " end, so drop the flag."
+                f"--let-kd-top-k is {self.kd_top_k}; give the number of the teacher's logits to"
+                " keep per token, or 0 for all."
             )
 
     @property
     def initial_weight(self) -> float:
-        """Weight of the teacher's loss at step 0: lambda_0, or w of the distillation."""
+        """Weight of the teacher's loss at step 0: lambda_0, or w of a distillation method."""
         return self.weight if self.method == "let" else self.kd_weight
 
     @property
     def enabled(self) -> bool:
-        """Whether any step of the run can have a weight above 0."""
+        """Whether the weight is above 0 at step 0."""
         return self.method != "none" and self.initial_weight > 0

@@ -1,4 +1,4 @@
-"""A recipe, one YAML file of a complete run, expanded into Megatron's command line."""
+"""Expand a recipe, the YAML file of a complete run, into a Megatron command line."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from typing import Any
 
 import yaml
 
+from megatron_let.errors import LETError
+
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _FOLDER = "${RECIPE_FOLDER}"
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be expanded; the message is one sentence for the user."""
+class RecipeError(LETError):
+    """A recipe that cannot be expanded."""
 
 
 class _DuplicateKeyError(Exception):
-    """A key that stands twice in one mapping; its message is the key."""
+    """A key occurs twice in one mapping; the message is the key."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence."""
+    """Refuses duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
@@ -37,23 +39,23 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe: sections of settings, flattened to one map from flag name to value.
+    """Read a recipe and return one map from setting to value.
 
-    Section names only order the file; a setting's name is a flag without the dashes.
-    `${RECIPE_FOLDER}` is the recipe's own folder.
+    A setting is the name of a flag without its dashes; sections only order the file.
+    `${RECIPE_FOLDER}` is the folder of the recipe.
 
     Raises:
-        RecipeError: no such file, no YAML, or a setting that stands twice.
+        RecipeError: the file does not exist, is not YAML, or has a setting twice.
     """
     if not path.is_file():
-        raise RecipeError(f"The recipe {path} does not exist; see configs/ for those there are.")
+        raise RecipeError(f"The recipe {path} does not exist; see configs/ for the recipes.")
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except _DuplicateKeyError as error:
         raise RecipeError(f"The recipe {path} sets {error} twice.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise RecipeError(f"The recipe {path} is no YAML: {reason}.") from error
+        raise RecipeError(f"The recipe {path} is not valid YAML: {reason}.") from error
     if not isinstance(document, Mapping) or not all(
         isinstance(section, Mapping) for section in document.values()
     ):
@@ -77,20 +79,17 @@ def recipe_argv(
     command_line: list[str],
     variables: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """Expand settings to arguments and put the command line after them, so that it wins.
+    """Return the settings as arguments, followed by the command line, which overrides them.
 
-    A flag on the command line takes the recipe's place; `--no-NAME` takes away a switch that the
-    recipe sets. `${NAME}` in a value is an environment variable, needed only if the flag is not
-    on the command line.
+    A flag on the command line replaces the recipe's; `--no-NAME` removes a switch that the recipe
+    sets. `${NAME}` in a value is an environment variable, required only if the flag is not on the
+    command line.
 
     Args:
         settings: from `load_recipe`.
-        parser: knows every flag.
-        command_line: arguments of the user.
-        variables: for `${NAME}`.
-
-    Returns:
-        The whole argument list.
+        parser: has every flag.
+        command_line: the user's arguments.
+        variables: values of `${NAME}`.
 
     Raises:
         RecipeError: an unknown setting, a value of the wrong kind, or a missing variable.
@@ -115,7 +114,7 @@ def recipe_argv(
 def _unknown(name: str, actions: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches("--" + name, actions, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0][2:]}?" if near else "."
-    return f"The recipe sets {name}, which is no flag of Megatron or LET{hint}"
+    return f"The recipe sets {name}, which is not a flag of Megatron or LET{hint}"
 
 
 def _expand(
@@ -141,7 +140,7 @@ def _expand(
 
 
 def _check_value(option: str, value: Any, text: str, action: argparse.Action) -> None:
-    """Refuse what argparse would refuse with a page of usage."""
+    """Refuse in one sentence what argparse would refuse with a page of usage."""
     try:
         converted = action.type(text) if callable(action.type) else text
     except (ValueError, TypeError, argparse.ArgumentTypeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Megatron flags that LET or this entry cannot honour, refused before Megatron reads them."""
+"""Megatron flags that LET or this entry does not support, refused before training starts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_let.errors import LETError
 
 
 def check_teacher_shard(args: argparse.Namespace) -> None:
-    """Refuse a sharded teacher without ZeRO.
+    """Check that a sharded teacher has an engine and a method that support it.
 
     Raises:
         LETError: names both flags.
     """
     if args.let_teacher_shard and args.engine != "deepspeed":
         raise LETError(
-            f"--let-teacher-shard is ZeRO-3's and cannot be used with --engine {args.engine}; give"
+            f"--let-teacher-shard needs ZeRO-3 and cannot be used with --engine {args.engine}; give"
             " --engine deepspeed or drop it."
         )
     if args.let_teacher_shard and args.let_method not in (None, "none", "let"):
@@ -26,8 +26,8 @@ def check_teacher_shard(args: argparse.Namespace) -> None:
         )
 
 
-# Flag value under which LET cannot work -> why, and what to do.
-_REFUSED: tuple[tuple[str, Any, str], ...] = (
+# Megatron argument, the only value that every method supports, and why with what to do.
+REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("cuda_graph_impl", "none", "CUDA graphs bypass the hook on layer k; drop --cuda-graph-impl"),
     (
         "overlap_moe_expert_parallel_comm",
@@ -40,9 +40,9 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
         "it runs a step twice, outside LET; drop --moe-expert-rank-capacity-factor",
     ),
     ("hybrid_layer_pattern", None, "hybrid models have no k-th transformer layer; use a GPT model"),
-    ("use_megatron_fsdp", False, "it was never tried; use --use-distributed-optimizer"),
-    ("use_torch_fsdp2", False, "it was never tried; use --use-distributed-optimizer"),
-    ("sft", False, "the teacher sees whole sequences, not packed ones; drop --sft"),
+    ("use_megatron_fsdp", False, "it is untested; use --use-distributed-optimizer"),
+    ("use_torch_fsdp2", False, "it is untested; use --use-distributed-optimizer"),
+    ("sft", False, "the teacher reads whole sequences, not packed ones; drop --sft"),
     (
         "reset_attention_mask",
         False,
@@ -64,15 +64,12 @@ _REFUSED: tuple[tuple[str, Any, str], ...] = (
         "its sequences have no fixed length; drop --hybrid-context-parallel",
     ),
     ("perform_rl_step", False, "LET is for pretraining; drop --perform-rl-step"),
-    ("gtp_weight_remat_size", 1, "it was never tried; drop --tensor-parallel-num-weight-shards"),
+    ("gtp_weight_remat_size", 1, "it is untested; drop --tensor-parallel-num-weight-shards"),
 )
 
 
-_FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
-
-
 # The same for a learned projection.
-_REFUSED_WITH_PROJECTION: tuple[tuple[str, Any, str], ...] = (
+REFUSED_WITH_PROJECTION: tuple[tuple[str, Any, str], ...] = (
     ("optimizer", "adam", "its linear layer is trained by Adam; give --optimizer adam"),
     (
         "optimizer_cuda_graph",
@@ -82,53 +79,58 @@ _REFUSED_WITH_PROJECTION: tuple[tuple[str, Any, str], ...] = (
     (
         "ckpt_format",
         "torch_dist",
-        "only such checkpoints hold what is not the model's own; give --ckpt-format torch_dist",
+        "only this format stores more than the model's weights; give --ckpt-format torch_dist",
     ),
     (
         "ckpt_assume_constant_structure",
         False,
-        "it leaves the checkpoints at --let-stop-step; drop --ckpt-assume-constant-structure",
+        "checkpoints change at --let-stop-step; drop --ckpt-assume-constant-structure",
     ),
     (
         "non_persistent_save_interval",
         None,
-        "it is not read from such checkpoints; drop --non-persistent-save-interval",
+        "such checkpoints do not store it; drop --non-persistent-save-interval",
     ),
 )
 
 
-# The same for the methods that learn from the teacher's logits.
-_REFUSED_WITH_LOGITS: tuple[tuple[str, Any, str], ...] = (
+# The same for the methods that distill the teacher's logits.
+REFUSED_WITH_LOGITS: tuple[tuple[str, Any, str], ...] = (
     ("mtp_num_layers", None, "the teacher predicts one token ahead; drop --mtp-num-layers"),
 )
 
 
+# Arguments whose flag has another name.
+_FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
+
+
 def check_supported(args: argparse.Namespace) -> None:
-    """Refuse Megatron flags under which the teacher would be bypassed or wrong.
+    """Check that no Megatron flag bypasses the teacher or changes its input.
 
     Raises:
         LETError: names the flag and what to do.
     """
+    if args.let_method in (None, "none"):
+        return
     method = f"--let-method {args.let_method}"
-    _refuse(args, _REFUSED, method)
+    _refuse(args, REFUSED, method)
     if args.let_method != "let":
-        _refuse(args, _REFUSED_WITH_LOGITS, method)
+        _refuse(args, REFUSED_WITH_LOGITS, method)
     elif getattr(args, "let_projection", None) == "learned":
-        _refuse(args, _REFUSED_WITH_PROJECTION, "--let-projection learned")
+        _refuse(args, REFUSED_WITH_PROJECTION, "--let-projection learned")
 
 
-def _refuse(
-    args: argparse.Namespace, rows: tuple[tuple[str, Any, str], ...], with_what: str
-) -> None:
+def _refuse(args: argparse.Namespace, rows: tuple[tuple[str, Any, str], ...], user: str) -> None:
     for name, allowed, reason in rows:
         value = getattr(args, name, allowed)
         if value not in (allowed, None):
             flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
-            raise LETError(f"{with_what} cannot be used with {flag} {value}: {reason}.")
+            raise LETError(f"{user} cannot be used with {flag} {value}: {reason}.")
 
 
-# What the entry's own forward step does not do; a user's script with LET may.
-_NOT_IN_THE_ENTRY = (
+# Flags that the entry's forward step does not implement; a user's script with LET may.
+NOT_IN_THE_ENTRY = (
+    "yaml_cfg",
     "sft",
     "fim_data",
     "mtp_num_layers",
@@ -143,15 +145,15 @@ _NOT_IN_THE_ENTRY = (
 
 
 def check_entry_supports(args: argparse.Namespace) -> None:
-    """Refuse flags that the entry would read and not act on.
+    """Check that the entry acts on every flag that was given.
 
     Raises:
         LETError: names the flag.
     """
-    for name in _NOT_IN_THE_ENTRY:
+    for name in NOT_IN_THE_ENTRY:
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
             raise LETError(
-                f"{flag} is not part of this entry; use it in a training script of your own with"
+                f"{flag} is not supported by this entry; use it in your own training script with"
                 " the three lines of megatron_let.integration."
             )

@@ -41,9 +41,9 @@ def megatron() -> Check:
 def patches(host: Host) -> Check:
     """Apply every row that this host needs to itself, which checks target and version."""
     from megatron_let.compat import PATCHES, PatchError, PatchSet
-    from megatron_let.compat.cpu_shims import stand_ins
+    from megatron_let.compat.cpu_shims import cpu_shims
 
-    rows = [row for row in PATCHES.values() if not host.cuda or row.target not in stand_ins()]
+    rows = [row for row in PATCHES.values() if not host.cuda or row.target not in cpu_shims()]
     problems = []
     for row in rows:
         applied = PatchSet()

@@ -17,15 +17,11 @@ def alignment_weight(step: int, initial_weight: float, stop_step: int) -> float:
 
 
 def distillation_weight(step: int, config: LETConfig) -> float:
-    """Return w(s) of `rkd` (constant) or `salt` (constant or linear decay, 0 from `stop_step` on).
+    """Return w(s): constant for `rkd`; constant for `salt` until `stop_step`, then 0.
 
     Args:
         step: 0-based training step.
         config: with method `rkd` or `salt`.
     """
-    if config.method == "rkd":
-        return config.kd_weight
-    if step >= config.stop_step:
-        return 0.0
-    fade = (config.stop_step - step) / config.stop_step if config.kd_fade else 1.0
-    return config.kd_weight * fade
+    over = config.method == "salt" and step >= config.stop_step
+    return 0.0 if over else config.kd_weight

@@ -1,1 +1,1 @@
-"""One training run: its forward step, output folder, control files and artifacts."""
+"""One training run: its output folder, control files, wandb artifacts, and where it resumes."""

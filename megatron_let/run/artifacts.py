@@ -1,4 +1,4 @@
-"""Checkpoints as wandb's artifacts, where the last one is complete after wandb has finished."""
+"""Checkpoints as wandb artifacts, when the last asynchronous save ends after wandb has finished."""
 
 from __future__ import annotations
 
@@ -8,28 +8,20 @@ from collections.abc import Callable
 
 from megatron.training.global_vars import get_wandb_writer
 
-from megatron_let.compat import PATCHES, PatchSet
-
 _TARGET = "megatron.training.wandb_utils:on_save_checkpoint_success"
 
 
-def enable(args: argparse.Namespace) -> PatchSet:
-    """Let an asynchronous save be the last thing of a run that logs to wandb.
+def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., None]]]:
+    """Return {patch target: wrapper}; empty unless the run logs to wandb and saves asynchronously.
 
     Args:
-        args: what Megatron's `parse_and_validate_args` returned.
-
-    Returns:
-        The applied patches; `undo()` takes them back.
+        args: from Megatron's `parse_and_validate_args`.
     """
-    patches = PatchSet()
-    if args.wandb_project and args.async_save:
-        patches.apply_all(PATCHES, {_TARGET: while_wandb_runs})
-    return patches
+    return {_TARGET: while_wandb_runs} if args.wandb_project and args.async_save else {}
 
 
 def while_wandb_runs(original: Callable[..., None]) -> Callable[..., None]:
-    """Stand in for `on_save_checkpoint_success`: log nothing once wandb has finished."""
+    """Wrap `on_save_checkpoint_success`: log no artifact once wandb has finished."""
 
     @functools.wraps(original)
     def on_save_checkpoint_success(

@@ -1,8 +1,8 @@
-"""Files in the checkpoint folder by which an operator steers a run, looked at after each step.
+"""Files in the checkpoint folder that control a run; rank 0 looks for them after each step.
 
-`STOP` saves a checkpoint and ends the run, and stays, so that no launcher starts it again.
-`SAVE_NOW` saves a checkpoint, is removed, and the run goes on. `DONE` is the run's own mark that
-its last step is taken and saved.
+`STOP` saves a checkpoint and ends the run; it stays, so that no launcher restarts the run.
+`SAVE_NOW` saves a checkpoint and is removed; the run continues. The run itself writes `DONE` after
+its last step is saved.
 """
 
 from __future__ import annotations
@@ -16,46 +16,38 @@ from typing import Any
 import torch
 from megatron.training import print_rank_0, training
 
-from megatron_let.compat import PATCHES, PatchSet
 from megatron_let.files.names import DONE, SAVE_NOW, STOP
 
-# A request's number among the ranks is its place here; 0 is no request. STOP comes first.
+# Ranks exchange a request as its index here; 0 is no request. STOP has precedence.
 _REQUESTS = (None, STOP, SAVE_NOW)
 
 _TARGET = "megatron.training.training:checkpoint_and_decide_exit"
 
 
-def enable(args: argparse.Namespace) -> PatchSet:
-    """Look at the control files of `--save` from now on; without `--save` there is nothing to do.
+def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., bool]]]:
+    """Return {patch target: wrapper} that obeys the control files of `--save`; empty without it.
 
     Args:
-        args: what Megatron's `parse_and_validate_args` returned.
-
-    Returns:
-        The applied patches; `undo()` takes them back.
-
-    Raises:
-        PatchError: Megatron is not the version that the patch was made for.
+        args: from Megatron's `parse_and_validate_args`.
     """
-    patches = PatchSet()
-    if args.save is not None:
-        control = ControlFiles(Path(args.save), args.save_interval)
-        patches.apply_all(PATCHES, {_TARGET: control.wrap_checkpoint_and_decide_exit})
-    return patches
+    if args.save is None:
+        return {}
+    control = ControlFiles(Path(args.save), args.save_interval)
+    return {_TARGET: control.wrap_checkpoint_and_decide_exit}
 
 
 def mark_done(args: argparse.Namespace) -> None:
-    """Say that training has come to its end; call it on one rank, after the last save."""
+    """Write `DONE`; call it on one rank, after the last save."""
     if args.save is not None:
         (Path(args.save) / DONE).write_text(f"{args.train_iters}\n")
 
 
 class ControlFiles:
-    """Looks for the control files on rank 0 and tells all ranks.
+    """Looks for the control files on rank 0 and broadcasts what it finds.
 
     Args:
         folder: where checkpoints are saved.
-        save_interval: iterations at which Megatron saves by itself; None for never.
+        save_interval: iterations between Megatron's own saves; None for never.
     """
 
     def __init__(self, folder: Path, save_interval: int | None) -> None:
@@ -63,7 +55,7 @@ class ControlFiles:
         self._save_interval = save_interval
 
     def wrap_checkpoint_and_decide_exit(self, original: Callable[..., bool]) -> Callable[..., bool]:
-        """Stand in for `checkpoint_and_decide_exit`: after it, do what a file asks for."""
+        """Wrap `checkpoint_and_decide_exit`: obey the control files after it."""
 
         @functools.wraps(original)
         def checkpoint_and_decide_exit(
@@ -97,7 +89,7 @@ class ControlFiles:
         return self._save_interval is not None and iteration % self._save_interval == 0
 
     def _request(self) -> str | None:
-        """What rank 0 finds; all ranks hear the same, in the same step."""
+        """Return the request that rank 0 finds; all ranks get the same one in the same step."""
         found = 0
         if torch.distributed.get_rank() == 0:
             files = (name is not None and (self._folder / name).exists() for name in _REQUESTS)

@@ -1,4 +1,4 @@
-"""What an output folder holds, so that no run writes over another."""
+"""The identity of a run, stored in its output folder so that no other run overwrites it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_let.files.names import RUN, TRACKER
 _METRICS = "let_metrics_path"
 _SETTINGS = "settings"
 
-# What makes two runs different runs; steps, batch and layout may change on resume.
+# Settings that distinguish two runs; steps, batch size and layout may change on resume.
 _IDENTITY = (
     "num_layers",
     "hidden_size",
@@ -31,7 +31,7 @@ _IDENTITY = (
     "tokenizer_model",
 )
 
-# What may change on resume, and yet makes two runs hard to compare.
+# Settings that may change on resume; a comparison of two runs reports their differences.
 _COMPARED = (
     "train_iters",
     "train_samples",
@@ -60,45 +60,47 @@ _COMPARED = (
 
 
 def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
-    """The settings that tell one run from another."""
+    """Return the settings that distinguish this run from another."""
     values = {name: getattr(args, name, None) for name in _IDENTITY}
     if config.method == "none":
         return values | {"let_method": "none"}
     let = {f"let_{name}": value for name, value in dataclasses.asdict(config).items()}
-    # By name, so that the teacher may move to another disk.
+    # The name alone, so that the teacher may move to another disk.
     return values | let | {"let_teacher": config.teacher.name if config.teacher else None}
 
 
 def claim(args: argparse.Namespace, config: LETConfig) -> None:
-    """Check that the output belongs to this run, and sign it; call it on one rank.
+    """Check that the output belongs to this run and store its identity; call it on one rank.
 
     Raises:
-        LETError: the checkpoint folder or the metrics file holds another run, or one that would
-            be started over.
+        LETError: the checkpoint folder or the metrics file holds another run, or the run would
+            start over in its own folder.
     """
     save = Path(args.save) if args.save else None
     metrics = args.let_metrics_path.resolve() if args.let_metrics_path else None
-    theirs = _read_signature(save)
+    stored = _read_identity(save)
+    ours = identity(args, config)
     if save is not None:
-        if theirs is not None and _has_begun(save, theirs):
-            _check_same(save, theirs, identity(args, config))
-        _check_not_started_over(save, args, known=theirs is not None)
-    _check_metrics(metrics, theirs)
+        if stored is not None and _has_begun(save, stored):
+            _check_same(save, stored, ours)
+        _check_not_started_over(save, args, known=stored is not None)
+    _check_metrics(metrics, stored)
     if save is not None:
         settings = {name: getattr(args, name, None) for name in _COMPARED}
-        _sign(save, identity(args, config) | {_METRICS: str(metrics), _SETTINGS: settings})
+        save.mkdir(parents=True, exist_ok=True)
+        write_json(save / RUN, ours | {_METRICS: str(metrics), _SETTINGS: settings})
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """All that a run's checkpoint folder says of its settings, by name; None for no run's."""
-    values = _read_signature(folder)
+    """Return a run's settings by name from its checkpoint folder; None if none are stored."""
+    values = _read_identity(folder)
     if values is None:
         return None
     values.pop(_METRICS, None)
     return values | values.pop(_SETTINGS, {})
 
 
-def _read_signature(save: Path | None) -> dict[str, Any] | None:
+def _read_identity(save: Path | None) -> dict[str, Any] | None:
     if save is None or not (save / RUN).is_file():
         return None
     values: dict[str, Any] = json.loads((save / RUN).read_text())
@@ -109,17 +111,20 @@ def _not_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _has_begun(save: Path, theirs: dict[str, Any]) -> bool:
-    """Whether the signed run took a step; one that was refused after signing may be corrected."""
-    return (save / TRACKER).is_file() or _not_empty(Path(theirs[_METRICS]))
+def _has_begun(save: Path, stored: dict[str, Any]) -> bool:
+    """Whether the stored run took a step; one that failed before its first may be corrected."""
+    return (save / TRACKER).is_file() or _not_empty(Path(stored[_METRICS]))
 
 
-def _check_same(save: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    for name in ours | theirs:
-        if name not in (_METRICS, _SETTINGS) and theirs.get(name) != ours.get(name):
+def _check_same(save: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
+    for name in ours | stored:
+        if name in (_METRICS, _SETTINGS):
+            continue
+        # False equals absent: a switch that one of two versions does not have is off there.
+        if (stored.get(name) or None) != (ours.get(name) or None):
             flag = "--" + name.replace("_", "-")
             raise LETError(
-                f"The output folder {save} holds another run: {flag} is {theirs.get(name)} there"
+                f"The output folder {save} holds another run: {flag} is {stored.get(name)} there"
                 f" and {ours.get(name)} here; give another --save (and --load {save} to start"
                 " from it)."
             )
@@ -139,15 +144,10 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
     )
 
 
-def _check_metrics(path: Path | None, theirs: dict[str, Any] | None) -> None:
-    continues = theirs is not None and theirs[_METRICS] == str(path)
+def _check_metrics(path: Path | None, stored: dict[str, Any] | None) -> None:
+    continues = stored is not None and stored[_METRICS] == str(path)
     if path is not None and not continues and _not_empty(path):
         raise LETError(
             f"The metrics file {path} holds another run; give another --let-metrics-path or move"
             " it away."
         )
-
-
-def _sign(save: Path, values: dict[str, Any]) -> None:
-    save.mkdir(parents=True, exist_ok=True)
-    write_json(save / RUN, values)

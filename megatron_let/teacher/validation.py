@@ -1,4 +1,4 @@
-"""Check a teacher against the student, its data and its tokenizer's size."""
+"""Check a teacher against the student, its data and its vocabulary size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     """
     if config.method == "let":
         _check_layers(config, folder, args)
-    # With a tokenizer of its own the teacher reads as much as it can.
+    # Under its own tokenizer the teacher's sequence is cut to its positions.
     limit = None if config.cross_tokenizer else folder.max_positions
     if limit is not None and args.seq_length > limit:
         raise LETError(
@@ -32,7 +32,7 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     if config.stop_step > steps and config.method != "rkd":
         warnings.warn(
             f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
-            " the weight never reaches 0 and the teacher stays to the end.",
+            " the weight never reaches 0 and the teacher is kept to the end.",
             stacklevel=2,
         )
 
@@ -48,9 +48,10 @@ def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Names
     needed = TOKENS_PER_FEATURE * folder.hidden_size
     if config.loss == "cca" and tokens < needed:
         raise LETError(
-            f"--let-loss cca correlates the {folder.hidden_size} features of the teacher over the"
-            f" {tokens} tokens of a microbatch, which chance alone would; raise --micro-batch-size"
-            f" to at least {-(-needed // args.seq_length)}, or use another --let-loss."
+            f"--let-loss cca correlates the teacher's {folder.hidden_size} features over the"
+            f" {tokens} tokens of a microbatch, too few for a meaningful correlation; raise"
+            f" --micro-batch-size to at least {-(-needed // args.seq_length)}, or use another"
+            " --let-loss."
         )
 
 
@@ -62,6 +63,6 @@ def check_vocabulary_size(folder: TeacherFolder, vocab_size: int) -> None:
     """
     if vocab_size > folder.vocab_size:
         raise LETError(
-            f"The student's tokenizer has {vocab_size} tokens but the teacher knows "
+            f"The student's tokenizer has {vocab_size} tokens but the teacher's embedding has "
             f"{folder.vocab_size}; train the student on the teacher's tokenizer."
         )

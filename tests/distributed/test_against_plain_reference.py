@@ -159,11 +159,11 @@ CASES = {
             ["--let-kd-weight", 0.3, "--let-kd-temperature", 0.5], NUM_STEPS * [0.3], 0.5
         ),
     ),
-    "SALT, faded, of the teacher's 7 largest": Case(
+    "SALT, the teacher's top 7": Case(
         method="salt",
         distillation=Distillation(
-            ["--let-stop-step", 4, "--let-kd-fade", "--let-kd-top-k", 7],
-            [0.5, 0.375, 0.25, 0.125, 0.0, 0.0],
+            ["--let-stop-step", 4, "--let-kd-top-k", 7],
+            [0.5, 0.5, 0.5, 0.5, 0.0, 0.0],
             top_k=7,
         ),
     ),

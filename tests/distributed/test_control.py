@@ -1,4 +1,4 @@
-"""An operator's files steer a run, and what it leaves can be resumed."""
+"""Control files stop a run or make it save, and its checkpoint resumes exactly."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.files.names import DONE, SAVE_NOW, STOP
+from megatron_let.files.names import DONE, SAVE_NOW, STOP, TRACKER
 from tests.helpers.runs import Run, largest_difference, train
 
 pytestmark = pytest.mark.distributed
 
-# What the paper's recipes save with; two ranks, so that the optimizer's state is in shards.
+# The checkpoint flags of the paper's recipes; two ranks shard the optimizer's state.
 RECIPE = ("--use-distributed-optimizer", "--ckpt-format", "torch_dist", "--async-save",
           "--use-persistent-ckpt-worker", "--async-strategy", "mcore",
           "--eval-interval", 1000)  # fmt: skip
@@ -26,14 +26,14 @@ def run_with(folder: Path, teacher: Path, data: Path, *flags: object) -> Run:
 
 
 def last_checkpoint(folder: Path) -> int:
-    return int((folder / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    return int((folder / "checkpoints" / TRACKER).read_text())
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path
 ) -> tuple[Run, Path]:
-    """A run with a request to save, and its folder."""
+    """A run with a SAVE_NOW file, and its folder."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / SAVE_NOW).touch()
@@ -44,14 +44,14 @@ def uninterrupted(
 def stopped(
     tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path
 ) -> tuple[Run, Path]:
-    """A run that finds a request to stop after its first step, and its folder."""
+    """A run with a STOP file, which ends after its first step, and its folder."""
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / STOP).touch()
     return run_with(folder, teacher, data), folder
 
 
-def test_save_now_saves_once_and_training_goes_on(uninterrupted: tuple[Run, Path]) -> None:
+def test_save_now_saves_once_and_training_continues(uninterrupted: tuple[Run, Path]) -> None:
     run, folder = uninterrupted
     saved = sorted(path.name for path in (folder / "checkpoints").glob("iter_*"))
     assert saved == ["iter_0000001", "iter_0000010"]
@@ -59,7 +59,7 @@ def test_save_now_saves_once_and_training_goes_on(uninterrupted: tuple[Run, Path
     assert not (folder / "checkpoints" / SAVE_NOW).exists()
 
 
-def test_finished_run_is_marked(uninterrupted: tuple[Run, Path]) -> None:
+def test_finished_run_has_done_file(uninterrupted: tuple[Run, Path]) -> None:
     assert (uninterrupted[1] / "checkpoints" / DONE).read_text() == "10\n"
 
 
@@ -67,7 +67,7 @@ def test_stop_saves_and_ends_the_run(stopped: tuple[Run, Path]) -> None:
     run, folder = stopped
     assert [row["iteration"] for row in run.steps] == [1]
     assert last_checkpoint(folder) == 1
-    assert (folder / "checkpoints" / STOP).exists(), "a launcher must see it too"
+    assert (folder / "checkpoints" / STOP).exists(), "the launcher has to find it"
     assert not (folder / "checkpoints" / DONE).exists()
 
 

@@ -1,4 +1,4 @@
-"""Every stand-in of the CPU host is there because a run fails without it, or says why else."""
+"""Without any one CPU shim a run fails, unless the reason for the shim is documented here."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.compat.cpu_shims import stand_ins
+from megatron_let.compat.cpu_shims import cpu_shims
 from tests.helpers.runs import ROOT, command, environment
 
-# Stand-ins without which this small run still ends -> what they are for.
+# Shims without which this small run still ends -> what they are for.
 SILENT = {
     "torch.cuda:manual_seed": "without it every rank draws the same dropout",
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": (
         "torch would queue the call until CUDA starts, and tensor-parallel ranks share a mask"
     ),
-    "torch.cuda:get_device_properties": "asked for with sequence or context parallelism only",
+    "torch.cuda:get_device_properties": "called with sequence or context parallelism only",
     "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop": (
-        "runs with --async-save only"
+        "used with --async-save only"
     ),
 }
 
 
 @pytest.mark.distributed
-def test_every_stand_in_is_needed_or_documented(tmp_path: Path, teacher: Path, data: Path) -> None:
+def test_every_shim_is_needed_or_documented(tmp_path: Path, teacher: Path, data: Path) -> None:
     result = tmp_path / "codes.json"
-    # DeepSpeed's import sets it to 1, and then is_available() asks device_count(), a stand-in too.
+    # DeepSpeed's import sets it to 1, and then is_available() calls device_count(), also a shim.
     variables = {"TEACHER": str(teacher), "PYTORCH_NVML_BASED_CUDA_CHECK": "0"}
     process = subprocess.run(
-        [*command(1, "tests.helpers.without_stand_ins"), str(result),
+        [*command(1, "tests.helpers.without_shims"), str(result),
          "--config", str(ROOT / "configs/tiny.yaml"), "--data-path", str(data),
          "--train-iters", "3", "--save-interval", "2", "--eval-interval", "2",
          "--hidden-dropout", "0.1", "--attention-dropout", "0.1"],
@@ -40,6 +40,6 @@ def test_every_stand_in_is_needed_or_documented(tmp_path: Path, teacher: Path, d
     assert process.returncode == 0, process.stderr[-3000:]
     codes = json.loads(result.read_text())
     assert codes.pop("None") == 0, "the run fails with all of them"
-    assert codes.keys() == stand_ins().keys()
+    assert codes.keys() == cpu_shims().keys()
     silent = {target for target, code in codes.items() if code == 0}
     assert silent == set(SILENT)

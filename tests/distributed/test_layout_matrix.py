@@ -63,7 +63,7 @@ LOSSES = [
 
 # Methods that learn from the teacher's logits; the flags of the method, and the layout.
 RKD = ("--let-method", "rkd", "--let-kd-temperature", 2, "--let-kd-weight", 0.7)
-SALT_TOP_K = ("--let-method", "salt", "--let-kd-top-k", 20, "--let-kd-fade")
+SALT_TOP_K = ("--let-method", "salt", "--let-kd-top-k", 20)
 DISTILLED = [
     (RKD, "tp2-cp2-sp"),
     (RKD, "vpp2-recompute-full"),

@@ -1,4 +1,4 @@
-"""The entry under CUDA and NCCL, with the Triton kernel; one GPU suffices."""
+"""The entry on a GPU with NCCL and the Triton kernel, against the CPU and other precisions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ FLAGS = ("--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", 5, "
          "--let-weight", 0.5, "--let-stop-step", 10)  # fmt: skip
 
 
-def test_gpu_gives_the_numbers_of_the_cpu(
-    tmp_path: Path, teacher: Path, data: Path, weights: Path
-) -> None:
+def test_gpu_matches_cpu(tmp_path: Path, teacher: Path, data: Path, weights: Path) -> None:
     common = ("--data-path", data, "--load", weights, *FLAGS)
     gpu = train(tmp_path / "gpu", *common, TEACHER=str(teacher))
     cpu = train(tmp_path / "cpu", *common, TEACHER=str(teacher), CUDA_VISIBLE_DEVICES="")
     assert "backend NCCL" in gpu.log and "backend gloo" in cpu.log
     for key in ("lm_loss", "let_cosine", "grad_norm"):
-        # fp32 matrix products may be summed in another order.
+        # fp32 matrix products may sum in another order.
         assert largest_difference(gpu, cpu, key) < 1e-3, key
 
 
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
-def test_half_precision_stays_near_fp32(
+def test_half_precision_is_close_to_fp32(
     precision: str, tmp_path: Path, teacher: Path, data: Path, weights: Path
 ) -> None:
     common = ("--data-path", data, "--load", weights, *FLAGS)

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 
 def write_indexed_data(prefix: Path, vocab_size: int = 256, documents: int = 120) -> Path:
-    """Random walks over the vocabulary, so that there is something to learn."""
+    """Write random walks over the vocabulary, which a model can learn, and return the prefix."""
     generator = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(documents):

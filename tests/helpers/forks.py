@@ -1,4 +1,4 @@
-"""A function called in a fork of this process, with everything imported already."""
+"""Call functions in forks of this process, which has imported everything already."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ import signal
 from collections.abc import Callable
 
 
-def exit_code_in_fork(function: Callable[[], int]) -> int:
-    """The code that `function` returned in a fork; 1 for an exception, -N for signal N."""
+def exit_codes_in_forks(*functions: Callable[[], int]) -> list[int]:
+    """Return what each function returned in a fork, all at a time.
+
+    The code is 1 for an exception and -N for signal N.
+    """
+    children = [_fork(function) for function in functions]
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    for child in children:
+        # A checkpoint writer outlives a process that ends by _exit.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(status) for status in statuses]
+
+
+def _fork(function: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -18,8 +31,4 @@ def exit_code_in_fork(function: Callable[[], int]) -> int:
             code = function()
         finally:
             os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    # A checkpoint writer outlives a process that leaves by _exit.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(status)
+    return child

@@ -1,4 +1,4 @@
-"""Small random teachers, saved as a user's folder would be."""
+"""Small random teachers in the format of a user's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_LAYERS = 3
 
 
 def random_model(architecture: str, width: int = 48) -> PreTrainedModel:
-    """A random model of `llama`, `opt`, `gpt_neox` or `gpt2` with three layers of 4 heads."""
+    """Return a random `llama`, `opt`, `gpt_neox` or `gpt2` of three layers with 4 heads."""
     torch.manual_seed(0)
     common = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": MAX_POSITIONS}
     sizes = {"num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "hidden_size": width}
@@ -51,7 +51,7 @@ def random_model(architecture: str, width: int = 48) -> PreTrainedModel:
 
 
 def save_teacher(folder: Path, architecture: str = "llama", width: int = 48) -> Path:
-    """Save a random model whose states differ between tokens and whose final norm matters."""
+    """Save a random model whose states depend on the token and whose final norm is not 1."""
     model = random_model(architecture, width)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,6 @@
 """Run a Megatron script as `__main__` on this host: `-m tests.helpers.on_cpu SCRIPT ARGS`.
 
-A user's script runs on GPUs; without one it needs the CPU stand-ins and flags before it starts.
+A user's script expects GPUs; without one it needs the CPU shims and flags before it starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real runs of the entry in processes of their own, and their metrics."""
+"""Run the entry under torchrun and read its metrics."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Run:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """Training rows, one an iteration, the last one of each."""
+        """The last training row of each iteration."""
         rows = {row["iteration"]: row for row in self.rows if "lm_loss" in row}
         return [rows[iteration] for iteration in sorted(rows)]
 
     @property
     def error(self) -> str:
-        """The one sentence of a refused run."""
+        """The first error line of the log."""
         lines = [line for line in self.log.splitlines() if "megatron_let: error" in line]
         assert lines, f"no error line in:\n{self.log[-3000:]}"
         return lines[0]
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def command(ranks: int, module: str = "megatron_let.pretrain") -> list[str]:
-    """torchrun for one machine, on a port of its own."""
+    """Return the torchrun command for one machine, on a free port."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
         "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", module,
@@ -62,7 +62,7 @@ def command(ranks: int, module: str = "megatron_let.pretrain") -> list[str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """One thread a process, and no network."""
+    """Return the environment of a run: one thread per process, and no network."""
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return {**os.environ, **fixed, **variables}
 
@@ -76,7 +76,7 @@ def train(
     module: str = "megatron_let.pretrain",
     **variables: str,
 ) -> Run:
-    """Run the entry with these flags after the recipe; metrics go to `folder`/metrics.jsonl."""
+    """Run the entry with these flags after the recipe; it writes `folder`/metrics.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "metrics.jsonl"
     recipe = ["--config", str(ROOT / config)] if config else []
@@ -92,7 +92,7 @@ def train(
     try:
         log, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     finally:
-        # The ranks outlive a torchrun that is killed.
+        # The ranks survive a torchrun that is killed.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     run = Run(process.returncode, log, metrics)
@@ -101,7 +101,7 @@ def train(
 
 
 def _first_failure(log: str) -> str:
-    """What the rank that failed first printed of it, by torchrun's closing list, and that list."""
+    """Return the lines of the rank that failed first, and torchrun's summary."""
     _, _, summary = log.rpartition("Root Cause")
     first = re.search(r"rank\s*: (\d+)", summary)
     if first is None:
@@ -112,7 +112,7 @@ def _first_failure(log: str) -> str:
 
 
 def largest_difference(ours: Run, theirs: Run, key: str) -> float:
-    """Largest relative difference of one metric over the steps of two runs."""
+    """Return the largest relative difference of one metric over the steps of two runs."""
     pairs = list(zip(ours.steps, theirs.steps, strict=True))
     assert pairs and any(key in step for step, _ in pairs), f"no {key} was logged"
     assert all((key in a) == (key in b) for a, b in pairs), f"{key} is missing in some rows"

@@ -1,4 +1,4 @@
-"""Scalars that Megatron itself logs, as float32."""
+"""Scalars that Megatron logs, as float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def scalars(folder: Path, name: str) -> dict[int, float]:
-    """{iteration: value} of one scalar in a TensorBoard folder."""
+    """Return {iteration: value} of one scalar in a TensorBoard folder."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(name)}

@@ -1,6 +1,6 @@
-"""A user's own training script, as Megatron-LM's pretrain_gpt.py: its own model builder, data
-provider and forward step. With LET=1 the three lines of megatron_let.integration are in force;
-without, it is stock Megatron and imports nothing of LET.
+"""A user's training script like Megatron-LM's pretrain_gpt.py, with its own model builder, data
+provider and forward step. With LET=1 it has the three lines of megatron_let.integration; without,
+it is stock Megatron and imports nothing of LET.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.training import get_megatron_optimizer_config
 
-from megatron_let.compat import PATCHES, PatchSet
-from megatron_let.config.arguments import resumed_step
+from megatron_let.compat import PatchSet
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
     Resume,
@@ -35,6 +34,7 @@ from megatron_let.engines.deepspeed.recipe import recipe_from_args
 from megatron_let.engines.deepspeed.refusals import take_over
 from megatron_let.errors import LETError
 from megatron_let.files.names import checkpoint_name
+from megatron_let.run.resume import resumed_step
 
 if TYPE_CHECKING:
     import deepspeed
@@ -94,7 +94,6 @@ def _patch(args: argparse.Namespace, layout: CheckpointInfo, resume: Resume | No
 
     checkpoints, patches = Checkpoints(args, layout, resume), PatchSet()
     patches.apply_all(
-        PATCHES,
         {
             _TRAINING + "get_forward_backward_func": schedule.wrap_getter,
             _TRAINING + "get_megatron_optimizer": lambda original: optimizer_of,

@@ -1,4 +1,4 @@
-"""The registry applies a row or says why not, and the table tells the truth."""
+"""PatchSet applies rows or fails with the target's name; the table matches what is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from megatron_let.compat import PATCHES, Patch, PatchError, PatchSet, apply
 from megatron_let.compat import patch_table as table
-from megatron_let.compat.cpu_shims import stand_ins
+from megatron_let.compat.cpu_shims import cpu_shims
 from megatron_let.compat.device import Host
 from tests.helpers.runs import ROOT
 
@@ -70,10 +70,10 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-# The registry
+# PatchSet
 
 
-def test_wrapper_gets_the_original_and_stands_in_its_place(module: ModuleType) -> None:
+def test_wrapper_gets_original_and_replaces_it(module: ModuleType) -> None:
     patches = PatchSet()
     patches.apply(row(), lambda original: lambda *args: 10 * original(*args))
     assert module.function(1) == 30
@@ -91,7 +91,7 @@ def test_wrapper_gets_the_original_and_stands_in_its_place(module: ModuleType) -
         "patched_module:",
     ],
 )
-def test_missing_target_is_an_error_by_name(module: ModuleType, target: str) -> None:
+def test_missing_target_raises_with_its_name(module: ModuleType, target: str) -> None:
     before = dict(vars(module))
     with pytest.raises(PatchError, match=f"Patch target {target} does not exist"):
         PatchSet().apply(row(target), identity)
@@ -99,7 +99,7 @@ def test_missing_target_is_an_error_by_name(module: ModuleType, target: str) -> 
 
 
 @pytest.mark.parametrize("parameters", [("other",), ("first", "third"), ("first", "second", "x")])
-def test_other_parameters_are_an_error_that_shows_both(
+def test_other_parameters_raise_with_both_signatures(
     module: ModuleType, parameters: tuple[str, ...]
 ) -> None:
     original = module.function
@@ -109,12 +109,12 @@ def test_other_parameters_are_an_error_that_shows_both(
 
 
 @pytest.mark.parametrize("parameters", [(), ("first",), ("first", "second")])
-def test_leading_parameters_suffice(module: ModuleType, parameters: tuple[str, ...]) -> None:
+def test_leading_parameters_are_sufficient(module: ModuleType, parameters: tuple[str, ...]) -> None:
     PatchSet().apply(row(parameters=parameters), identity)
 
 
 @pytest.mark.parametrize("versions", ["<2", ">=99", "==2.0.0"])
-def test_other_version_is_an_error_that_shows_both(module: ModuleType, versions: str) -> None:
+def test_other_version_raises_with_both_versions(module: ModuleType, versions: str) -> None:
     original = module.function
     expected = rf"made for torch{versions} but {torch.__version__.split('+')[0]}.* is installed"
     with pytest.raises(PatchError, match=expected):
@@ -122,7 +122,7 @@ def test_other_version_is_an_error_that_shows_both(module: ModuleType, versions:
     assert module.function is original
 
 
-def test_version_is_that_of_the_megatron_that_is_imported(
+def test_version_is_of_the_imported_megatron(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron.core.package_info.__version__", "0.20.1")
@@ -133,7 +133,7 @@ def test_version_is_that_of_the_megatron_that_is_imported(
 @pytest.mark.parametrize(
     ("first", "second"), [("replace", "replace"), ("wrap", "replace"), ("replace", "wrap")]
 )
-def test_second_patch_of_a_replaced_target_is_an_error(
+def test_second_patch_of_replaced_target_raises(
     module: ModuleType, first: str, second: str
 ) -> None:
     patches = PatchSet()
@@ -142,7 +142,7 @@ def test_second_patch_of_a_replaced_target_is_an_error(
         patches.apply(row(kind=second), identity)
 
 
-def test_two_wrappers_nest_and_come_off_in_reverse(module: ModuleType) -> None:
+def test_two_wrappers_nest_and_undo_removes_both(module: ModuleType) -> None:
     original, patches = module.function, PatchSet()
     patches.apply(row(), lambda inner: lambda *args: inner(*args) + 1)
     patches.apply(row(), lambda inner: lambda *args: inner(*args) * 10)
@@ -152,7 +152,7 @@ def test_two_wrappers_nest_and_come_off_in_reverse(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", ["method", "inherited", "static", "of_class"])
-def test_undo_leaves_a_class_as_it_was(module: ModuleType, name: str) -> None:
+def test_undo_restores_class_attributes(module: ModuleType, name: str) -> None:
     before = dict(vars(module.Class))
     patches = PatchSet()
     patches.apply(row(f"patched_module:Class.{name}"), lambda original: lambda *args: "patched")
@@ -162,10 +162,9 @@ def test_undo_leaves_a_class_as_it_was(module: ModuleType, name: str) -> None:
     assert dict(vars(module.Class)) == before
 
 
-def test_undo_restores_the_identical_objects_of_the_cpu_host() -> None:
-    before = {target: attribute(target) for target in stand_ins()}
-    patches = PatchSet()
-    patches.apply_all(PATCHES, stand_ins())
+def test_undo_restores_originals_of_cpu_shims() -> None:
+    before = {target: attribute(target) for target in cpu_shims()}
+    patches = PatchSet().apply_all(cpu_shims())
     changed = [target for target in before if attribute(target) is not before[target]]
     patches.undo()
     assert changed == list(before)
@@ -180,9 +179,18 @@ def attribute(target: str) -> Any:
     return found
 
 
-def test_target_without_a_row_is_an_error() -> None:
+def test_apply_all_of_a_target_that_does_not_fit_applies_none(module: ModuleType) -> None:
+    before = attribute("torch:Tensor.cuda")
+    with pytest.raises(PatchError, match="torch:nothing"):
+        PatchSet().apply_all(
+            {"torch:Tensor.cuda": lambda original: None, "torch:nothing": identity}
+        )
+    assert attribute("torch:Tensor.cuda") is before
+
+
+def test_apply_all_of_a_target_without_row_raises() -> None:
     with pytest.raises(PatchError, match="torch:nothing has no row in the patch table"):
-        PatchSet().apply_all(PATCHES, {"torch:nothing": identity})
+        PatchSet().apply_all({"torch:nothing": identity})
 
 
 # The table
@@ -192,31 +200,28 @@ def test_target_without_a_row_is_an_error() -> None:
 def all_rows_applied() -> Iterator[PatchSet]:
     import megatron.training.training  # noqa: F401
 
-    patches = PatchSet()
-    patches.apply_all(PATCHES, dict.fromkeys(PATCHES, identity))
+    patches = PatchSet().apply_all(dict.fromkeys(PATCHES, identity))
     yield patches
     patches.undo()
 
 
-def test_every_target_exists_as_the_table_says(all_rows_applied: PatchSet) -> None:
+def test_every_row_fits_what_is_installed(all_rows_applied: PatchSet) -> None:
     assert [patch.target for patch in all_rows_applied.applied] == list(PATCHES)
 
 
 def test_no_target_has_two_rows() -> None:
-    groups = [group for group in vars(table).values() if isinstance(group, tuple)]
-    rows = [row for group in groups for row in group if isinstance(row, Patch)]
-    assert sorted(row.target for row in rows) == sorted(PATCHES)
+    assert len(PATCHES) == len(table.ROWS)
 
 
 @pytest.mark.parametrize("patch", PATCHES.values(), ids=lambda patch: patch.target)
-def test_every_row_says_why_until_when_and_for_which_versions(patch: Patch) -> None:
+def test_every_row_has_reason_end_and_versions(patch: Patch) -> None:
     assert len(patch.reason) > 10 and len(patch.unnecessary_when) > 10
     assert patch.package in ("torch", "megatron-core") and patch.versions.startswith(">=")
     assert patch.package == "megatron-core" or patch.target.startswith("torch")
 
 
 @pytest.mark.parametrize("name", sorted({patch.test for patch in PATCHES.values()}))
-def test_every_row_names_a_test_that_exists(name: str) -> None:
+def test_every_row_names_an_existing_test(name: str) -> None:
     file, _, function = name.partition("::")
     assert (ROOT / file).is_file(), f"no file {file}"
     definitions = ast.walk(ast.parse((ROOT / file).read_text()))
@@ -225,7 +230,7 @@ def test_every_row_names_a_test_that_exists(name: str) -> None:
 
 
 def strings_of(file: Path) -> set[str]:
-    """All string constants of a file, and the sums of a named one and another."""
+    """String constants of a file, and sums of a named constant and a literal."""
     nodes = list(ast.walk(ast.parse(file.read_text())))
     named = {
         target.id: node.value.value
@@ -245,17 +250,18 @@ def strings_of(file: Path) -> set[str]:
     return constants | sums
 
 
-def test_every_row_is_applied_somewhere() -> None:
+def test_every_row_is_applied_by_the_package() -> None:
     files = set((ROOT / "megatron_let").rglob("*.py")) - {Path(table.__file__)}
     used = set().union(*(strings_of(file) for file in files))
     assert set(PATCHES) - used == set(), "rows that nothing applies"
 
 
-def test_every_stand_in_of_the_cpu_has_a_row_and_the_other_way_round() -> None:
-    assert set(stand_ins()) == {patch.target for patch in table._CPU_ROWS}
+def test_cpu_shims_and_their_rows_match() -> None:
+    tested = "tests/distributed/test_cpu_host.py::test_every_shim_is_needed_or_documented"
+    assert cpu_shims().keys() == {row.target for row in PATCHES.values() if row.test == tested}
 
 
-# What a host needs
+# Patches that a host needs
 
 
 @pytest.fixture
@@ -285,7 +291,7 @@ def test_compile_helpers_is_replaced_without_a_makefile(
     assert capfd.readouterr() == ("", "")
 
 
-def test_compile_helpers_stays_where_there_is_a_makefile(
+def test_compile_helpers_is_kept_with_a_makefile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undo: Callable[[PatchSet], PatchSet]
 ) -> None:
     (tmp_path / "Makefile").touch()

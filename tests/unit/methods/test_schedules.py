@@ -68,7 +68,6 @@ def test_alignment_weight_decreases_linearly(
     [
         ({"method": "rkd"}, [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
         ({"method": "salt"}, [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]),
-        ({"method": "salt", "kd_fade": True}, [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]),
     ],
 )
 def test_distillation_weight(values: dict[str, object], expected: list[float]) -> None:

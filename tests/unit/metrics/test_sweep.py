@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_let.config.let_config import LAYER_PAIRS
 from megatron_let.config.recipes import RecipeError
 from megatron_let.metrics.sweep import Sweep, load_sweep, runs_of, sbatch_line
 from tests.helpers.runs import ROOT, environment
@@ -22,7 +21,12 @@ def test_ready_sweeps() -> None:
     names = {path.stem.removeprefix("sweep_") for path in SWEEPS}
     assert names >= {"methods", "layer_pairs", "lambda", "stop_step", "final_norm"}
     pairs = load_sweep(ROOT / "configs/sweep_layer_pairs.yaml", ROOT)
-    assert pairs.variants.keys() - {"baseline"} == LAYER_PAIRS.keys()
+    teacher, student = {"L": "last", "M": "middle"}, {"E": 3, "M": "middle", "L": "last"}
+    assert {name: variant for name, variant in pairs.variants.items() if name != "baseline"} == {
+        f"{t}2{s}": {"recipe": "let", "let-layer": student[s], "let-teacher-layer": teacher[t]}
+        for t in teacher
+        for s in student
+    }
     weights = load_sweep(ROOT / "configs/sweep_lambda.yaml", ROOT).variants
     assert [v["let-weight"] for v in weights.values() if "let-weight" in v] == [
         0.01,

@@ -1,4 +1,4 @@
-"""A checkpoint that is complete after wandb has finished ends no run."""
+"""A checkpoint that completes after wandb has finished does not fail the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from megatron.training import wandb_utils
 
-from megatron_let.run import artifacts as artifact_log
+from megatron_let.compat import PatchSet
+from megatron_let.run import artifacts
 
 
 @pytest.mark.parametrize("runs", [True, False])
@@ -22,8 +23,9 @@ def test_artifact_is_logged_while_wandb_runs(
     artifact = SimpleNamespace(add_reference=lambda *_, **__: None, add_file=lambda *_: None)
     wandb = SimpleNamespace(run=run if runs else None, Artifact=lambda *_, **__: artifact)
     monkeypatch.setattr(wandb_utils, "get_wandb_writer", lambda: wandb)
-    monkeypatch.setattr(artifact_log, "get_wandb_writer", lambda: wandb)
-    patches = artifact_log.enable(argparse.Namespace(wandb_project="let", async_save=True))
+    monkeypatch.setattr(artifacts, "get_wandb_writer", lambda: wandb)
+    args = argparse.Namespace(wandb_project="let", async_save=True)
+    patches = PatchSet().apply_all(artifacts.wrappers(args))
     try:
         wandb_utils.on_save_checkpoint_success(str(tmp_path), "tracker", str(tmp_path), 30)
     finally:
@@ -31,7 +33,7 @@ def test_artifact_is_logged_while_wandb_runs(
     assert len(logged) == runs
 
 
-def test_nothing_is_patched_without_both() -> None:
+def test_nothing_is_patched_without_wandb_or_async_save() -> None:
     for project, save in (("", True), ("let", False)):
         args = argparse.Namespace(wandb_project=project, async_save=save)
-        assert not artifact_log.enable(args).applied
+        assert not artifacts.wrappers(args)

@@ -1,4 +1,4 @@
-"""An output folder belongs to one run: it is continued, or refused with nothing written."""
+"""An output folder belongs to one run: another run raises an error and writes nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
-from megatron_let.files.names import RUN
+from megatron_let.files.names import RUN, TRACKER
 from megatron_let.run.output_folder import claim, identity
 
 LET = LETConfig("let", Path("/models/small"))
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def run_args(save: Path | None, **values: Any) -> argparse.Namespace:
@@ -66,7 +65,7 @@ def trained(tmp_path: Path) -> Path:
     return save
 
 
-def test_new_folder_is_signed(tmp_path: Path) -> None:
+def test_new_folder_gets_the_identity(tmp_path: Path) -> None:
     args = run_args(tmp_path / "deep" / "run")
     claim(args, LET)
     signature = json.loads((tmp_path / "deep/run" / RUN).read_text())
@@ -112,40 +111,48 @@ def test_teacher_may_move_to_another_disk(trained: Path) -> None:
         ({}, LETConfig(), "--let-method is let there and none here"),
     ],
 )
-def test_folder_of_another_run_is_refused(
+def test_folder_of_another_run_raises_error_naming_flag(
     trained: Path, args: dict[str, Any], config: LETConfig, expected: str
 ) -> None:
     assert_refused(trained, run_args(trained, **args), config, expected)
 
 
-def test_let_does_not_write_over_a_baseline(tmp_path: Path) -> None:
+def test_let_in_folder_of_a_baseline_raises_error(tmp_path: Path) -> None:
     claim(run_args(tmp_path), LETConfig())
     (tmp_path / TRACKER).write_text("5")
-    assert_refused(tmp_path, run_args(tmp_path), LET, "holds another run: --let-method is none")
+    assert_refused(tmp_path, run_args(tmp_path), LET, "--let-method is none")
+
+
+def test_switch_of_another_version_counts_as_off(trained: Path) -> None:
+    stored = json.loads((trained / RUN).read_text())
+    (trained / RUN).write_text(json.dumps(stored | {"let_removed_flag": False}))
+    claim(run_args(trained), LET)
+    (trained / RUN).write_text(json.dumps(stored | {"let_removed_flag": True}))
+    assert_refused(trained, run_args(trained), LET, "--let-removed-flag is True")
 
 
 @pytest.mark.parametrize("load", [None, "/somewhere/else"])
-def test_trained_folder_is_not_started_over(trained: Path, load: str | None) -> None:
+def test_trained_folder_without_load_raises_error(trained: Path, load: str | None) -> None:
     args = run_args(trained, load=load)
-    assert_refused(trained, args, LET, f"holds this run at iteration 5; add --load {trained}")
+    assert_refused(trained, args, LET, f"iteration 5; add --load {trained}")
 
 
-def test_finetuning_does_not_start_over_where_it_loads_from(trained: Path) -> None:
+def test_finetuning_into_the_loaded_folder_raises_error(trained: Path) -> None:
     assert_refused(trained, run_args(trained, finetune=True), LET, "at iteration 5")
 
 
-def test_stock_megatrons_folder_is_refused_unless_continued(tmp_path: Path) -> None:
+def test_folder_of_stock_megatron_without_load_raises_error(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("7")
-    assert_refused(tmp_path, run_args(tmp_path, load=None), LET, "holds another run at iteration 7")
+    assert_refused(tmp_path, run_args(tmp_path, load=None), LET, "at iteration 7")
     claim(run_args(tmp_path), LET)
 
 
-def test_same_folder_by_another_name_is_continued(trained: Path) -> None:
+def test_same_folder_by_another_path_continues(trained: Path) -> None:
     claim(run_args(trained, load=f"{trained}/../{trained.name}/"), LET)
 
 
-def test_run_that_never_saved_may_be_corrected(tmp_path: Path) -> None:
-    """It was refused after it had signed: data too short, no such layer, out of memory."""
+def test_run_without_a_step_may_change_its_settings(tmp_path: Path) -> None:
+    """It failed after claim(): data too short, no such layer, out of memory."""
     claim(run_args(tmp_path, data_path=["/typo"]), LET)
     claim(run_args(tmp_path, data_path=["/data/pile"]), LET)
 
@@ -153,12 +160,12 @@ def test_run_that_never_saved_may_be_corrected(tmp_path: Path) -> None:
 # Metrics
 
 
-def test_metrics_of_another_run_are_refused(tmp_path: Path) -> None:
+def test_metrics_of_another_run_raise_error(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"iteration": 1, "lm_loss": 5.0}\n')
     for save in (None, tmp_path / "new"):
         args = run_args(save, let_metrics_path=metrics)
-        assert_refused(tmp_path, args, LET, r"metrics\.jsonl holds another run; give another")
+        assert_refused(tmp_path, args, LET, r"metrics\.jsonl .* --let-metrics-path")
 
 
 def test_metrics_are_appended_when_the_run_continues(trained: Path) -> None:
@@ -169,23 +176,23 @@ def test_metrics_are_appended_when_the_run_continues(trained: Path) -> None:
     claim(args, LET)
 
 
-def test_continued_run_does_not_append_to_another_runs_metrics(
+def test_continued_run_with_another_runs_metrics_raises_error(
     trained: Path, tmp_path: Path
 ) -> None:
     claim(run_args(trained, let_metrics_path=trained / "metrics.jsonl"), LET)
     theirs = tmp_path / "theirs.jsonl"
     theirs.write_text('{"iteration": 1, "lm_loss": 5.0}\n')
     args = run_args(trained, let_metrics_path=theirs)
-    assert_refused(tmp_path, args, LET, r"theirs\.jsonl holds another run")
+    assert_refused(tmp_path, args, LET, r"theirs\.jsonl .* --let-metrics-path")
 
 
-def test_empty_or_new_metrics_file_is_taken(tmp_path: Path) -> None:
+def test_empty_or_new_metrics_file_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     claim(run_args(None, let_metrics_path=tmp_path / "empty.jsonl"), LET)
     claim(run_args(None, let_metrics_path=tmp_path / "deep" / "new.jsonl"), LET)
 
 
-def test_nothing_is_written_without_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_without_save_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     claim(run_args(None), LET)
     assert not list(tmp_path.iterdir())

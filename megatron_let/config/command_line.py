@@ -1,0 +1,56 @@
+"""The command line of the entry: a recipe and the flags after it, parsed once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from megatron_let.config.arguments import add_arguments
+from megatron_let.config.recipes import load_recipe, recipe_argv
+
+
+def parse_command_line(
+    argv: list[str], host_flags: list[str], check: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """Parse `[--config RECIPE] [flags]` into Megatron's validated, global arguments.
+
+    Args:
+        argv: arguments after the program's name; they override the recipe's.
+        host_flags: Megatron flags that this host needs; the recipe and `argv` override them.
+        check: called with the parsed arguments before Megatron validates them.
+
+    Raises:
+        RecipeError: the recipe cannot be expanded.
+        LETError: from `check`.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    entry = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    entry.add_argument("--config", type=Path)
+    known, flags = entry.parse_known_args(argv)
+    recipe = {} if known.config is None else load_recipe(known.config)
+
+    def parse(parser: argparse.ArgumentParser) -> SimpleNamespace:
+        add_arguments(parser)
+        _escape_percent_signs(parser)
+        args = parser.parse_args([*host_flags, *recipe_argv(recipe, parser, flags)])
+        # Before Megatron's validation, whose assertions would name unrelated flags. Megatron takes
+        # the arguments from parse_args() of what this returns, so the flags are parsed once.
+        check(args)
+        return SimpleNamespace(parse_args=lambda: args)
+
+    return parse_and_validate_args(extra_args_provider=parse)
+
+
+def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
+    # 0.19.2 has a bare "10%)" in a help text, on which argparse's --help fails.
+    for action in parser._actions:
+        if action.help and action.help != argparse.SUPPRESS:
+            action.help = re.sub(r"%%|%\(\w+\)\w|%", _escape_bare, action.help)
+
+
+def _escape_bare(match: re.Match[str]) -> str:
+    return "%%" if match[0] == "%" else match[0]

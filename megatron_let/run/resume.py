@@ -1,0 +1,29 @@
+"""Where a run begins: the step and the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_let.files.names import TRACKER, checkpoint_name
+
+
+def resumed_step(args: argparse.Namespace) -> int:
+    """Return the 0-based first step of the run, from `--load`'s tracker file; 0 for a new run."""
+    if args.load is None or args.finetune:
+        return 0
+    if args.ckpt_step is not None:
+        return int(args.ckpt_step)
+    tracker = Path(args.load) / TRACKER
+    content = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(content) if content.isdecimal() else 0
+
+
+def loaded_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Return the folder of the checkpoint that Megatron resumed from; None for a new run.
+
+    Call it after Megatron's set-up, which sets `args.iteration`.
+    """
+    if args.load is None or args.finetune or not args.iteration:
+        return None
+    return Path(args.load) / checkpoint_name(args.iteration)

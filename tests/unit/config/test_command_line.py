@@ -1,0 +1,81 @@
+"""The command line of the entry, up to Megatron's own validation."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+from megatron.training import arguments
+
+from megatron_let.config.command_line import parse_command_line
+from megatron_let.errors import LETError
+from megatron_let.pretrain import check_flags
+from tests.helpers.runs import ROOT
+
+TINY = ["--config", str(ROOT / "configs/tiny.yaml"), "--let-teacher", "/t"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--cuda-graph-impl local", "--cuda-graph-impl local"),
+        # Megatron's validation would raise about --te-rng-tracker.
+        ("--cuda-graph-impl full_iteration", "--cuda-graph-impl full_iteration"),
+        ("--overlap-moe-expert-parallel-comm", "drop --overlap-moe-expert-parallel-comm"),
+        ("--moe-expert-rank-capacity-factor 1.0", "--moe-expert-rank-capacity-factor 1.0"),
+        ("--hybrid-layer-pattern *-*-*-*-", "--hybrid-layer-pattern"),
+        ("--use-megatron-fsdp", "--use-megatron-fsdp"),
+        ("--use-torch-fsdp2", "--use-torch-fsdp2"),
+        ("--sft", "--sft"),
+        ("--reset-attention-mask", "--reset-attention-mask"),
+        ("--reset-position-ids", "--reset-position-ids"),
+        ("--dataloader-inter-document-masking", "--dataloader-inter-document-masking"),
+        ("--hybrid-context-parallel", "--hybrid-context-parallel"),
+        ("--perform-rl-step", "--perform-rl-step"),
+        ("--let-method rkd --cuda-graph-impl local", "--let-method rkd"),
+        ("--let-projection learned --ckpt-format torch", "--ckpt-format torch"),
+        ("--let-projection learned --engine deepspeed", "--engine deepspeed"),
+        ("--let-method none --fim-data", "--fim-data"),
+        ("--let-method none --yaml-cfg some.yaml", "--yaml-cfg"),
+    ],
+)
+def test_unsupported_flag_raises_error_naming_it_before_megatrons_validation(
+    flags: str, named: str
+) -> None:
+    with pytest.raises(LETError) as error:
+        parse_command_line([*TINY, *flags.split()], [], check_flags)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.fixture
+def no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's parser without its validation and its global state."""
+    monkeypatch.setattr(arguments, "parse_and_validate_args", arguments.parse_args)
+
+
+def test_command_line_overrides_recipe_and_recipe_overrides_host(no_validation: None) -> None:
+    host_flags = ["--num-layers", "9", "--seq-length", "9", "--no-rope-fusion"]
+    checked: list[argparse.Namespace] = []
+    args = parse_command_line([*TINY, "--num-layers", "6"], host_flags, checked.append)
+    assert (args.num_layers, args.seq_length, args.apply_rope_fusion) == (6, 64, False)
+    assert checked == [args], "the flags are parsed once"
+
+
+def test_command_line_without_recipe_is_parsed_alone(no_validation: None) -> None:
+    args = parse_command_line(["--num-layers", "6"], [], lambda args: None)
+    assert (args.num_layers, args.hidden_size, args.let_method) == (6, None, None)
+
+
+def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_command_line(["--help"], [], check_flags)
+    assert end.value.code == 0
+    assert "--let-method {none,let,rkd,salt}" in capsys.readouterr().out
+
+
+def test_unknown_flag_is_refused_by_the_parser(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        parse_command_line(["--let-wieght", "1"], [], check_flags)
+    assert "--let-wieght" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""The step and the checkpoint that a run resumes from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.files.names import TRACKER
+from megatron_let.run.resume import loaded_checkpoint, resumed_step
+
+
+def run_args(**values: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"load": None, "finetune": False, "ckpt_step": None} | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [({}, 40), ({"finetune": True}, 0), ({"load": None}, 0), ({"ckpt_step": 20}, 20)],
+)
+def test_resumed_step_of_a_checkpoint_folder(
+    values: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / TRACKER).write_text("40")
+    assert resumed_step(run_args(**{"load": str(tmp_path), **values})) == expected
+
+
+@pytest.mark.parametrize("content", [None, "release", ""])
+def test_resumed_step_of_folder_without_iteration_is_0(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / TRACKER).write_text(content)
+    assert resumed_step(run_args(load=str(tmp_path))) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"load": "/runs/a", "iteration": 40}, Path("/runs/a/iter_0000040")),
+        ({"load": "/runs/a", "iteration": 0}, None),
+        ({"load": "/runs/a", "iteration": 40, "finetune": True}, None),
+        ({"load": None, "iteration": 0}, None),
+    ],
+)
+def test_loaded_checkpoint_of_a_resumed_run(values: dict[str, Any], expected: Path | None) -> None:
+    assert loaded_checkpoint(run_args(**values)) == expected
