@@ -85,7 +85,7 @@ class LETMethod(TeacherMethod):
         num_before = len(plan.stages[context.stage].before)
         _before_schedule(context.states, num_before, model[0], timer)
         kwargs["forward_step_func"] = _counted(kwargs["forward_step_func"], context.states, timer)
-        with _before_finalizing(config, context.states.after_backward):
+        with before_finalizing(config, context.states.after_backward):
             losses = forward_backward(**kwargs)
         sums, num_tokens = self._close(context, device).tensor_split([-1])
         context.scheduler.end_step(timer, context.stage, len(batch.tokens))
@@ -176,7 +176,7 @@ def _counted(
 
 
 @contextmanager
-def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
+def before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
     """Run `work` after the schedule's last backward and before the gradients are finalized."""
     finalize = config.finalize_model_grads_func
     if finalize is None:

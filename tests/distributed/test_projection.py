@@ -170,7 +170,7 @@ def test_resumed_run_is_bitwise_the_same(
     whole: tuple[Run, Path], tmp_path: Path, teacher: Path, data: Path
 ) -> None:
     run = assert_resumes(SAVED, whole, tmp_path, teacher, data)
-    assert "iter_0000003" in run.log and "begins anew" not in run.log
+    assert "iter_0000003" in run.log and "newly initialised" not in run.log
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_switched_off_and_on_over_a_checkpoint(
     )  # fmt: skip
     assert [row["iteration"] for row in off.steps] == [4]
     on = run_with(tmp_path / "on", teacher, data, tmp_path / "off/saved")
-    assert "begins anew" in on.log
+    assert "newly initialised" in on.log
     assert [row["iteration"] for row in on.steps] == [5, 6, 7, 8]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_let.methods.let import (
+    before_finalizing,
     gradient_denominator,
     per_token_gradient_factor,
     start_param_gather,
@@ -95,3 +96,23 @@ def test_start_param_gather_without_a_later_wait_does_nothing(values: dict[str, 
 def test_start_param_gather_without_ddp_does_nothing() -> None:
     start_param_gather(SimpleNamespace())
     start_param_gather(chunk([]))
+
+
+def test_before_finalizing_runs_work_first_and_restores_the_function() -> None:
+    events: list[str] = []
+
+    def finalize() -> None:
+        events.append("finalize")
+
+    config = SimpleNamespace(finalize_model_grads_func=finalize)
+    with before_finalizing(config, lambda: events.append("work")):
+        config.finalize_model_grads_func()
+    assert events == ["work", "finalize"] and config.finalize_model_grads_func is finalize
+
+
+def test_before_finalizing_without_a_function_runs_work_last() -> None:
+    events: list[str] = []
+    config = SimpleNamespace(finalize_model_grads_func=None)
+    with before_finalizing(config, lambda: events.append("work")):
+        events.append("schedule")
+    assert events == ["schedule", "work"]
