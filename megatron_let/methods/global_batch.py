@@ -213,7 +213,7 @@ def _over_replicas(count: torch.Tensor) -> float:
 def _check_key(microbatch: dict[str, Any], key: str) -> None:
     if key not in microbatch:
         raise LETError(
-            f"The data loader gives no {key}, which --let-cross-tokenizer needs; wrap the datasets"
+            f"The data loader gives no {key}, which --let-cross-tokenizer needs; wrap its datasets"
             " in megatron_let.data.token_alignment.RealignedDataset, or use this package's entry."
         )
 
