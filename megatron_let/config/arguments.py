@@ -9,13 +9,13 @@ from typing import Any
 
 from megatron_let.config.let_config import (
     LAYER_PAIRS,
-    LOSSES,
     METHODS,
     PLACEMENTS,
     PROJECTIONS,
     LETConfig,
 )
 from megatron_let.files.names import TRACKER, checkpoint_name
+from megatron_let.losses import LOSSES
 
 _PREFIX = "let_"
 

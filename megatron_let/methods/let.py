@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from megatron_let.config.let_config import LETConfig
-from megatron_let.losses.registry import alignment_loss
+from megatron_let.losses import load_loss
 from megatron_let.methods.base import TaughtForwardBackward
 from megatron_let.methods.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.methods.let_context import Attachment, attach
@@ -56,7 +56,7 @@ class AlignedForwardBackward(TaughtForwardBackward):
         """
         super().__init__(folder, current_step, report)
         self._config = config
-        self._loss_names = alignment_loss(config.loss, None).names
+        self._loss_names = load_loss(config.loss, None).names
         self._num_steps = num_steps
         self._sharding = sharding
         self._projection = projection

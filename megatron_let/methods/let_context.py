@@ -13,7 +13,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
-from megatron_let.losses.registry import AlignmentLoss, alignment_loss
+from megatron_let.losses import AlignmentLoss, load_loss
 from megatron_let.methods.alignment_hook import AlignmentHook
 from megatron_let.methods.global_batch import TokenSharing
 from megatron_let.methods.learned_projection import LearnedProjection, behind_projection
@@ -130,7 +130,7 @@ def attach(
 def _loss(
     config: LETConfig, shard: SequenceShard, projection: LearnedProjection | None
 ) -> AlignmentLoss:
-    loss = alignment_loss(config.loss, _token_group(shard))
+    loss = load_loss(config.loss, _token_group(shard))
     return loss if projection is None else behind_projection(loss, projection)
 
 
