@@ -18,8 +18,8 @@ from torch.optim.adam import adam
 from megatron_let.checkpoint.parameter_mapping import PROJECTION
 from megatron_let.checkpoint.torch_dist import FORMAT, TorchDist
 from megatron_let.errors import LETError
-from megatron_let.losses import align_by_projection
-from megatron_let.losses.registry import AlignmentLoss
+from megatron_let.losses import AlignmentLoss
+from megatron_let.losses.interpolation import work_dtype
 from megatron_let.methods.base import find_layer
 
 # With --seed alone W would repeat the first random numbers of the student's embedding.
@@ -106,18 +106,29 @@ class LearnedProjection(torch.nn.Module):
 
 
 def behind_projection(loss: AlignmentLoss, projection: LearnedProjection) -> AlignmentLoss:
-    """The same loss on the projected state, which adds to the projection's gradient."""
+    """Return the loss on the projected state `p = W h` in place of the interpolated state.
 
-    def aligned(
-        hidden: torch.Tensor, teacher: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        hidden, values, gradient = align_by_projection(
-            hidden, teacher, scale, projection.weight, loss.align
-        )
-        projection.gradient += gradient
-        return hidden, values
+    With g the gradient of the loss with respect to p, the gradient of hidden is
+    `grad_hidden + scale * g W`; `projection.gradient` is increased by `g^T h`, without the scale.
+    Both are computed in fp32 (fp64 for fp64). As p is as wide as the teacher, nothing is
+    interpolated; the reported values are those of the loss on p.
+    """
 
-    return AlignmentLoss(loss.names, aligned)
+    def projected(
+        hidden: Tensor, teacher: Tensor, scale: Tensor, grad_hidden: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        dtype = work_dtype(hidden)
+        rows, weight = hidden.flatten(0, -2).to(dtype), projection.weight.to(dtype)
+        state = (rows @ weight.T).view(*hidden.shape[:-1], -1)
+        one, zeros = state.new_ones(()), torch.zeros_like(state)
+        direction, values = loss.function(state, teacher, one, zeros)
+        direction = direction.flatten(0, -2)
+        projection.gradient += direction.T @ rows
+        del rows, state, zeros  # the peak comes next
+        gradient = (direction @ weight).mul_(scale).view(hidden.shape)
+        return gradient.add_(grad_hidden).to(hidden.dtype), values
+
+    return AlignmentLoss(loss.names, projected)
 
 
 class ProjectionTraining:

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from megatron_let.losses.registry import alignment_loss
+from megatron_let.losses import load_loss
 from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRun, add_metrics
 from megatron_let.methods.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.methods.learned_projection import ProjectionTraining
@@ -31,7 +31,7 @@ class LETMethod(TeacherMethod):
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
-        self._loss_names = alignment_loss(self._config.loss, None).names
+        self._loss_names = load_loss(self._config.loss, None).names
         self._context: LETContext | None = None
         self._projection: ProjectionTraining | None = None
         if self._config.projection == "learned":

@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
-from megatron_let.losses.registry import alignment_loss
+from megatron_let.losses import load_loss
 from megatron_let.methods.alignment_hook import AlignmentHook
 from megatron_let.methods.base import TrainingRun, find_layer
 from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
@@ -155,7 +155,7 @@ def _hook(
     shard: SequenceShard,
     projection: LearnedProjection | None,
 ) -> AlignmentHook:
-    loss = alignment_loss(config.loss, _token_group(shard))
+    loss = load_loss(config.loss, _token_group(shard))
     return AlignmentHook(layer, loss if projection is None else behind_projection(loss, projection))
 
 

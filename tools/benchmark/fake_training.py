@@ -330,7 +330,7 @@ def _aligned(
     forward_step: Callable[..., Any],
 ) -> Iterator[Callable[..., Any]]:
     """Yield the forward step of a step with LET, as `LETMethod` builds it."""
-    from megatron_let.losses.registry import alignment_loss
+    from megatron_let.losses import load_loss
     from megatron_let.methods.alignment_hook import AlignmentHook
     from megatron_let.methods.base import find_layer
 
@@ -340,7 +340,7 @@ def _aligned(
     states = _state_buffer(args, run, teacher)
     found = find_layer(model, args.let_layer or 3)
     if found is not None:
-        hook = AlignmentHook(found[1], alignment_loss("cosine", None))
+        hook = AlignmentHook(found[1], load_loss("cosine", None))
         hook.open_step(states, 1.0, torch.device("cpu"))
     states.before_schedule()
 
