@@ -10,7 +10,6 @@ The script keeps its model builder, data provider and forward step.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,7 @@ from megatron_let.config.validation import check_supported, check_teacher_shard
 from megatron_let.data.token_alignment import TokenAligner, load_token_aligner, teacher_length
 from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
-from megatron_let.methods.base import TaughtForwardBackward
-from megatron_let.methods.distillation import DistilledForwardBackward
-from megatron_let.methods.let import AlignedForwardBackward
-from megatron_let.methods.projection_training import ProjectionTraining
-from megatron_let.methods.schedules import alignment_weight
+from megatron_let.methods import TrainingRun, build_method
 from megatron_let.metrics.guard import load_guard
 from megatron_let.metrics.write import MetricsFile, forget_stale_averages
 from megatron_let.run.resume import loaded_checkpoint, resumed_step
@@ -118,21 +113,27 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
     check_teacher_shard(args)
     folder = inspect_teacher(config.teacher)
     check_fits(config, folder, args)
-    if config.cross_tokenizer:
+    length = None
+    if config.cross_tokenizer and config.method == "let":
         length = teacher_length(args.seq_length, folder.max_positions)
-        folder = dataclasses.replace(folder, own_length=length)
     else:
         _check_tokenizer(folder, args)
-    projection = _projection(config, folder, args)
-    method = _method(config, folder, args, projection)
-    wrappers: dict[str, Callable[..., Any]] = {
-        _TRAINING + "get_forward_backward_func": method.wrap_getter,
-        _TRAINING + "training_log": forget_stale_averages,
-    }
-    if projection is not None:
-        wrappers[_TRAINING + "setup_model_and_optimizer"] = projection.wrap_setup
-    print_rank_0("LET: " + _description(config, folder))
-    return wrappers
+    method = build_method(
+        TrainingRun(
+            config=config,
+            folder=folder,
+            vocab_size=get_tokenizer().vocab_size,
+            seed=args.seed,
+            num_steps=num_steps(args),
+            current_step=lambda: int(args.curr_iteration),
+            loaded_checkpoint=lambda: loaded_checkpoint(args),
+            report=print_rank_0,
+            teacher_length=length,
+            sharding=load_engine(args.engine).teacher_sharding(args),
+        )
+    )
+    print_rank_0("LET: " + method.describe())
+    return method.wrappers() | {_TRAINING + "training_log": forget_stale_averages}
 
 
 def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:
@@ -145,63 +146,3 @@ def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:
         )
     else:
         check_same_tokenizer(tokenizer, folder)
-
-
-def _current_step(args: argparse.Namespace) -> Callable[[], int]:
-    return lambda: int(args.curr_iteration)
-
-
-def _projection(
-    config: LETConfig, folder: TeacherFolder, args: argparse.Namespace
-) -> ProjectionTraining | None:
-    if config.projection != "learned":
-        return None
-    step = _current_step(args)
-
-    def is_last_step() -> bool:
-        return alignment_weight(step() + 1, config.weight, config.stop_step) == 0
-
-    return ProjectionTraining(
-        layer=config.layer,
-        teacher_width=folder.hidden_size,
-        seed=args.seed,
-        loaded_checkpoint=lambda: loaded_checkpoint(args),
-        is_last_step=is_last_step,
-        report=print_rank_0,
-    )
-
-
-def _method(
-    config: LETConfig,
-    folder: TeacherFolder,
-    args: argparse.Namespace,
-    projection: ProjectionTraining | None,
-) -> TaughtForwardBackward:
-    """What runs a global batch."""
-    step = _current_step(args)
-    if config.method == "let":
-        return AlignedForwardBackward(
-            config,
-            folder,
-            step,
-            num_steps(args),
-            print_rank_0,
-            load_engine(args.engine).teacher_sharding(args),
-            projection=projection,
-        )
-    vocab_size = get_tokenizer().vocab_size
-    return DistilledForwardBackward(config, folder, vocab_size, step, print_rank_0)
-
-
-def _description(config: LETConfig, folder: TeacherFolder) -> str:
-    teacher = f"{config.teacher} (width {folder.hidden_size})"
-    if config.method == "let":
-        return (
-            f"layer {config.layer} learns from {teacher}, weight {config.weight} falling to 0 at"
-            f" step {config.stop_step}"
-        )
-    end = "the end" if config.method == "rkd" else f"step {config.stop_step}"
-    return (
-        f"the output distribution of {teacher} has weight {config.kd_weight} in the targets to"
-        f" {end}"
-    )

@@ -1,10 +1,10 @@
-"""Resources and memory floor of the cosine kernels, compiled ahead of time: needs no GPU.
+"""Report resources and minimal time of the cosine kernels, compiled ahead of time without a GPU.
 
     python tools/kernel_report.py
 
-Compiles each kernel for sm_80 (A100) and sm_90 (H100) with the tiles that a launch would take and
-reads the machine code: registers, spills, shared memory, widths of loads and stores, instructions.
-Writes `cosine_interp_resources.csv`, and the time that the bytes alone take on each GPU to
+Compiles each kernel for sm_80 (A100) and sm_90 (H100) with the tiles of a launch and reads the
+machine code: registers, spills, shared memory, widths of loads and stores, instructions. Writes
+`cosine_interp_resources.csv`, and the time to move the bytes at peak bandwidth on each GPU to
 `cosine_interp_roofline.csv`, in tools/benchmark/results/.
 """
 
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 
-from megatron_let.losses import cosine_kernels as kernels  # noqa: E402
-from megatron_let.losses import cosine_launch as launch  # noqa: E402
+from megatron_let.losses import cosine_triton  # noqa: E402
 
 # (d_M, d_T): the paper's pairs; an equal and a half width; a ratio below 2; a wider teacher.
 WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (576, 2048)]
@@ -53,7 +52,7 @@ class Gpu:
 
     @property
     def warp_instructions_per_second(self) -> float:
-        """Four a cycle and multiprocessor, at a clock that both GPUs hold under load."""
+        """Four per cycle and multiprocessor, at a clock that both GPUs sustain under load."""
         return 4 * self.multiprocessors * 1.4e9
 
 
@@ -62,7 +61,7 @@ GPUS = [Gpu("A100 SXM 80 GB", 80, 2.039e12, 108), Gpu("H100 SXM", 90, 3.35e12, 1
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes of a GPU of compute capability `sm / 10`."""
+    """What one kernel uses on a GPU of compute capability `sm / 10`."""
 
     kernel: str
     d_m: int
@@ -80,32 +79,30 @@ class Resources:
     warp_instructions_per_token: float
 
 
-def compile_kernel(
-    plan: launch.KernelPlan, dtype: str, sm: int, without: Collection[str] = ("mask_ptr",)
-) -> bytes:
-    """The cubin of a plan for aligned tensors of `dtype`; arguments in `without` are None."""
+def compile_kernel(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> bytes:
+    """Return the cubin of a plan for aligned tensors of `dtype`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(plan.kernel.arg_names):
-        if name in plan.constants or name in without:
+        if name in plan.constants:
             signature[name] = "constexpr"
-            constants[(index,)] = plan.constants.get(name)
+            constants[(index,)] = plan.constants[name]
             continue
-        work = name in ("cosine_ptr", "coefficient_ptr") and dtype != "fp64"
-        pointer = "*i1" if name == "mask_ptr" else "*fp32" if work else f"*{dtype}"
+        is_fp32 = name in ("cosine_ptr", "coefficient_ptr") and dtype != "fp64"
+        pointer = "*fp32" if is_fp32 else f"*{dtype}"
         signature[name] = pointer if name.endswith("_ptr") else "i32"
         if name != "num_tokens":
             attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(plan.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": launch.NUM_WARPS},
+        options={"num_warps": cosine_triton.NUM_WARPS},
     ).asm["cubin"]
 
 
 def _disassemble(cubin: bytes) -> tuple[str, list[str]]:
-    """cuobjdump's resource line, and the instructions with their labels."""
+    """Return cuobjdump's resource line, and the instructions with their labels."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -121,7 +118,7 @@ def _disassemble(cubin: bytes) -> tuple[str, list[str]]:
 
 
 def _executed(lines: list[str], loads_in_loop: int) -> float:
-    """Instructions a warp issues, a loop's counted once for each of its trips."""
+    """Return the instructions that a warp issues, those of a loop once per iteration."""
     labels = {line[:-1]: index for index, line in enumerate(lines) if line.endswith(":")}
     last = max(index for index, line in enumerate(lines) if re.search(r"\bEXIT\b", line))
     total: float = sum(line.endswith(";") for line in lines[: last + 1])
@@ -130,23 +127,23 @@ def _executed(lines: list[str], loads_in_loop: int) -> float:
         start = labels.get(target[1], index) if target else index
         if start < index:
             body = [line for line in lines[start:index] if line.endswith(";")]
-            trips = loads_in_loop / sum("LDG" in line for line in body)
-            total += len(body) * (trips - 1)
+            iterations = loads_in_loop / sum("LDG" in line for line in body)
+            total += len(body) * (iterations - 1)
     return total
 
 
-def _loads_in_loop(plan: launch.KernelPlan, dtype: str) -> int:
-    """Load instructions of all trips of a program's loop, if its machine code has one."""
+def _loads_in_loop(plan: cosine_triton.KernelPlan, dtype: str) -> int:
+    """Return the load instructions of all iterations of a program's loop, if it has one."""
     c = plan.constants
     if "TARGETS" in c:
         return c["TARGETS"] * c["TOKENS"] * c["VECTOR"]
-    if plan.kernel is kernels.cosine_forward_block:
+    if plan.kernel is cosine_triton.cosine_forward_block:
         student = c["VECTOR"] * DTYPES[dtype].itemsize // 16
         return triton.cdiv(c["D_M"], c["LANES"] * c["VECTOR"]) * c["TOKENS"] * (student + 1)
     return triton.cdiv(c["D_T"], c["LANES"] * c["VECTOR"]) * c["TOKENS"] * (1 + 2 * c["VECTOR"])
 
 
-def measure(plan: launch.KernelPlan, dtype: str, sm: int) -> Resources:
+def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> Resources:
     """Compile a plan and read its machine code."""
     usage, lines = _disassemble(compile_kernel(plan, dtype, sm))
     registers, stack, shared, local = (
@@ -170,16 +167,19 @@ def measure(plan: launch.KernelPlan, dtype: str, sm: int) -> Resources:
 
 
 def resources() -> Iterable[Resources]:
-    """Every kernel of `WIDTHS` in every dtype on every architecture."""
+    """Measure every kernel of `WIDTHS` in every dtype on every architecture."""
     for d_m, d_t in WIDTHS:
         for dtype, torch_dtype in DTYPES.items():
             student = torch.empty(1, d_m, dtype=torch_dtype, device="meta")
-            for plan in (launch.plan_forward(student, d_t), launch.plan_backward(student, d_t)):
+            for plan in (
+                cosine_triton.plan_forward(student, d_t),
+                cosine_triton.plan_backward(student, d_t),
+            ):
                 yield from (measure(plan, dtype, gpu.sm) for gpu in GPUS)
 
 
 def minimal_bytes(tokens: int, d_m: int, d_t: int, itemsize: int) -> dict[str, int]:
-    """Bytes that each pass must move: inputs once, outputs once, the fp32 numbers a token.
+    """Return the bytes that each pass must move: inputs, outputs and fp32 numbers per token, once.
 
     Forward: student and teacher in; cosine and two coefficients out. Backward: student, teacher,
     incoming gradient and the coefficients in; the sum out.
@@ -190,10 +190,10 @@ def minimal_bytes(tokens: int, d_m: int, d_t: int, itemsize: int) -> dict[str, i
 
 
 def roofline(measured: Sequence[Resources]) -> Iterable[dict[str, Any]]:
-    """Each pass's `minimal_bytes` at peak bandwidth, in bf16, and its instructions next to that.
+    """Return the time of each pass's `minimal_bytes` at peak bandwidth, in bf16.
 
-    The fraction is the time to issue the kernel's instructions over the time to move the bytes:
-    below 1, memory sets the pace.
+    The issue fraction is the time to issue the kernel's instructions over that time: below 1, the
+    kernel is limited by memory bandwidth.
     """
     for tokens, d_m, d_t in SHAPES:
         for name, size in list(minimal_bytes(tokens, d_m, d_t, 2).items())[:2]:
@@ -214,7 +214,7 @@ def roofline(measured: Sequence[Resources]) -> Iterable[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows under their keys."""
+    """Write the rows as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -225,7 +225,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the CSV files go")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the CSV files")
     folder = parser.parse_args().folder
     stamp = {
         "triton": triton.__version__,

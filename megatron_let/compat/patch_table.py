@@ -262,3 +262,76 @@ ROWS: tuple[Patch, ...] = (
     *_DEEPSPEED_ROWS,
 )
 PATCHES = {row.target: row for row in ROWS}
+
+
+@dataclass(frozen=True)
+class ObjectPatch:
+    """A change to one object of a run, which is undone when the teacher is freed.
+
+    Attributes:
+        target: the object and what changes on it.
+        where: `module:symbol` of this package that does it.
+        reason: what goes wrong without it.
+        removed_when: when the object is as before.
+        test: the test that fails without it, as `file::test`.
+    """
+
+    target: str
+    where: str
+    reason: str
+    removed_when: str
+    test: str
+
+
+_LAYOUTS = "tests/distributed/test_layout_matrix.py"
+_PROJECTION = "tests/unit/methods/test_learned_projection.py"
+
+OBJECT_PATCHES = (
+    ObjectPatch(
+        target="forward-backward function from get_forward_backward_func: wrapped",
+        where="megatron_let.methods.base:TeacherMethod.wrap_getter",
+        reason="a method needs the whole global batch before its first microbatch, and must report"
+        " its values and check the teacher after the last",
+        removed_when="never; a batch whose weight is 0 is passed on unchanged",
+        test=_LAYOUTS + "::test_layout_matches_one_process",
+    ),
+    ObjectPatch(
+        target="finalize_model_grads_func of the model's config: wrapped",
+        where="megatron_let.methods.let:before_finalizing",
+        reason="teacher states of the next global batch are computed after the last backward, while"
+        " other stages still work; the schedule has no other callback there",
+        removed_when="each global batch ends",
+        test="tests/unit/methods/test_let.py"
+        "::test_before_finalizing_runs_work_first_and_restores_the_function",
+    ),
+    ObjectPatch(
+        target="iterable of Megatron's RerunDataIterator: put behind a LookAhead",
+        where="megatron_let.methods.global_batch:LookAhead",
+        reason="the tokens of the next global batch must be read without consuming them; above the"
+        " iterator, replays and saved positions would be wrong",
+        removed_when="never; without read-ahead it passes items on unchanged",
+        test="tests/unit/methods/test_global_batch.py::test_peek_consumes_nothing",
+    ),
+    ObjectPatch(
+        target="compute_language_model_loss of the last stage's GPTModel: replaced on the object",
+        where="megatron_let.methods.distillation:LogitsHook",
+        reason="the teacher's distribution enters the loss, whose logits are not output otherwise",
+        removed_when="the first step whose weight is 0",
+        test="tests/unit/methods/test_distillation.py"
+        "::test_hook_replaces_loss_of_wrapped_model_until_removed",
+    ),
+    ObjectPatch(
+        target="step of Megatron's optimizer: replaced on the object",
+        where="megatron_let.methods.learned_projection:ProjectionTraining",
+        reason="a learned projection is updated if and only if Megatron's optimizer updates",
+        removed_when="the last step whose weight is above 0",
+        test=_PROJECTION + "::test_free_restores_model_and_optimizer",
+    ),
+    ObjectPatch(
+        target="model chunk of layer k: buffers let_projection_* added",
+        where="megatron_let.methods.learned_projection:ProjectionTraining",
+        reason="Megatron's checkpoints save the buffers of the model, and nothing beside it",
+        removed_when="the last step whose weight is above 0",
+        test=_PROJECTION + "::test_free_restores_model_and_optimizer",
+    ),
+)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.let_config import (
-    LOSSES,
     METHODS,
     PLACEMENTS,
     PROJECTIONS,
     LETConfig,
 )
+from megatron_let.losses import LOSSES
 
 _ALIGNMENT = (
     "layer",

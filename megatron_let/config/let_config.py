@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megatron_let.errors import LETError
+from megatron_let.losses import LOSSES
 
 Method = Literal["none", "let", "rkd", "salt"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Loss = Literal["cosine", "logsum", "cca"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
 Projection = Literal["interpolate", "learned"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
@@ -62,7 +61,7 @@ class LETConfig:
     teacher_compile: bool = False
     placement: Placement = "auto"
     max_prefetch: int | None = None
-    loss: Loss = "cosine"
+    loss: str = "cosine"
     projection: Projection = "interpolate"
     cross_tokenizer: bool = False
     kd_weight: float = 0.5

@@ -1,23 +1,67 @@
-"""Interpolation, projection and alignment of hidden states."""
+"""Alignment losses between the student's hidden state and the teacher's, and their registry.
 
-from megatron_let.losses.cca import align_by_cca
-from megatron_let.losses.cosine import (
-    Align,
-    align_hidden_state,
-    align_in_backward,
-    interpolated_cosine,
-)
-from megatron_let.losses.cosine_reference import interpolate
-from megatron_let.losses.logsum import align_by_logsum
-from megatron_let.losses.projected import align_by_projection
+This package imports torch only once a loss is loaded, so that flags can be parsed without it.
+"""
 
-__all__ = [
-    "Align",
-    "align_by_cca",
-    "align_by_logsum",
-    "align_by_projection",
-    "align_hidden_state",
-    "align_in_backward",
-    "interpolate",
-    "interpolated_cosine",
-]
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+# Values of --let-loss. NAME is the module `megatron_let.losses.NAME`, which defines `load`.
+LOSSES = ("cosine", "logsum", "cca")
+
+# CCA needs this many tokens per microbatch and teacher feature; fewer correlate by chance alone.
+CCA_TOKENS_PER_FEATURE = 4
+
+
+class LossFunction(Protocol):
+    """A pure function from hidden states to a gradient; the hook calls it in its backward pass."""
+
+    def __call__(
+        self, hidden: Tensor, teacher: Tensor, scale: Tensor, grad_hidden: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Add the gradient of the loss to the incoming gradient.
+
+        Args:
+            hidden: student's hidden state, `[..., d_M]`; `[s, b, h]` in Megatron.
+            teacher: teacher's hidden state, `[..., d_T]` with the same leading dimensions.
+            scale: 0-dim tensor, on hidden's device or on the CPU; never copied to the host.
+            grad_hidden: incoming gradient, `[..., d_M]`; not modified.
+
+        Returns:
+            `grad_hidden + scale * d(sum of the loss over tokens) / d hidden`, `[..., d_M]` in
+            hidden's dtype; and the reported values, `[...]` each.
+
+        Raises:
+            ValueError: the shapes do not match, or `d_T` is below 2.
+        """
+
+
+@dataclass(frozen=True)
+class AlignmentLoss:
+    """A loss function and the names of what it reports.
+
+    Attributes:
+        names: one for each reported value; the first is `cosine`.
+        function: see `LossFunction`.
+    """
+
+    names: tuple[str, ...]
+    function: LossFunction
+
+
+def load_loss(name: str, token_group: ProcessGroup | None) -> AlignmentLoss:
+    """Import a loss by name.
+
+    Args:
+        name: one of `LOSSES`.
+        token_group: ranks that hold other tokens of the same microbatch; None for one rank.
+    """
+    loss: AlignmentLoss = importlib.import_module(f"{__name__}.{name}").load(token_group)
+    return loss

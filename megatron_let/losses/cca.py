@@ -1,46 +1,69 @@
-"""Canonical correlations of states whose tokens may be spread over ranks."""
+"""Canonical correlations of hidden states whose tokens may be spread over ranks."""
 
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_let.losses.cosine_reference import interpolate, work_dtype
+from megatron_let.losses import AlignmentLoss
+from megatron_let.losses.cosine import token_cosine
+from megatron_let.losses.interpolation import Interpolation, rows, work_dtype
 
-# Of the correlation matrices, whose diagonal is 1.
+# Added to the correlation matrices, whose diagonal is 1.
 RIDGE = 1e-3
-# Below this many tokens a feature, chance alone correlates them.
-TOKENS_PER_FEATURE = 4
 
 
-def mean_canonical_correlation(
-    student: Tensor, cross: Tensor, teacher: Tensor, num_directions: int
-) -> Tensor:
-    """Mean canonical correlation from covariances: the nuclear norm of the whitened cross one.
+def load(token_group: ProcessGroup | None) -> AlignmentLoss:
+    """Return the CCA loss over the tokens of all ranks of `token_group`."""
+    return AlignmentLoss(("cosine", "cca"), partial(cca_loss, group=token_group))
 
-    Each feature is first divided by its standard deviation, which canonical correlations do not
-    depend on, so that one ridge suits all of them.
 
-    Args:
-        student, cross, teacher: `[d, d]` covariances of student and student, student and teacher,
-            teacher and teacher.
-        num_directions: that there can be: the smaller width.
+def cca_loss(
+    hidden: Tensor,
+    teacher: Tensor,
+    scale: Tensor,
+    grad_hidden: Tensor,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Add the gradient of `-N * mean canonical correlation`, N the tokens on all ranks.
+
+    The factor N makes the scale of a sum over tokens fit. Sums and products are reduced over
+    `group` (two all-reduces) and differentiated on each rank. See `LossFunction` for shapes; the
+    reported values are the cosine and the correlation, which is the same for each token.
     """
-    deviation_s, deviation_t = (
-        c.diagonal().clamp_min(torch.finfo(c.dtype).tiny).rsqrt() for c in (student, teacher)
-    )
-    ridge = RIDGE * torch.eye(len(student), dtype=student.dtype, device=student.device)
-    factor_s, factor_t = (
-        torch.linalg.cholesky(c * torch.outer(d, d) + ridge)
-        for c, d in ((student, deviation_s), (teacher, deviation_t))
-    )
-    half = torch.linalg.solve_triangular(
-        factor_s, cross * torch.outer(deviation_s, deviation_t), upper=False
-    )
-    whitened = torch.linalg.solve_triangular(factor_t, half.T, upper=False)
-    return torch.linalg.svdvals(whitened).sum() / num_directions
+    cosine = token_cosine(hidden, teacher)
+    interpolation, dtype = Interpolation(hidden, teacher), work_dtype(hidden)
+    student = interpolation.apply(rows(hidden).to(dtype))
+    moments = _moments(student, rows(teacher).to(dtype), group)
+    num_directions = min(hidden.shape[-1], teacher.shape[-1])
+    correlation, of_student, of_cross = mean_correlation(moments.covariances, num_directions)
+    # d corr / d x = 2 G_ss (x - mean) + G_st (y - mean), both over N - 1 from the covariances.
+    factor = -scale * (moments.number / (moments.number - 1))
+    direction = moments.student @ of_student.mul_(factor * 2)
+    direction.addmm_(moments.teacher, of_cross.mul_(factor).T)
+    gradient = interpolation.transpose(direction).add_(rows(grad_hidden)).to(hidden.dtype)
+    return gradient.view(hidden.shape), [cosine, correlation.expand(cosine.shape)]
+
+
+class _Moments(NamedTuple):
+    """Centred rows of this rank, `[n, d]` each, and statistics of all tokens of the group."""
+
+    student: Tensor
+    teacher: Tensor
+    number: Tensor
+    covariances: Tensor  # see `mean_correlation`
+
+
+def _moments(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> _Moments:
+    number = student.new_tensor([len(student)])
+    sums = _all_reduce(torch.cat((student.sum(0), teacher.sum(0), number)), group)
+    number, means = sums[-1], sums[:-1].view(2, -1) / sums[-1]
+    # Centred before the products: a difference of large squares would lose fp32's digits.
+    x, y = student - means[0], teacher - means[1]
+    products = _all_reduce(torch.stack((x.T @ x, x.T @ y, y.T @ y)), group)
+    return _Moments(x, y, number, products / (number - 1))
 
 
 def _all_reduce(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -49,86 +72,45 @@ def _all_reduce(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
-class _Moments:
-    """Of all tokens of the group: their number, means `[2, d]`, covariances `[3, d, d]`."""
+def mean_correlation(covariances: Tensor, num_directions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean canonical correlation and its gradients.
 
-    def __init__(self, student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> None:
-        number = student.new_tensor([len(student)])
-        sums = _all_reduce(torch.cat((student.sum(0), teacher.sum(0), number)), group)
-        self.number, self.means = sums[-1], sums[:-1].view(2, -1) / sums[-1]
-        # Centred before the products: a difference of large squares would lose fp32's digits.
-        x, y = student - self.means[0], teacher - self.means[1]
-        products = _all_reduce(torch.stack((x.T @ x, x.T @ y, y.T @ y)), group)
-        self.covariances = products / (self.number - 1)
-
-
-class _AlignByCCA(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        teacher: Tensor,
-        gradient_scale: Tensor,
-        group: ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        student, target = _as_rows(hidden, teacher)
-        moments = _Moments(student, target, group)
-        num_directions = min(hidden.shape[-1], teacher.shape[-1])
-        with torch.enable_grad():
-            of_student, cross = (c.detach().requires_grad_() for c in moments.covariances[:2])
-            correlation = mean_canonical_correlation(
-                of_student, cross, moments.covariances[2], num_directions
-            )
-            gradients = torch.autograd.grad(correlation, (of_student, cross))
-        # Each token's share of N * mean correlation, N over N - 1 from the covariances.
-        share = moments.number / (moments.number - 1)
-        ctx.save_for_backward(
-            hidden, teacher, gradient_scale, moments.means, share, torch.stack(gradients)
-        )
-        values = correlation.detach().expand(hidden.shape[:-1]).clone()
-        ctx.mark_non_differentiable(values)
-        return hidden.detach(), values
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_hidden: Tensor, grad_values: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        hidden, teacher, gradient_scale, means, share, (of_student, cross) = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = hidden.detach().to(work_dtype(hidden)).requires_grad_()
-            student, target = _as_rows(leaf, teacher)
-            # d corr / d x = (G_ss + G_ss^T) (x - mean) + G_st (y - mean), both over N - 1.
-            direction = (student.detach() - means[0]) @ (of_student + of_student.T)
-            direction += (target - means[1]) @ cross.T
-            (gradient,) = torch.autograd.grad(student, leaf, direction * share)
-        return (grad_hidden - gradient * gradient_scale).to(hidden.dtype), None, None, None
-
-
-def _as_rows(hidden: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Interpolated student and teacher, `[n, d_T]` each, in the dtype to work in."""
-    dtype, width = work_dtype(hidden), teacher.shape[-1]
-    return interpolate(hidden.to(dtype), width).flatten(0, -2), teacher.to(dtype).flatten(0, -2)
-
-
-def align_by_cca(
-    hidden: Tensor, teacher: Tensor, gradient_scale: Tensor, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Pass the hidden state on unchanged, and in the backward raise the canonical correlations.
-
-    The backward is `grad_out - gradient_scale * d(N * correlation) / d hidden`, `N` the tokens of
-    the microbatch on all ranks, so that the scale of a sum over tokens fits. Covariances are
-    summed over the group and differentiated on each rank: two collectives in the forward, none in
-    the backward.
+    The correlation is the nuclear norm of the whitened cross covariance `K = L^-1 X M^-T`, with
+    `L L^T` and `M M^T` the correlation matrices plus the ridge. Each feature is first divided by
+    its standard deviation, which canonical correlations do not depend on, so that one ridge suits
+    all of them. With `K = U S V^T`, `P = L^-T U` and `Q = M^-T V`, the gradients with respect to
+    `X` and `L L^T` are `P Q^T` and `-P S P^T / 2`.
 
     Args:
-        hidden: `h_M`, `[..., d_M]`; `[s, b, h]` in Megatron.
-        teacher: `h_T`, `[..., d_T]` with the same leading dimensions; it gets no gradient.
-        gradient_scale: a 0-dim tensor.
-        group: of the ranks that hold other tokens of the microbatch; None for one rank.
+        covariances: `[3, d, d]`, of student and student, student and teacher, teacher and teacher.
+        num_directions: the largest number of canonical directions: the smaller width.
 
     Returns:
-        hidden's values in a tensor that is no view; and the mean canonical correlation, the same
-        for each token, `[...]`, with no gradient.
+        The mean, 0-dim; and its gradients with respect to the first two covariances, `[d, d]` each.
     """
-    return _AlignByCCA.apply(hidden, teacher, gradient_scale, group)
+    student, cross, teacher = covariances
+    inverse_s, inverse_t = (_inverse_deviation(c.diagonal()) for c in (student, teacher))
+    units_s, units_x, units_t = (
+        torch.outer(a, b)
+        for a, b in ((inverse_s, inverse_s), (inverse_s, inverse_t), (inverse_t, inverse_t))
+    )
+    scaled_s, scaled_x = student * units_s, cross * units_x
+    ridge = RIDGE * torch.eye(len(student), dtype=student.dtype, device=student.device)
+    factor_s, factor_t = (torch.linalg.cholesky(c + ridge) for c in (scaled_s, teacher * units_t))
+    half = torch.linalg.solve_triangular(factor_s, scaled_x, upper=False)
+    whitened = torch.linalg.solve_triangular(factor_t, half.T, upper=False)
+    v, values, u_transposed = torch.linalg.svd(whitened, full_matrices=False)
+    p = torch.linalg.solve_triangular(factor_s.T, u_transposed.T, upper=True)
+    q = torch.linalg.solve_triangular(factor_t.T, v, upper=True)
+    of_cross = (p @ q.T).div_(num_directions)
+    of_student = ((p * values) @ p.T).div_(-2 * num_directions)
+    # Through the division by the student's standard deviations, which its variances determine.
+    of_deviation = (of_cross * scaled_x).sum(1) + 2 * (of_student * scaled_s).sum(1)
+    of_student.mul_(units_s).diagonal().sub_(of_deviation * inverse_s.square() / 2)
+    return values.sum() / num_directions, of_student, of_cross.mul_(units_x)
+
+
+def _inverse_deviation(variance: Tensor) -> Tensor:
+    # A constant feature, which correlates with nothing, gets 0.
+    tiny = torch.finfo(variance.dtype).tiny
+    return torch.where(variance < tiny, 0, variance.rsqrt())

@@ -1,11 +1,11 @@
-"""Cross entropy against data and teacher together, over logits split by vocabulary.
+"""Cross entropy against data and teacher, over logits split by vocabulary.
 
     loss = (1 - w) * CE(label) + w * CE(softmax(teacher logits / temperature))
          = logsumexp(z) - (1 - w) * z[label] - w * sum_i p_i z_i
 
-Student's logits `z` are the model's own, `[s, b, V / tp]`; the teacher's are made from its hidden
-state a chunk of tokens at a time, in the forward and again in the backward, and each rank makes
-those of its own part of the vocabulary. Between ranks go a few numbers a token.
+The student's logits `z` are the model's, `[s, b, V / tp]`. The teacher's are computed from its
+hidden state in chunks of tokens, in the forward and again in the backward, each rank computing its
+part of the vocabulary. Ranks exchange a few numbers per token.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
-# Elements of a chunk's logits: 64 MiB in fp32, of which a handful are alive at a time.
+# Elements of a chunk's logits: 64 MiB in fp32, of which a few are alive at a time.
 _CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What the student's logits are held against.
+    """The teacher's distribution and its share of the targets.
 
     Attributes:
         head: teacher's hidden state `[c, d_T]` -> its logits `[c, rows]` on this rank's part of the
-            vocabulary; `rows` may be fewer than the student's, whose last ones are padding.
+            vocabulary; `rows` may be fewer than the student's, whose last rows are padding.
         vocabulary_start: first token id of this rank's part.
         weight: w.
         temperature: divides the teacher's logits.
-        top_k: of the teacher's entries of a token, the largest that are kept; 0 keeps all.
+        top_k: keep the teacher's top-k logits per token; 0 keeps all.
         group: tensor-parallel ranks.
     """
 
@@ -45,7 +45,12 @@ class SoftTargets:
     group: ProcessGroup
 
     def teacher_logits(self, hidden: Tensor, threshold: Tensor | None) -> Tensor:
-        """`[c, rows]` in fp32, divided by the temperature; -inf below a token's threshold."""
+        """Return `[c, rows]` in fp32, divided by the temperature; -inf below the threshold.
+
+        Args:
+            hidden: teacher's hidden state, `[c, d_T]`.
+            threshold: smallest logit that is kept per token, `[c]`; None keeps all.
+        """
         logits = self.head(hidden).float() / self.temperature
         if threshold is not None:
             logits = logits.masked_fill(logits < threshold[:, None], -torch.inf)
@@ -64,7 +69,7 @@ def _all_reduce(tensor: Tensor, operation: Any, group: ProcessGroup) -> Tensor:
 
 
 def _thresholds(logits: Tensor, hidden: Tensor, targets: SoftTargets) -> Tensor | None:
-    """The K-th largest of the teacher's entries of each token over all ranks, `[N]`."""
+    """Return the teacher's k-th largest logit per token over all ranks, `[N]`."""
     if targets.top_k == 0:
         return None
     largest = logits.new_full((len(logits), targets.top_k), -torch.inf, dtype=torch.float32)
@@ -80,38 +85,38 @@ def _thresholds(logits: Tensor, hidden: Tensor, targets: SoftTargets) -> Tensor 
 
 
 def _maximum(logits: Tensor) -> Tensor:
-    """Of each row; a finite number where there is none, so that differences stay numbers."""
+    """Return the maximum per row; finite for empty or -inf rows, so that differences are too."""
     if logits.shape[1] == 0:
         return logits.new_full((len(logits),), torch.finfo(logits.dtype).min)
     return logits.amax(-1).clamp_min(torch.finfo(logits.dtype).min)
 
 
-def _own_label(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Each token's label as a local index, and whether it is of this rank."""
+def _local_label(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return each token's label as a local index, and whether this rank holds it."""
     local = labels - start
-    own = (local >= 0) & (local < size)
-    return local.masked_fill(~own, 0)[:, None], own
+    is_local = (local >= 0) & (local < size)
+    return local.masked_fill(~is_local, 0)[:, None], is_local
 
 
 def _local_statistics(
     logits: Tensor, labels: Tensor, hidden: Tensor, threshold: Tensor | None, targets: SoftTargets
 ) -> tuple[Tensor, Tensor]:
-    """Of one chunk: maxima `[2, c]` of student and teacher, and sums `[4, c]` relative to them.
+    """Return maxima `[2, c]` of student and teacher, and sums `[4, c]` relative to them.
 
-    The sums: of the student's exponentials, of the teacher's, of the teacher's times the
+    The sums are those of the student's exponentials, of the teacher's, of the teacher's times the
     student's logits, and the label's logit.
     """
     z = logits.float()
     t = targets.teacher_logits(hidden, threshold)
     maxima = torch.stack((_maximum(z), _maximum(t)))
     p = (t - maxima[1, :, None]).exp_()
-    label, own = _own_label(labels, targets.vocabulary_start, z.shape[1])
+    label, is_local = _local_label(labels, targets.vocabulary_start, z.shape[1])
     sums = torch.stack(
         (
             (z - maxima[0, :, None]).exp_().sum(-1),
             p.sum(-1),
             p.mul_(z[:, : t.shape[1]]).sum(-1),
-            z.gather(1, label).squeeze(1).masked_fill(~own, 0),
+            z.gather(1, label).squeeze(1).masked_fill(~is_local, 0),
         )
     )
     return maxima, sums
@@ -153,8 +158,10 @@ class _DistilledCrossEntropy(torch.autograd.Function):
             p = t.sub_(normalizers[1, c, None]).exp_()
             gradient = (logits[c].float() - normalizers[0, c, None]).exp_()
             gradient[:, : p.shape[1]] -= p.mul_(targets.weight)
-            label, own = _own_label(labels[c], targets.vocabulary_start, logits.shape[1])
-            gradient.scatter_add_(1, label, own[:, None] * gradient.new_tensor(targets.weight - 1))
+            label, is_local = _local_label(labels[c], targets.vocabulary_start, logits.shape[1])
+            gradient.scatter_add_(
+                1, label, is_local[:, None] * gradient.new_tensor(targets.weight - 1)
+            )
             result[c] = gradient.mul_(grad_hard[c, None])
         return result, None, None, None
 
@@ -162,16 +169,16 @@ class _DistilledCrossEntropy(torch.autograd.Function):
 def distilled_cross_entropy(
     logits: Tensor, labels: Tensor, hidden: Tensor, targets: SoftTargets
 ) -> tuple[Tensor, Tensor]:
-    """The data's cross entropy, with the gradient of the mixed loss.
+    """Return the cross entropy on the data, with the gradient of the mixed loss.
 
-    The teacher enters as a gradient, so that the loss that is reported, checked and compared
-    between runs is the data's in every method.
+    The teacher enters through the gradient only, so that every method reports and checks the same
+    loss.
 
     Args:
         logits: the student's, `[s, b, V / tp]`, bf16, fp16 or fp32.
         labels: token ids, `[s, b]`.
         hidden: the teacher's last hidden state, `[s, b, d_T]`.
-        targets: see there.
+        targets: see `SoftTargets`.
 
     Returns:
         CE(label) `[s, b]` in fp32, whose gradient is that of `(1 - w) CE(label) + w CE(teacher)`;

@@ -1,79 +1,61 @@
-"""The LogSum loss per token, with its gradient recomputed in chunks of tokens."""
-
-from typing import Any
+"""LogSum loss (Miles and Mikolajczyk, AAAI 2024) per token, computed in chunks of tokens."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from megatron_let.losses.cosine_reference import chunks, interpolate, work_dtype
+from megatron_let.losses import AlignmentLoss
+from megatron_let.losses.cosine import token_cosine
+from megatron_let.losses.interpolation import Interpolation, chunks, rows, work_dtype
 
-ALPHA = 4
-# Keeps the logarithm of two equal states finite; differing ones give a sum of about 10 d_T.
+# Keeps the logarithm finite for equal states; different states give a sum of about 10 d_T.
 EPSILON = 1e-6
+_NORM_EPSILON = 1e-5
 
 
-def logsum(student: Tensor, teacher: Tensor) -> Tensor:
-    """`log(sum_j |z_s,j - z_t,j|^4 + 1e-6)` of each token (Miles and Mikolajczyk, AAAI 2024).
+def load(token_group: ProcessGroup | None) -> AlignmentLoss:
+    """Return the LogSum loss, which needs no other rank's tokens."""
+    return AlignmentLoss(("cosine", "logsum"), logsum_loss)
 
-    `z` is the state standardised over its own features, without a learned scale. The published
-    form standardises each feature over the batch and takes one logarithm over batch and features;
-    one a token depends on no other token, and so on no sharding.
 
-    Args:
-        student: `h_M`, `[c, d_M]`.
-        teacher: `h_T`, `[c, d_T]`.
+def logsum_loss(
+    hidden: Tensor, teacher: Tensor, scale: Tensor, grad_hidden: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Add the gradient of `log(sum_j |z_s,j - z_t,j|^4 + 1e-6)`, summed over tokens.
 
-    Returns:
-        `[c]` in fp32 (fp64 for fp64); it may be negative.
+    `z` is the state standardised over its features, without a learned scale; the student's is
+    interpolated first. The published form standardises each feature over the batch and takes one
+    logarithm over batch and features; one per token does not depend on other tokens, and so not on
+    how they are sharded. See `LossFunction` for shapes; the reported values are the cosine and the
+    loss, which may be negative.
     """
-    width, dtype = teacher.shape[-1], work_dtype(student)
-    z_student = F.layer_norm(interpolate(student.to(dtype), width), (width,))
-    z_teacher = F.layer_norm(teacher.to(dtype), (width,))
-    return ((z_student - z_teacher).pow(ALPHA).sum(-1) + EPSILON).log()
+    cosine = token_cosine(hidden, teacher)
+    student, target, incoming = rows(hidden), rows(teacher), rows(grad_hidden)
+    interpolation, dtype = Interpolation(student, target), work_dtype(student)
+    values = torch.empty(student.shape[0], dtype=dtype, device=student.device)
+    result = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    for c in chunks(student, target):
+        p, t = interpolation.apply(student[c].to(dtype)), target[c].to(dtype)
+        values[c], direction = _logsum_and_gradient(p, t)
+        result[c] = incoming[c] + interpolation.transpose(direction).mul_(scale)
+    return result.view(hidden.shape), [cosine, values.view(hidden.shape[:-1])]
 
 
-class _AlignByLogSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, teacher: Tensor, gradient_scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        student, target = hidden.flatten(0, -2), teacher.flatten(0, -2)
-        values = torch.cat([logsum(student[c], target[c]) for c in chunks(student, target)])
-        ctx.save_for_backward(hidden, teacher, gradient_scale)
-        values = values.view(hidden.shape[:-1])
-        ctx.mark_non_differentiable(values)
-        # detach, not view_as: the pipeline schedule frees a stage's output only if it is no view.
-        return hidden.detach(), values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor, grad_values: Tensor) -> tuple[Tensor, None, None]:
-        hidden, teacher, gradient_scale = ctx.saved_tensors
-        student, target = hidden.flatten(0, -2), teacher.flatten(0, -2)
-        incoming, result = grad_hidden.flatten(0, -2), torch.empty_like(student)
-        for c in chunks(student, target):
-            with torch.enable_grad():
-                leaf = student[c].to(work_dtype(student)).detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(logsum(leaf, target[c]).sum(), leaf)
-            result[c] = incoming[c] + gradient * gradient_scale
-        return result.view(hidden.shape), None, None
+def _logsum_and_gradient(p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss per token, `[c]`, and its gradient with respect to `p`, `[c, d_T]`."""
+    z, inverse_deviation = _standardise(p)
+    difference = z - _standardise(t)[0]
+    squared = difference.square()
+    total = squared.square().sum(-1, keepdim=True).add_(EPSILON)
+    of_z = squared.mul_(difference).mul_(4 / total)
+    # Backward of the standardisation: remove the mean and the part along z.
+    along = torch.linalg.vecdot(of_z, z)[:, None] / z.shape[-1]
+    gradient = of_z.sub_(of_z.mean(-1, keepdim=True)).addcmul_(z, along, value=-1)
+    return total.squeeze(-1).log(), gradient.mul_(inverse_deviation)
 
 
-def align_by_logsum(
-    hidden: Tensor, teacher: Tensor, gradient_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Pass the hidden state on unchanged, and in the backward lower the LogSum loss.
-
-    The backward is `grad_out + gradient_scale * d(sum_tokens logsum) / d hidden`.
-
-    Args:
-        hidden: `h_M`, `[..., d_M]`; `[s, b, h]` in Megatron.
-        teacher: `h_T`, `[..., d_T]` with the same leading dimensions; it gets no gradient.
-        gradient_scale: a 0-dim tensor, whose value is never copied to the host.
-
-    Returns:
-        hidden's values in a tensor that is no view; and the loss, `[...]`, with no gradient.
-    """
-    return _AlignByLogSum.apply(hidden, teacher, gradient_scale)
+def _standardise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `(x - mean) / deviation` over the last dimension, and `1 / deviation`, `[c, 1]`."""
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    inverse_deviation = variance.add_(_NORM_EPSILON).rsqrt_()
+    return (x - mean).mul_(inverse_deviation), inverse_deviation

@@ -1,31 +1,58 @@
-"""The hook on the student's layer k, where the alignment enters the backward as a gradient."""
+"""The hook on the student's layer k, where the alignment loss enters the backward as a gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_let.losses import align_in_backward
-from megatron_let.losses.registry import AlignmentLoss
-
-
-def _in_backward() -> bool:
-    # Activation recompute runs the layer, and so the hook, inside the backward pass.
-    return torch._C._current_graph_task_id() != -1
+from megatron_let.losses import AlignmentLoss, LossFunction
 
 
 class TeacherStates(Protocol):
-    """Where the hook takes the teacher's states from."""
+    """Source of the teacher's states."""
 
     def before_forward(self, microbatch: int) -> None:
-        """Hear that a microbatch is in its forward pass."""
+        """Called when a microbatch enters its forward pass."""
 
-    def state(self, microbatch: int) -> torch.Tensor:
-        """The teacher's [s_local, b, d_T]; called once a microbatch, in its backward pass."""
+    def state(self, microbatch: int) -> Tensor:
+        """Return the teacher's `[s_local, b, d_T]`; called once per microbatch, in its backward."""
+
+
+class _AlignInBackward(torch.autograd.Function):
+    """Identity whose backward adds the loss's gradient to the incoming one.
+
+    The loss thus needs no tensor in the pipeline schedule, and the teacher's state is not needed
+    before the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        scale: Tensor,
+        loss: LossFunction,
+        teacher_state: Callable[[], Tensor],
+        report: Callable[[list[Tensor]], None],
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, scale)
+        ctx.loss, ctx.teacher_state, ctx.report = loss, teacher_state, report
+        # detach, not view_as: the pipeline frees a stage's output only if it is not a view.
+        return hidden.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, None, None, None, None]:
+        hidden, scale = ctx.saved_tensors
+        gradient, values = ctx.loss(hidden, ctx.teacher_state(), scale, grad_hidden)
+        ctx.report(values)
+        return gradient, None, None, None, None
 
 
 @dataclass
@@ -33,14 +60,14 @@ class _OpenStep:
     """State of one global batch."""
 
     teacher: TeacherStates
-    gradient_scale: torch.Tensor
-    sums: torch.Tensor
+    scale: Tensor
+    sums: Tensor
     num_tokens: int = 0
     num_forward: int = 0
     num_recomputed: int = 0
 
-    def count(self, values: list[torch.Tensor]) -> None:
-        """Add the loss's numbers of a microbatch, [s_local, b] each."""
+    def count(self, values: list[Tensor]) -> None:
+        """Add the loss's values of a microbatch, `[s_local, b]` each."""
         self.sums += torch.stack([value.sum() for value in values])
         self.num_tokens += values[0].numel()
 
@@ -57,25 +84,22 @@ class AlignmentHook:
         self._handle = layer.register_forward_hook(self._on_output)
 
     def open_step(
-        self,
-        teacher: TeacherStates,
-        gradient_scale: float | torch.Tensor,
-        device: torch.device,
+        self, teacher: TeacherStates, gradient_scale: float | Tensor, device: torch.device
     ) -> None:
         """Begin a global batch.
 
         Args:
-            teacher: gives the states of this global batch.
+            teacher: source of the teacher's states of this global batch.
             gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor stays on its
                 device (the loss scale of fp16).
             device: of the hidden states.
         """
-        if not isinstance(gradient_scale, torch.Tensor):
+        if not isinstance(gradient_scale, Tensor):
             gradient_scale = torch.tensor(gradient_scale, dtype=torch.float64)
         sums = torch.zeros(len(self._loss.names), dtype=torch.float32, device=device)
         self._step = _OpenStep(teacher, gradient_scale, sums)
 
-    def close_step(self) -> tuple[torch.Tensor, int]:
+    def close_step(self) -> tuple[Tensor, int]:
         """End the global batch.
 
         Returns:
@@ -86,12 +110,12 @@ class AlignmentHook:
         return step.sums, step.num_tokens
 
     def remove(self) -> None:
-        """Take the hook off the layer."""
+        """Remove the hook from the layer."""
         self._handle.remove()
         self._step = None
 
     def _next_microbatch(self, step: _OpenStep) -> int:
-        # Forwards and backwards of one model chunk each run in microbatch order, but not together.
+        # Forwards and backwards of a model chunk each run in microbatch order, but interleaved.
         if _in_backward():
             step.num_recomputed += 1
             return step.num_recomputed - 1
@@ -105,17 +129,16 @@ class AlignmentHook:
             return None
         microbatch = self._next_microbatch(step)
         if not torch.is_grad_enabled():
-            # First pass of a recomputed layer: the second one, in the backward, is the one that
-            # counts.
+            # First pass of a recomputed layer; the second pass, in the backward, is aligned.
             return None
         hidden, *rest = output if isinstance(output, tuple) else (output,)
-        hidden = align_in_backward(
-            hidden,
-            partial(step.teacher.state, microbatch),
-            step.gradient_scale,
-            self._loss.align,
-            step.count,
-        )
-        # The pipeline frees a stage's output and asserts that it is no view.
+        state = partial(step.teacher.state, microbatch)
+        hidden = _AlignInBackward.apply(hidden, step.scale, self._loss.function, state, step.count)
+        # The pipeline frees a stage's output and asserts that it is not a view.
         hidden = make_viewless_tensor(hidden, requires_grad=True, keep_graph=True)
         return (hidden, *rest) if isinstance(output, tuple) else hidden
+
+
+def _in_backward() -> bool:
+    # Activation recompute runs the layer, and so the hook, inside the backward pass.
+    return torch._C._current_graph_task_id() != -1

@@ -1,87 +1,186 @@
-"""What every method with a teacher does around Megatron's forward-backward function."""
+"""What every method with a teacher does around one step of Megatron."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 
+from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
+from megatron_let.metrics.write import WEIGHT_KEY
 from megatron_let.teacher.inspect import TeacherFolder
+from megatron_let.teacher.model import Sharding
+
+ForwardBackward = Callable[..., Any]
 
 
-class TaughtForwardBackward(ABC):
-    """Wraps the functions that `get_forward_backward_func` returns.
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a method knows of the run.
 
-    A global batch of training goes to `_run_taught` while its weight is above 0, and to Megatron
-    alone afterwards; the first of those frees the teacher.
+    Attributes:
+        config: the method and its settings.
+        folder: of the teacher, already checked.
+        vocab_size: of the student's tokenizer, without padding.
+        seed: `--seed`.
+        num_steps: training steps of the run.
+        current_step: returns the 0-based training step.
+        loaded_checkpoint: returns, after the set-up, the folder of the checkpoint that the run
+            resumes from; None in a new run.
+        report: prints one line on one rank.
+        teacher_length: tokens per sample under the teacher's tokenizer with
+            `--let-cross-tokenizer`; None without it.
+        sharding: spreads the teacher over ranks; None copies it.
     """
 
-    def __init__(
-        self,
-        folder: TeacherFolder,
-        current_step: Callable[[], int],
-        report: Callable[[str], None],
-    ) -> None:
-        """
-        Args:
-            folder: the teacher's, already checked.
-            current_step: 0-based training step.
-            report: prints one line on one rank.
-        """
-        self._folder = folder
-        self._current_step = current_step
-        self._report = report
+    config: LETConfig
+    folder: TeacherFolder
+    vocab_size: int
+    seed: int
+    num_steps: int
+    current_step: Callable[[], int]
+    loaded_checkpoint: Callable[[], Path | None]
+    report: Callable[[str], None]
+    teacher_length: int | None = None
+    sharding: Sharding | None = None
 
-    def wrap_getter(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand in for `get_forward_backward_func`."""
+
+class TeacherMethod(ABC):
+    """Runs global batches with a teacher in them.
+
+    A training batch whose weight is above 0 goes to `run_with_teacher`; others go to Megatron
+    unchanged, and the first of them frees the teacher.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._config = run.config
+
+    @property
+    def _teacher_name(self) -> str:
+        return f"{self._config.teacher} (width {self._run.folder.hidden_size})"
+
+    @abstractmethod
+    def weight(self, step: int) -> float:
+        """Return the weight of the teacher's loss at `step` (0-based)."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return one line for the log: what the student learns from the teacher, and how long."""
+
+    @abstractmethod
+    def run_with_teacher(
+        self, forward_backward: ForwardBackward, weight: float, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one global batch with the teacher; the first call loads it.
+
+        Args:
+            forward_backward: Megatron's function.
+            weight: of this step, above 0.
+            kwargs: arguments of `forward_backward`; may be changed.
+
+        Returns:
+            What `forward_backward` returns: one dict of reported values per microbatch.
+        """
+
+    @abstractmethod
+    def release(self) -> bool:
+        """Free the teacher; return whether any rank had one."""
+
+    def wrappers(self) -> dict[str, Callable[[Any], Any]]:
+        """Map the targets in the patch table that the method needs to their wrappers."""
+        return {"megatron.training.training:get_forward_backward_func": self.wrap_getter}
+
+    def wrap_getter(self, original: Callable[..., ForwardBackward]) -> Callable[..., Any]:
+        """Wrap `get_forward_backward_func`, so that what it returns goes through `run`."""
 
         @functools.wraps(original)
-        def getter(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        def getter(*args: Any, **kwargs: Any) -> ForwardBackward:
             return functools.partial(self.run, original(*args, **kwargs))
 
         return getter
 
-    def run(self, forward_backward: Callable[..., Any], **kwargs: Any) -> Any:
+    def run(self, forward_backward: ForwardBackward, **kwargs: Any) -> Any:
         """Run one global batch; keyword arguments are those of Megatron's schedules."""
         if kwargs["forward_only"]:
             return forward_backward(**kwargs)
-        step = self._current_step()
-        weight = self._weight(step)
+        step = self._run.current_step()
+        weight = self.weight(step)
         if weight > 0:
-            return self._run_taught(forward_backward, weight, kwargs)
-        if self._release():
+            return self.run_with_teacher(forward_backward, weight, kwargs)
+        if self.release():
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-            self._report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
+            self._run.report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
         return forward_backward(**kwargs)
 
-    @abstractmethod
-    def _weight(self, step: int) -> float:
-        """Of the teacher, at a 0-based step."""
+    def _reduce(self, sums: torch.Tensor, not_finite: torch.Tensor) -> torch.Tensor:
+        """Sum over the model-parallel ranks of this replica, before the optimizer's step.
 
-    @abstractmethod
-    def _run_taught(
-        self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
-    ) -> Any:
-        """Run a global batch with the teacher; its first call loads it."""
+        Args:
+            sums: reported by this rank.
+            not_finite: [num_microbatches], above 0 where this rank's teacher gave NaN or Inf.
 
-    @abstractmethod
-    def _release(self) -> bool:
-        """Let the teacher go; whether there was one on any rank."""
+        Returns:
+            `sums` over the ranks.
 
-    def _refuse_failed(self, not_finite: torch.Tensor) -> None:
-        """Raise on all ranks if any replica's teacher failed, so that none is left waiting."""
+        Raises:
+            LETError: the teacher of any replica gave NaN or Inf; raised on all ranks, so that
+                none hangs.
+        """
+        totals = torch.cat([sums, not_finite])
+        group = parallel_state.get_model_parallel_group()
+        if group.size() > 1:
+            torch.distributed.all_reduce(totals, group=group)
+        totals, counts = totals.tensor_split([len(sums)])
         if torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(not_finite)
-        failed = not_finite.nonzero()
+            torch.distributed.all_reduce(counts)
+        failed = counts.nonzero()
         if len(failed):
             raise LETError(
-                f"The teacher {self._folder.path} gave NaN or Inf in microbatch "
-                f"{int(failed[0])} of step {self._current_step() + 1}; the step was not taken. "
+                f"The teacher {self._run.folder.path} gave NaN or Inf in microbatch "
+                f"{int(failed[0])} of step {self._run.current_step() + 1}; the step was not taken. "
                 "Check its weights, or run it with --let-teacher-dtype fp32.",
                 collective=True,
             )
+        return totals
+
+
+def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> Any:
+    """Add a method's values to what the last stage reports per microbatch.
+
+    Megatron sums [numerator, denominator] pairs over microbatches and DP x CP ranks, and averages
+    single elements over microbatches.
+
+    Args:
+        losses: dicts that Megatron's forward-backward function returned; empty on other stages.
+        means: [numerator, denominator] over the global batch of this replica, by key.
+        weight: of the teacher's loss.
+    """
+    for index, report in enumerate(losses):
+        for key, pair in means.items():
+            report[key] = pair if index == 0 else torch.zeros_like(pair)
+            report[WEIGHT_KEY] = pair.new_tensor([weight])
+    return losses
+
+
+def find_layer(
+    model: list[torch.nn.Module], layer_number: int
+) -> tuple[int, torch.nn.Module] | None:
+    """Return the model chunk and transformer layer of a global 1-based layer number.
+
+    None if the layer is on another pipeline stage.
+    """
+    for index, chunk in enumerate(unwrap_model(model)):
+        for layer in chunk.decoder.layers:
+            if layer.layer_number == layer_number:
+                return index, layer
+    return None

@@ -1,4 +1,4 @@
-"""A global batch under RKD or SALT: Megatron's forward-backward function with the teacher in it."""
+"""RKD and SALT: the student also learns from the teacher's output distribution."""
 
 from __future__ import annotations
 
@@ -10,160 +10,206 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.utils import unwrap_model
+from torch import Tensor
 
-from megatron_let.config.let_config import LETConfig
-from megatron_let.losses.distilled_cross_entropy import SoftTargets
-from megatron_let.methods.base import TaughtForwardBackward
-from megatron_let.methods.distillation_schedule import distillation_weight
+from megatron_let.losses.distilled_cross_entropy import SoftTargets, distilled_cross_entropy
+from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRun, add_metrics
 from megatron_let.methods.global_batch import TokenSharing, read_ahead
-from megatron_let.methods.logits_hook import DistillationHook
-from megatron_let.metrics.write import SOFT_LOSS_KEY, WEIGHT_KEY
-from megatron_let.placement.sequence_shard import SequenceShard
+from megatron_let.methods.schedules import distillation_weight
+from megatron_let.metrics.write import SOFT_LOSS_KEY
+from megatron_let.placement.sample_sharing import (
+    SampleSharing,
+    close_group,
+    local_shard,
+    samples_group,
+)
 from megatron_let.teacher.head import OutputLayer, load_teacher_with_head
-from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.model import Teacher
+
+_METHOD = "compute_language_model_loss"
+
+
+class LogitsHook:
+    """Replaces `compute_language_model_loss` of one model object.
+
+    Megatron calls it once per microbatch, in order, with the logits of this rank's part of the
+    vocabulary. Outside an open step (evaluation) the model's original loss is computed.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """
+        Args:
+            model: the GPTModel of the last stage, or a wrapper that forwards its attributes.
+        """
+        method = getattr(model, _METHOD)
+        # A wrapper forwards the method; an attribute set on the wrapper would never be called.
+        self._model = method.__self__
+        self._original: Callable[[Tensor, Tensor], Tensor] = method
+        self._teacher_state: Callable[[int], Tensor] | None = None
+        self._targets: SoftTargets | None = None
+        self._num_microbatches = 0
+        self._soft_sum: Tensor | None = None
+        self._num_tokens = 0
+        # Set on the object, where it shadows the method of its class.
+        setattr(self._model, _METHOD, self._loss)
+
+    def open_step(self, teacher_state: Callable[[int], Tensor], targets: SoftTargets) -> None:
+        """Begin a global batch.
+
+        Args:
+            teacher_state: maps a microbatch's index to the teacher's state [s / cp, b, d_T].
+            targets: how the teacher's distribution enters the loss.
+        """
+        self._teacher_state, self._targets = teacher_state, targets
+        self._num_microbatches, self._num_tokens, self._soft_sum = 0, 0, None
+
+    def close_step(self) -> tuple[Tensor | float, int]:
+        """End the global batch; return the sum of CE(teacher) and the number of local tokens."""
+        self._teacher_state = self._targets = None
+        return 0.0 if self._soft_sum is None else self._soft_sum, self._num_tokens
+
+    def remove(self) -> None:
+        """Restore the model's original loss."""
+        delattr(self._model, _METHOD)
+
+    def _loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Map labels [b, s] and logits [s, b, V / tp] to losses [b, s], as Megatron's method."""
+        if self._teacher_state is None or self._targets is None or not torch.is_grad_enabled():
+            return self._original(labels, logits)
+        state = self._teacher_state(self._num_microbatches)
+        self._num_microbatches += 1
+        hard, soft = distilled_cross_entropy(
+            logits, labels.transpose(0, 1).contiguous(), state, self._targets
+        )
+        total = soft.sum()
+        self._soft_sum = total if self._soft_sum is None else self._soft_sum + total
+        self._num_tokens += soft.numel()
+        return hard.transpose(0, 1).contiguous()
 
 
 @dataclass
-class _Attachment:
-    """The teacher and the hook, on a rank of the last stage."""
+class _Context:
+    """Teacher and hook on a rank of the last stage."""
 
-    hook: DistillationHook
-    teacher: Teacher
+    hook: LogitsHook
+    samples: SampleSharing
     head: OutputLayer
     vocabulary: range
-    shard: SequenceShard
-    tokens: torch.Tensor | None = None
-    not_finite: torch.Tensor | None = None
+    tokens: Tensor | None = None
+    not_finite: Tensor | None = None
 
-    def begin(self, tokens: torch.Tensor) -> None:
-        """Take the tokens of a global batch, [num_microbatches, b, s]."""
+    def begin(self, tokens: Tensor) -> None:
+        """Begin a global batch with tokens [num_microbatches, b, s]."""
         self.tokens = tokens
         self.not_finite = torch.zeros(len(tokens), device=tokens.device)
 
-    def state(self, microbatch: int) -> torch.Tensor:
-        """Teacher state of this rank's tokens, [s / cp, b, d_T]; zeros if any is NaN or Inf."""
+    def state(self, microbatch: int) -> Tensor:
+        """Return the teacher state of this rank's tokens, [s / cp, b, d_T]."""
         assert self.tokens is not None and self.not_finite is not None, "state() outside a step"
-        state = self.teacher.hidden_state(self.tokens[microbatch])
-        failed = ~state.sum(dtype=torch.float32).isfinite()
-        self.not_finite[microbatch] = failed.float()
-        return self.shard.slice(state.transpose(0, 1)).contiguous().masked_fill_(failed, 0)
+        state, self.not_finite[microbatch] = self.samples.state(self.tokens[microbatch])
+        return state
 
 
-class DistilledForwardBackward(TaughtForwardBackward):
+class DistillationMethod(TeacherMethod):
     """Trains with RKD or SALT.
 
-    The teacher is on the ranks of the last stage from the first step whose weight is above 0 to
-    the first whose weight is 0.
+    The ranks of the last stage hold the teacher from the first step whose weight is above 0 to the
+    first whose weight is 0, and share the samples of a microbatch over TP and CP. Tensor-parallel
+    ranks split the vocabulary, so each needs the states of all local tokens.
     """
 
-    def __init__(
-        self,
-        config: LETConfig,
-        folder: TeacherFolder,
-        vocab_size: int,
-        current_step: Callable[[], int],
-        report: Callable[[str], None],
-    ) -> None:
-        """
-        Args:
-            config: with method `rkd` or `salt`.
-            folder: the teacher's, already checked.
-            vocab_size: of the tokenizer; the teacher's rows beyond it are padding.
-            current_step: 0-based training step.
-            report: prints one line on one rank.
-        """
-        super().__init__(folder, current_step, report)
-        self._config = config
-        self._vocab_size = vocab_size
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
         self._started = False
-        self._attachment: _Attachment | None = None
+        self._context: _Context | None = None
 
-    def _weight(self, step: int) -> float:
+    def weight(self, step: int) -> float:
+        """Return w(s)."""
         return distillation_weight(step, self._config)
 
-    def _run_taught(
-        self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
+    def describe(self) -> str:
+        """Return one line for the log."""
+        end = "the end" if self._config.method == "rkd" else f"step {self._config.stop_step}"
+        return (
+            f"the output distribution of {self._teacher_name} has weight"
+            f" {self._config.kd_weight} in the targets to {end}"
+        )
+
+    def run_with_teacher(
+        self, forward_backward: ForwardBackward, weight: float, kwargs: dict[str, Any]
     ) -> Any:
+        """Run one global batch whose targets include the teacher's distribution."""
+        num_microbatches, micro_batch_size = kwargs["num_microbatches"], kwargs["micro_batch_size"]
         if not self._started:
-            self._attach(kwargs["model"])
-        num_microbatches = kwargs["num_microbatches"]
-        shape = (kwargs["micro_batch_size"], kwargs["seq_length"])
+            self._context = self._start(kwargs["model"], micro_batch_size)
+            self._started = True
         device = next(kwargs["model"][0].parameters()).device
         kwargs["data_iterator"], microbatches = read_ahead(
             kwargs["data_iterator"], num_microbatches
         )
-        # Each step anew: no tokens are shared ahead here.
-        sharing = TokenSharing(self._folder, device)
-        batch = sharing.share(microbatches, None, (num_microbatches, *shape), 0, False)
-        if self._attachment is not None:
-            self._attachment.begin(batch.tokens)
-            targets = self._targets(self._attachment, weight)
-            self._attachment.hook.open_step(self._attachment.state, targets)
+        shape = (num_microbatches, micro_batch_size, kwargs["seq_length"])
+        sharing = TokenSharing(self._run.folder, None, device)
+        batch = sharing.share(microbatches, None, shape, 0, False)
+        context = self._context
+        if context is not None:
+            context.begin(batch.tokens)
+            context.hook.open_step(context.state, self._targets(context, weight))
         losses = forward_backward(**kwargs)
-        totals = self._close(num_microbatches, device)
-        for index, report in enumerate(losses):
-            report[SOFT_LOSS_KEY] = totals if index == 0 else torch.zeros_like(totals)
-            report[WEIGHT_KEY] = totals.new_tensor([weight])
-        return losses
+        means = self._close(num_microbatches, device)
+        return add_metrics(losses, {SOFT_LOSS_KEY: means}, weight)
 
-    def _targets(self, attachment: _Attachment, weight: float) -> SoftTargets:
+    def _targets(self, context: _Context, weight: float) -> SoftTargets:
         return SoftTargets(
-            head=attachment.head,
-            vocabulary_start=attachment.vocabulary.start,
+            head=context.head,
+            vocabulary_start=context.vocabulary.start,
             weight=weight,
             temperature=self._config.kd_temperature,
             top_k=self._config.kd_top_k,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
 
-    def _attach(self, model: list[torch.nn.Module]) -> None:
-        self._started = True
+    def _start(self, model: list[torch.nn.Module], micro_batch_size: int) -> _Context | None:
+        """Load the teacher on the ranks of the last stage; collective over all ranks."""
+        group = samples_group(micro_batch_size)
         last = next((chunk for chunk in unwrap_model(model) if chunk.post_process), None)
         if last is None:
-            return
+            close_group(group)
+            return None
         vocabulary = _vocabulary(last.vocab_size)
-        stop = max(vocabulary.start, min(vocabulary.stop, self._vocab_size))
-        known = range(vocabulary.start, stop)
-        device = next(last.parameters()).device
-        teacher, head = load_teacher_with_head(self._folder, self._config, device, known)
-        shard = SequenceShard(
-            cp_size=parallel_state.get_context_parallel_world_size(),
-            cp_rank=parallel_state.get_context_parallel_rank(),
+        # The rows beyond the tokenizer's vocabulary are padding.
+        stop = max(vocabulary.start, min(vocabulary.stop, self._run.vocab_size))
+        teacher, head = load_teacher_with_head(
+            self._run.folder,
+            self._config,
+            next(last.parameters()).device,
+            range(vocabulary.start, stop),
         )
-        self._attachment = _Attachment(DistillationHook(last), teacher, head, vocabulary, shard)
+        samples = SampleSharing(teacher, local_shard(sequence_parallel=False), group)
+        return _Context(LogitsHook(last), samples, head, vocabulary)
 
-    def _close(self, num_microbatches: int, device: torch.device) -> torch.Tensor:
-        """Return [sum of CE(teacher), tokens] of this replica on all of its ranks.
-
-        Raises:
-            LETError: the teacher gave NaN or Inf; raised before the optimizer's step.
-        """
-        totals = torch.zeros(2 + num_microbatches, device=device)
-        if self._attachment is not None:
-            soft_sum, num_tokens = self._attachment.hook.close_step()
+    def _close(self, num_microbatches: int, device: torch.device) -> Tensor:
+        """Return [sum of CE(teacher), tokens] of this replica, on all of its ranks."""
+        sums, not_finite = (torch.zeros(n, device=device) for n in (2, num_microbatches))
+        if self._context is not None:
+            soft_sum, num_tokens = self._context.hook.close_step()
             # Every tensor-parallel rank holds the same tokens.
             if parallel_state.get_tensor_model_parallel_rank() == 0:
-                totals[0], totals[1] = soft_sum, num_tokens
-            assert self._attachment.not_finite is not None
-            totals[2:] = self._attachment.not_finite
-        group = parallel_state.get_model_parallel_group()
-        if group.size() > 1:
-            torch.distributed.all_reduce(totals, group=group)
-        self._refuse_failed(totals[2:])
-        return totals[:2]
+                sums[0], sums[1] = soft_sum, num_tokens
+            assert self._context.not_finite is not None
+            not_finite = self._context.not_finite
+        return self._reduce(sums, not_finite)
 
-    def _release(self) -> bool:
-        """Free the teacher, and give the student its own loss back."""
-        if self._attachment is not None:
-            self._attachment.hook.remove()
-            self._attachment = None
+    def release(self) -> bool:
+        """Free the teacher and restore the student's original loss."""
+        if self._context is not None:
+            self._context.hook.remove()
+            self._context.samples.close()
+            self._context = None
         started, self._started = self._started, False
         return started
 
 
 def _vocabulary(padded_size: int) -> range:
-    """Token ids of this tensor-parallel rank."""
+    """Return the token ids of this tensor-parallel rank."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     return range(*VocabUtility.vocab_range_from_global_vocab_size(padded_size, rank, size))

@@ -1,4 +1,4 @@
-"""The forward step that `pretrain()` calls: one microbatch through the student, and its loss."""
+"""The forward step that `pretrain()` calls: the student's forward and loss on one microbatch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_let.data.gpt import get_batch
 from megatron_let.metrics.write import LOSS_KEY
 
-# A loss this many times the largest one so far is reported by the rerun state machine.
+# The rerun state machine reports a loss this many times the largest one so far.
 _SPIKY_LOSS_FACTOR = 10
 
 
@@ -38,7 +38,7 @@ def make_forward_step(args: argparse.Namespace) -> Callable[..., Any]:
 def _loss(
     args: argparse.Namespace, loss_mask: torch.Tensor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of token losses, unmasked tokens, and what is reported; equation 1.
+    """Return the sum of token losses, the unmasked tokens and the reported values; equation 1.
 
     Args:
         loss_mask, output: [b, s / cp] weights and token losses; called on the last stage only.

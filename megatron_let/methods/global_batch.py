@@ -1,4 +1,4 @@
-"""Reading a global batch before its first microbatch runs, and sharing its tokens."""
+"""Reads a global batch before its first microbatch runs, and shares its tokens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ Iterators = Iterator[Any] | list[Any] | None
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The microbatches of one data-parallel replica, known on all of its model-parallel ranks.
+    """Tokens of one data-parallel replica, on all of its model-parallel ranks.
 
     Attributes:
-        tokens: [num_microbatches, b, s] int64, whole sequences as the teacher reads them, on the
-            training device; with a tokenizer of its own, [num_microbatches, b, own_length + s].
+        tokens: [num_microbatches, b, s] int64 on the training device, whole sequences as the
+            teacher reads them; with `--let-cross-tokenizer`,
+            [num_microbatches, b, teacher_length + s].
         sequence_length: s, of the student.
-        unmasked_tokens: sum of the loss mask over all replicas; None unless asked for.
-        begins_with_shared: the first microbatches are those shared ahead with the batch before.
+        unmasked_tokens: sum of the loss mask over all replicas; None unless requested.
+        begins_with_shared: whether the first microbatches are those that the previous call of
+            `TokenSharing.share` shared ahead.
         next_tokens: [num_ahead, b, row] of the next global batch; None if it is not known.
     """
 
@@ -38,16 +40,16 @@ class GlobalBatch:
 
 
 def read_ahead(iterators: Iterators, num_microbatches: int) -> tuple[Iterators, list[Any] | None]:
-    """Take a global batch from the data iterators of this rank.
+    """Read a global batch from the data iterators of this rank.
 
     Args:
-        iterators: one, one per model chunk (interleaved pipeline), or None where this rank reads
-            no data.
-        num_microbatches: to take.
+        iterators: one, one per model chunk (interleaved pipeline), or None if this rank reads no
+            data.
+        num_microbatches: to read.
 
     Returns:
         Iterators over the same microbatches for the schedule, and the microbatches of the first
-        iterator that this rank reads (None where it reads none).
+        iterator that this rank reads (None if it reads none).
     """
     if isinstance(iterators, list):
         pairs = [read_ahead(iterator, num_microbatches) for iterator in iterators]
@@ -56,15 +58,15 @@ def read_ahead(iterators: Iterators, num_microbatches: int) -> tuple[Iterators, 
     if iterators is None:
         return None, None
     batch = [next(iterators) for _ in range(num_microbatches)]
-    # The schedule's get_batch changes the dicts that it takes.
+    # get_batch changes the dicts that it receives.
     return iter(batch), [dict(microbatch) for microbatch in batch]
 
 
 class LookAhead:
-    """An iterator whose next items can be seen before they are taken.
+    """An iterator whose next items can be read ahead without consuming them.
 
-    It stands under Megatron's `RerunDataIterator`, so that what a step takes, replays and saves
-    stays what it was.
+    `peek` puts it under Megatron's `RerunDataIterator`, so that what a step reads, replays and
+    saves stays unchanged.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
@@ -78,7 +80,7 @@ class LookAhead:
         return self._seen.popleft() if self._seen else next(self._iterator)
 
     def peek(self, num_items: int) -> list[Any]:
-        """The next items, fewer where the data ends."""
+        """Return the next items without consuming them; fewer at the end of the data."""
         while len(self._seen) < num_items:
             try:
                 self._seen.append(next(self._iterator))
@@ -88,25 +90,25 @@ class LookAhead:
 
 
 def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor | None:
-    """Tokens of the microbatches after those that `read_ahead` took, left where they are.
+    """Return the tokens of the microbatches after those of `read_ahead`, without consuming them.
 
-    For the first model-parallel rank, whose tokens are shared.
+    Called on the first model-parallel rank, whose tokens are shared.
 
     Args:
         iterators: as in `read_ahead`.
-        num_microbatches: to look at.
+        num_microbatches: to read ahead.
         key: `TokenSharing.key`.
 
     Returns:
-        [num_microbatches, b, row] int64; None where this rank reads no data, the data ends before,
-        or its iterator cannot be looked into.
+        [num_microbatches, b, row] int64; None if this rank reads no data, the data ends earlier,
+        or the iterator does not support it.
     """
     if num_microbatches == 0:
         return None
     if isinstance(iterators, list):
         iterators = next((iterator for iterator in iterators if iterator is not None), None)
     source = getattr(iterators, "iterable", None)
-    # An iterator that saves its own place would save the place after what was only looked at.
+    # An iterator that saves its position would save the one after the items read ahead.
     if source is None or hasattr(source, "save_state"):
         return None
     if not isinstance(source, LookAhead):
@@ -118,25 +120,29 @@ def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor 
 
 
 class TokenSharing:
-    """Gives every model-parallel rank the tokens that the first one has read.
+    """Sends the tokens that the first model-parallel rank reads to the other ranks.
 
-    On the first rank it also remembers the tokens that were shared ahead, and says whether the
-    next global batch begins with them: if not (a skipped iteration, a step that is run again), the
-    states that were computed from them are of no use.
+    The first rank also keeps the tokens that it shared ahead, and checks whether the next global
+    batch begins with them. If not (a skipped iteration, a replayed step), the states computed from
+    them are dropped.
 
     Attributes:
-        key: of a microbatch's tokens as the teacher reads them.
+        key: of the teacher's tokens in a microbatch.
     """
 
-    def __init__(self, teacher: TeacherFolder, device: torch.device) -> None:
+    def __init__(
+        self, folder: TeacherFolder, teacher_length: int | None, device: torch.device
+    ) -> None:
         """
         Args:
-            teacher: whose tokens these are.
+            folder: of the teacher.
+            teacher_length: tokens per sample under the teacher's tokenizer; None if teacher and
+                student read the same tokens.
             device: of training.
         """
-        self._vocab_size, self._device = teacher.vocab_size, device
-        self._own_length = teacher.own_length or 0
-        self.key = "tokens" if teacher.own_length is None else TEACHER_TOKENS
+        self._vocab_size, self._device = folder.vocab_size, device
+        self._teacher_length = teacher_length or 0
+        self.key = "tokens" if teacher_length is None else TEACHER_TOKENS
         self._shared_ahead: torch.Tensor | None = None
 
     def share(
@@ -147,7 +153,7 @@ class TokenSharing:
         num_ahead: int,
         count_unmasked: bool,
     ) -> GlobalBatch:
-        """Share one global batch and the beginning of the next.
+        """Share one global batch and the first microbatches of the next one.
 
         Args:
             batch: the first stage's microbatches, with `tokens` [b, s] and `loss_mask` [b, s].
@@ -157,13 +163,14 @@ class TokenSharing:
             count_unmasked: also sum the loss mask over the data-parallel replicas.
 
         Raises:
-            LETError: a token id that the teacher does not know, or none of its own.
+            LETError: a token id is not in the teacher's vocabulary, or the data has no teacher
+                tokens.
         """
         group = parallel_state.get_model_parallel_group()
         num_microbatches, micro_batch_size, sequence_length = shape
-        rest = (micro_batch_size, self._own_length + sequence_length)
-        # One message: whether the batch begins with what was shared ahead, whether the next is
-        # known, the loss mask's sum, the tokens, the next tokens.
+        rest = (micro_batch_size, self._teacher_length + sequence_length)
+        # One message: whether the batch begins with tokens shared ahead, whether the next batch is
+        # known, the sum of the loss mask, the tokens, the next tokens.
         header = torch.zeros(3, dtype=torch.int64)
         tokens = torch.zeros(num_microbatches + num_ahead, *rest, dtype=torch.int64)
         if group.rank() == 0:
@@ -215,6 +222,6 @@ def _check_ids(tokens: torch.Tensor, teacher_vocab_size: int) -> None:
     largest = int(tokens.max())
     if largest >= teacher_vocab_size:
         raise LETError(
-            f"The data has token id {largest} but the teacher knows ids below "
-            f"{teacher_vocab_size}; prepare the data with the teacher's tokenizer."
+            f"The data has token id {largest} but the teacher's vocabulary has {teacher_vocab_size}"
+            " ids; prepare the data with the teacher's tokenizer."
         )

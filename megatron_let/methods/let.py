@@ -1,4 +1,4 @@
-"""A global batch under LET: Megatron's forward-backward function with the alignment around it."""
+"""LET: aligns layer k of the student with the teacher's hidden state, until S_stop."""
 
 from __future__ import annotations
 
@@ -11,176 +11,147 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from megatron_let.config.let_config import LETConfig
-from megatron_let.losses.registry import alignment_loss
-from megatron_let.methods.base import TaughtForwardBackward
+from megatron_let.losses import load_loss
+from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRun, add_metrics
 from megatron_let.methods.global_batch import GlobalBatch, peek, read_ahead
-from megatron_let.methods.let_context import Attachment, attach
-from megatron_let.methods.projection_training import ProjectionTraining
+from megatron_let.methods.learned_projection import ProjectionTraining
+from megatron_let.methods.let_context import LETContext, build_context
 from megatron_let.methods.schedules import alignment_weight
-from megatron_let.metrics.write import WEIGHT_KEY, alignment_key
-from megatron_let.placement.plan import Plan
+from megatron_let.metrics.write import alignment_key
 from megatron_let.placement.scheduler import PassTimes
-from megatron_let.placement.sequence_shard import gradient_denominator, per_token_gradient_factor
-from megatron_let.placement.state_buffer import PlacedStates
-from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.model import Sharding
+from megatron_let.placement.state_buffer import TeacherStateBuffer
 
 
-class AlignedForwardBackward(TaughtForwardBackward):
-    """Trains with LET.
+class LETMethod(TeacherMethod):
+    """Trains with LET (paper, Algorithm 1).
 
     The teacher is loaded at the first step whose weight is above 0, so a run resumed at or past
-    S_stop never loads it, and dropped at the first step whose weight is 0.
+    S_stop never loads it, and freed at the first step whose weight is 0.
     """
 
-    def __init__(
-        self,
-        config: LETConfig,
-        folder: TeacherFolder,
-        current_step: Callable[[], int],
-        num_steps: int,
-        report: Callable[[str], None],
-        sharding: Sharding | None = None,
-        projection: ProjectionTraining | None = None,
-    ) -> None:
-        """
-        Args:
-            config: with `method` other than none.
-            folder: the teacher's, already checked.
-            current_step: 0-based training step.
-            num_steps: of the run.
-            report: prints one line on one rank.
-            sharding: see `load_teacher`.
-            projection: where it is learned.
-        """
-        super().__init__(folder, current_step, report)
-        self._config = config
-        self._loss_names = alignment_loss(config.loss, None).names
-        self._num_steps = num_steps
-        self._sharding = sharding
-        self._projection = projection
-        self._attachment: Attachment | None = None
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self._loss_names = load_loss(self._config.loss, None).names
+        self._context: LETContext | None = None
+        self._projection: ProjectionTraining | None = None
+        if self._config.projection == "learned":
+            self._projection = ProjectionTraining(
+                layer=self._config.layer,
+                teacher_width=run.folder.hidden_size,
+                seed=run.seed,
+                loaded_checkpoint=run.loaded_checkpoint,
+                is_last_step=lambda: self.weight(run.current_step() + 1) == 0,
+                report=run.report,
+            )
 
-    def _is_aligned(self, step: int) -> bool:
-        """Whether the run takes this step, and with a weight above 0."""
-        return step < self._num_steps and self._weight(step) > 0
-
-    def _weight(self, step: int) -> float:
+    def weight(self, step: int) -> float:
+        """Return lambda(s) of equation 5."""
         return alignment_weight(step, self._config.weight, self._config.stop_step)
 
-    def _run_taught(
-        self, forward_backward: Callable[..., Any], weight: float, kwargs: dict[str, Any]
+    def describe(self) -> str:
+        """Return one line for the log."""
+        config = self._config
+        return (
+            f"layer {config.layer} learns from {self._teacher_name}, weight {config.weight} falling"
+            f" to 0 at step {config.stop_step}"
+        )
+
+    def wrappers(self) -> dict[str, Callable[[Any], Any]]:
+        """Add the set-up of a learned projection."""
+        if self._projection is None:
+            return super().wrappers()
+        setup = "megatron.training.training:setup_model_and_optimizer"
+        return {setup: self._projection.wrap_setup, **super().wrappers()}
+
+    def run_with_teacher(
+        self, forward_backward: ForwardBackward, weight: float, kwargs: dict[str, Any]
     ) -> Any:
-        model, num_microbatches = kwargs["model"], kwargs["num_microbatches"]
-        shape = (num_microbatches, kwargs["micro_batch_size"], kwargs["seq_length"])
-        if self._attachment is None:
-            self._attachment = self._attach(model, shape)
-        attachment = self._attachment
-        batch = self._read(attachment, shape, kwargs)
-        plan = _begin(attachment, batch)
-        config = get_model_config(model[0])
-        if attachment.hook is not None:
+        """Run one global batch with the alignment loss on layer k."""
+        model = kwargs["model"]
+        shape = (kwargs["num_microbatches"], kwargs["micro_batch_size"], kwargs["seq_length"])
+        if self._context is None:
+            projection = None if self._projection is None else self._projection.module
+            self._context = build_context(self._run, model, shape, projection)
+        context = self._context
+        batch = self._read(context, shape, kwargs)
+        plan = context.begin(batch)
+        config, device = get_model_config(model[0]), batch.tokens.device
+        if context.hook is not None:
             scale = _gradient_scale(config, weight, batch)
-            attachment.hook.open_step(attachment.states, scale, batch.tokens.device)
+            context.hook.open_step(context.states, scale, device)
         if self._projection is not None:
             self._projection.open_step(weight, _num_tokens(batch))
-        timer = attachment.placer.timer(batch.tokens.device)
-        _before_schedule(attachment, plan, model, timer)
-        kwargs["forward_step_func"] = _counted(
-            kwargs["forward_step_func"], attachment.states, timer
-        )
-        with _before_finalizing(config, attachment.states.after_backward):
+        timer = context.scheduler.timer(device)
+        num_before = len(plan.stages[context.stage].before)
+        _before_schedule(context.states, num_before, model[0], timer)
+        kwargs["forward_step_func"] = _counted(kwargs["forward_step_func"], context.states, timer)
+        with before_finalizing(config, context.states.after_backward):
             losses = forward_backward(**kwargs)
-        totals = self._close(attachment, num_microbatches, batch.tokens.device)
-        attachment.placer.end_step(timer, attachment.stage, num_microbatches)
-        return _with_metrics(losses, self._loss_names, totals, weight)
-
-    def _attach(self, model: list[torch.nn.Module], shape: tuple[int, int, int]) -> Attachment:
-        module = None if self._projection is None else self._projection.module
-        return attach(
-            self._config, self._folder, model, shape, self._report, self._sharding, module
-        )
+        sums, num_tokens = self._close(context, device).tensor_split([-1])
+        context.scheduler.end_step(timer, context.stage, len(batch.tokens))
+        keys = map(alignment_key, self._loss_names)
+        means = {key: torch.cat((sums[i : i + 1], num_tokens)) for i, key in enumerate(keys)}
+        return add_metrics(losses, means, weight)
 
     def _read(
-        self, attachment: Attachment, shape: tuple[int, int, int], kwargs: dict[str, Any]
+        self, context: LETContext, shape: tuple[int, int, int], kwargs: dict[str, Any]
     ) -> GlobalBatch:
-        """Take the global batch from the data, and look at what the plan needs of the next one."""
+        """Read the global batch, and the first microbatches of the next one if the plan asks."""
         iterators, num_microbatches = kwargs["data_iterator"], shape[0]
         kwargs["data_iterator"], microbatches = read_ahead(iterators, num_microbatches)
-        num_ahead = 0
-        if self._is_aligned(self._current_step() + 1):
-            num_ahead = attachment.placer.plan(num_microbatches, 0, True).num_ahead
+        num_ahead, next_step = 0, self._run.current_step() + 1
+        if next_step < self._run.num_steps and self.weight(next_step) > 0:
+            num_ahead = context.scheduler.plan(num_microbatches, 0, True).num_ahead
         ahead = None
-        # The last stage reads data too, but none of the teacher's tokens.
+        # The last stage reads data too, but no teacher tokens.
         if parallel_state.get_model_parallel_group().rank() == 0:
-            ahead = peek(iterators, num_ahead, attachment.tokens.key)
+            ahead = peek(iterators, num_ahead, context.tokens.key)
         per_token = get_model_config(kwargs["model"][0]).calculate_per_token_loss
-        return attachment.tokens.share(microbatches, ahead, shape, num_ahead, per_token)
+        return context.tokens.share(microbatches, ahead, shape, num_ahead, per_token)
 
-    def _close(
-        self, attachment: Attachment, num_microbatches: int, device: torch.device
-    ) -> torch.Tensor:
-        """Return the alignment's sums and the tokens of this replica on all of its ranks.
+    def _close(self, context: LETContext, device: torch.device) -> torch.Tensor:
+        """Return the alignment's sums, then the tokens, of this replica on all of its ranks."""
+        totals = torch.zeros(len(self._loss_names) + 1, device=device)
+        if context.hook is not None:
+            sums, num_tokens = context.hook.close_step()
+            if context.counts_tokens:
+                totals[:-1], totals[-1] = sums, num_tokens
+        return self._reduce(totals, context.states.end())
 
-        Raises:
-            LETError: the teacher gave NaN or Inf; raised before the optimizer's step.
-        """
-        num_sums = len(self._loss_names)
-        totals = torch.zeros(num_sums + 1 + num_microbatches, device=device)
-        if attachment.hook is not None:
-            sums, num_tokens = attachment.hook.close_step()
-            if attachment.counts_tokens:
-                totals[:num_sums], totals[num_sums] = sums, num_tokens
-        totals[num_sums + 1 :] = attachment.states.end()
-        group = parallel_state.get_model_parallel_group()
-        if group.size() > 1:
-            torch.distributed.all_reduce(totals, group=group)
-        self._refuse_failed(totals[num_sums + 1 :])
-        return totals[: num_sums + 1]
-
-    def _release(self) -> bool:
-        """Free the teacher and its buffers, and a projection whose last step was not taken."""
+    def release(self) -> bool:
+        """Free the teacher, its buffers, and a projection whose last step did not run."""
         if self._projection is not None:
             self._projection.free()
-        if self._attachment is None:
+        if self._context is None:
             return False
-        self._attachment.close()
-        self._attachment = None
-        if self._sharding is not None:
-            self._sharding.free()
+        self._context.close()
+        self._context = None
+        if self._run.sharding is not None:
+            self._run.sharding.free()
         return True
 
 
-def _begin(attachment: Attachment, batch: GlobalBatch) -> Plan:
-    """Hand the tokens to the states, with a plan of what is still to be computed."""
-    states, placer = attachment.states, attachment.placer
-    num_microbatches = len(batch.tokens)
-    num_ready = states.num_computed_ahead if batch.begins_with_shared else 0
-    plan = placer.plan(num_microbatches, num_ready, batch.next_tokens is not None)
-    states.begin(batch.tokens, plan, placer.max_prefetch(num_microbatches), batch.next_tokens)
-    return plan
-
-
 def _before_schedule(
-    attachment: Attachment, plan: Plan, model: list[torch.nn.Module], timer: PassTimes | None
+    states: TeacherStateBuffer, num_microbatches: int, chunk: Any, timer: PassTimes | None
 ) -> None:
-    """Run the teacher's work that comes before the schedule."""
-    num_microbatches = len(plan.stages[attachment.stage].before)
+    """Run the teacher work planned before the schedule, on `num_microbatches` microbatches."""
     if num_microbatches:
-        _start_param_gather(model[0])
+        start_param_gather(chunk)
     if timer is None:
-        attachment.states.before_schedule()
+        states.before_schedule()
     else:
-        timer.time_teacher(attachment.states.before_schedule, num_microbatches)
+        timer.time_teacher(states.before_schedule, num_microbatches)
 
 
-def _start_param_gather(chunk: Any) -> None:
-    """Let the parameters of the first layers be gathered while the teacher runs.
+def start_param_gather(chunk: Any) -> None:
+    """Start gathering the parameters of the first layers, which then overlaps the teacher.
 
-    Megatron starts it (`--overlap-param-gather`) in the first forward pass, which waits for it.
+    With `--overlap-param-gather` Megatron starts it in the first forward pass, which waits for it.
+
+    Args:
+        chunk: first model chunk, with or without DDP.
     """
-    # Without these hooks, as in the first step, nobody would wait for it.
+    # Without these hooks, as in the first step, nothing would wait for the gather.
     if not getattr(chunk, "remove_forward_pre_hook_handles", None):
         return
     if chunk.overlap_param_gather_with_optimizer_step or not chunk.bucket_groups:
@@ -191,9 +162,9 @@ def _start_param_gather(chunk: Any) -> None:
 
 
 def _counted(
-    forward_step: Callable[..., Any], states: PlacedStates, timer: PassTimes | None
+    forward_step: Callable[..., Any], states: TeacherStateBuffer, timer: PassTimes | None
 ) -> Callable[..., Any]:
-    """A forward step that tells the states when it has run."""
+    """Wrap a forward step so that it reports to `states` when it has run."""
 
     @functools.wraps(forward_step)
     def counted(*args: Any) -> Any:
@@ -205,7 +176,7 @@ def _counted(
 
 
 @contextmanager
-def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
+def before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
     """Run `work` after the schedule's last backward and before the gradients are finalized."""
     finalize = config.finalize_model_grads_func
     if finalize is None:
@@ -226,7 +197,7 @@ def _before_finalizing(config: Any, work: Callable[[], None]) -> Iterator[None]:
 
 
 def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | torch.Tensor:
-    """Factor of d(sum of local losses)/dh, from Megatron's own scaling of the loss."""
+    """Return the factor of d(sum of local losses)/dh, which matches Megatron's loss scaling."""
     num_microbatches, micro_batch_size, _ = batch.tokens.shape
     if batch.unmasked_tokens is not None:
         factor = per_token_gradient_factor(batch.unmasked_tokens, _num_tokens(batch))
@@ -244,21 +215,28 @@ def _gradient_scale(config: Any, weight: float, batch: GlobalBatch) -> float | t
 
 
 def _num_tokens(batch: GlobalBatch) -> int:
-    """Of the global batch, over all replicas."""
+    """Return the tokens of the global batch over all replicas."""
     num_microbatches, micro_batch_size, _ = batch.tokens.shape
     replicas = parallel_state.get_data_parallel_world_size()
     return int(num_microbatches * micro_batch_size * batch.sequence_length * replicas)
 
 
-def _with_metrics(losses: Any, names: tuple[str, ...], totals: torch.Tensor, weight: float) -> Any:
-    """Add the alignment's means and the weight to what the last stage reports of each microbatch.
+def gradient_denominator(
+    micro_batch_size: int, sequence_length: int, cp_size: int, num_microbatches: int
+) -> int:
+    """Return the number of tokens that a rank's sum is divided by, in Megatron's default mode.
 
-    Megatron sums [numerator, denominator] pairs over microbatches and DP x CP ranks, and averages
-    single elements over microbatches.
+    Megatron divides each microbatch's loss by the number of microbatches and averages gradients
+    over the DP x CP ranks, so neither size enters as a factor. Tensor-parallel ranks sum or repeat
+    the gradient themselves, so TP does not enter either.
     """
-    for index, report in enumerate(losses):
-        for name, total in zip(names, totals[:-1], strict=True):
-            pair = torch.stack((total, totals[-1]))
-            report[alignment_key(name)] = pair if index == 0 else torch.zeros_like(pair)
-        report[WEIGHT_KEY] = totals.new_tensor([weight])
-    return losses
+    return micro_batch_size * (sequence_length // cp_size) * num_microbatches
+
+
+def per_token_gradient_factor(unmasked_tokens: float, all_tokens: int) -> float:
+    """Return the factor of the gradient under `--calculate-per-token-loss`.
+
+    Megatron divides the summed gradient by the unmasked tokens of the global batch; the alignment
+    loss is a mean over all tokens (equations 1 and 7 both sum over tokens).
+    """
+    return unmasked_tokens / all_tokens

@@ -1,145 +1,170 @@
-"""The teacher, the hook on layer k and the plan, put together for one rank."""
+"""LET on one rank: the teacher, the hook on layer k and the schedule of the teacher's work."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
-from megatron_let.losses.registry import AlignmentLoss, alignment_loss
+from megatron_let.losses import load_loss
 from megatron_let.methods.alignment_hook import AlignmentHook
-from megatron_let.methods.global_batch import TokenSharing
+from megatron_let.methods.base import TrainingRun, find_layer
+from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
 from megatron_let.methods.learned_projection import LearnedProjection, behind_projection
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.sample_sharing import SharedSamples, samples_group
-from megatron_let.placement.scheduler import Placer
+from megatron_let.placement.plan import Plan
+from megatron_let.placement.sample_sharing import (
+    SampleSharing,
+    close_group,
+    local_shard,
+    samples_group,
+)
+from megatron_let.placement.scheduler import PlacementScheduler
 from megatron_let.placement.sequence_shard import SequenceShard
-from megatron_let.placement.simulate import Owner
-from megatron_let.placement.state_buffer import PlacedStates
+from megatron_let.placement.simulate import AlignedLayer
+from megatron_let.placement.state_buffer import TeacherStateBuffer
 from megatron_let.placement.transfer import Transfer
-from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.model import DTYPES, Sharding, load_teacher
+from megatron_let.teacher.model import DTYPES, load_teacher
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Attachment:
+class LETContext:
     """What LET keeps on one rank while the weight is above 0.
 
     Attributes:
-        hook: on layer k; None on a stage without it.
-        counts_tokens: this rank's cosines are no repetition of another rank's.
+        hook: on layer k; None on other stages.
+        states: computes and buffers the teacher states.
+        tokens: shares the tokens of a global batch.
+        scheduler: plans the teacher's work.
+        stage: pipeline stage of this rank.
+        counts_tokens: whether the values that this rank reports do not repeat another rank's.
     """
 
     hook: AlignmentHook | None
-    states: PlacedStates
+    states: TeacherStateBuffer
     tokens: TokenSharing
-    placer: Placer
+    scheduler: PlacementScheduler
     stage: int
     counts_tokens: bool
 
+    def begin(self, batch: GlobalBatch) -> Plan:
+        """Begin a global batch; return the plan of the states that are still to be computed."""
+        num_microbatches = len(batch.tokens)
+        num_ready = self.states.num_computed_ahead if batch.begins_with_shared else 0
+        plan = self.scheduler.plan(num_microbatches, num_ready, batch.next_tokens is not None)
+        limit = self.scheduler.max_prefetch(num_microbatches)
+        self.states.begin(batch.tokens, plan, limit, batch.next_tokens)
+        return plan
+
     def close(self) -> None:
-        """Take everything away again."""
+        """Remove the hook and release the buffers and process groups."""
         if self.hook is not None:
             self.hook.remove()
         self.states.close()
 
 
-def owned_layer(
-    model: list[torch.nn.Module], layer_number: int
-) -> tuple[int, torch.nn.Module] | None:
-    """Model chunk and transformer layer with this global 1-based number; None on other stages."""
-    for index, chunk in enumerate(unwrap_model(model)):
-        for layer in chunk.decoder.layers:
-            if layer.layer_number == layer_number:
-                return index, layer
-    return None
-
-
-def attach(
-    config: LETConfig,
-    folder: TeacherFolder,
+def build_context(
+    run: TrainingRun,
     model: list[torch.nn.Module],
     shape: tuple[int, int, int],
-    report: Callable[[str], None],
-    sharding: Sharding | None = None,
-    projection: LearnedProjection | None = None,
-) -> Attachment:
-    """Load the teacher where it will run, and set the hook where layer k is.
+    projection: LearnedProjection | None,
+) -> LETContext:
+    """Load the teacher and attach the hook; collective over all ranks of the job.
 
     Args:
-        config, folder: of the teacher.
+        run: with method `let`.
         model: this rank's model chunks.
         shape: (num_microbatches, b, s) of the first global batch.
-        report: prints one line on one rank.
-        projection: where it is learned and this stage owns layer k.
+        projection: if it is learned and this stage has layer k.
+
+    Raises:
+        LETError: the teacher cannot be loaded, or does not fit the projection.
     """
     num_microbatches, micro_batch_size, seq_length = shape
-    device = next(model[0].parameters()).device
+    config, device = run.config, next(model[0].parameters()).device
     model_config = get_model_config(model[0])
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    found = owned_layer(model, config.layer)
-    owner = _owner(None if found is None else Owner(stage, found[0]), device)
-    placer = Placer(
-        config.placement, config.max_prefetch, _pipeline(model_config, len(model)), owner, report
+    found = find_layer(model, config.layer)
+    aligned = _aligned_layer(None if found is None else AlignedLayer(stage, found[0]), device)
+    scheduler = PlacementScheduler(
+        config.placement,
+        config.max_prefetch,
+        _pipeline(model_config, len(model)),
+        aligned,
+        run.report,
     )
-    shard = _this_rank(model_config)
-    samples, group = None, samples_group(micro_batch_size)
-    if placer.needs_teacher_everywhere or found is not None:
-        teacher = load_teacher(folder, config, device, sharding)
-        samples = SharedSamples(teacher, shard, group)
-        logger.info(
-            "LET: teacher %s (%.0f MiB) on stage %d", folder.path, teacher.num_bytes / 2**20, stage
-        )
-    elif group is not None:
-        torch.distributed.destroy_process_group(group)
-    width = folder.hidden_size if samples is None else samples.width
+    shard = local_shard(model_config.sequence_parallel)
+    has_teacher = scheduler.needs_teacher_everywhere or found is not None
+    samples = _samples(run, shard, micro_batch_size, device, has_teacher)
+    width = run.folder.hidden_size if samples is None else samples.width
     if projection is not None and width != len(projection.weight):
         raise LETError(
-            f"The teacher {folder.path} gives states of width {width} where its config.json says"
-            f" {folder.hidden_size}, the width of --let-projection learned; use interpolate."
+            f"The teacher {run.folder.path} gives states of width {width} but its config.json says"
+            f" {run.folder.hidden_size}, the width of --let-projection learned; use interpolate."
         )
-    transfer = Transfer(owner.stage, device) if placer.needs_teacher_everywhere else None
+    transfer = Transfer(aligned.stage, device) if scheduler.needs_teacher_everywhere else None
     local = (shard.num_local(seq_length), micro_batch_size, width)
     like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
     if transfer is not None:
-        limit = placer.max_prefetch(num_microbatches)
-        report(
+        limit = scheduler.max_prefetch(num_microbatches)
+        run.report(
             f"LET: placement {config.placement}; the stage of layer {config.layer} holds at most"
-            f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB a rank"
+            f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB per rank"
         )
-    return Attachment(
-        hook=None if found is None else AlignmentHook(found[1], _loss(config, shard, projection)),
-        states=PlacedStates(samples, transfer, stage, owner.stage, like, device),
-        tokens=TokenSharing(folder, device),
-        placer=placer,
+    return LETContext(
+        hook=None if found is None else _hook(found[1], config, shard, projection),
+        states=TeacherStateBuffer(samples, transfer, stage, aligned.stage, like, device),
+        tokens=TokenSharing(run.folder, run.teacher_length, device),
+        scheduler=scheduler,
         stage=stage,
         # Without sequence parallelism every tensor-parallel rank holds the same tokens.
         counts_tokens=shard.sp_size > 1 or parallel_state.get_tensor_model_parallel_rank() == 0,
     )
 
 
-def _loss(
-    config: LETConfig, shard: SequenceShard, projection: LearnedProjection | None
-) -> AlignmentLoss:
-    loss = alignment_loss(config.loss, _token_group(shard))
-    return loss if projection is None else behind_projection(loss, projection)
+def _samples(
+    run: TrainingRun,
+    shard: SequenceShard,
+    micro_batch_size: int,
+    device: torch.device,
+    has_teacher: bool,
+) -> SampleSharing | None:
+    """Load the teacher if this stage runs it; collective over all ranks of the job."""
+    group = samples_group(micro_batch_size)
+    if not has_teacher:
+        close_group(group)
+        return None
+    teacher = load_teacher(run.folder, run.config, device, run.sharding, run.teacher_length)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    size = teacher.num_bytes / 2**20
+    logger.info("LET: teacher %s (%.0f MiB) on stage %d", run.folder.path, size, stage)
+    return SampleSharing(teacher, shard, group)
 
 
-def _owner(mine: Owner | None, device: torch.device) -> Owner:
-    """Stage and model chunk of layer k, on every rank."""
+def _hook(
+    layer: torch.nn.Module,
+    config: LETConfig,
+    shard: SequenceShard,
+    projection: LearnedProjection | None,
+) -> AlignmentHook:
+    loss = load_loss(config.loss, _token_group(shard))
+    return AlignmentHook(layer, loss if projection is None else behind_projection(loss, projection))
+
+
+def _aligned_layer(mine: AlignedLayer | None, device: torch.device) -> AlignedLayer:
+    """Return the stage and model chunk of layer k, on every rank."""
     place = torch.tensor(mine or (-1, -1), device=device)
     group = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.all_reduce(place, op=torch.distributed.ReduceOp.MAX, group=group)
-    return Owner(*place.tolist())
+    return AlignedLayer(*place.tolist())
 
 
 def _pipeline(config: Any, num_chunks: int) -> Pipeline:
@@ -152,17 +177,8 @@ def _pipeline(config: Any, num_chunks: int) -> Pipeline:
     )
 
 
-def _this_rank(config: Any) -> SequenceShard:
-    return SequenceShard(
-        cp_size=parallel_state.get_context_parallel_world_size(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        sp_size=config.tensor_model_parallel_size if config.sequence_parallel else 1,
-        sp_rank=parallel_state.get_tensor_model_parallel_rank() if config.sequence_parallel else 0,
-    )
-
-
 def _token_group(shard: SequenceShard) -> torch.distributed.ProcessGroup:
-    """The ranks that hold other tokens of the same microbatch."""
+    """Return the ranks that hold different tokens of the same microbatch."""
     if shard.sp_size > 1:
         return parallel_state.get_tensor_and_context_parallel_group()
     return parallel_state.get_context_parallel_group()

@@ -16,7 +16,7 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training.utils import is_last_rank
 
-from megatron_let.config.let_config import LOSSES
+from megatron_let.losses import LOSSES
 
 # Names under which Megatron reports to stdout, TensorBoard and wandb.
 LOSS_KEY = "lm loss"

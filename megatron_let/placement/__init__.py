@@ -1,1 +1,1 @@
-"""Where in the pipeline the teacher runs: schedules, their simulation, and plans. Pure."""
+"""Where in the pipeline the teacher runs: pure plans and simulation, and their execution."""

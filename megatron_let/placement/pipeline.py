@@ -1,4 +1,4 @@
-"""The order in which Megatron's pipeline schedules run forward and backward passes."""
+"""Order of the forward and backward passes in Megatron's pipeline schedules."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Pipeline:
 
     Attributes:
         num_stages: p, pipeline-parallel size.
-        num_microbatches: n, of one global batch and one data-parallel replica.
-        num_chunks: v, model chunks of a stage; above 1 the schedule is the interleaved one.
+        num_microbatches: n, per global batch and data-parallel replica.
+        num_chunks: v, model chunks per stage; above 1 the schedule is the interleaved one.
         group_size: Megatron's `microbatch_group_size_per_vp_stage`; 0 for its default, p.
-        overlap_p2p: Megatron's `overlap_p2p_comm`, of the interleaved schedule; without it a stage
+        overlap_p2p: Megatron's `overlap_p2p_comm` (interleaved schedule); without it a stage
             waits for its first gradient one forward earlier.
     """
 
@@ -37,24 +37,24 @@ class Pipeline:
 
     @property
     def group(self) -> int:
-        """Consecutive microbatches that a chunk takes before the next chunk's turn."""
+        """Number of consecutive microbatches that a chunk runs before the next chunk."""
         return self.group_size or self.num_stages
 
     def num_warmup(self, stage: int) -> int:
-        """Forward passes before the first 1F1B pair (Megatron: `get_pp_rank_microbatches`)."""
+        """Return the forward passes before 1F1B (Megatron's `get_pp_rank_microbatches`)."""
         warmup = self.num_stages - stage - 1
         if self.num_chunks > 1:
             warmup = warmup * 2 + (self.num_chunks - 1) * self.group
         return min(warmup, self.num_microbatches * self.num_chunks)
 
     def num_forwards_to_wait(self, stage: int) -> int:
-        """Forward passes of a stage before it waits for its first gradient."""
+        """Return how many forward passes a stage runs before it waits for its first gradient."""
         waits_early = self.num_chunks > 1 and not self.overlap_p2p
         num_forwards = self.num_warmup(stage) + (0 if waits_early else 1)
         return min(num_forwards, self.num_microbatches * self.num_chunks)
 
     def passes(self, stage: int) -> list[Pass]:
-        """All passes of one global batch on a stage, in the order in which they run."""
+        """Return all passes of one global batch on a stage, in execution order."""
         table = get_schedule_table(self.num_microbatches, self.num_chunks, self.group)
         forwards = [Pass("forward", microbatch, chunk) for microbatch, chunk in table]
         last = self.num_chunks - 1
@@ -64,9 +64,9 @@ class Pipeline:
         return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
 
     def producer(self, work: Pass, stage: int) -> tuple[int, Pass] | None:
-        """Stage and pass whose output `work` on `stage` takes; None for the pipeline's ends.
+        """Return the stage and pass whose output `work` on `stage` consumes; None at the ends.
 
-        A backward of the last chunk on the last stage takes its own forward's.
+        The backward of the last chunk on the last stage consumes the output of its own forward.
         """
         step = -1 if work.kind == "forward" else 1
         other, chunk = stage + step, work.chunk

@@ -1,4 +1,4 @@
-"""Which stage runs the teacher on which microbatch, and when: pure functions of sizes and costs."""
+"""Plans which stage runs the teacher on which microbatch, and when. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
+from megatron_let.config.let_config import PLACEMENTS, Placement
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.simulate import (
-    Costs,
-    DeadlockError,
-    Owner,
-    StagePlan,
-    simulate,
-)
+from megatron_let.placement.simulate import AlignedLayer, Costs, DeadlockError, StagePlan, simulate
 
-Placement = Literal["aligned-stage", "spread", "bubble"]
-PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+# What `auto` chooses from.
+FIXED_PLACEMENTS = tuple(name for name in PLACEMENTS if name != "auto")
 
-# Durations are sums of floats; a job that fits exactly must not be lost to rounding.
+# Durations are sums of floats: rounding must not reject work that fits exactly.
 _SLACK = 1e-9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The teacher's work in one global batch.
+    """Teacher work in one global batch.
 
     Attributes:
-        placement: how it was made.
-        stages: each stage's share.
+        placement: the placement that the plan follows.
+        stages: share of each stage.
     """
 
     placement: Placement
@@ -39,11 +34,11 @@ class Plan:
 
     @property
     def num_ahead(self) -> int:
-        """The microbatches of the next global batch, from 0, that are computed in this one."""
+        """Number of microbatches of the next global batch that this one computes, from 0 on."""
         return sum(len(stage.after) for stage in self.stages)
 
     def sources(self) -> dict[int, int]:
-        """Stage that computes each microbatch of this global batch before its backward."""
+        """Map each microbatch of this global batch to the stage that computes its state."""
         return {
             microbatch: index
             for index, stage in enumerate(self.stages)
@@ -51,15 +46,15 @@ class Plan:
         }
 
     def sources_ahead(self) -> dict[int, int]:
-        """Stage that computes each of the first microbatches of the next global batch."""
+        """Map the first microbatches of the next global batch to the stages that compute them."""
         return {m: index for index, stage in enumerate(self.stages) for m in stage.after}
 
 
 def samples_split(tp: int, cp: int, micro_batch_size: int) -> int:
-    """Ranks of a stage among which the samples of a microbatch are shared.
+    """Return how many ranks of a stage share the samples of a microbatch.
 
-    The tensor- and context-parallel ranks of a stage see the same tokens. Where their number does
-    not divide the microbatch, the largest divisor of both is used and the work is repeated.
+    The tensor- and context-parallel ranks of a stage see the same tokens. If their number does
+    not divide the microbatch, groups of the greatest common divisor share it.
     """
     return math.gcd(tp * cp, micro_batch_size)
 
@@ -69,59 +64,59 @@ def plan(
     placement: Placement,
     pipeline: Pipeline,
     costs: Costs,
-    owner: Owner,
+    aligned: AlignedLayer,
     *,
     max_prefetch: int,
     num_ready: int = 0,
     look_ahead: bool = True,
 ) -> Plan:
-    """Give every microbatch of a global batch to a stage and a time.
+    """Assign every microbatch of a global batch to a stage and a time.
 
     Args:
-        placement: `aligned-stage`: the owner computes each microbatch before its forward;
+        placement: `aligned-stage`: the aligned stage computes each microbatch before its forward;
             `spread`: evenly over the stages, before the schedule starts; `bubble`: in the idle
-            times of the stages, the owner's last, and evenly what they cannot hold.
+            times of the stages (the aligned stage last), and the rest evenly.
         pipeline: sizes of the schedule.
-        costs: of one microbatch; only their ratios count, and only for `bubble`.
-        owner: stage and model chunk of layer k.
-        max_prefetch: states that the owner may hold before their backward, at least 1.
-        num_ready: states of the first microbatches that the batch before has computed.
+        costs: of one microbatch; used by `bubble` only, which depends on their ratios.
+        aligned: stage and model chunk of layer k.
+        max_prefetch: states that the aligned stage may hold before their backward, at least 1.
+        num_ready: number of first microbatches whose states the previous batch computed.
         look_ahead: whether the next global batch is known and needs the teacher.
 
     Returns:
-        A plan that covers the microbatches from `num_ready` on, and with `look_ahead` the first
-        `num_ahead` ones of the next global batch.
+        A plan that covers the microbatches from `num_ready` on and, with `look_ahead`, the first
+        `num_ahead` microbatches of the next global batch.
     """
     due = range(num_ready, pipeline.num_microbatches)
     if placement == "aligned-stage" or pipeline.num_stages == 1:
-        stages = _aligned(pipeline, owner, due)
+        stages = _aligned(pipeline, aligned, due)
     elif placement == "spread":
-        stages = _spread(pipeline, owner, due)
+        stages = _spread(pipeline, aligned, due)
     else:
-        stages = _bubble(pipeline, costs, owner, due, max_prefetch, look_ahead)
+        stages = _bubble(pipeline, costs, aligned, due, max_prefetch, look_ahead)
     stages = [
         replace(stage, num_forwards_to_wait=pipeline.num_forwards_to_wait(index))
         for index, stage in enumerate(stages)
     ]
-    stages[owner.stage] = _within(stages[owner.stage], max_prefetch)
+    stages[aligned.stage] = _within(stages[aligned.stage], max_prefetch)
     return Plan(placement, tuple(stages))
 
 
-def _aligned(pipeline: Pipeline, owner: Owner, due: range) -> list[StagePlan]:
+def _aligned(pipeline: Pipeline, aligned: AlignedLayer, due: range) -> list[StagePlan]:
     stages = [StagePlan()] * pipeline.num_stages
-    # On one stage the first one runs before the schedule, beside the gathering of parameters.
+    # With one stage the first one runs before the schedule and overlaps the parameter gather.
     before = tuple(due[:1]) if pipeline.num_stages == 1 else ()
-    stages[owner.stage] = StagePlan(before=before, at_forward=tuple(due[len(before) :]))
+    stages[aligned.stage] = StagePlan(before=before, at_forward=tuple(due[len(before) :]))
     return stages
 
 
-def _owner_last(pipeline: Pipeline, owner: Owner) -> list[int]:
-    others = [stage for stage in range(pipeline.num_stages) if stage != owner.stage]
-    return [*others, owner.stage]
+def _aligned_last(pipeline: Pipeline, aligned: AlignedLayer) -> list[int]:
+    others = [stage for stage in range(pipeline.num_stages) if stage != aligned.stage]
+    return [*others, aligned.stage]
 
 
-def _spread(pipeline: Pipeline, owner: Owner, due: Iterable[int]) -> list[StagePlan]:
-    order = itertools.cycle(_owner_last(pipeline, owner))
+def _spread(pipeline: Pipeline, aligned: AlignedLayer, due: Iterable[int]) -> list[StagePlan]:
+    order = itertools.cycle(_aligned_last(pipeline, aligned))
     shares: list[list[int]] = [[] for _ in range(pipeline.num_stages)]
     for microbatch, stage in zip(due, order, strict=False):
         shares[stage].append(microbatch)
@@ -129,7 +124,7 @@ def _spread(pipeline: Pipeline, owner: Owner, due: Iterable[int]) -> list[StageP
 
 
 def _within(stage: StagePlan, max_prefetch: int) -> StagePlan:
-    """Leave to their forward what the owner may not hold from the start."""
+    """Move to their forward the microbatches that the aligned stage may not hold earlier."""
     early = {m for m in (*stage.before, *stage.waiting) if m < max_prefetch}
     late = sorted({*stage.before, *stage.waiting} - early)
     return replace(
@@ -142,7 +137,7 @@ def _within(stage: StagePlan, max_prefetch: int) -> StagePlan:
 
 @dataclass
 class _Slot:
-    """An idle time of a stage, and the number of microbatches that are put into it."""
+    """An idle time of a stage and the number of microbatches assigned to it."""
 
     stage: int
     when: Literal["before", "waiting", "after"]
@@ -153,29 +148,31 @@ class _Slot:
 def _bubble(
     pipeline: Pipeline,
     costs: Costs,
-    owner: Owner,
+    aligned: AlignedLayer,
     due: range,
     max_prefetch: int,
     look_ahead: bool,
 ) -> list[StagePlan]:
-    """In the idle times; `waiting` only where the stages then do not wait for each other."""
+    """Fill the idle times; leave `waiting` empty if using it would deadlock the stages."""
     for with_waiting in (True, False):
-        slots = _idle_slots(pipeline, costs, owner, with_waiting)
-        ahead = _fill_steady(pipeline, costs, owner, slots, max_prefetch) if look_ahead else []
+        slots = _idle_slots(pipeline, costs, aligned, with_waiting)
+        ahead = _fill_steady(pipeline, costs, aligned, slots, max_prefetch) if look_ahead else []
         now = [replace(slot) for slot in slots if slot.when != "after"]
-        _fill(now, len(due), costs.teacher, owner.stage)
-        _fill_evenly(now, len(due) - _total(now), owner.stage)
+        _fill(now, len(due), costs.teacher, aligned.stage)
+        _fill_evenly(now, len(due) - _total(now), aligned.stage)
         stages = _number(pipeline, now + ahead, due)
         try:
-            simulate(pipeline, costs, owner, stages)
+            simulate(pipeline, costs, aligned, stages)
         except DeadlockError:
             continue
         return stages
-    raise AssertionError("work before the schedule waits for nothing")
+    raise AssertionError("work before the schedule cannot deadlock")
 
 
-def _idle_slots(pipeline: Pipeline, costs: Costs, owner: Owner, with_waiting: bool) -> list[_Slot]:
-    baseline = simulate(pipeline, costs, owner)
+def _idle_slots(
+    pipeline: Pipeline, costs: Costs, aligned: AlignedLayer, with_waiting: bool
+) -> list[_Slot]:
+    baseline = simulate(pipeline, costs, aligned)
     slots = []
     for stage in range(pipeline.num_stages):
         idle = baseline.idle(stage)
@@ -187,11 +184,11 @@ def _idle_slots(pipeline: Pipeline, costs: Costs, owner: Owner, with_waiting: bo
 
 
 def _fill_steady(
-    pipeline: Pipeline, costs: Costs, owner: Owner, slots: list[_Slot], max_prefetch: int
+    pipeline: Pipeline, costs: Costs, aligned: AlignedLayer, slots: list[_Slot], max_prefetch: int
 ) -> list[_Slot]:
-    """The share of a whole global batch that the end of the one before it can hold."""
+    """Return the slots, with counts, of a global batch's share that runs in the previous batch."""
     steady = [replace(slot) for slot in slots]
-    _fill(steady, pipeline.num_microbatches, costs.teacher, owner.stage)
+    _fill(steady, pipeline.num_microbatches, costs.teacher, aligned.stage)
     ahead = [slot for slot in steady if slot.when == "after"]
     while _total(ahead) > max_prefetch:
         max(ahead, key=lambda slot: slot.count).count -= 1
@@ -202,10 +199,10 @@ def _total(slots: Iterable[_Slot]) -> int:
     return sum(slot.count for slot in slots)
 
 
-def _fill(slots: list[_Slot], num_microbatches: int, seconds: float, owner_stage: int) -> None:
-    """Put microbatches into the roomiest slots while they fit, the owner's slots last."""
-    for of_owner in (False, True):
-        candidates = [slot for slot in slots if (slot.stage == owner_stage) == of_owner]
+def _fill(slots: list[_Slot], num_microbatches: int, seconds: float, aligned_stage: int) -> None:
+    """Assign microbatches to the longest slots while they fit, the aligned stage's last."""
+    for on_aligned in (False, True):
+        candidates = [slot for slot in slots if (slot.stage == aligned_stage) == on_aligned]
         while candidates and _total(slots) < num_microbatches:
             roomiest = max(candidates, key=lambda slot: slot.room)
             if roomiest.room < seconds * (1 - _SLACK):
@@ -214,16 +211,16 @@ def _fill(slots: list[_Slot], num_microbatches: int, seconds: float, owner_stage
             roomiest.count += 1
 
 
-def _fill_evenly(slots: list[_Slot], num_microbatches: int, owner_stage: int) -> None:
-    """Put what no idle time holds on the stages in turn, the owner last, where each waits."""
+def _fill_evenly(slots: list[_Slot], num_microbatches: int, aligned_stage: int) -> None:
+    """Assign the rest to the stages in turn, each in its last slot, the aligned stage last."""
     last = {slot.stage: slot for slot in slots}
-    order = sorted(last, key=lambda stage: stage == owner_stage)
+    order = sorted(last, key=lambda stage: stage == aligned_stage)
     for _, stage in zip(range(num_microbatches), itertools.cycle(order), strict=False):
         last[stage].count += 1
 
 
 def _number(pipeline: Pipeline, slots: list[_Slot], due: range) -> list[StagePlan]:
-    """Hand out the microbatches: what is computed first is due first."""
+    """Number the microbatches so that those computed first are due first."""
     shares: dict[tuple[int, str], list[int]] = {(slot.stage, slot.when): [] for slot in slots}
     numbers = {"now": iter(due), "after": itertools.count()}
     for when in ("after", "before", "waiting"):

@@ -1,4 +1,4 @@
-"""Process groups of LET's own, beside those of Megatron with the same ranks."""
+"""Process groups of this package, separate from those of Megatron with the same ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 
 
 def new_group_of(ranks: list[int]) -> torch.distributed.ProcessGroup:
-    """A new group of these global ranks; every rank of the job calls it, with its own group's.
+    """Create a process group of these global ranks.
 
-    `new_group(use_local_synchronization=True)` would need no exchange, but it names groups by
-    their ranks, and hangs where another one has had the same.
+    Every rank of the job calls it with the ranks of its own group. (With
+    `new_group(use_local_synchronization=True)` no exchange would be needed, but it names groups by
+    their ranks and hangs if another group with the same ranks exists.)
     """
     groups: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(groups, ranks)

@@ -1,4 +1,4 @@
-"""The teacher's state of one microbatch, its samples shared among the ranks of a stage."""
+"""Runs the teacher on one microbatch, with its samples shared among the ranks of a stage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from megatron_let.placement.sequence_shard import SequenceShard
 from megatron_let.teacher.model import Teacher
 
 
-class SharedSamples:
-    """Runs the teacher on this rank's samples and swaps them for this rank's tokens.
+class SampleSharing:
+    """Runs the teacher on this rank's samples and exchanges the states for this rank's tokens.
 
-    The tensor- and context-parallel ranks of a stage see the same tokens, so each of them runs the
-    teacher on some samples only; as many of them as divide the microbatch (the greatest common
-    divisor), and where that is 1 each runs all of it.
+    The tensor- and context-parallel ranks of a stage see the same tokens, so each runs the teacher
+    on some of the samples only. See `samples_split` for how many ranks share a microbatch.
 
     Attributes:
         width: d_T.
@@ -30,9 +29,9 @@ class SharedSamples:
     ) -> None:
         """
         Args:
-            teacher: whole, on this rank.
-            shard: tokens of the student's hidden state that this rank holds.
-            group: of `samples_group`; this object gives it back.
+            teacher: complete, on this rank.
+            shard: the part of the sequence whose states this rank needs.
+            group: from `samples_group`; `close` destroys it.
         """
         self.width = teacher.width
         self._teacher, self._shard, self._group = teacher, shard, group
@@ -42,14 +41,18 @@ class SharedSamples:
             torch.distributed.all_gather_object(self._shards, shard, group=group)
 
     def state(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [b, s] -> state of this rank's tokens [s_local, b, d_T], and whether it failed.
+        """Compute the state of this rank's tokens; every rank of the group calls it.
 
-        The second is a 0-dim fp32 tensor, 1 where this rank's samples had a NaN or Inf; their
-        states are then zeros.
+        Args:
+            tokens: [b, s] int64, the whole microbatch.
+
+        Returns:
+            The state [s_local, b, d_T], and a 0-dim fp32 tensor that is 1 if the states of this
+            rank's samples had a NaN or Inf, which are then replaced by zeros.
         """
         if self._group is None:
             state, failed = self._run(tokens)
-            # Contiguous once here: it is sent, or read in the backward.
+            # Contiguous, because it is sent or read in the backward.
             return self._shard.slice(state).contiguous().masked_fill_(failed, 0), failed.float()
         share = tokens.chunk(self._group.size())[self._group.rank()]
         state, failed = self._run(share)
@@ -61,31 +64,45 @@ class SharedSamples:
         return incoming.transpose(0, 1).flatten(1, 2).contiguous(), failed.float()
 
     def _run(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [b, s] -> state [s, b, d_T], and whether it is not finite, 0-dim bool."""
+        """Return the state [s, b, d_T] and whether it is not finite (0-dim bool)."""
         state = self._teacher.hidden_state(tokens)
-        # A sum is NaN or Inf if any element is; looked at once a step, without a stop here.
+        # The sum is NaN or Inf if any element is. Read once per step, so no synchronisation here.
         return state.transpose(0, 1), ~state.sum(dtype=torch.float32).isfinite()
 
     def close(self) -> None:
-        """Give the process group back."""
-        if self._group is not None:
-            torch.distributed.destroy_process_group(self._group)
-            self._group = None
+        """Destroy the process group."""
+        close_group(self._group)
+        self._group = None
+
+
+def local_shard(sequence_parallel: bool) -> SequenceShard:
+    """Return this rank's part of the sequence.
+
+    Args:
+        sequence_parallel: whether tensor-parallel ranks hold different tokens; if not, each of
+            them holds all tokens of its context-parallel rank.
+    """
+    return SequenceShard(
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        sp_size=parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1,
+        sp_rank=parallel_state.get_tensor_model_parallel_rank() if sequence_parallel else 0,
+    )
 
 
 def samples_group(micro_batch_size: int) -> torch.distributed.ProcessGroup | None:
-    """The ranks that share a microbatch's samples with this one; None where there is no other.
+    """Create the group of ranks that share a microbatch's samples; None for a single rank.
 
-    Every rank of the job calls it, also on stages that never run the teacher.
+    Every rank of the job calls it, including those of stages that never run the teacher.
     """
-    ranks = _peers(micro_batch_size)
-    return new_group_of(ranks) if len(ranks) > 1 else None
-
-
-def _peers(micro_batch_size: int) -> list[int]:
-    """Global ranks that share the samples of a microbatch with this one, itself included."""
     group = parallel_state.get_tensor_and_context_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
     size = samples_split(len(ranks), 1, micro_batch_size)
     first = group.rank() // size * size
-    return ranks[first : first + size]
+    return new_group_of(ranks[first : first + size]) if size > 1 else None
+
+
+def close_group(group: torch.distributed.ProcessGroup | None) -> None:
+    """Destroy a group from `samples_group`."""
+    if group is not None:
+        torch.distributed.destroy_process_group(group)

@@ -1,4 +1,4 @@
-"""The plan of each step: the placement asked for, with costs measured in the first steps."""
+"""Plans each step for the requested placement, with costs measured in the first steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_let.config.let_config import Placement
 from megatron_let.placement.choose import fastest, step_time_ratio
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan, plan
-from megatron_let.placement.simulate import Costs, Owner
+from megatron_let.placement.simulate import AlignedLayer, Costs
 
-# The first step is slower than those that follow: memory is allocated and kernels are chosen.
+# The first step is slower than the others: it allocates memory and selects kernels.
 _MEASURED_STEP = 1
-# Backward over forward where no stage has a forward pass after another: the usual FLOPs.
+# Backward over forward, by FLOPs; used if the last stage has no two consecutive forward passes.
 _USUAL_RATIO = 2.0
 
 
@@ -28,7 +28,7 @@ class PassTimes:
     """Wall-clock times of one global batch on this stage, in seconds.
 
     Attributes:
-        teacher: of one microbatch; 0 on a stage that computed none.
+        teacher: teacher forward on one microbatch; 0 on a stage that ran none.
         forwards: start and end of each forward pass of the student.
     """
 
@@ -42,33 +42,33 @@ class PassTimes:
         return time.perf_counter()
 
     def time_teacher(self, work: Callable[[], None], num_microbatches: int) -> None:
-        """Run the teacher's work on so many microbatches."""
+        """Run and time `work`, the teacher forward on `num_microbatches` microbatches."""
         start = self._now()
         work()
         self.teacher = (self._now() - start) / max(1, num_microbatches)
 
     def time_forward(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Run one forward pass."""
+        """Run and time one forward pass."""
         start = self._now()
         result = work(*args)
         self.forwards.append((start, self._now()))
         return result
 
     def forward(self) -> float:
-        """Of one forward pass."""
+        """Return the median time of a forward pass."""
         return statistics.median(end - start for start, end in self.forwards)
 
     def backward_ratio(self, num_warmup: int) -> float:
-        """Backward over forward, from the time between two forward passes after the warm-up.
+        """Estimate backward over forward from the gaps between forward passes after warm-up.
 
-        Right on the last stage, which waits for nobody in its steady state.
+        Valid on the last stage, which does not wait for other stages in its steady state.
         """
         steady = self.forwards[num_warmup:]
         between = [after[0] - before[1] for before, after in itertools.pairwise(steady)]
         return min(between) / self.forward() if between else _USUAL_RATIO
 
     def costs(self, pipeline: Pipeline, stage: int) -> Costs:
-        """What the slowest rank of each stage measured; the same on all ranks."""
+        """Return the times of the slowest rank of each stage; the same on all ranks."""
         last = pipeline.num_stages - 1
         measured = torch.zeros(pipeline.num_stages + 2, device=self.device)
         measured[stage] = self.forward() * pipeline.num_chunks
@@ -80,8 +80,8 @@ class PassTimes:
         return Costs(tuple(forward), tuple(ratio * seconds for seconds in forward), teacher)
 
 
-class Placer:
-    """Plans the teacher's work of each step.
+class PlacementScheduler:
+    """Plans the teacher work of each step.
 
     `bubble` and `auto` need costs: their first steps run as `spread`, and one of them is timed.
     """
@@ -91,53 +91,53 @@ class Placer:
         placement: Placement,
         max_prefetch: int | None,
         pipeline: Pipeline,
-        owner: Owner,
+        aligned: AlignedLayer,
         report: Callable[[str], None],
     ) -> None:
         """
         Args:
             placement: `--let-placement`.
-            max_prefetch: states that the owner may hold before their backward; None for as many
-                as the global batch has.
-            pipeline: its number of microbatches does not count.
-            owner: stage and chunk of layer k.
+            max_prefetch: states that the aligned stage may hold before their backward; None for
+                all microbatches of the global batch.
+            pipeline: of the run; its number of microbatches is ignored.
+            aligned: stage and chunk of layer k.
             report: prints one line on one rank.
         """
-        self._asked, self._max_prefetch = placement, max_prefetch
-        self._pipeline, self._owner, self._report = pipeline, owner, report
+        self.placement, self._max_prefetch = placement, max_prefetch
+        self._pipeline, self._aligned, self._report = pipeline, aligned, report
         self._costs: Costs | None = None
         self._step = 0
 
     @property
     def needs_teacher_everywhere(self) -> bool:
-        """Whether other stages than the owner run the teacher."""
-        return self._pipeline.num_stages > 1 and self._asked != "aligned-stage"
+        """Whether stages other than the aligned one run the teacher."""
+        return self._pipeline.num_stages > 1 and self.placement != "aligned-stage"
 
     def max_prefetch(self, num_microbatches: int) -> int:
-        """States that the owner may hold."""
+        """Return how many states the aligned stage may hold."""
         return min(self._max_prefetch or num_microbatches, num_microbatches)
 
     def plan(self, num_microbatches: int, num_ready: int, look_ahead: bool) -> Plan:
-        """The work of one step; see `megatron_let.placement.plan.plan`."""
+        """Plan the work of one step; see `megatron_let.placement.plan.plan`."""
         pipeline = self._sized(num_microbatches)
         costs = self._costs or Costs.uniform(pipeline.num_stages, 1, 1, 1)
         return plan(
             self._placement(pipeline),
             pipeline,
             costs,
-            self._owner,
+            self._aligned,
             max_prefetch=self.max_prefetch(num_microbatches),
             num_ready=num_ready,
             look_ahead=look_ahead,
         )
 
     def timer(self, device: torch.device) -> PassTimes | None:
-        """A timer in the step that is to be measured."""
-        wanted = self.needs_teacher_everywhere and self._asked in ("bubble", "auto")
+        """Return a timer if the coming step is to be measured."""
+        wanted = self.needs_teacher_everywhere and self.placement in ("bubble", "auto")
         return PassTimes(device) if wanted and self._step == _MEASURED_STEP else None
 
     def end_step(self, timer: PassTimes | None, stage: int, num_microbatches: int) -> None:
-        """Count a step; take over what its timer measured."""
+        """Count a step and adopt the costs that its timer measured."""
         self._step += 1
         if timer is not None:
             pipeline = self._sized(num_microbatches)
@@ -147,28 +147,28 @@ class Placer:
     def _sized(self, num_microbatches: int) -> Pipeline:
         return replace(self._pipeline, num_microbatches=num_microbatches)
 
-    def _placement(self, pipeline: Pipeline) -> Any:
+    def _placement(self, pipeline: Pipeline) -> Placement:
         if pipeline.num_stages == 1:
             return "aligned-stage"
-        if self._asked in ("aligned-stage", "spread"):
-            return self._asked
+        if self.placement in ("aligned-stage", "spread"):
+            return self.placement
         if self._costs is None:
             return "spread"
-        if self._asked == "bubble":
+        if self.placement == "bubble":
             return "bubble"
         limit = self.max_prefetch(pipeline.num_microbatches)
-        return fastest(pipeline, self._costs, self._owner, limit)
+        return fastest(pipeline, self._costs, self._aligned, limit)
 
     def _describe(self, pipeline: Pipeline, costs: Costs) -> str:
         placement = self._placement(pipeline)
         limit = self.max_prefetch(pipeline.num_microbatches)
-        ratio = step_time_ratio(placement, pipeline, costs, self._owner, limit)
+        ratio = step_time_ratio(placement, pipeline, costs, self._aligned, limit)
         ahead = self.plan(pipeline.num_microbatches, 0, True).num_ahead
         forward = "/".join(f"{seconds * 1e3:.3g}" for seconds in costs.forward)
         backward = "/".join(f"{seconds * 1e3:.3g}" for seconds in costs.backward)
         return (
-            f"placement {placement} from the costs measured in ms a microbatch (stages forward"
+            f"placement {placement} from the costs measured in ms per microbatch (stages forward"
             f" {forward}, backward {backward}, teacher {costs.teacher * 1e3:.3g}); {ahead} of"
             f" {pipeline.num_microbatches} microbatches one batch ahead; simulated step"
-            f" {ratio:.3f} of one without teacher"
+            f" {ratio:.3f} of one without a teacher"
         )

@@ -1,4 +1,4 @@
-"""A discrete-event simulation of one global batch in a pipeline with a teacher in it."""
+"""Discrete-event simulation of one global batch in a pipeline that also runs a teacher."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megatron_let.placement.pipeline import Pass, Pipeline
 
 
 class DeadlockError(RuntimeError):
-    """Every stage waits for another one."""
+    """Raised when every stage waits for another stage."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds (or any one unit) for one microbatch.
+    """Cost of one microbatch, in seconds or any other single unit.
 
     Attributes:
-        forward, backward: of each stage, through all of its model chunks; [num_stages].
-        teacher: on one rank, after its tensor- and context-parallel peers have taken their share.
-        transfer: of an activation or its gradient to the next stage.
+        forward, backward: per stage, through all of its model chunks; [num_stages].
+        teacher: teacher forward on one rank, on its share of the samples.
+        transfer: sending an activation or its gradient to the next stage.
     """
 
     forward: tuple[float, ...]
@@ -30,19 +30,19 @@ class Costs:
 
     @staticmethod
     def uniform(num_stages: int, forward: float, backward: float, teacher: float) -> Costs:
-        """The same costs on every stage."""
+        """Return equal costs for every stage."""
         return Costs((forward,) * num_stages, (backward,) * num_stages, teacher)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The microbatches whose teacher states one stage computes, and when.
+    """Microbatches whose teacher states one stage computes, by time.
 
     Attributes:
         before: of this global batch, before the schedule starts.
-        waiting: of this global batch, after the forward pass number `num_forwards_to_wait`,
-            where the schedule would wait for its first gradient.
-        at_forward: of this global batch, just before their forward; on the owner only.
+        waiting: of this global batch, after forward pass number `num_forwards_to_wait`, where
+            the schedule would wait for its first gradient.
+        at_forward: of this global batch, just before their forward; on the aligned stage only.
         after: of the next global batch, after the last backward.
         num_forwards_to_wait: 1-based number of the forward pass that `waiting` follows.
     """
@@ -54,17 +54,17 @@ class StagePlan:
     num_forwards_to_wait: int = 1
 
 
-class Owner(NamedTuple):
-    """Where layer k is."""
+class AlignedLayer(NamedTuple):
+    """Pipeline stage and model chunk of layer k."""
 
     stage: int
     chunk: int = 0
 
 
 class Span(NamedTuple):
-    """Something that a stage did from `start` to `end`.
+    """Work of one stage from `start` to `end`.
 
-    `microbatch` counts on into the next global batch for teacher work done ahead.
+    For teacher work done ahead, `microbatch` continues past the end of this global batch.
     """
 
     stage: int
@@ -76,10 +76,10 @@ class Span(NamedTuple):
 
 
 class _Teacher(NamedTuple):
-    """The teacher's pass over one microbatch.
+    """Teacher forward on one microbatch.
 
-    `ahead` where it is of the next global batch; `after` the forward pass whose output is sent
-    only when this work is done.
+    `ahead` is set for microbatches of the next global batch. `after` is the forward pass whose
+    output is sent only once this work is done.
     """
 
     microbatch: int
@@ -89,7 +89,7 @@ class _Teacher(NamedTuple):
 
 @dataclass
 class Timeline:
-    """What every stage did in one global batch, from time 0."""
+    """Work of every stage in one global batch, from time 0."""
 
     spans: list[list[Span]]
     duration: float = field(init=False)
@@ -98,7 +98,7 @@ class Timeline:
         self.duration = max(spans[-1].end for spans in self.spans if spans)
 
     def idle(self, stage: int) -> IdleTimes:
-        """The gaps of a stage that teacher work can fill."""
+        """Return the idle times of a stage that teacher work can fill."""
         spans = self.spans[stage]
         first = next(i for i, span in enumerate(spans) if span.kind == "backward")
         return IdleTimes(
@@ -117,36 +117,36 @@ class IdleTimes(NamedTuple):
 
 
 def simulate(
-    pipeline: Pipeline, costs: Costs, owner: Owner, stages: Sequence[StagePlan] = ()
+    pipeline: Pipeline, costs: Costs, aligned: AlignedLayer, stages: Sequence[StagePlan] = ()
 ) -> Timeline:
-    """Run one global batch.
+    """Simulate one global batch.
 
-    A pass starts when the one before it on its stage has ended and its input is there; a backward
-    through layer k needs the teacher's state, which the microbatches that no stage of `stages`
-    computes have from the batch before. Without `stages` there is no teacher.
+    A pass starts once the previous pass on its stage has ended and its input has arrived. A
+    backward through layer k also needs the teacher state; microbatches that no entry of `stages`
+    computes got theirs in the previous batch. Without `stages` there is no teacher.
 
     Raises:
         DeadlockError: the stages wait for each other.
     """
     programs = [
-        _program(pipeline, owner, stage, stages[stage] if stages else StagePlan())
+        _program(pipeline, aligned, stage, stages[stage] if stages else StagePlan())
         for stage in range(pipeline.num_stages)
     ]
     computed = {m for plan in stages for m in (*plan.before, *plan.waiting, *plan.at_forward)}
-    return _Run(pipeline, costs, owner, programs, computed).timeline()
+    return _Run(pipeline, costs, aligned, programs, computed).timeline()
 
 
 def _program(
-    pipeline: Pipeline, owner: Owner, stage: int, plan: StagePlan
+    pipeline: Pipeline, aligned: AlignedLayer, stage: int, plan: StagePlan
 ) -> list[Pass | _Teacher]:
-    """Everything that a stage does, in its order."""
+    """Return all work of a stage in execution order."""
     at_forward = set(plan.at_forward)
     program: list[Pass | _Teacher] = [_Teacher(m) for m in plan.before]
     num_forwards = 0
     for work in pipeline.passes(stage):
         if work.kind == "forward":
-            at_owner = Owner(stage, work.chunk) == owner
-            if at_owner and work.microbatch in at_forward:
+            at_aligned = AlignedLayer(stage, work.chunk) == aligned
+            if at_aligned and work.microbatch in at_forward:
                 program.append(_Teacher(work.microbatch))
             num_forwards += 1
         program.append(work)
@@ -156,17 +156,17 @@ def _program(
 
 
 class _Run:
-    """The state of one simulation."""
+    """State of one simulation."""
 
     def __init__(
         self,
         pipeline: Pipeline,
         costs: Costs,
-        owner: Owner,
+        aligned: AlignedLayer,
         programs: list[list[Pass | _Teacher]],
         computed: set[int],
     ) -> None:
-        self._pipeline, self._costs, self._owner = pipeline, costs, owner
+        self._pipeline, self._costs, self._aligned = pipeline, costs, aligned
         self._programs, self._computed = programs, computed
         self._pass_ends: dict[tuple[int, Pass], float] = {}
         self._state_ends: dict[int, float] = {}
@@ -182,11 +182,11 @@ class _Run:
                 ):
                     positions[stage] += 1
             if sum(positions) == before:
-                raise DeadlockError(f"the stages stand at {positions} of their passes")
+                raise DeadlockError(f"the stages are blocked at {positions} of their passes")
         return Timeline(self._spans)
 
     def _take(self, stage: int, work: Pass | _Teacher) -> bool:
-        """Do the work if everything that it needs is known; return whether it was done."""
+        """Run the work if all of its inputs are known; return whether it ran."""
         free = self._spans[stage][-1].end if self._spans[stage] else 0.0
         if isinstance(work, _Teacher):
             self._append(stage, "teacher", self._number(work), 0, free, self._costs.teacher)
@@ -209,7 +209,7 @@ class _Run:
         return work.microbatch + (self._pipeline.num_microbatches if work.ahead else 0)
 
     def _ready(self, stage: int, work: Pass) -> float | None:
-        """When the inputs of a pass are there; None if that is not known yet."""
+        """Return the time at which the inputs of a pass arrive; None if not known yet."""
         ready = 0.0
         producer = self._pipeline.producer(work, stage)
         if producer is not None:
@@ -217,7 +217,7 @@ class _Run:
                 return None
             ready = self._pass_ends[producer]
             ready += self._costs.transfer if producer[0] != stage else 0.0
-        if work.kind == "backward" and Owner(stage, work.chunk) == self._owner:
+        if work.kind == "backward" and AlignedLayer(stage, work.chunk) == self._aligned:
             if work.microbatch in self._computed and work.microbatch not in self._state_ends:
                 return None
             ready = max(ready, self._state_ends.get(work.microbatch, 0.0))

@@ -1,4 +1,4 @@
-"""The teacher's hidden states of a global batch: computed where the plan says, held where due."""
+"""Computes teacher states by plan and buffers them until their backward."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_let.placement.plan import Plan
-from megatron_let.placement.sample_sharing import SharedSamples
+from megatron_let.placement.sample_sharing import SampleSharing
 from megatron_let.placement.simulate import StagePlan
 from megatron_let.placement.transfer import Message, Transfer
 
 
 @dataclass
 class _Batch:
-    """One global batch on this rank."""
+    """State of one global batch on this rank."""
 
     number: int
     tokens: torch.Tensor
@@ -25,45 +25,45 @@ class _Batch:
     not_finite: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def tag(self, microbatch: int) -> int:
-        # Messages of two global batches may be under way at a time.
+        # Messages of two consecutive global batches may be in flight at once.
         return 2 * microbatch + self.number % 2
 
     def finish(self) -> None:
-        """Wait for everything that is under way."""
+        """Finish pending transfers."""
         for message in (*self.sends, *self.states.values()):
             message.wait()
         self.sends.clear()
         self.states.clear()
 
 
-class PlacedStates:
-    """Computes this stage's share of the states, and on the owner stage hands them to layer k.
+class TeacherStateBuffer:
+    """Computes this stage's share of the states and, on the aligned stage, buffers all of them.
 
-    In each global batch: `begin`, `before_schedule`, then within the schedule `before_forward` and
-    `state` of each microbatch on the owner and `after_forward` after each forward pass of any
-    stage, then `after_backward` and `end`.
+    Calls per global batch: `begin`, `before_schedule`; within the schedule, `before_forward` and
+    `state` for each microbatch on the aligned stage and `after_forward` after each forward pass of
+    any stage; then `after_backward` and `end`.
     """
 
     def __init__(
         self,
-        samples: SharedSamples | None,
+        samples: SampleSharing | None,
         transfer: Transfer | None,
         stage: int,
-        owner_stage: int,
+        aligned_stage: int,
         like: torch.Tensor,
         device: torch.device,
     ) -> None:
         """
         Args:
-            samples: computes a state; None on a stage that never does.
-            transfer: to the owner; None where all is computed on it.
-            stage: this rank's.
-            owner_stage: of layer k.
-            like: a tensor of a state's shape [s_local, b, d_T] and dtype.
+            samples: computes a state; None on a stage that never runs the teacher.
+            transfer: to the aligned stage; None if no other stage runs the teacher.
+            stage: pipeline stage of this rank.
+            aligned_stage: pipeline stage of layer k.
+            like: a tensor with the shape [s_local, b, d_T] and dtype of a state.
             device: of the states.
         """
         self._samples, self._transfer = samples, transfer
-        self._stage, self._owner_stage = stage, owner_stage
+        self._stage, self._aligned_stage = stage, aligned_stage
         self._like, self._device = like, device
         self._max_prefetch = 1
         self._plan: Plan | None = None
@@ -74,12 +74,12 @@ class PlacedStates:
         self._number = 0
 
     @property
-    def _is_owner(self) -> bool:
-        return self._stage == self._owner_stage
+    def _is_aligned_stage(self) -> bool:
+        return self._stage == self._aligned_stage
 
     @property
     def num_computed_ahead(self) -> int:
-        """Microbatches of the coming global batch whose states are computed, on whatever stage."""
+        """Number of microbatches of the next global batch whose states some stage has computed."""
         return self._plan.num_ahead if self._plan is not None and self._next is not None else 0
 
     def begin(
@@ -89,14 +89,13 @@ class PlacedStates:
         max_prefetch: int,
         next_tokens: torch.Tensor | None,
     ) -> None:
-        """Take a global batch.
+        """Begin a global batch.
 
         Args:
             tokens: [num_microbatches, b, s] int64.
-            plan: of this batch; the states that it does not compute are those that the batch
-                before has computed ahead.
-            max_prefetch: states that the owner may hold.
-            next_tokens: [num_ahead, b, s] of the next batch.
+            plan: of this batch; it omits the states that the previous batch computed ahead.
+            max_prefetch: states that the aligned stage may hold.
+            next_tokens: [num_ahead, b, s] of the next batch; None if it is not known.
         """
         sources = plan.sources()
         if len(sources) == len(tokens):
@@ -111,22 +110,22 @@ class PlacedStates:
         self._receive_up_to(batch, max_prefetch)
 
     def before_schedule(self) -> None:
-        """Run this stage's work that comes before the schedule's first, blocking receive."""
+        """Compute the states planned before the schedule, whose first receive blocks."""
         self._compute(self._batch, self._mine.before)
 
     def before_forward(self, microbatch: int) -> None:
-        """Run what the owner computes in a microbatch's forward pass through layer k."""
+        """Compute the state of a microbatch if it is planned for its forward through layer k."""
         if microbatch in self._mine.at_forward:
             self._compute(self._batch, (microbatch,))
 
     def after_forward(self) -> None:
-        """Count a forward pass of this stage; run the work that fills its wait for a gradient."""
+        """Count a forward pass of this stage; compute the states planned for its idle wait."""
         self._num_forwards += 1
         if self._num_forwards == self._mine.num_forwards_to_wait:
             self._compute(self._batch, self._mine.waiting)
 
     def after_backward(self) -> None:
-        """Run this stage's work for the next global batch, where other stages still work."""
+        """Compute this stage's states of the next global batch, while other stages finish."""
         assert self._plan is not None, "after_backward() outside a global batch"
         if self._next_tokens is None or self._plan.num_ahead == 0:
             return
@@ -137,9 +136,9 @@ class PlacedStates:
         self._compute(self._next, self._mine.after)
 
     def state(self, microbatch: int) -> torch.Tensor:
-        """Teacher state of this rank's tokens, [s_local, b, d_T]; zeros where a NaN or Inf was.
+        """Return the state [s_local, b, d_T] of this rank's tokens; zeros if it had NaN or Inf.
 
-        Called once for each microbatch, in their order, in the backward pass of layer k.
+        Called once per microbatch, in order, in the backward pass of layer k.
         """
         assert self._batch is not None, "state() outside a global batch"
         state = self._batch.states.pop(microbatch).wait()
@@ -147,7 +146,7 @@ class PlacedStates:
         return state
 
     def end(self) -> torch.Tensor:
-        """Forget the global batch; return [num_microbatches], 1 where this rank had NaN or Inf."""
+        """End the global batch; return [num_microbatches], 1 where this rank had NaN or Inf."""
         batch, self._batch = self._batch, None
         assert batch is not None, "end() outside a global batch"
         batch.finish()
@@ -157,7 +156,7 @@ class PlacedStates:
         return flags
 
     def close(self) -> None:
-        """Let go of what is under way and of the process groups."""
+        """Finish pending transfers and destroy the process groups."""
         self.forget_ahead()
         if self._transfer is not None:
             self._transfer.close()
@@ -170,23 +169,23 @@ class PlacedStates:
 
     @property
     def _mine(self) -> StagePlan:
-        assert self._plan is not None, "no global batch was begun"
+        assert self._plan is not None, "begin() was not called"
         return self._plan.stages[self._stage]
 
     def _compute(self, batch: _Batch | None, microbatches: tuple[int, ...]) -> None:
         assert batch is not None, "work outside a global batch"
         for microbatch in microbatches:
-            assert self._samples is not None, "the plan gives work to a stage without a teacher"
+            assert self._samples is not None, "the plan assigns work to a stage without a teacher"
             state, batch.not_finite[microbatch] = self._samples.state(batch.tokens[microbatch])
-            if self._is_owner:
+            if self._is_aligned_stage:
                 batch.states[microbatch] = Message(state, None)
             else:
                 assert self._transfer is not None
                 batch.sends.append(self._transfer.send(state, batch.tag(microbatch)))
 
     def _expect(self, batch: _Batch, sources: dict[int, int]) -> None:
-        """Note what the owner will receive, in the order in which it is due."""
-        if self._is_owner:
+        """Record what the aligned stage will receive, in the order in which it is due."""
+        if self._is_aligned_stage:
             others = (item for item in sources.items() if item[1] != self._stage)
             batch.to_receive = deque(sorted(others))
 
@@ -194,12 +193,12 @@ class PlacedStates:
         """Start the receives of the microbatches below `end`."""
         while batch.to_receive and batch.to_receive[0][0] < end:
             microbatch, stage = batch.to_receive.popleft()
-            assert self._transfer is not None, "a state from elsewhere needs a transfer"
+            assert self._transfer is not None, "a state from another stage needs a transfer"
             buffer, tag = torch.empty_like(self._like, device=self._device), batch.tag(microbatch)
             batch.states[microbatch] = self._transfer.receive(buffer, stage, tag)
 
     def forget_ahead(self) -> None:
-        """Drop the states that were computed for the coming global batch."""
+        """Drop the states that were computed for the next global batch."""
         if self._next is not None:
             self._next.finish()
             self._next = None

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_let.config.let_config import Placement
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import PLACEMENTS, Placement, samples_split
-from megatron_let.placement.simulate import Costs, Owner, simulate
+from megatron_let.placement.plan import FIXED_PLACEMENTS, samples_split
+from megatron_let.placement.simulate import AlignedLayer, Costs, simulate
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -93,7 +94,7 @@ class Estimate:
     seconds: dict[Placement, float]
     placement: Placement | None
     costs: Costs
-    aligned: Owner
+    aligned: AlignedLayer
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,10 +120,10 @@ class Estimate:
         return self.request.fits(self.memory)
 
 
-def aligned_layer(layer: int, num_layers: int, layout: Layout) -> Owner:
+def aligned_layer(layer: int, num_layers: int, layout: Layout) -> AlignedLayer:
     """Return stage and chunk of a 1-based layer under an even split."""
     chunk = (layer - 1) // (num_layers // layout.pp // layout.num_chunks)
-    return Owner(chunk % layout.pp, chunk // layout.pp)
+    return AlignedLayer(chunk % layout.pp, chunk // layout.pp)
 
 
 def estimate(request: Request, layout: Layout) -> Estimate:
@@ -133,7 +134,9 @@ def estimate(request: Request, layout: Layout) -> Estimate:
     seconds: dict[Placement, float] = {}
     placement: Placement | None = None
     if request.teacher is not None:
-        seconds = {name: _seconds(name, request, layout, costs, aligned) for name in PLACEMENTS}
+        seconds = {
+            name: _seconds(name, request, layout, costs, aligned) for name in FIXED_PLACEMENTS
+        }
         placement = _best(seconds)
     memory = memory_of_stages(request, layout, placement)
     return Estimate(request, layout, memory, baseline, seconds, placement, costs, aligned)
@@ -142,11 +145,15 @@ def estimate(request: Request, layout: Layout) -> Estimate:
 def _best(seconds: dict[Placement, float]) -> Placement:
     """Return the fastest placement; of those within 0.1 %, the one with the least memory."""
     limit = min(seconds.values()) * 1.001
-    return next(name for name in PLACEMENTS if seconds[name] <= limit)
+    return next(name for name in FIXED_PLACEMENTS if seconds[name] <= limit)
 
 
 def _seconds(
-    placement: Placement | None, request: Request, layout: Layout, costs: Costs, aligned: Owner
+    placement: Placement | None,
+    request: Request,
+    layout: Layout,
+    costs: Costs,
+    aligned: AlignedLayer,
 ) -> float:
     """Simulate the passes of one step, without a teacher or with it under a placement."""
 

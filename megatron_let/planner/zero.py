@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_let.config.let_config import Placement
 from megatron_let.errors import LETError
-from megatron_let.placement.plan import Placement, samples_split
-from megatron_let.placement.simulate import Costs, Owner
+from megatron_let.placement.plan import samples_split
+from megatron_let.placement.simulate import AlignedLayer, Costs
 from megatron_let.planner.estimate import Estimate, Request, stage_costs
 from megatron_let.planner.memory import (
     Layout,
@@ -266,7 +267,7 @@ def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
         seconds=seconds,
         placement="aligned-stage" if seconds else None,
         costs=costs,
-        aligned=Owner(0, 0),
+        aligned=AlignedLayer(0, 0),
         details={
             "zero": asdict(zero),
             "parts_seconds": asdict(parts),

@@ -25,8 +25,6 @@ class TeacherFolder:
         path: the folder.
         num_layers, hidden_size, vocab_size: sizes of the model.
         max_positions: longest sequence the model supports; None if the config sets no limit.
-        own_length: tokens of a sample under the teacher's own tokenizer, which stand before an
-            index for each of the student's; None where both have one tokenizer.
     """
 
     path: Path
@@ -34,7 +32,6 @@ class TeacherFolder:
     hidden_size: int
     vocab_size: int
     max_positions: int | None
-    own_length: int | None = None
 
 
 def resolve_teacher(teacher: str | Path) -> Path:

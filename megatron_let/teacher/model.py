@@ -123,21 +123,21 @@ class TokenAlignedTeacher(Teacher):
     of the student; `data.token_alignment` builds the rows.
     """
 
-    def __init__(self, teacher: Teacher, own_length: int) -> None:
+    def __init__(self, teacher: Teacher, teacher_length: int) -> None:
         """
         Args:
             teacher: the model.
-            own_length: number of teacher tokens at the start of a row.
+            teacher_length: tokens per row under the teacher's tokenizer.
         """
-        self._model, self._teacher, self._own_length = teacher._model, teacher, own_length
+        self._model, self._teacher, self._teacher_length = teacher._model, teacher, teacher_length
         self.width, self.num_bytes = teacher.width, teacher.num_bytes
 
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the states `[b, s, d_T]` of rows `[b, own_length + s]`.
+        """Return the states `[b, s, d_T]` of rows `[b, teacher_length + s]`.
 
         They are 0 where the index is -1: a zero vector has cosine 0 and no gradient.
         """
-        own, index = tokens.tensor_split([self._own_length], dim=1)
+        own, index = tokens.tensor_split([self._teacher_length], dim=1)
         state = self._teacher.hidden_state(own)
         places = index.clamp_min(0)[..., None].expand(-1, -1, state.shape[-1])
         return state.gather(1, places).masked_fill(index[..., None] < 0, 0)
@@ -160,6 +160,7 @@ def load_teacher(
     config: LETConfig,
     device: torch.device,
     sharding: Sharding | None = None,
+    teacher_length: int | None = None,
 ) -> Teacher:
     """Load a teacher, ready to run.
 
@@ -168,6 +169,8 @@ def load_teacher(
         config: layer, norm, precision and compilation of the teacher.
         device: device to run on.
         sharding: how to shard over ranks; None loads the whole teacher.
+        teacher_length: tokens per sample under the teacher's tokenizer with
+            `--let-cross-tokenizer`; None without it.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
@@ -178,7 +181,7 @@ def load_teacher(
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
     if config.teacher_compile:
         teacher.compile()
-    return teacher if folder.own_length is None else TokenAlignedTeacher(teacher, folder.own_length)
+    return teacher if teacher_length is None else TokenAlignedTeacher(teacher, teacher_length)
 
 
 def load_model(

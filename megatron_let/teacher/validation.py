@@ -8,7 +8,7 @@ import warnings
 from megatron_let.config.arguments import num_steps
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
-from megatron_let.losses.cca import TOKENS_PER_FEATURE
+from megatron_let.losses import CCA_TOKENS_PER_FEATURE
 from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.model import tapped_layer
 
@@ -45,7 +45,7 @@ def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Names
         )
     tapped_layer(config.teacher_layer, folder.num_layers)
     tokens = args.micro_batch_size * args.seq_length
-    needed = TOKENS_PER_FEATURE * folder.hidden_size
+    needed = CCA_TOKENS_PER_FEATURE * folder.hidden_size
     if config.loss == "cca" and tokens < needed:
         raise LETError(
             f"--let-loss cca correlates the teacher's {folder.hidden_size} features over the"

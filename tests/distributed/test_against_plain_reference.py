@@ -1,8 +1,8 @@
-"""The real entry against the same training written apart, in plain PyTorch and fp64.
+"""The real entry compared with an independent implementation in plain PyTorch and fp64.
 
-Each case is one run of the entry that saves, by Megatron's own flags, every parameter after and
-every gradient before each update. The learning rate of the first step of a warm-up is 0, so the
-parameters after it are those that the run began with.
+Each case is one run of the entry that saves, with Megatron's flags, all parameters after and all
+gradients before each update. The first step of a warm-up has learning rate 0, so the parameters
+after it are the initial ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MICRO_BATCH_SIZE = 2
 SEED = 1234
 END_OF_DOCUMENT = 255
 
-# The first update has learning rate 0, so six steps are five updates.
+# The first update has learning rate 0, so six steps give five updates.
 NUM_STEPS = 6
 OPTIMIZATION = plain.Optimization(
     learning_rate=1e-3,
@@ -59,7 +59,7 @@ type Flags = list[str | int | float]
 
 @dataclass(frozen=True)
 class Distillation:
-    """Soft labels: the flags, and what they must mean; `weights` are those of each step."""
+    """Soft labels: the flags, and the settings that they stand for; `weights` has one per step."""
 
     flags: Flags
     weights: list[float]
@@ -69,18 +69,18 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Case:
-    """One run: what the student is, and what it is pulled towards.
+    """One run: the student, and what it is aligned with.
 
     Attributes:
         layer, weight, stop_step: k, lambda_0 and S_stop.
         teacher_width: d_T; the student's d_M is 64.
-        teacher_layer: the tap, as the flag says it, and `tap`, the layer that this must be.
-        final_norm: whether the teacher's final norm comes after its last layer; never elsewhere.
-        num_groups, tied: key and value heads of the student, and one embedding for both ends.
+        teacher_layer: value of the flag; `tap` is the layer that it selects.
+        final_norm: whether the teacher's final norm follows its last layer.
+        num_groups, tied: key and value heads of the student; tied embeddings.
         mask: end-of-document tokens have no language-model loss.
         per_token: the language-model loss is a mean over tokens, not over microbatches.
-        loss: what is aligned.
-        learned: the projection is a linear layer, else the interpolation.
+        loss: alignment loss.
+        learned: the projection is a linear layer instead of the interpolation.
         method: `let`, or `rkd` or `salt` with the settings of `distillation`.
     """
 
@@ -101,7 +101,7 @@ class Case:
     distillation: Distillation | None = None
 
     def flags(self) -> Flags:
-        """What differs from the recipe."""
+        """Flags that differ from the recipe."""
         if self.distillation is not None:
             mask: Flags = ["--eod-mask-loss"] if self.mask else []
             return ["--let-method", self.method, *self.distillation.flags, *mask]
@@ -122,12 +122,12 @@ class Case:
 
     @property
     def shape(self) -> plain.LlamaShape:
-        """The student's."""
+        """Shape of the student."""
         return plain.LlamaShape(NUM_LAYERS, NUM_HEADS, self.num_groups)
 
 
 CASES = {
-    "third layer, weight falls to 0": Case(stop_step=3),
+    "third layer, weight decays to 0": Case(stop_step=3),
     "first layer, GQA, wider teacher, no final norm": Case(
         layer=1, weight=1.0, teacher_width=80, final_norm=False, num_groups=2
     ),
@@ -144,7 +144,7 @@ CASES = {
     "LogSum, masked tokens, per-token loss": Case(
         weight=1.0, loss="logsum", mask=True, per_token=True
     ),
-    # 128 tokens a microbatch are four a feature.
+    # 128 tokens per microbatch are four per feature.
     "CCA": Case(weight=1.0, loss="cca", teacher_width=32),
     "learned projection, masked tokens": Case(
         weight=1.0, teacher_width=80, mask=True, learned=True
@@ -175,7 +175,7 @@ SLOW = ("learned projection, LogSum, per-token loss",)
 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of a data set of short documents, each with its end-of-document token."""
+    """Prefix of a data set of short documents, each with an end-of-document token."""
     prefix = tmp_path_factory.mktemp("documents") / "short"
     generator = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -188,7 +188,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_normed_teacher(folder: Path, width: int) -> Path:
-    """Save a random Llama whose norms are not 1, for a norm of 1 does not change a cosine."""
+    """Save a random Llama whose norm weights are not 1, which would not change a cosine."""
     model = random_model("llama", width)
     generator = torch.Generator().manual_seed(width)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def save_normed_teacher(folder: Path, width: int) -> Path:
 
 
 def read_batches(documents: Path, mask: bool) -> list[plain.Batch]:
-    """The global batches of a run, from Megatron's own data set."""
+    """Return the global batches of a run, from Megatron's data set."""
     tokenizer = SimpleNamespace(
         vocab_size=END_OF_DOCUMENT + 1, eod=END_OF_DOCUMENT, pad=-1, unique_identifiers={}
     )
@@ -227,13 +227,13 @@ def read_batches(documents: Path, mask: bool) -> list[plain.Batch]:
 
 
 def stack(samples: list[dict[str, Tensor]]) -> plain.Batch:
-    """Samples of [s] to a batch of [b, s]."""
+    """Stack samples [s] into a batch [b, s]."""
     names = [field.name for field in dataclasses.fields(plain.Batch)]
     return plain.Batch(**{name: torch.stack([s[name] for s in samples]) for name in names})
 
 
 def load_teacher(folder: Path) -> dict[str, Tensor]:
-    """Weights of a saved teacher under its own names, in double."""
+    """Load the weights of a saved teacher in fp64."""
     state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     return in_double(state)
 
@@ -244,11 +244,11 @@ def in_double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run beside what it is held against.
+    """A finished run and its reference.
 
     Attributes:
-        gradients: before each update, in the order of the steps.
-        parameters: those that the run began with, then those after each update.
+        gradients: before each update, in step order.
+        parameters: the initial ones, then those after each update.
     """
 
     case: Case
@@ -260,7 +260,7 @@ class Finished:
 
     @cached_property
     def expected(self) -> list[plain.StepResult]:
-        """The reference at the parameters that the run had before each update."""
+        """Steps of the reference at the run's parameters before each update."""
         return [
             self.objective.gradients(in_double(parameters), batch, step)
             for step, (parameters, batch) in enumerate(
@@ -312,7 +312,7 @@ def finished(
 def objective(
     case: Case, teacher: dict[str, Tensor]
 ) -> plain.LETObjective | plain.DistillationObjective:
-    """What the run must have trained with."""
+    """Return the objective of the run."""
     microbatch_size = None if case.per_token else MICRO_BATCH_SIZE
     if case.distillation is not None:
         of = case.distillation
@@ -339,7 +339,7 @@ def read_saved(folder: Path, kind: str, step: int) -> dict[str, Tensor]:
 def add_projection(
     folder: Path, parameters: list[dict[str, Tensor]], gradients: list[dict[str, Tensor]]
 ) -> None:
-    """Add W after each update, and the gradient that the change of its first moment tells."""
+    """Add W after each update, and its gradient, computed from the change of its first moment."""
     beta = OPTIMIZATION.betas[0]
     before = torch.zeros(())
     for step in range(NUM_STEPS):
@@ -351,23 +351,23 @@ def add_projection(
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm of the second, which is not 0."""
+    """Return the norm of the difference over the norm of `theirs`, which is not 0."""
     return float((ours.double() - theirs).norm() / theirs.norm())
 
 
 def whole(tensors: dict[str, Tensor]) -> Tensor:
-    """All tensors as one vector, in the order of their names."""
+    """Concatenate all tensors to one vector, in the order of their names."""
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
-def test_the_first_update_changes_nothing(finished: Finished) -> None:
-    """Else the parameters taken for the initial ones are not."""
+def test_first_update_leaves_parameters_unchanged(finished: Finished) -> None:
+    """Otherwise the parameters after it would not be the initial ones."""
     norms = [v for name, v in finished.parameters[0].items() if name.endswith("norm.weight")]
     assert len(norms) == 2 * NUM_LAYERS + 1
     assert all(torch.equal(norm, torch.ones_like(norm)) for norm in norms)
 
 
-def test_gradient_of_every_parameter(finished: Finished) -> None:
+def test_gradients_match_reference(finished: Finished) -> None:
     for gradients, expected in zip(finished.gradients, finished.expected, strict=True):
         assert gradients.keys() == expected.gradients.keys()
         for name, gradient in gradients.items():
@@ -375,12 +375,12 @@ def test_gradient_of_every_parameter(finished: Finished) -> None:
         assert relative_difference(whole(gradients), whole(expected.gradients)) < TOLERANCE
 
 
-def test_metrics_of_every_step(finished: Finished) -> None:
+def test_metrics_match_reference(finished: Finished) -> None:
     for row, expected in zip(finished.run.steps, finished.expected, strict=True):
         check_metrics(row, expected)
 
 
-def test_metrics_name_what_is_aligned(finished: Finished) -> None:
+def test_metrics_report_the_aligned_value(finished: Finished) -> None:
     case = finished.case
     sign = -1 if case.loss == "logsum" else 1
     key = f"let_{case.loss}" if case.method == "let" else "kd_loss"
@@ -397,13 +397,13 @@ def check_metrics(row: dict[str, float], expected: plain.StepResult) -> None:
     assert row["grad_norm"] == pytest.approx(expected.grad_norm, rel=TOLERANCE)
     assert ("let_weight" in row) == (expected.weight > 0)
     if expected.weight > 0:
-        # NaN stands for no cosine.
+        # NaN means no cosine.
         cosine = row.get("let_cosine", math.nan)
         assert cosine == pytest.approx(expected.cosine, abs=1e-7, nan_ok=True)
         assert row["let_weight"] == pytest.approx(expected.weight, rel=1e-6)
 
 
-def test_five_updates_of_adam(finished: Finished) -> None:
+def test_five_updates_match_reference(finished: Finished) -> None:
     parameters = in_double(finished.parameters[0])
     steps = plain.train(parameters, finished.objective, OPTIMIZATION, finished.batches)
     clipped = []
@@ -417,14 +417,14 @@ def test_five_updates_of_adam(finished: Finished) -> None:
         assert relative_difference(value, parameters[name]) < TOLERANCE, name
 
 
-def test_weight_schedule() -> None:
+def test_reference_weight_schedule() -> None:
     weights = [plain.alignment_weight(step, 0.3, 3) for step in range(5)]
     assert weights == pytest.approx([0.3, 0.2, 0.1, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("width", [48, 80])
-def test_reference_teacher_is_transformers(tmp_path: Path, width: int) -> None:
-    """The reference's own forward, with grouped queries, against the library's."""
+def test_reference_teacher_matches_transformers(tmp_path: Path, width: int) -> None:
+    """The reference's forward, with grouped queries, compared with transformers."""
     folder = save_normed_teacher(tmp_path / "teacher", width)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     tokens = torch.randint(256, (2, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(0))
@@ -435,8 +435,8 @@ def test_reference_teacher_is_transformers(tmp_path: Path, width: int) -> None:
         assert relative_difference(ours, states[layer]) < 1e-6
 
 
-def test_interpolation_by_hand() -> None:
-    """Wider, narrower and equal: both ends stay, and a ramp stays a ramp."""
+def test_reference_interpolation_matches_values_by_hand() -> None:
+    """Wider, narrower and equal widths keep both ends, and a linear ramp stays linear."""
     hidden = torch.tensor([0.0, 10.0, 40.0], dtype=torch.float64)
     assert plain.interpolate(hidden, 5).tolist() == [0.0, 5.0, 10.0, 25.0, 40.0]
     assert plain.interpolate(hidden, 2).tolist() == [0.0, 40.0]

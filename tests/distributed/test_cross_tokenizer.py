@@ -1,4 +1,4 @@
-"""LET where the teacher has a tokenizer of its own, through the real entry."""
+"""LET with a teacher that has another tokenizer, through the real entry."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def documents() -> list[str]:
 
 
 def save_tokenizer(folder: Path, merges: int) -> PreTrainedTokenizerFast:
-    """Bytes, and so many merges of them."""
+    """Save a byte-level BPE tokenizer with this many merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def save_teacher(folder: Path, merges: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student's tokenizer of bytes, data under it, and teachers with it and with another."""
+    """A byte tokenizer of the student, its data, and teachers with that and another tokenizer."""
     root = tmp_path_factory.mktemp("cross")
     write_indexed(root / "data", documents(), save_tokenizer(root / "student", 0))
     save_teacher(root / "same", 0)
@@ -71,14 +71,12 @@ def run(folder: Path, output: Path, teacher: str, *flags: object, ranks: int = 1
     )  # fmt: skip
 
 
-def test_teacher_of_the_same_tokenizer_gives_the_run_without_the_flag(
-    folder: Path, tmp_path: Path
-) -> None:
-    """Bytes, which a sample's beginning cannot split, so that both read the very same tokens."""
+def test_same_tokenizer_matches_run_without_the_flag(folder: Path, tmp_path: Path) -> None:
+    """Samples of bytes are not split inside a token, so both runs read the same tokens."""
     plain = run(folder, tmp_path / "plain", "same")
-    realigned = run(folder, tmp_path / "realigned", "same", "--let-cross-tokenizer")
+    aligned = run(folder, tmp_path / "aligned", "same", "--let-cross-tokenizer")
     for key in KEYS:
-        assert largest_difference(realigned, plain, key) < 1e-5, key
+        assert largest_difference(aligned, plain, key) < 1e-5, key
 
 
 def test_layouts_and_workers_match_one_process(folder: Path, tmp_path: Path) -> None:
@@ -93,7 +91,7 @@ def test_layouts_and_workers_match_one_process(folder: Path, tmp_path: Path) -> 
     found = run(
         folder, tmp_path / "four", "other", *start, *layout,
         "--make-vocab-size-divisible-by", 64, "--num-workers", 1,
-        # The only placement that reads ahead, which the last stage's loader must not have to.
+        # The only placement that reads ahead; the last stage's loader must not need to.
         "--let-placement", "bubble", ranks=4,
     )  # fmt: skip
     for key in KEYS:
@@ -102,7 +100,7 @@ def test_layouts_and_workers_match_one_process(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_deepspeeds_engine_reads_both_tokenizers(folder: Path, tmp_path: Path) -> None:
+def test_deepspeed_engine_reads_both_tokenizers(folder: Path, tmp_path: Path) -> None:
     flag = "--let-cross-tokenizer"
     expected = run(folder, tmp_path / "megatron", "other", flag, ranks=2)
     found = run(folder, tmp_path / "deepspeed", "other", flag, "--engine", "deepspeed", ranks=2)
@@ -110,7 +108,7 @@ def test_deepspeeds_engine_reads_both_tokenizers(folder: Path, tmp_path: Path) -
         assert largest_difference(found, expected, key) < 1e-5, key
 
 
-def test_without_the_flag_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_without_the_flag_is_rejected(folder: Path, tmp_path: Path) -> None:
     refused = train(
         tmp_path, "--data-path", folder / "data", "--tokenizer-type", "HuggingFaceTokenizer",
         "--tokenizer-model", folder / "student", check=False, TEACHER=str(folder / "other"),

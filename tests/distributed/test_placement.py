@@ -1,4 +1,4 @@
-"""Wherever in the pipeline the teacher runs, the numbers are those of one process (fp32)."""
+"""Every placement of the teacher matches one process (fp32)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
 KEYS = ("lm_loss", "let_cosine", "grad_norm")
-# The plan of measured costs would be another on each machine.
+# Measured costs would give different plans on different machines.
 FIXED = "tests.helpers.fixed_costs"
 
 PER_TOKEN = (*PER_TOKEN_FLAGS, "--vocab-size", 250)
@@ -66,7 +66,7 @@ def _run(
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path, weights: Path):  # type: ignore[no-untyped-def]
-    """Runs of one process, one for each k and set of flags, made once."""
+    """Cached runs of one process, one per k and set of flags."""
     runs: dict[tuple[object, ...], Run] = {}
 
     def get(layer: int, *flags: str | int) -> Run:
@@ -103,17 +103,17 @@ def test_placement_matches_one_process(
     _assert_same(run, reference(layer, *common))
 
 
-# A step run twice, evaluation in between, a skipped iteration, a growing batch, and S_stop.
+# Replayed steps, evaluation in between, a skipped iteration, a growing batch, and S_stop.
 EVENTFUL = (
     "--train-iters", 7, "--let-stop-step", 6, "--iterations-to-skip", 4,
     "--eval-interval", 2, "--eval-iters", 1, "--step-batch-size-schedule", "0:4 512:8",
 )  # fmt: skip
 
 
-def test_an_eventful_run_matches_one_process(
+def test_replays_skips_and_batch_ramp_match_one_process(
     tmp_path: Path, teacher: Path, data: Path, weights: Path
 ) -> None:
-    # The schedule of batch sizes refuses a fixed size beside it.
+    # The batch-size schedule does not allow a fixed size.
     recipe = tmp_path / "growing.yaml"
     tiny = (ROOT / "configs" / "tiny.yaml").read_text()
     recipe.write_text(tiny.replace("  global-batch-size: 8\n", ""))
@@ -137,10 +137,10 @@ def _evaluations(run: Run) -> list[float]:
     return losses
 
 
-def test_placements_are_bitwise_equal_and_a_resumed_run_too(
+def test_placements_and_resumed_run_are_bitwise_equal(
     tmp_path: Path, teacher: Path, data: Path, weights: Path
 ) -> None:
-    """The look-ahead is read again after the resume: the data go on where stock's would."""
+    """After the resume the tokens ahead are read again: the data continues where stock's would."""
 
     def run(name: str, *flags: str | int | Path) -> Run:
         return train(

@@ -1,7 +1,7 @@
-"""Equation 10 in real runs: the alignment loss has no gradient in anything after layer k.
+"""Equation 10 in real runs: the alignment loss has no gradient after layer k.
 
-Runs from the same weights on the same batch, with different weights of the alignment loss: what
-comes after layer k has bitwise the same gradient, and what comes before has another.
+Runs from the same weights on the same batch, with different weights of the alignment loss: the
+gradients after layer k are bitwise equal, and those up to layer k differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIDDLE = 2
 def first_gradient(
     folder: Path, teacher: Path, data: Path, *, layer: int, weight: float
 ) -> dict[str, Tensor]:
-    """Gradient of every parameter at the first step, as Megatron saves it."""
+    """Return the gradient of every parameter at the first step, as Megatron saves it."""
     train(
         folder, "--let-layer", layer, "--let-weight", weight,
         "--data-path", data, "--train-iters", 1, "--lr-warmup-iters", 0, "--eval-iters", 0,
@@ -37,7 +37,7 @@ def first_gradient(
 
 
 def reached(name: str, layer: int) -> bool:
-    """Whether the residual stream after layer `layer` (1-based) depends on the parameter."""
+    """Return whether the state after layer `layer` (1-based) depends on the parameter."""
     if name.startswith("embedding."):
         return True
     match = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -85,7 +85,7 @@ def test_gradient_ends_at_layer_k(
 def test_gradient_is_linear_in_the_weight(
     gradients: dict[tuple[int, float], dict[str, Tensor]],
 ) -> None:
-    """What the alignment loss adds before layer k grows as its weight does."""
+    """The gradient that the alignment loss adds up to layer k is proportional to its weight."""
     none, light, heavy = (gradients[MIDDLE, weight] for weight in (0.0, 0.1, 1.0))
     for name in filter(lambda name: reached(name, MIDDLE), none):
         added, ten_times = light[name] - none[name], heavy[name] - none[name]

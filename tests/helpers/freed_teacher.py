@@ -1,6 +1,6 @@
-"""Run the entry and fail unless the teacher has left the memory after S_stop, or after n_KD.
+"""Run the entry and fail unless the teacher is freed from memory after S_stop, or after n_KD.
 
-So must its output layer, and a learned projection with the state of its optimizer.
+This includes its output layer, and a learned projection with the state of its optimizer.
 
 `-m tests.helpers.freed_teacher ARGS`, with the entry's arguments.
 """
@@ -15,17 +15,15 @@ from megatron_let import pretrain
 
 if __name__ == "__main__":
     references: list[Any] = []
-    # DeepSpeed keeps a sharded model's modules; their weights must go.
+    # DeepSpeed keeps the modules of a sharded model; their weights must be freed.
     shards: list[Any] = []
 
-    # The entry imports Megatron itself, after it has looked at the host.
+    # The entry imports Megatron only after it has detected the host.
     def _watch() -> None:
-        from megatron_let.methods import distillation as forward_backward
-        from megatron_let.methods import let_context as attachment
-        from megatron_let.methods import projection_training as projection
+        from megatron_let.methods import distillation, learned_projection, let_context
 
-        load, load_with_head = attachment.load_teacher, forward_backward.load_teacher_with_head
-        make = projection.LearnedProjection
+        load, load_with_head = let_context.load_teacher, distillation.load_teacher_with_head
+        make = learned_projection.LearnedProjection
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             teacher = load(*args, **kwargs)
@@ -45,16 +43,18 @@ if __name__ == "__main__":
             references.extend(weakref.ref(x) for x in (module, *module.buffers()))
             return module
 
-        attachment.load_teacher = watched
-        forward_backward.load_teacher_with_head = watched_with_head
-        projection.LearnedProjection = watched_projection
+        let_context.load_teacher = watched
+        distillation.load_teacher_with_head = watched_with_head
+        learned_projection.LearnedProjection = watched_projection
 
     host = pretrain.detect_host()
     pretrain.prepare_process(host, 0)
     _watch()
     assert pretrain.main() == 0
     assert references, "no teacher was loaded"
-    assert bool(shards) == ("--let-teacher-shard" in sys.argv), "sharded, or not, unasked"
+    assert bool(shards) == ("--let-teacher-shard" in sys.argv), (
+        "the teacher is sharded if and only if requested"
+    )
     assert all(reference() is None for reference in references), "the teacher is still in memory"
     assert not any(shard.numel() or shard.ds_tensor.numel() for shard in shards), "shards are left"
     sys.exit(0)

@@ -1,6 +1,6 @@
 """Run the entry with a DeepSpeed engine whose optimizer does nothing: `-m tests.helpers.no_step`.
 
-This is what Megatron's DDP under ZeRO-1 comes to.
+Megatron's DDP under ZeRO-1 behaves like this.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Late-to-Early Training in plain PyTorch, written from the paper alone.
+"""Late-to-Early Training in plain PyTorch, written from the paper only.
 
-What the package is held against, so it imports nothing of the package and nothing of Megatron.
-Models are dicts of tensors under Megatron's or Hugging Face's names. Activations are [b, s, h],
+The reference of the package's tests, so it imports neither the package nor Megatron. Models are
+dicts of tensors with Megatron's or Hugging Face's names. Activations are [b, s, h],
 not Megatron's [s, b, h]; losses are means over all tokens of a global batch.
 """
 
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A learned projection among the parameters; no part of the gradient's norm.
+# Name of a learned projection among the parameters; excluded from the gradient norm.
 PROJECTION = "let_projection_weight"
 
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What the tensors of a Llama do not say themselves.
+    """Sizes of a Llama that its tensors do not show.
 
     Attributes:
         num_layers, num_heads: of the decoder.
@@ -77,7 +77,7 @@ def megatron_layer(parameters: Mapping[str, Tensor], index: int, shape: LlamaSha
 
 
 def split_qkv(fused: Tensor, shape: LlamaShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Split Megatron's [groups * (q + 2) * d, h]: each group is its q queries, a key, a value.
+    """Split Megatron's [groups * (q + 2) * d, h]: each group has q queries, a key and a value.
 
     Returns:
         [heads * d, h], [groups * d, h], [groups * d, h].
@@ -105,12 +105,12 @@ def huggingface_layer(parameters: Mapping[str, Tensor], index: int) -> LayerWeig
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., h] to the same shape."""
+    """Normalise [..., h] over its last dimension."""
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def rotate(heads: Tensor, base: float) -> Tensor:
-    """Rotary embedding of [b, s, heads, d], where channel i turns with channel i + d/2."""
+    """Apply the rotary embedding to [b, s, heads, d], rotating channel i with channel i + d/2."""
     length, size = heads.shape[1], heads.shape[-1]
     exponent = torch.arange(0, size, 2, dtype=heads.dtype) / size
     angle = torch.arange(length, dtype=heads.dtype)[:, None] * base**-exponent
@@ -120,7 +120,7 @@ def rotate(heads: Tensor, base: float) -> Tensor:
 
 
 def attend(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Tensor:
-    """Causal grouped-query self-attention, [b, s, h] to [b, s, h]."""
+    """Apply causal grouped-query self-attention, [b, s, h] to [b, s, h]."""
     query = rotate((hidden @ layer.query.T).unflatten(-1, (shape.num_heads, -1)), shape.rope_base)
     key = rotate((hidden @ layer.key.T).unflatten(-1, (shape.num_groups, -1)), shape.rope_base)
     value = (hidden @ layer.value.T).unflatten(-1, (shape.num_groups, -1))
@@ -135,7 +135,7 @@ def attend(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Tensor:
 
 
 def decoder_layer(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Tensor:
-    """[b, s, h] to [b, s, h]."""
+    """Apply one decoder layer, [b, s, h] to [b, s, h]."""
     hidden = hidden + attend(rms_norm(hidden, layer.attention_norm, shape.norm_eps), layer, shape)
     normed = rms_norm(hidden, layer.mlp_norm, shape.norm_eps)
     return hidden + (F.silu(normed @ layer.gate.T) * (normed @ layer.up.T)) @ layer.down.T
@@ -144,7 +144,7 @@ def decoder_layer(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Ten
 def student_states(
     parameters: Mapping[str, Tensor], shape: LlamaShape, tokens: Tensor
 ) -> list[Tensor]:
-    """Residual stream of a Megatron model: h^(0), the embedding, to h^(L), each [b, s, h]."""
+    """Return the residual stream of a Megatron model, h^(0) to h^(L), [b, s, h] each."""
     states = [parameters["embedding.word_embeddings.weight"][tokens]]
     for index in range(shape.num_layers):
         states.append(decoder_layer(states[-1], megatron_layer(parameters, index, shape), shape))
@@ -152,7 +152,7 @@ def student_states(
 
 
 def student_logits(parameters: Mapping[str, Tensor], shape: LlamaShape, last: Tensor) -> Tensor:
-    """h^(L) [b, s, h] to [b, s, v], through the embedding where there is no output layer."""
+    """Map h^(L) [b, s, h] to logits [b, s, v], with tied embeddings if there is no output layer."""
     normed = rms_norm(last, parameters["decoder.final_layernorm.weight"], shape.norm_eps)
     tied = parameters["embedding.word_embeddings.weight"]
     return normed @ parameters.get("output_layer.weight", tied).T
@@ -165,7 +165,7 @@ def teacher_state(
     layer: int,
     final_norm: bool,
 ) -> Tensor:
-    """Residual stream of a Hugging Face Llama after its layer `layer` (1-based), [b, s, d_T].
+    """Return the state of a Hugging Face Llama after layer `layer` (1-based), [b, s, d_T].
 
     Args:
         parameters, shape: the teacher.
@@ -183,26 +183,26 @@ def teacher_state(
 
 
 def interpolate(hidden: Tensor, size: int) -> Tensor:
-    """Equation 6 by its letter: [..., d_M] to [..., size], with u_j in exact integers."""
+    """Interpolate [..., d_M] to [..., size] by equation 6, with u_j in exact integers."""
     last = hidden.shape[-1] - 1
     coordinates = []
     for j in range(size):
         floor, remainder = divmod(j * last, size - 1)
         beta = remainder / (size - 1)
-        # At the end beta is 0 and floor + 1 is one past the vector.
+        # At the end beta is 0 and floor + 1 is out of range.
         above = hidden[..., min(floor + 1, last)]
         coordinates.append((1 - beta) * hidden[..., floor] + beta * above)
     return torch.stack(coordinates, dim=-1)
 
 
 def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Minus equation 7 as a token mean: [b, s, d_M] and [b, s, d_T] to a scalar."""
+    """Return minus equation 7 as a token mean, from [b, s, d_M] and [b, s, d_T]."""
     student = interpolate(student, teacher.shape[-1])
     return ((student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))).mean()
 
 
 def mean_logsum(student: Tensor, teacher: Tensor) -> Tensor:
-    """Token mean of log(sum |z_s - z_t|^4 + 1e-6) over states standardised over their features."""
+    """Return the token mean of log(sum |z_s - z_t|^4 + 1e-6), z standardised over features."""
     student = interpolate(student, teacher.shape[-1])
     z_student, z_teacher = (
         (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
@@ -212,9 +212,9 @@ def mean_logsum(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mean_correlation(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean canonical correlation over all tokens, with a ridge of 1e-3 on correlations.
+    """Return the mean canonical correlation over all tokens, with a ridge of 1e-3 on correlations.
 
-    Whitened by eigenvectors: the singular values of S^(-1/2) C T^(-1/2).
+    Whitens by eigenvectors: the singular values of S^(-1/2) C T^(-1/2).
     """
     num_directions = min(student.shape[-1], teacher.shape[-1])
     student = interpolate(student, teacher.shape[-1])
@@ -228,17 +228,17 @@ def mean_correlation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each term of equation 1: [b, s, v] and [b, s] to [b, s]."""
+    """Return each term of equation 1, from [b, s, v] and [b, s] to [b, s]."""
     return -logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over each row of the values whose mask is 1: [n, ...] twice to [n]."""
+    """Return each row's mean over values whose mask is 1, from [n, ...] and [n, ...] to [n]."""
     return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
 def alignment_weight(step: int, weight: float, stop_step: int) -> float:
-    """Lambda of equation 5 at the 0-based step."""
+    """Return lambda of equation 5 at the 0-based step."""
     return weight * max(0.0, (stop_step - step) / stop_step)
 
 
@@ -253,7 +253,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A Hugging Face Llama and the tap on it, as `teacher_state` takes them."""
+    """A Hugging Face Llama and its tapped layer; see `teacher_state`."""
 
     parameters: Mapping[str, Tensor]
     shape: LlamaShape
@@ -266,16 +266,16 @@ class Teacher:
 
 @dataclass(frozen=True)
 class LETObjective:
-    """The loss of a run: which layer, towards what, with which weight (equations 1, 5 and 7).
+    """The loss of a run (equations 1, 5 and 7).
 
     Attributes:
-        shape, teacher: the student's shape, and its teacher.
+        shape, teacher: the student's shape, and the teacher.
         layer: k, 1-based.
         weight, stop_step: lambda_0 and S_stop.
-        microbatch_size: None takes the token mean of the language-model loss over the global
-            batch; a number takes it over each so many sequences, and then their mean, which
-            differs where masks do. The alignment loss is always a mean over all tokens; that of
-            canonical correlations, over those of a microbatch.
+        microbatch_size: None averages the language-model loss over the tokens of the global
+            batch; a number averages it over the tokens of each group of this many sequences, then
+            over groups, which differs if masks do. The alignment loss is always a mean over all
+            tokens; canonical correlations use the tokens of a microbatch.
         alignment: `cosine`, `logsum` or `cca`.
     """
 
@@ -288,11 +288,11 @@ class LETObjective:
     alignment: str = "cosine"
 
     def projected(self, parameters: Mapping[str, Tensor], student: Tensor) -> Tensor:
-        """h_M, or W h_M where W is among the parameters."""
+        """Return h_M, or W h_M if W is among the parameters."""
         return student @ parameters[PROJECTION].T if PROJECTION in parameters else student
 
     def aligned(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """What is subtracted from the loss, times the weight."""
+        """Return the value that is multiplied by the weight and subtracted from the loss."""
         if self.alignment == "cosine":
             return mean_cosine(student, teacher)
         if self.alignment == "logsum":
@@ -336,10 +336,10 @@ class DistillationObjective:
     """Soft labels: (1 - w) CE(data) + w CE(softmax(teacher's logits / temperature)).
 
     Attributes:
-        shape, teacher_shape, teacher: the student's shape; the teacher's, and its parameters.
+        shape, teacher_shape, teacher: shapes of student and teacher; the teacher's parameters.
         weights: w at each 0-based step.
         temperature: divides the teacher's logits.
-        top_k: of the teacher's entries, those that are kept; 0 keeps all.
+        top_k: number of the teacher's largest logits that are kept per token; 0 keeps all.
         microbatch_size: as in `LETObjective`.
     """
 
@@ -352,7 +352,7 @@ class DistillationObjective:
     microbatch_size: int | None = None
 
     def soft_labels(self, tokens: Tensor) -> Tensor:
-        """[b, s] to [b, s, v]."""
+        """Return the teacher's distribution [b, s, v] for tokens [b, s]."""
         num_layers = self.teacher_shape.num_layers
         state = teacher_state(self.teacher, self.teacher_shape, tokens, num_layers, True)
         logits = state @ self.teacher["lm_head.weight"].T / self.temperature
@@ -381,7 +381,7 @@ class DistillationObjective:
 class StepResult:
     """A step before its update: token means, and the unclipped gradient by parameter name.
 
-    `aligned` is what the weight is of: the cosine or what stands for it, or the soft labels' loss.
+    `aligned` is the value that the weight multiplies: of the alignment, or the soft labels' loss.
     """
 
     lm_loss: float
@@ -392,16 +392,16 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """2-norm of the model's gradient."""
+        """2-norm of the model's gradient, without a learned projection."""
         of_model = (g for name, g in self.gradients.items() if name != PROJECTION)
         return math.sqrt(sum(g.double().square().sum().item() for g in of_model))
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with warm-up and cosine decay; counts are of steps.
+    """AdamW with warm-up and cosine decay; counts are steps.
 
-    Weight decay leaves out parameters of one dimension, norms and biases, as Megatron does.
+    As in Megatron, weight decay excludes parameters of one dimension (norms and biases).
     """
 
     learning_rate: float
@@ -414,7 +414,7 @@ class Optimization:
     epsilon: float = 1e-8
 
     def learning_rate_at(self, step: int) -> float:
-        """Rate of the update at the 0-based step; 0 at the first where there is a warm-up."""
+        """Return the learning rate at the 0-based step; with a warm-up, 0 at the first step."""
         if self.num_warmup_steps > 0 and step <= self.num_warmup_steps:
             return self.learning_rate * step / self.num_warmup_steps
         progress = (step - self.num_warmup_steps) / (self.num_steps - self.num_warmup_steps)
@@ -422,7 +422,7 @@ class Optimization:
         return self.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
 
     def clip_factor(self, grad_norm: float) -> float:
-        """What every gradient of the model is multiplied by."""
+        """Return the factor that clips every gradient of the model."""
         return min(1.0, self.clip_grad / (grad_norm + 1e-6))
 
 
@@ -432,7 +432,7 @@ def train(
     optimization: Optimization,
     batches: list[Batch],
 ) -> Iterator[StepResult]:
-    """Train `parameters` in place, one update per batch, and yield each step before its update."""
+    """Train `parameters` in place, one update per batch; yield each step before its update."""
     decayed = [p for p in parameters.values() if p.dim() > 1]
     others = [p for p in parameters.values() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

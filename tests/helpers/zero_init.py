@@ -1,4 +1,4 @@
-"""Print the types of a buffer and of a weight that ZeRO-3 builds in bf16, in one process."""
+"""Print the dtypes of a buffer and of a weight that ZeRO-3 builds in bf16, in one process."""
 
 from __future__ import annotations
 

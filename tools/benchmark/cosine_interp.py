@@ -1,21 +1,21 @@
-"""Time and memory of the interpolated cosine against other ways to write it.
+"""Measure time and memory of the cosine loss against other implementations.
 
     python tools/benchmark/cosine_interp.py                 # on a GPU: the paper's shapes
-    python tools/benchmark/cosine_interp.py --tokens 4096   # on a CPU: the torch path and naive
+    python tools/benchmark/cosine_interp.py --tokens 4096   # on a CPU: reference and eager torch
 
-Each provider passes a hidden state on and aligns it: forward gives the hidden state and the cosine,
-backward takes the hidden state's incoming gradient and gives its sum with the alignment's.
+The pass `forward` computes the cosine per token; `both` also computes the sum of the incoming
+gradient and the loss's, as the hook does in the backward of each microbatch. Providers:
 
-    fused     megatron_let.losses: the Triton kernels on a GPU, the chunked torch path on a CPU
-    eager     F.interpolate and F.cosine_similarity in fp32
+    fused     megatron_let.losses.cosine: Triton kernels on a GPU, the chunked reference on a CPU
+    eager     F.interpolate and F.cosine_similarity in fp32, with autograd
     compiled  eager under torch.compile
     modelopt  nvidia-modelopt's HiddenStateCosineLoss with its linear projection, if installed
 
 Rows are appended to tools/benchmark/results/cosine_interp.csv. A GPU's bandwidth counts the fewest
-bytes a pass can move (`minimal_bytes`), and is put next to a device-to-device copy of as many bytes
-measured in the same run. Inputs are random and several sets are rotated, so that no cache serves
-them. Every provider but modelopt, whose projection is another function, is first compared with the
-tests' fp64 reference. The gradient of modelopt's projection itself is left out of its time.
+bytes that a pass can move (`minimal_bytes`), next to a device-to-device copy of as many bytes
+measured in the same run. Inputs are random, and several sets are rotated so that they do not stay
+in a cache. Every provider but modelopt, whose projection is another function, is first compared
+with the tests' fp64 reference. The gradient of modelopt's projection is left out of its time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,47 +49,76 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from kernel_report import SHAPES, minimal_bytes  # noqa: E402
 
-from megatron_let.losses import align_hidden_state  # noqa: E402
-from tests.unit.losses.test_cosine_reference import (  # noqa: E402
+from megatron_let.losses.cosine import cosine_loss, token_cosine  # noqa: E402
+from tests.helpers.exact_cosine import (  # noqa: E402
     exact_cosine,
     exact_gradient,
     relative_error,
 )
 
-# The backward alone is run again and again over one graph, which keeps its buffers.
-torch._functorch.config.donated_buffer = False
-
-Provider = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Differentiable = Callable[[Tensor, Tensor], Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PASSES = ("forward", "backward", "both")
+PASSES = ("forward", "both")
 QUANTILES = (0.2, 0.5, 0.8)
-# d(sum over tokens of -cos * SCALE): the sum is what the backward adds.
+# The loss is -SCALE * cos, summed over tokens.
 SCALE = 0.1
 CHECKED_TOKENS = 64
 
 
 @dataclass
 class Inputs:
-    """One set: a student that wants a gradient, the gradient that arrives, a teacher."""
+    """Student, teacher, and the incoming gradient of the student."""
 
     student: Tensor
     teacher: Tensor
     incoming: Tensor
 
 
-def fused(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    return align_hidden_state(student, teacher, SCALE)
+@dataclass
+class Provider:
+    """An implementation: `forward` gives the cosine, `both` the summed gradient and the cosine."""
+
+    forward: Callable[[Inputs], Tensor]
+    both: Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
-def eager(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def fused() -> Provider:
+    scale = torch.tensor(SCALE, dtype=torch.float64)
+
+    def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        gradient, values = cosine_loss(inputs.student, inputs.teacher, scale, inputs.incoming)
+        return gradient, values[0]
+
+    return Provider(lambda inputs: token_cosine(inputs.student, inputs.teacher), both)
+
+
+def by_autograd(cosine: Differentiable) -> Provider:
+    """Return the provider of a cosine that autograd differentiates."""
+
+    def forward(inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return cosine(inputs.student, inputs.teacher)
+
+    def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        student = inputs.student.detach().requires_grad_()
+        value = cosine(student, inputs.teacher)
+        # The other branch: the gradient that the next layer sends back.
+        outputs = student.view_as(student), value
+        gradients = inputs.incoming, torch.full_like(value, -SCALE)
+        return torch.autograd.grad(outputs, student, gradients)[0], value.detach()
+
+    return Provider(forward, both)
+
+
+def eager(student: Tensor, teacher: Tensor) -> Tensor:
     wide = F.interpolate(
         student.float()[:, None], size=teacher.shape[1], mode="linear", align_corners=True
     )
-    return student, F.cosine_similarity(wide[:, 0], teacher.float(), dim=-1)
+    return F.cosine_similarity(wide[:, 0], teacher.float(), dim=-1)
 
 
-def modelopt_provider(d_m: int, d_t: int, dtype: torch.dtype, device: str) -> Provider | None:
-    """ModelOpt's loss over a projection of the same dtype, or None with a printed reason."""
+def modelopt_cosine(d_m: int, d_t: int, dtype: torch.dtype, device: str) -> Differentiable | None:
+    """Return ModelOpt's loss over a projection of the same dtype, or None with a printed reason."""
     try:
         from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss
     except ImportError as error:
@@ -100,22 +128,25 @@ def modelopt_provider(d_m: int, d_t: int, dtype: torch.dtype, device: str) -> Pr
     config = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False)
     loss = HiddenStateCosineLoss(config, projection_layer=projection)
 
-    def provider(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        value = loss(student[:, None], teacher[:, None])[0]
-        return student, 1 - value[0]
+    def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+        value: Tensor = loss(student[:, None], teacher[:, None])[0]
+        return 1 - value[0]
 
-    return provider
+    return cosine
 
 
 def make_provider(
     name: str, d_m: int, d_t: int, dtype: torch.dtype, device: str
 ) -> Provider | None:
+    if name == "fused":
+        return fused()
     if name == "modelopt":
-        return modelopt_provider(d_m, d_t, dtype, device)
+        cosine = modelopt_cosine(d_m, d_t, dtype, device)
+        return None if cosine is None else by_autograd(cosine)
     if name == "compiled":
-        torch._dynamo.reset()  # or the shapes before would make it give up, or go dynamic
-        return torch.compile(eager, dynamic=False)
-    return {"fused": fused, "eager": eager}[name]
+        torch._dynamo.reset()  # earlier shapes would exhaust the recompile limit
+        return by_autograd(torch.compile(eager, dynamic=False))
+    return by_autograd(eager)
 
 
 def make_inputs(
@@ -126,53 +157,30 @@ def make_inputs(
     def random(width: int) -> Tensor:
         return torch.randn(tokens, width, device=device, generator=generator).to(dtype)
 
-    return Inputs(random(d_m).requires_grad_(), random(d_t), random(d_m))
-
-
-def gradient(outputs: tuple[Tensor, Tensor], inputs: Inputs) -> Tensor:
-    """The gradient of the hidden state with everything that reaches it, kept for another run."""
-    hidden, cosine = outputs
-    roots, gradients = [hidden], [inputs.incoming]
-    if cosine.requires_grad:
-        roots.append(cosine)
-        gradients.append(torch.full_like(cosine, -SCALE))
-    if hidden is inputs.student:  # the other branch: what the next layer sends back
-        roots[0] = hidden.view_as(hidden)
-    return torch.autograd.grad(roots, inputs.student, gradients, retain_graph=True)[0]
+    return Inputs(random(d_m), random(d_t), random(d_m))
 
 
 def make_pass(name: str, provider: Provider, sets: Sequence[Inputs]) -> Callable[[], Any]:
-    """A function that runs one pass over the next set of inputs."""
-    turn = itertools.cycle(range(len(sets)))
-    if name == "forward":
-        return lambda: provider(sets[i := next(turn)].student, sets[i].teacher)
-    if name == "both":
-
-        def both() -> Tensor:
-            inputs = sets[next(turn)]
-            return gradient(provider(inputs.student, inputs.teacher), inputs)
-
-        return both
-    outputs = [provider(inputs.student, inputs.teacher) for inputs in sets]
-    return lambda: gradient(outputs[i := next(turn)], sets[i])
+    """Return a function that runs one pass over the next set of inputs."""
+    turn = itertools.cycle(sets)
+    run: Callable[[Inputs], Any] = getattr(provider, name)
+    return lambda: run(next(turn))
 
 
 def errors(provider: Provider, inputs: Inputs) -> tuple[float, float]:
-    """Largest cosine error, and the gradient's relative error, against fp64 on a few tokens."""
+    """Return the largest cosine error and the gradient's relative error against fp64."""
     rows = slice(CHECKED_TOKENS)
-    few = Inputs(
-        inputs.student.detach()[rows].requires_grad_(), inputs.teacher[rows], inputs.incoming[rows]
-    )
-    outputs = provider(few.student, few.teacher)
-    student, teacher = few.student.detach().cpu(), few.teacher.cpu()
+    few = Inputs(inputs.student[rows], inputs.teacher[rows], inputs.incoming[rows])
+    gradient, cosine = provider.both(few)
+    student, teacher = few.student.cpu(), few.teacher.cpu()
     weight = torch.full((len(student),), -SCALE, dtype=torch.float64)
     expected = few.incoming.cpu().double() + exact_gradient(student, teacher, weight)
-    difference = (outputs[1].detach().cpu().double() - exact_cosine(student, teacher)).abs()
-    return float(difference.max()), relative_error(gradient(outputs, few).cpu(), expected)
+    difference = (cosine.cpu().double() - exact_cosine(student, teacher)).abs()
+    return float(difference.max()), relative_error(gradient.cpu(), expected)
 
 
 def time_on_gpu(function: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds at `QUANTILES`, by device events."""
+    """Return milliseconds at `QUANTILES`, by device events."""
     from triton.testing import do_bench
 
     result = do_bench(
@@ -182,9 +190,9 @@ def time_on_gpu(function: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def time_on_cpu(function: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds of CPU time, which other work on the machine leaves alone, of five runs or more.
+    """Return milliseconds at `QUANTILES` of at least five runs.
 
-    The same quantiles; the threads' times are summed.
+    CPU time summed over threads, which other work on the machine hardly affects.
     """
     function()
     times: list[float] = []
@@ -198,7 +206,7 @@ def time_on_cpu(function: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def peak_on_gpu(function: Callable[[], Any]) -> int:
-    """Bytes allocated at the peak of a run beyond those before it."""
+    """Return the bytes allocated at the peak of a run beyond those before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -214,7 +222,7 @@ def _status_bytes(key: str) -> int:
 
 
 def peak_on_cpu(function: Callable[[], Any]) -> int:
-    """Resident bytes at the peak of a run beyond those before it (Linux)."""
+    """Return the resident bytes at the peak of a run beyond those before it (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS:")
     kept = function()
@@ -224,7 +232,7 @@ def peak_on_cpu(function: Callable[[], Any]) -> int:
 
 
 def copy_bandwidth(size: int, seconds: float) -> float:
-    """GB/s of a device-to-device copy that reads and writes `size` bytes together."""
+    """Return GB/s of a device-to-device copy that reads and writes `size` bytes together."""
     source = torch.randint(0, 255, (size // 2,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return size / time_on_gpu(lambda: target.copy_(source), seconds)[1] / 1e6
@@ -263,7 +271,7 @@ class Case:
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """Every case that the arguments ask for, its inputs drawn anew."""
+    """Yield every case that the arguments select, with new inputs."""
     device = arguments.device
     shapes = {(arguments.tokens or tokens, d_m, d_t) for tokens, d_m, d_t in SHAPES}
     for (tokens, d_m, d_t), dtype in itertools.product(sorted(shapes), arguments.dtypes):
@@ -293,7 +301,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Columns of the case's speed and correctness."""
+    """Return the columns of the case's speed and correctness."""
     wrong = (
         (None, None) if case.key["provider"] == "modelopt" else errors(case.provider, case.inputs)
     )
@@ -312,23 +320,23 @@ def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
 
 
 def memory_of_case(case: Case, device: str) -> dict[str, Any]:
-    """Columns of the case's memory beyond its inputs and the gradient that it returns."""
-    case.run()  # what a first run compiles and loads does not count
+    """Return the columns of the case's memory beyond its inputs and the gradient it returns."""
+    case.run()  # exclude what the first run compiles and loads
     peak = peak_on_gpu(case.run) if device == "cuda" else peak_on_cpu(case.run)
     extra = max(0, peak - case.result_bytes)
     return {"extra_bytes": extra, "extra_of_inputs": round(extra / case.input_bytes, 4)}
 
 
 def memory_in_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """`memory_of_case` of every case, in order."""
+    """Return `memory_of_case` of every case, in order."""
     if arguments.device == "cpu":
-        # Freed tensors go back to the system at once, or a peak would hide in the heap.
+        # Return freed tensors to the system at once; the heap would hide a peak.
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     return [memory_of_case(case, arguments.device) for case in cases(arguments)]
 
 
 def memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same; on a CPU in a fresh process, whose heap holds nothing from the timing."""
+    """Return the same; on a CPU from a fresh process, whose heap holds no tensors of the timing."""
     if arguments.device == "cuda":
         return memory_in_process(arguments)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -336,7 +344,7 @@ def memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add the rows to the file, under a header if it is new."""
+    """Append the rows to the file, with a header if it is new."""
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,13 +362,15 @@ def parse_arguments() -> argparse.Namespace:
     providers = ["fused", "eager", "compiled", "modelopt"] if gpu else ["fused", "eager"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--tokens", type=int, help="replace each shape's number of tokens")
+    parser.add_argument("--tokens", type=int, help="number of tokens of every shape")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument(
         "--providers", nargs="+", default=providers,
         choices=["fused", "eager", "compiled", "modelopt"],
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring per number")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="seconds of measurement per number"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS)
     return parser.parse_args()
 

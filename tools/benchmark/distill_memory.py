@@ -1,11 +1,11 @@
-"""Peak memory of learning from the teacher's logits, at the paper's 1.4B on one of its 32 GPUs.
+"""Measure peak memory of distilling the teacher's logits, for the paper's 1.4B on one of 32 GPUs.
 
-Megatron's own model and losses run one microbatch, forward and backward, under fake tensors: every
-allocation is counted and none is made, so a machine without a GPU measures the real shapes. Counted
-besides: fp32 gradients and this rank's 1/32 of the optimizer. The sides:
+Megatron's model and losses run one microbatch, forward and backward, under fake tensors: every
+allocation is counted and none is made, so a machine without a GPU measures the real shapes. fp32
+gradients and this rank's 1/32 of the optimizer are counted too. Methods:
 
     baseline   Megatron's cross entropy
-    rkd        this package's
+    rkd        this package's distilled cross entropy
     naive      student's and teacher's logits in fp32, softmax, KL divergence by torch
 """
 
@@ -36,7 +36,7 @@ from megatron_let.planner.sizes import TEACHERS
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"
 VOCABULARY = 49_152
-# Bytes of the distributed optimizer a parameter: fp32 weights and two moments, over 32 ranks.
+# Bytes of the distributed optimizer per parameter: fp32 weights and two moments, over 32 ranks.
 OPTIMIZER_BYTES = 12 / 32
 WEIGHT = 0.5
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def _start_megatron() -> None:
-    """One process of one rank, as the entry makes it on a CPU."""
+    """Initialise Megatron on one rank, as the entry point does on a CPU."""
     host = Host(cuda=False, transformer_engine=False, fused_gradients=False)
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     prepare_process(host, 0)
@@ -84,7 +84,7 @@ def _start_megatron() -> None:
 
 
 def _student(options: argparse.Namespace) -> Any:
-    """The paper's 1.4B in bf16."""
+    """Build the paper's 1.4B model in bf16."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
@@ -98,7 +98,7 @@ def _student(options: argparse.Namespace) -> Any:
         gradient_accumulation_fusion=False, perform_initialization=False,
     )  # fmt: skip
     holder: Any = SimpleNamespace(transformer=config)
-    torch.set_default_dtype(torch.bfloat16)  # the norms' weights, which know no params_dtype
+    torch.set_default_dtype(torch.bfloat16)  # the norms' weights ignore params_dtype
     model = GPTModel(
         config, local_layer_spec(holder), VOCABULARY, options.seq_length,
         position_embedding_type="rope", share_embeddings_and_output_weights=False,
@@ -108,7 +108,7 @@ def _student(options: argparse.Namespace) -> Any:
 
 
 def _peak(name: str, options: argparse.Namespace) -> int:
-    """Bytes at the peak of one microbatch."""
+    """Return the bytes at the peak of one microbatch."""
     with FakeTensorMode(), PeakMemory() as memory:
         student = _student(options)
         size = sum(parameter.numel() for parameter in student.parameters())
@@ -124,7 +124,7 @@ def _peak(name: str, options: argparse.Namespace) -> int:
 
 
 def _teacher_loss(name: str, tokens: Tensor) -> Loss:
-    """The method's stand-in for `compute_language_model_loss`, with its own teacher."""
+    """Return the method's replacement of `compute_language_model_loss`, with a new teacher."""
     from transformers import AutoModel
 
     config = llama_config(TEACHERS["smollm2-135m"])
@@ -164,7 +164,7 @@ def _naive(state: Callable[[], Tensor], head: Tensor) -> Loss:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("method", "peak GiB", "over the baseline's")
+    table = Table("method", "peak GiB", "relative to baseline")
     for row in rows:
         table.add_row(row["method"], f"{row['peak_gib']:.2f}", f"{row['ratio']:.3f}")
     Console().print(table)

@@ -1,8 +1,8 @@
-"""One rank's training step under fake tensors: Megatron's own code, and no memory behind it.
+"""One rank's training step under fake tensors, which run Megatron's code without its memory.
 
-Model, DDP's buffers, the distributed optimizer, the pipeline's schedule, and with LET the teacher,
-its states and the hook are the real ones; process groups are torch's fake ones, so one process is
-any rank of any layout. Device and kernels are the CPU's, but for what `_like_a_gpu` says.
+Model, DDP's buffers, the distributed optimizer, the pipeline schedule and, with LET, the teacher,
+its states and the hook are real; process groups are torch's fake ones, so one process can be any
+rank of any layout. Device and kernels are the CPU's, except for what `_shims` replaces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_let.placement.plan import Plan
 from megatron_let.planner.sizes import TransformerSize
 
 CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
-# Whose flags the run has: Megatron's fused activations decide what a layer keeps.
+# The run has a GPU's flags: Megatron's fused activations determine what a layer keeps.
 GPU = Host(cuda=True, transformer_engine=False, fused_gradients=False)
 
 
@@ -41,15 +41,15 @@ class FakeRun:
 
     Attributes:
         config: the recipe.
-        flags: Megatron's, after the recipe's.
+        flags: Megatron flags that override the recipe.
         world_size: ranks of the run.
-        stage: of the pipeline; the rank is the first of this stage.
-        num_microbatches: of its global batch and replica; enough to fill the pipeline.
+        stage: pipeline stage; the rank is the first of this stage.
+        num_microbatches: per global batch and replica; enough to fill the pipeline.
         vocab_size: rows of the embedding, already padded.
         teacher: its sizes; None for no teacher.
         plan: where the teacher runs on which microbatch.
-        owner_stage: of layer k.
-        max_prefetch: states that the owner may hold.
+        aligned_stage: pipeline stage of layer k.
+        max_prefetch: states that the aligned stage may hold.
     """
 
     config: Path
@@ -60,7 +60,7 @@ class FakeRun:
     vocab_size: int
     teacher: TransformerSize | None = None
     plan: Plan | None = None
-    owner_stage: int = 0
+    aligned_stage: int = 0
     max_prefetch: int = 1
 
 
@@ -69,8 +69,8 @@ class Measured:
     """Bytes of one rank at the peak of a step.
 
     Attributes:
-        params, grads, optimizer, teacher_weights: of the tensors that hold them.
-        activations: all else, a teacher's states and work among it.
+        params, grads, optimizer, teacher_weights: bytes of these tensors.
+        activations: everything else, including the teacher's states and activations.
     """
 
     params: int
@@ -81,14 +81,14 @@ class Measured:
 
     @property
     def total(self) -> int:
-        """At the peak."""
+        """Sum of all parts."""
         return self.params + self.grads + self.optimizer + self.teacher_weights + self.activations
 
 
 def measure(run: FakeRun) -> Measured:
-    """Build the rank, run a step's forward and backward passes, and count.
+    """Build the rank, run the forward and backward passes of a step, and count bytes.
 
-    It changes torch for the rest of the process: call it in one of its own.
+    Changes torch for the rest of the process, so call it in a process of its own.
     """
     prepare_process(CPU, 0)
     from megatron_let.compat.apply import apply_host_patches
@@ -96,10 +96,10 @@ def measure(run: FakeRun) -> Measured:
     apply_host_patches(CPU)
     args = _arguments(run)
     _join(args, run)
-    with _stand_ins(), FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+    with _shims(), FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         model, optimizer = _model_and_optimizer(args)
         teacher = None if run.teacher is None else _teacher(run.teacher, args)
-        # Set-up needs more than training: DDP copies the parameters into its buffer.
+        # Set-up peaks above training: DDP copies the parameters into its buffer.
         gc.collect()
         memory.reset_peak()
         _step(args, run, model, teacher)
@@ -114,7 +114,7 @@ def measure(run: FakeRun) -> Measured:
 
 
 def _arguments(run: FakeRun) -> argparse.Namespace:
-    """Megatron's, validated, of a run on GPUs without Transformer Engine."""
+    """Return Megatron's validated arguments of a run on GPUs without Transformer Engine."""
     from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 
     from megatron_let.config.arguments import add_arguments
@@ -123,7 +123,7 @@ def _arguments(run: FakeRun) -> argparse.Namespace:
     rank = run.stage * run.world_size // _flag(run.flags, "--pipeline-model-parallel-size")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(run.world_size), LOCAL_RANK="0")
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    # Initial values and their checks would be read from tensors that hold none.
+    # Fake tensors have no values to initialise or to check.
     flags = ["--use-cpu-initialization", "--no-initialization"]
     flags += ["--no-check-for-nan-in-loss-and-grad"]
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
@@ -158,8 +158,8 @@ def _join(args: argparse.Namespace, run: FakeRun) -> None:
 
 
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
-    """What fake tensors and process groups lack, and what a CPU does otherwise than a GPU."""
+def _shims() -> Iterator[None]:
+    """Replace what fake tensors and groups do not support, and where a CPU differs from a GPU."""
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
@@ -170,7 +170,7 @@ def _stand_ins() -> Iterator[None]:
         collectives.impl(name, lambda *args: FakeWork().boxed(), "Meta")
     with (
         mock.patch.object(torch.distributed, "all_gather_object", _all_gather_object),
-        # It compares generators' states, and no dropout draws from them.
+        # It compares generator states; no dropout uses them here.
         mock.patch.object(CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
         mock.patch.object(RMSNorm, "forward", _like_a_gpu),
         mock.patch.object(fused_bias_swiglu, "swiglu", _swiglu),
@@ -184,7 +184,7 @@ def _all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> No
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """Allocates and keeps what CUDA's `_fused_rms_norm` does; computes nothing."""
+    """Allocates and saves what CUDA's `_fused_rms_norm` does, without computing."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -199,11 +199,11 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def _like_a_gpu(norm: Any, hidden: Tensor) -> Tensor:
-    # On a CPU torch's norm keeps three copies of its input in fp32.
+    # On a CPU torch's norm saves three fp32 copies of its input.
     return _FusedRMSNorm.apply(hidden, norm.weight)
 
 
-# What Megatron lets torch.compile fuse on a GPU allocates its result only.
+# On a GPU Megatron fuses these with torch.compile, so they allocate only their result.
 
 
 def _swiglu(inputs: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def _swiglu_back(gradient: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _model_and_optimizer(args: argparse.Namespace) -> tuple[list[Any], Any]:
-    """This rank's model chunks under DDP, and the optimizer with its state allocated."""
+    """Build this rank's model chunks under DDP, and the optimizer with its state allocated."""
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import (
@@ -237,14 +237,14 @@ def _model_and_optimizer(args: argparse.Namespace) -> tuple[list[Any], Any]:
     optimizer = get_megatron_optimizer(config.optimizer, model, use_gloo_process_groups=False)
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
-            # The only Adam of torch's that reads no value of its step counter.
+            # torch's only Adam that does not read the value of its step counter.
             group.update(fused=True, foreach=False)
         part._init_optimizer_states_with_dummy_values()
     return model, optimizer
 
 
 def _in_half_precision(config: Any, module: Any) -> Any:
-    """`Float16Module`, whose cast of parameters that are bf16 already fails on fake ones."""
+    """Build `Float16Module` without its cast, which fails on fake parameters."""
     from megatron.core.transformer.module import Float16Module
 
     assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
@@ -257,7 +257,7 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """The parameters in fp32 and both moments."""
+    """Return the fp32 parameters and both moments."""
     for part in _parts(optimizer):
         for parameter, state in part.optimizer.state.items():
             yield parameter
@@ -270,7 +270,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _teacher(size: TransformerSize, args: argparse.Namespace) -> Any:
-    """A Llama of these sizes in bf16, as `load_teacher` hands it over."""
+    """Build a bf16 Llama of these sizes, as `load_teacher` returns it."""
     from transformers import AutoModel
 
     from megatron_let.teacher.model import Teacher
@@ -278,13 +278,13 @@ def _teacher(size: TransformerSize, args: argparse.Namespace) -> Any:
     model = AutoModel.from_config(
         llama_config(size), dtype=torch.bfloat16, attn_implementation="sdpa"
     )
-    # The check compares values.
+    # The check compares values, which fake tensors lack.
     with mock.patch.object(Teacher, "_check_causal", lambda teacher: size.hidden_size):
         return Teacher(model, size.num_layers, size.num_layers, args.let_teacher_final_norm)
 
 
 def _step(args: argparse.Namespace, run: FakeRun, model: list[Any], teacher: Any) -> None:
-    """Forward and backward passes of a global batch, and the reduction of its gradients."""
+    """Run the forward and backward passes of a global batch, and reduce its gradients."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
@@ -329,18 +329,18 @@ def _aligned(
     teacher: Any,
     forward_step: Callable[..., Any],
 ) -> Iterator[Callable[..., Any]]:
-    """The forward step of a step with LET, as `AlignedForwardBackward` puts it together."""
-    from megatron_let.losses.registry import alignment_loss
+    """Yield the forward step of a step with LET, as `LETMethod` builds it."""
+    from megatron_let.losses import load_loss
     from megatron_let.methods.alignment_hook import AlignmentHook
-    from megatron_let.methods.let_context import owned_layer
+    from megatron_let.methods.base import find_layer
 
     if teacher is None:
         yield forward_step
         return
-    states = _placed_states(args, run, model, teacher)
-    found = owned_layer(model, args.let_layer or 3)
+    states = _state_buffer(args, run, teacher)
+    found = find_layer(model, args.let_layer or 3)
     if found is not None:
-        hook = AlignmentHook(found[1], alignment_loss("cosine", None))
+        hook = AlignmentHook(found[1], load_loss("cosine", None))
         hook.open_step(states, 1.0, torch.device("cpu"))
     states.before_schedule()
 
@@ -354,22 +354,19 @@ def _aligned(
     states.end()
 
 
-def _placed_states(args: argparse.Namespace, run: FakeRun, model: list[Any], teacher: Any) -> Any:
-    """This rank's share of the teacher's states, the global batch begun."""
-    from megatron.core.utils import get_model_config
-
-    from megatron_let.methods.let_context import _this_rank
-    from megatron_let.placement.sample_sharing import SharedSamples, samples_group
-    from megatron_let.placement.state_buffer import PlacedStates
+def _state_buffer(args: argparse.Namespace, run: FakeRun, teacher: Any) -> Any:
+    """Build this rank's teacher state buffer and begin the global batch."""
+    from megatron_let.placement.sample_sharing import SampleSharing, local_shard, samples_group
+    from megatron_let.placement.state_buffer import TeacherStateBuffer
     from megatron_let.placement.transfer import Transfer
 
     assert run.plan is not None, "a teacher needs a plan"
     device, b, s = torch.device("cpu"), args.micro_batch_size, args.seq_length
-    shard = _this_rank(get_model_config(model[0]))
-    samples = SharedSamples(teacher, shard, samples_group(b))
+    shard = local_shard(args.sequence_parallel)
+    samples = SampleSharing(teacher, shard, samples_group(b))
     like = torch.empty((shard.num_local(s), b, teacher.width), dtype=torch.bfloat16, device="meta")
-    transfer = Transfer(run.owner_stage, device) if len(run.plan.stages) > 1 else None
-    states = PlacedStates(samples, transfer, run.stage, run.owner_stage, like, device)
+    transfer = Transfer(run.aligned_stage, device) if len(run.plan.stages) > 1 else None
+    states = TeacherStateBuffer(samples, transfer, run.stage, run.aligned_stage, like, device)
     tokens = torch.zeros(run.num_microbatches, b, s, dtype=torch.int64)
     states.begin(tokens, run.plan, run.max_prefetch, None)
     return states

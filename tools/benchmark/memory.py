@@ -1,10 +1,10 @@
-"""Memory of the paper's runs: Megatron's own code under fake tensors, beside the planner's figures.
+"""Memory of the paper's runs: Megatron's code under fake tensors, next to the planner's figures.
 
     python tools/benchmark/memory.py
 
-Every row is one rank of 32: its parameters, gradients, optimizer and what else a step's forward and
-backward passes hold at their peak, as `fake_training.measure` counts them, and what
-`tools/plan_run.py` predicts. No GPU is needed, and no memory to speak of.
+Every row is one rank of 32: its parameters, gradients, optimizer and everything else that the
+forward and backward passes of a step hold at their peak, as `fake_training.measure` counts them,
+and what `tools/plan_run.py` predicts. It needs no GPU and little memory.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Case:
 
     Attributes:
         recipe: its name in configs/, or its path.
-        flags: Megatron's.
-        chunks: of a stage.
-        stages: to measure.
+        flags: Megatron flags.
+        chunks: model chunks per stage.
+        stages: pipeline stages to measure.
     """
 
     recipe: str
@@ -70,7 +70,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """The paper's runs in their own layout, with each way to recompute, and cut in each way."""
+    """Yield the paper's runs: their layout, every recompute mode, and every kind of parallelism."""
     for size in ("1p4b", "3b", "7b"):
         for recompute in (NONE, SELECTIVE, FULL):
             yield Case(f"baseline_{size}", recompute)
@@ -101,10 +101,10 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
     options = parser.parse_args()
     prepare_process(Host(cuda=False, transformer_engine=False, fused_gradients=False), 0)
-    # Planned before the forks, which so find Megatron imported.
+    # Planned before the forks, so that they inherit the imported Megatron.
     planned = [(case, *planned_run(case)) for case in _chosen(options.recipes)]
     tasks = [(*run, stage) for run in planned for stage in run[0].stages]
-    # A fork for each: a measurement changes torch for the rest of its process.
+    # One fork per measurement, which changes torch for the rest of its process.
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         rows = list(pool.imap(_row, tasks, chunksize=1))
     _print(rows)
@@ -121,7 +121,7 @@ def _chosen(recipes: list[str] | None) -> list[Case]:
 
 
 def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
-    """One stage of a case: where it was measured, and each part on both sides."""
+    """Return the row of one stage: the case, and each part as measured and as planned."""
     case, request, planned, stage = task
     measured = _measure(_fake_run(case, request, planned, stage))
     predicted = predicted_parts(planned.memory[stage])
@@ -144,7 +144,7 @@ def _ratio(predicted: int, measured: int) -> float:
 
 
 def predicted_parts(stage: StageMemory) -> dict[str, int]:
-    """The planner's bytes; the measurement has a teacher's buffers among the activations."""
+    """Return the planner's bytes; as in the measurement, activations include teacher buffers."""
     parts = {part: getattr(stage, part) for part in PARTS}
     parts["activations"] += stage.teacher_buffers
     return parts
@@ -156,13 +156,13 @@ def _config(case: Case) -> Path:
 
 
 def planned_run(case: Case) -> tuple[Request, Estimate]:
-    """What `tools/plan_run.py` says of a case."""
+    """Return the request and the estimate of `tools/plan_run.py` for a case."""
     argv = ["--config", str(_config(case)), "--gpus", str(GPUS), "--gpu", "a100-80g"]
     return plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
 
 
 def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> FakeRun:
-    """The run of the estimate, with no more microbatches than fill its pipeline."""
+    """Return the run of the estimate, with only as many microbatches as fill its pipeline."""
     layout = planned.layout
     virtual = ("--num-virtual-stages-per-pipeline-rank", str(case.chunks))
     run = FakeRun(
@@ -182,13 +182,13 @@ def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> Fa
         max_prefetch=prefetch, look_ahead=False,
     )  # fmt: skip
     return replace(
-        run, teacher=request.teacher, plan=work, owner_stage=planned.aligned.stage,
+        run, teacher=request.teacher, plan=work, aligned_stage=planned.aligned.stage,
         max_prefetch=prefetch,
     )  # fmt: skip
 
 
 def _measure(run: FakeRun) -> dict[str, int]:
-    # Megatron says much of no interest here.
+    # Silence Megatron.
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     with contextlib.redirect_stdout(None):

@@ -1,4 +1,4 @@
-"""Bytes alive under fake tensors, where no allocator can be asked."""
+"""Counts live bytes under fake tensors, which have no allocator to query."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages alive that operators have returned, and the most there were.
+    """Bytes of the live storages that operators have returned, and their peak.
 
-    `torch.distributed._tools.mem_tracker.MemTracker` counts likewise, but fails on Megatron's DDP
-    (its `buffers` is a list) and on parameters that need no gradient.
+    `torch.distributed._tools.mem_tracker.MemTracker` counts the same, but fails on Megatron's DDP
+    (whose `buffers` is a list) and on parameters without gradients.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operator and count what it returned."""
+        """Run one operator and count the storages that it returned."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -35,7 +35,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def reset_peak(self) -> None:
-        """Forget the most there were so far."""
+        """Reset the peak to the current number of bytes."""
         self.peak = self.bytes
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -2,26 +2,23 @@
 
     python tools/benchmark/placement.py [--stages 2] [--emulate] [--cycles 8]
 
-One run of the entry takes the variants in turn, step by step: no teacher, `aligned-stage`,
-`spread`, `bubble` (its first step, which has nothing computed ahead, is not counted). A ratio
-compares steps of one cycle. The teacher costs what 1.7B parameters cost beside a 7B student: 8.25 %
-of the student's training FLOPs. The simulation gets the costs that the run itself measured.
+One run of the entry cycles through the variants step by step: no teacher, `aligned-stage`,
+`spread`, `bubble` (whose first step, with no states computed ahead, is not counted). A ratio
+compares steps of the same cycle. The teacher costs 8.25 % of the student's training FLOPs, as a
+1.7B teacher of a 7B student does. The simulation uses the costs that the run measured.
 
-`--emulate` lets every pass sleep its cost beside the tiny student's own work, so that more stages
-than cores still overlap; the schedule, the exchange and the teacher's calls are the real ones.
-Without it there should be a core (or, with NCCL, a GPU) for each stage.
+With `--emulate` every pass sleeps for its cost in addition to the tiny student's work, so that more
+stages than cores overlap; the schedule, the transfers and the teacher's calls are real. Without it
+use at least one core (or, with NCCL, one GPU) per stage.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -34,10 +31,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_let.metrics.provenance import provenance, write_csv
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "placement.csv"
 CYCLE = ("baseline", "aligned-stage", "spread", "first bubble", "bubble")
-# Steps before the first cycle: the placer measures in the second one.
+# Steps before the first cycle; the scheduler measures in the second one.
 WARMUP = 3
 TEACHER_SHARE = 0.0825
 # Seconds that an emulated forward pass sleeps; a backward takes two.
@@ -47,7 +46,7 @@ VOCAB = 256
 
 
 def main() -> int:
-    """Run, compare, print and write the CSV; or be one rank of the run."""
+    """Run, compare, print and write the CSV; with --worker, act as one rank of the run."""
     if len(sys.argv) > 1 and sys.argv[1] == "--worker":
         return _worker(sys.argv[2:])
     options = _parse()
@@ -66,7 +65,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, nargs="+", default=[2])
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--cycles", type=int, default=8, help="measured cycles of the variants")
-    parser.add_argument("--emulate", action="store_true", help="passes sleep in place of working")
+    parser.add_argument("--emulate", action="store_true", help="passes sleep for their cost")
     parser.add_argument("--teacher-ffn", type=int, default=768, help="to tune the teacher's cost")
     return parser.parse_args()
 
@@ -75,40 +74,40 @@ def _parse() -> argparse.Namespace:
 
 
 def _worker(argv: list[str]) -> int:
-    """The entry, with the variants in turn."""
+    """Run the entry and cycle through the variants."""
     from megatron_let import pretrain
     from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), int(os.environ["RANK"]))
-    from megatron_let.methods.let import AlignedForwardBackward
+    from megatron_let.methods.let import LETMethod
 
     if os.environ.get("EMULATE_STAGES"):
         _emulate(int(os.environ["EMULATE_STAGES"]))
-    AlignedForwardBackward.run = _in_turn(AlignedForwardBackward.run)  # type: ignore[method-assign]
+    LETMethod.run = _in_turn(LETMethod.run)  # type: ignore[method-assign]
     return pretrain.main(argv)
 
 
 def _in_turn(original: Any) -> Any:
     @functools.wraps(original)
     def run(self: Any, forward_backward: Any, **kwargs: Any) -> Any:
-        step = self._current_step()
+        step = self._run.current_step()
         if os.environ.get("EMULATE_STAGES"):
             kwargs["forward_step_func"] = _slow(kwargs["forward_step_func"], EMULATED_FORWARD)
         if step < WARMUP:
             return original(self, forward_backward, **kwargs)
         variant = CYCLE[(step - WARMUP) % len(CYCLE)]
         if variant != "bubble":
-            self._attachment.states.forget_ahead()
+            self._context.states.forget_ahead()
         if variant == "baseline":
             return forward_backward(**kwargs)
-        self._attachment.placer._asked = variant.removeprefix("first ")
+        self._context.scheduler.placement = variant.removeprefix("first ")
         return original(self, forward_backward, **kwargs)
 
     return run
 
 
 def _emulate(stages: int) -> None:
-    """Let backward passes and the teacher sleep; forward passes do from step to step."""
+    """Make backward passes and the teacher sleep; `_in_turn` slows the forward passes."""
     from megatron.core.pipeline_parallel import schedules
 
     from megatron_let.teacher.model import Teacher
@@ -133,7 +132,7 @@ def _slow(work: Any, seconds: float) -> Any:
 def _train(
     folder: Path, stages: int, options: argparse.Namespace
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Its log, and the rows of its metrics file."""
+    """Run the entry; return its log and the rows of its metrics file."""
     _save_teacher(folder / "teacher", 48 if options.emulate else options.teacher_ffn)
     steps = WARMUP + len(CYCLE) * options.cycles
     size, seq_length = ((64, 64), 64) if options.emulate else ((192, 512), 256)
@@ -167,7 +166,7 @@ def _train(
 
 
 def _save_teacher(folder: Path, ffn: int) -> None:
-    """A random Llama of two layers, as wide as the student."""
+    """Save a random Llama with two layers and the student's width."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -189,11 +188,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     from megatron_let.placement.choose import step_time_ratio
     from megatron_let.placement.pipeline import Pipeline
-    from megatron_let.placement.plan import PLACEMENTS
-    from megatron_let.placement.simulate import Costs, Owner
+    from megatron_let.placement.plan import FIXED_PLACEMENTS
+    from megatron_let.placement.simulate import AlignedLayer, Costs
 
     measured = COSTS.search(log)
-    assert measured is not None, "the run has not reported its costs"
+    assert measured is not None, "the run did not report its costs"
     forward, backward = (tuple(map(float, text.split("/"))) for text in measured.groups()[:2])
     costs = Costs(forward, backward, float(measured[3]))
     seconds: dict[str, list[float]] = {name: [] for name in CYCLE}
@@ -202,10 +201,13 @@ def _rows(
         if index >= 0:
             seconds[CYCLE[index % len(CYCLE)]].append(step["step_seconds"])
     pipeline = Pipeline(stages, options.microbatches)
+    command = " ".join(["python tools/benchmark/placement.py", *sys.argv[1:]])
     rows = []
-    for name in PLACEMENTS:
+    for name in FIXED_PLACEMENTS:
         ratios = [a / b for a, b in zip(seconds[name], seconds["baseline"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
+        limit = options.microbatches
+        simulated = step_time_ratio(name, pipeline, costs, AlignedLayer(0), limit)
         rows.append(
             {
                 "stages": stages,
@@ -215,32 +217,15 @@ def _rows(
                 "ratio": round(middle, 4),
                 "ratio_q25": round(low, 4),
                 "ratio_q75": round(high, 4),
-                "simulated": round(
-                    step_time_ratio(name, pipeline, costs, Owner(0), options.microbatches), 4
-                ),
+                "simulated": round(simulated, 4),
                 "baseline_seconds": round(statistics.median(seconds["baseline"]), 4),
                 "cycles": len(ratios),
                 "teacher_over_forward": round(costs.teacher / statistics.mean(forward), 3),
                 "backward_over_forward": round(sum(backward) / sum(forward), 3),
-                **_provenance(),
+                **provenance(command),
             }
         )
     return rows
-
-
-def _provenance() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-            break
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{cpu}, {os.cpu_count()} cores",
-        "torch": importlib.metadata.version("torch"),
-        "megatron_core": importlib.metadata.version("megatron-core"),
-        "command": "python tools/benchmark/placement.py " + " ".join(sys.argv[1:]),
-    }
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -257,7 +242,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
-    """Rows of the same stages and kind of passes take the place of older ones."""
+    """Write the CSV; rows replace older ones of the same stages, passes and placement."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in ("stages", "microbatches", "passes", "placement"))
@@ -267,12 +252,7 @@ def _write(rows: list[dict[str, Any]]) -> None:
         with RESULTS.open(newline="") as stream:
             kept = {key(row): row for row in csv.DictReader(stream)}
     kept |= {key(row): row for row in rows}
-    temporary = RESULTS.with_suffix(".tmp")
-    with temporary.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept[name] for name in sorted(kept))
-    temporary.replace(RESULTS)
+    write_csv(RESULTS, [kept[name] for name in sorted(kept)], {})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Step time and peak memory of a teacher on one GPU (PP 1), LET's and ModelOpt's, over a baseline.
+"""Step time and peak memory with a teacher over a baseline, on one GPU, for LET and ModelOpt.
 
     python tools/benchmark/step_time.py [--teacher $TEACHER]      # the paper's 1.4B and 135M
 
-A run of the entry takes blocks of steps in turn: without a teacher, with it, without it again. The
-first steps of a block are not counted: they load the teacher, allocate and compile. A ratio is a
-taught block's median step over the mean of its two neighbours'. ModelOpt's distillation wrapper
-(the cosine of layer k through its projection, the weight LET's) trains in a run of its own, whose
-blocks without a teacher call its `only_student_forward`; memory of both is over the peak of the
-first block of LET's run, which has not met a teacher. A CPU reports no peak of a step, so these
-columns stay empty on one.
+A run of the entry alternates blocks of steps without and with a teacher. The first steps of a
+block, which load the teacher, allocate and compile, are not counted. A ratio is the median step of
+a block with a teacher over the mean of its two neighbours' medians. ModelOpt's distillation wrapper
+(the cosine of layer k through its projection, with LET's weight) runs separately; its blocks
+without a teacher call `only_student_forward`. Memory of both is relative to the peak of the first
+block of LET's run, which has not loaded a teacher. A CPU reports no peak per step, so these columns
+stay empty.
 
-Without --teacher it is random, of SmolLM2-135M's shape: weights do not change a time. Data is
-Megatron's mock data. Other flags go to the entry.
+Without --teacher, a random teacher of SmolLM2-135M's shape is used: weights do not affect the time.
+Data is Megatron's mock data. Other flags go to the entry.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_let.planner.sizes import TEACHERS, teacher_size
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "step_time.csv"
 WORKER = Path(__file__).with_name("step_time_run.py")
-# The rest of a recipe is about its data and its folders.
+# The other sections of a recipe name data and folders.
 SECTIONS = ("model", "optimization", "parallelism", "let")
 SETTLING = 2
 TARGETS = {"step_ratio": 1.05, "peak_ratio": 1.05, "peak_ratio_after": 1.0}
@@ -58,8 +58,8 @@ def main() -> int:
             for method in methods()
         }
     has_peaks = torch.cuda.is_available()
-    unmet_peak = peak(runs["let"][0]) if has_peaks else None
-    rows = [{"method": method, **figures(run, unmet_peak)} for method, run in runs.items()]
+    baseline_peak = peak(runs["let"][0]) if has_peaks else None
+    rows = [{"method": method, **figures(run, baseline_peak)} for method, run in runs.items()]
     _print(rows)
     common = {
         "device": torch.cuda.get_device_name() if has_peaks else "CPU",
@@ -81,18 +81,18 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "let_1p4b.yaml")
     parser.add_argument("--teacher", type=Path, help="folder (default: a random SmolLM2-135M)")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="the paper's: 16")
-    parser.add_argument("--microbatches", type=int, default=4, help="of a step (the paper's: 4)")
-    parser.add_argument("--cycles", type=int, default=5, help="taught blocks (default: 5)")
-    parser.add_argument("--steps", type=int, default=8, help="counted ones of a block (default: 8)")
+    parser.add_argument("--microbatches", type=int, default=4, help="per step (the paper's: 4)")
+    parser.add_argument("--cycles", type=int, default=5, help="blocks with a teacher (default: 5)")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps per block (default: 8)")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
     options, flags = parser.parse_known_args()
     if options.cycles < 2 or options.steps < 1:
-        parser.error("quartiles need --cycles 2 or more, and a block --steps 1 or more")
+        parser.error("--cycles must be at least 2 (for quartiles) and --steps at least 1")
     return options, flags
 
 
 def methods() -> list[str]:
-    """LET, and ModelOpt where it is installed."""
+    """Return LET, and ModelOpt if it is installed."""
     if importlib.util.find_spec("modelopt") is not None:
         return ["let", "modelopt"]
     print("modelopt left out: pip install -c constraints.txt nvidia-modelopt to include it")
@@ -105,7 +105,7 @@ def methods() -> list[str]:
 def train(
     method: str, folder: Path, teacher: Path, options: argparse.Namespace, flags: list[str]
 ) -> list[Step]:
-    """The rows of its metrics file."""
+    """Run the entry; return the rows of its metrics file."""
     recipe, metrics = folder / "recipe.yaml", folder / f"{method}.jsonl"
     sections = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     recipe.write_text(
@@ -138,7 +138,7 @@ def _python_path() -> str:
 
 
 def _save_teacher(folder: Path) -> Path:
-    """A random Llama of SmolLM2-135M's shape."""
+    """Save a random Llama of SmolLM2-135M's shape."""
     from teacher_shape import llama_config
     from transformers import LlamaForCausalLM
 
@@ -151,19 +151,19 @@ def _save_teacher(folder: Path) -> Path:
 
 
 def blocks(steps: list[Step], counted: int) -> list[Block]:
-    """The counted steps of each block; odd ones were taught.
+    """Split a run into the counted steps of each block; blocks with odd index had a teacher.
 
     Raises:
-        ValueError: the run did not end with a whole block without a teacher.
+        ValueError: the run does not end with a complete block without a teacher.
     """
     length = SETTLING + counted
     if len(steps) % (2 * length) != length:
-        raise ValueError(f"{len(steps)} steps are no odd number of blocks of {length}")
+        raise ValueError(f"{len(steps)} steps are not an odd number of blocks of {length}")
     return [steps[start + SETTLING : start + length] for start in range(0, len(steps), length)]
 
 
 def step_ratios(taken: list[Block]) -> list[float]:
-    """Of each taught block, its median step over the mean of its neighbours' medians."""
+    """Return, per block with a teacher, its median step over the mean of its neighbours'."""
     medians = [statistics.median(step["step_seconds"] for step in block) for block in taken]
     return [
         middle / ((before + after) / 2)
@@ -172,41 +172,41 @@ def step_ratios(taken: list[Block]) -> list[float]:
 
 
 def peak(block: Block) -> int:
-    """Bytes, of the block's largest step."""
+    """Return the peak bytes of the block's largest step."""
     return max(step["max_memory_bytes"] for step in block)
 
 
-def figures(taken: list[Block], unmet_peak: int | None) -> dict[str, Any]:
-    """One row of the results.
+def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
+    """Return one row of the results.
 
     Args:
         taken: from `blocks`.
-        unmet_peak: bytes of a block that has not met a teacher; None where none were measured.
+        baseline_peak: bytes of a block before the teacher was loaded; None if not measured.
     """
     low, middle, high = statistics.quantiles(step_ratios(taken), n=4, method="inclusive")
-    untaught = [step["step_seconds"] for block in taken[::2] for step in block]
+    baseline = [step["step_seconds"] for block in taken[::2] for step in block]
     row: dict[str, Any] = {
         "step_ratio": round(middle, 4),
         "step_ratio_q25": round(low, 4),
         "step_ratio_q75": round(high, 4),
-        "untaught_seconds": round(statistics.median(untaught), 4),
+        "baseline_seconds": round(statistics.median(baseline), 4),
         "peak_ratio": None,
         "peak_ratio_after": None,
         "baseline_peak_gib": None,
         "cycles": len(taken) // 2,
         "steps": len(taken[0]),
     }
-    if unmet_peak is not None:
-        row["peak_ratio"] = round(max(map(peak, taken[1::2])) / unmet_peak, 4)
-        row["peak_ratio_after"] = round(max(map(peak, taken[2::2])) / unmet_peak, 4)
-        row["baseline_peak_gib"] = round(unmet_peak / 2**30, 3)
+    if baseline_peak is not None:
+        row["peak_ratio"] = round(max(map(peak, taken[1::2])) / baseline_peak, 4)
+        row["peak_ratio_after"] = round(max(map(peak, taken[2::2])) / baseline_peak, 4)
+        row["baseline_peak_gib"] = round(baseline_peak / 2**30, 3)
     return row
 
 
 def is_met(name: str, value: float | None) -> bool | None:
-    """Whether a figure reaches its target; None where it was not measured.
+    """Return whether a figure reaches its target; None if it was not measured.
 
-    The peak after the teacher must be the baseline's, to the four digits of the results.
+    The peak after the teacher was freed must equal the baseline's, to the results' four digits.
     """
     if value is None:
         return None

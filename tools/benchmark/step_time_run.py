@@ -1,6 +1,6 @@
-"""One rank of `step_time.py`: the entry, with blocks of steps without and with a teacher in turn.
+"""One rank of `step_time.py`: the entry, alternating blocks of steps without and with a teacher.
 
-torchrun ... step_time_run.py METHOD STEPS_OF_A_BLOCK [the entry's flags]
+torchrun ... step_time_run.py METHOD STEPS_PER_BLOCK [the entry's flags]
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ import torch
 from megatron_let import pretrain
 from megatron_let.compat.device import detect_host, prepare_process
 
-Taught = Callable[[int], bool]
+HasTeacher = Callable[[int], bool]
 
 
 def main() -> int:
-    """Prepare the method, and run the entry with the rest of the command line."""
+    """Prepare the method and run the entry with the rest of the command line."""
     method, block, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     # Before any module of Megatron, as in the entry.
     prepare_process(detect_host(), int(os.environ["RANK"]))
     _peaks_of_one_step()
 
-    def taught(step: int) -> bool:
+    def has_teacher(step: int) -> bool:
         return step // block % 2 == 1
 
     if method == "let":
-        _let_in_turn(taught)
+        _alternate_let(has_teacher)
         return pretrain.main(flags)
-    _modelopt_in_turn(taught)
+    _alternate_modelopt(has_teacher)
     return pretrain.main([*flags, "--let-method", "none"])
 
 
 def _peaks_of_one_step() -> None:
-    """Let `max_memory_bytes` of the metrics be the peak since the last row, not the run's."""
+    """Make `max_memory_bytes` of the metrics the peak since the previous row, not the run's."""
     from megatron_let.metrics.write import MetricsFile
 
     original = MetricsFile._step_row
@@ -54,22 +54,22 @@ def _peaks_of_one_step() -> None:
     MetricsFile._step_row = step_row  # type: ignore[method-assign]
 
 
-def _let_in_turn(taught: Taught) -> None:
-    """The weight is 0 in every other block, which frees the teacher as S_stop does."""
-    from megatron_let.methods.let import AlignedForwardBackward
+def _alternate_let(has_teacher: HasTeacher) -> None:
+    """Set the weight to 0 in every other block, which frees the teacher as at S_stop."""
+    from megatron_let.methods.let import LETMethod
 
-    original = AlignedForwardBackward._weight
+    original = LETMethod.weight
 
-    def weight(self: AlignedForwardBackward, step: int) -> float:
-        return original(self, step) if taught(step) else 0.0
+    def weight(self: LETMethod, step: int) -> float:
+        return original(self, step) if has_teacher(step) else 0.0
 
-    AlignedForwardBackward._weight = weight  # type: ignore[method-assign]
+    LETMethod.weight = weight  # type: ignore[method-assign]
 
 
 # ModelOpt
 
 
-def _modelopt_in_turn(taught: Taught) -> None:
+def _alternate_modelopt(has_teacher: HasTeacher) -> None:
     """Wrap the student when it is built, and the loss of every microbatch."""
     from megatron.training import argument_utils
 
@@ -79,18 +79,18 @@ def _modelopt_in_turn(taught: Taught) -> None:
 
     def gpt_config_from_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
         config = make_config(args, *rest, **kwargs)
-        config.pre_wrap_hooks = [lambda model: [_distilled(model[0], config, args, taught)]]
+        config.pre_wrap_hooks = [lambda model: [_distilled(model[0], config, args, has_teacher)]]
         return config
 
     def make_forward_step(args: Namespace) -> Callable[..., Any]:
-        return _with_modelopt_loss(make_step(args), args, taught)
+        return _with_modelopt_loss(make_step(args), args, has_teacher)
 
     argument_utils.gpt_config_from_args = gpt_config_from_args
     forward_step.make_forward_step = make_forward_step
 
 
-def _distilled(student: Any, config: Any, args: Namespace, taught: Taught) -> Any:
-    """The student in ModelOpt's wrapper with its Megatron plugin, teacher included."""
+def _distilled(student: Any, config: Any, args: Namespace, has_teacher: HasTeacher) -> Any:
+    """Wrap student and teacher with ModelOpt's Megatron plugin."""
     import modelopt.torch.distill as mtd
     from modelopt.torch.distill.plugins import megatron as plugin
 
@@ -98,7 +98,7 @@ def _distilled(student: Any, config: Any, args: Namespace, taught: Taught) -> An
     loss = plugin.HiddenStateCosineLoss(
         student.config, plugin.ProjectionLayer(student.config, teacher.config)
     )
-    # Whole layers: both outputs are tuples, as the plugin's loss requires.
+    # Whole layers, whose outputs are tuples, as the plugin's loss requires.
     layers = (f"decoder.layers.{args.let_layer - 1}",
               f"decoder.layers.{teacher.config.num_layers - 1}")  # fmt: skip
     settings = plugin.DistillationConfig(
@@ -112,12 +112,12 @@ def _distilled(student: Any, config: Any, args: Namespace, taught: Taught) -> An
                            "loss_balancer": settings.loss_balancer})],
     )  # fmt: skip
     plugin.adjust_distillation_model_for_mcore(model, settings)
-    _switch_forward(model, args, taught)
+    _switch_forward(model, args, has_teacher)
     return model
 
 
 def _teacher(config: Any, args: Namespace) -> Any:
-    """A random GPTModel of the teacher's shape."""
+    """Build a random GPTModel of the teacher's shape."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_let.planner.sizes import teacher_size
@@ -142,12 +142,12 @@ def _teacher(config: Any, args: Namespace) -> Any:
     return own.get_builder_cls()(own).build_model(groups)
 
 
-def _switch_forward(model: Any, args: Namespace, taught: Taught) -> None:
-    """The plugin's forward pass always runs the teacher; let it do so in taught blocks only."""
+def _switch_forward(model: Any, args: Namespace, has_teacher: HasTeacher) -> None:
+    """Run the teacher, which the plugin's forward always does, only in blocks with a teacher."""
     both = model.forward
 
     def forward(*inputs: Any, **kwargs: Any) -> Any:
-        if taught(args.curr_iteration):
+        if has_teacher(args.curr_iteration):
             return both(*inputs, **kwargs)
         model._lm_loss_call_count = 0
         with model.only_student_forward():
@@ -157,27 +157,27 @@ def _switch_forward(model: Any, args: Namespace, taught: Taught) -> None:
 
 
 def _with_modelopt_loss(
-    forward_step: Callable[..., Any], args: Namespace, taught: Taught
+    forward_step: Callable[..., Any], args: Namespace, has_teacher: HasTeacher
 ) -> Callable[..., Any]:
-    """The entry's forward step with ModelOpt's loss in taught blocks."""
+    """Add ModelOpt's loss to the entry's forward step in blocks with a teacher."""
     from megatron.core.utils import unwrap_model
 
     def step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
         output, loss = forward_step(data_iterator, model)
-        add = _add_loss if taught(args.curr_iteration) else _add_nothing
+        add = _add_loss if has_teacher(args.curr_iteration) else _add_nothing
         return output, functools.partial(add, unwrap_model(model), loss)
 
     return step
 
 
 def _add_loss(model: Any, loss: Callable[..., Any], output: torch.Tensor) -> tuple[Any, ...]:
-    """Mock data masks no token, so sums are over all."""
+    """Add the distillation loss; mock data masks no token, so it sums over all."""
     total, *rest = loss(output)
     return model.compute_kd_loss(total, loss_reduction_fn=lambda found: found[0].sum()), *rest
 
 
 def _add_nothing(model: Any, loss: Callable[..., Any], output: torch.Tensor) -> tuple[Any, ...]:
-    """Drop what the hook caught, and give the projection a gradient of 0, which DDP waits for."""
+    """Drop the captured activations; give the projection, which DDP waits for, a gradient of 0."""
     total, *rest = loss(output)
     for student_layer, _ in model._layers_to_loss:
         student_layer._intermediate_output = None

@@ -1,4 +1,4 @@
-"""A teacher of known sizes for measurements in which its weights do not matter."""
+"""Teachers of given sizes, for measurements in which the weights do not matter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_let.planner.sizes import TransformerSize
 
 
 def llama_config(size: TransformerSize, **others: Any) -> Any:
-    """transformers' `LlamaConfig` of these sizes."""
+    """Return transformers' `LlamaConfig` of these sizes."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

@@ -36,7 +36,7 @@ def test_first_steps_of_a_block_are_skipped() -> None:
 
 @pytest.mark.parametrize("num_blocks", [0, 2, 4])
 def test_even_number_of_blocks_raises(num_blocks: int) -> None:
-    with pytest.raises(ValueError, match="no odd number of blocks of 5"):
+    with pytest.raises(ValueError, match="not an odd number of blocks of 5"):
         step_time.blocks(synthetic_steps([1.0] * num_blocks, [BASELINE] * num_blocks), 3)
 
 
@@ -63,7 +63,7 @@ def test_figures_of_three_cycles() -> None:
     row = step_time.figures(step_time.blocks(synthetic_steps(seconds, peaks), 3), BASELINE)
     assert row == {
         "step_ratio": 1.04, "step_ratio_q25": 1.03, "step_ratio_q75": 1.05,
-        "untaught_seconds": 1.0, "peak_ratio": 1.04, "peak_ratio_after": 1.01,
+        "baseline_seconds": 1.0, "peak_ratio": 1.04, "peak_ratio_after": 1.01,
         "baseline_peak_gib": 0.0, "cycles": 3, "steps": 3,
     }  # fmt: skip
 

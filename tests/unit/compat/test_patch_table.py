@@ -220,13 +220,21 @@ def test_every_row_has_reason_end_and_versions(patch: Patch) -> None:
     assert patch.package == "megatron-core" or patch.target.startswith("torch")
 
 
-@pytest.mark.parametrize("name", sorted({patch.test for patch in PATCHES.values()}))
+@pytest.mark.parametrize(
+    "name", sorted({patch.test for patch in (*PATCHES.values(), *table.OBJECT_PATCHES)})
+)
 def test_every_row_names_an_existing_test(name: str) -> None:
     file, _, function = name.partition("::")
     assert (ROOT / file).is_file(), f"no file {file}"
     definitions = ast.walk(ast.parse((ROOT / file).read_text()))
     names = {node.name for node in definitions if isinstance(node, ast.FunctionDef)}
     assert function in names, f"no {function} in {file}"
+
+
+@pytest.mark.parametrize("patch", table.OBJECT_PATCHES, ids=lambda patch: patch.target)
+def test_every_object_patch_names_an_existing_symbol(patch: table.ObjectPatch) -> None:
+    assert callable(attribute(patch.where))
+    assert len(patch.reason) > 10 and len(patch.removed_when) > 10
 
 
 def strings_of(file: Path) -> set[str]:

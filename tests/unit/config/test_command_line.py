@@ -10,7 +10,7 @@ from megatron.training import arguments
 
 from megatron_let.config.command_line import parse_command_line
 from megatron_let.errors import LETError
-from megatron_let.pretrain import check_flags
+from megatron_let.pretrain import prepare_arguments
 from tests.helpers.runs import ROOT
 
 # Megatron's parser passes `type` to a boolean flag.
@@ -47,7 +47,7 @@ def test_unsupported_flag_raises_error_naming_it_before_megatrons_validation(
     flags: str, named: str
 ) -> None:
     with pytest.raises(LETError) as error:
-        parse_command_line([*TINY, *flags.split()], [], check_flags)
+        parse_command_line([*TINY, *flags.split()], [], prepare_arguments)
     assert named in str(error.value)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
@@ -73,12 +73,12 @@ def test_command_line_without_recipe_is_parsed_alone(no_validation: None) -> Non
 
 def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse_command_line(["--help"], [], check_flags)
+        parse_command_line(["--help"], [], prepare_arguments)
     assert end.value.code == 0
     assert "--let-method {none,let,rkd,salt}" in capsys.readouterr().out
 
 
 def test_unknown_flag_is_refused_by_the_parser(capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        parse_command_line(["--let-wieght", "1"], [], check_flags)
+        parse_command_line(["--let-wieght", "1"], [], prepare_arguments)
     assert "--let-wieght" in capsys.readouterr().err

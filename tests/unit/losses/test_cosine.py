@@ -1,288 +1,217 @@
-"""The alignment gradient: identity forward, sum of gradients backward, under autograd's tools."""
+"""The cosine loss on the CPU against equations 4 and 6 written out densely in fp64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megatron_let.losses import (
-    align_hidden_state,
-    align_in_backward,
-    interpolated_cosine,
-)
-from megatron_let.losses.registry import alignment_loss
-from tests.unit.losses.test_cosine_reference import (
+from megatron_let.losses.cosine import cosine_loss, cosine_reference, token_cosine
+from tests.helpers.exact_cosine import (
+    COSINE_ERROR,
+    GRADIENT_ERROR,
+    WIDTHS,
     exact_cosine,
     exact_gradient,
+    gradient_error,
     random,
     random_pair,
     relative_error,
 )
 
-Scale = float | Tensor
-SCALES: list[Scale] = [-0.25, torch.tensor(-0.25)]
 
-
-def hidden_and_teacher(
-    d_m: int = 24, d_t: int = 10, dtype: torch.dtype = torch.float64
+def run(
+    student: Tensor, teacher: Tensor, scale: float = -1.0, incoming: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`[s, b, d]` of 3 x 2 tokens; the hidden state is a leaf that wants a gradient."""
-    student, teacher = random_pair(6, d_m, d_t, dtype)
-    return student.view(3, 2, d_m).requires_grad_(), teacher.view(3, 2, d_t)
+    """Return `incoming - scale * d(sum of cos) / d student` and the cosine."""
+    incoming = torch.zeros_like(student) if incoming is None else incoming
+    factor = torch.tensor(scale, dtype=torch.float64)
+    gradient, (cosine,) = cosine_loss(student, teacher, factor, incoming)
+    assert torch.equal(cosine, token_cosine(student, teacher))
+    return gradient, cosine
 
 
-def expected_gradient(hidden: Tensor, teacher: Tensor, incoming: Tensor, scale: float) -> Tensor:
-    """`incoming + scale * d(-sum cos) / d hidden` in fp64."""
-    weight = torch.full((hidden.shape[0] * hidden.shape[1],), -scale, dtype=torch.float64)
-    direction = exact_gradient(hidden.detach().flatten(0, 1), teacher.flatten(0, 1), weight)
-    return incoming.double() + direction.view_as(hidden)
+@pytest.mark.parametrize("dtype", COSINE_ERROR)
+@pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
+def test_cosine_and_gradient(d_m: int, d_t: int, dtype: torch.dtype) -> None:
+    student, teacher = random_pair(5, d_m, d_t, dtype, seed=d_m + d_t)
+    gradient, cosine = run(student, teacher)
+    assert cosine.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (cosine.double() - exact_cosine(student, teacher)).abs().max() < COSINE_ERROR[dtype]
+    ones = torch.ones(5)
+    expected = exact_gradient(student, teacher, ones)
+    assert gradient.dtype == dtype
+    assert gradient_error(gradient, expected, student, ones) < GRADIENT_ERROR[dtype]
 
 
-@pytest.mark.parametrize("scale", SCALES, ids=["number", "tensor"])
-def test_identity_forward_and_sum_backward(scale: Scale) -> None:
-    hidden, teacher = hidden_and_teacher()
-    out, cosine = align_hidden_state(hidden, teacher, scale)
-    assert torch.equal(out, hidden)
-    assert not cosine.requires_grad
-    expected = exact_cosine(hidden.flatten(0, 1), teacher.flatten(0, 1)).view(3, 2)
-    torch.testing.assert_close(cosine, expected)
-    incoming = random(*out.shape)
-    out.backward(incoming)
-    assert hidden.grad is not None
-    torch.testing.assert_close(
-        hidden.grad, expected_gradient(hidden, teacher, incoming, float(scale)), rtol=0, atol=1e-12
-    )
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 40), st.integers(0, 5), st.integers(0, 2**16))
+def test_any_widths_and_token_counts(d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
+    student, teacher = random_pair(num_tokens, d_m, d_t, torch.float64, seed)
+    incoming = random(num_tokens, d_m)
+    gradient, cosine = run(student, teacher, 0.7, incoming)
+    torch.testing.assert_close(cosine, exact_cosine(student, teacher), rtol=0, atol=1e-12)
+    weight = torch.full((num_tokens,), -0.7, dtype=torch.float64)
+    expected = exact_gradient(student, teacher, weight)
+    assert gradient_error(gradient - incoming, expected, student, weight) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtypes(dtype: torch.dtype) -> None:
-    hidden, teacher = hidden_and_teacher(321, 130, dtype)
-    out, cosine = align_hidden_state(hidden, teacher, 3.0)
-    assert (out.dtype, cosine.dtype) == (dtype, torch.float32)
-    incoming = random(*out.shape).to(dtype) * 1e-3
-    out.backward(incoming)
-    assert hidden.grad is not None and hidden.grad.dtype == dtype
-    expected = expected_gradient(hidden, teacher, incoming, 3.0)
-    assert relative_error(hidden.grad, expected) < 1e-2
-    if dtype.itemsize == 2:  # the sum is rounded once, not the direction first and then the sum
-        assert (hidden.grad != expected.to(dtype)).float().mean() < 0.01
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sum_is_rounded_once(dtype: torch.dtype) -> None:
+    student, teacher = random_pair(6, 321, 130, dtype)
+    incoming = random(6, 321).to(dtype) * 1e-3
+    gradient, _ = run(student, teacher, 3.0, incoming)
+    expected = incoming.double() + exact_gradient(student, teacher, torch.full((6,), -3.0))
+    assert (gradient != expected.to(dtype)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_small_and_large_rows(dtype: torch.dtype, scale: float) -> None:
+    student, teacher = random_pair(4, 321, 130, torch.float64)
+    student, teacher = (student * scale).to(dtype), (teacher * scale).to(dtype)
+    # Scaled as a loss scale would, so that fp16 can represent the gradient of large rows.
+    gradient, cosine = run(student, teacher, -scale)
+    assert (cosine - exact_cosine(student, teacher)).abs().max() < 1e-5
+    expected = exact_gradient(student, teacher, torch.full((4,), scale))
+    assert relative_error(gradient, expected) < GRADIENT_ERROR[dtype]
+
+
+def test_loss_scale_reaches_a_direction_that_alone_would_underflow_fp16() -> None:
+    student, teacher = random_pair(4, 48, 24, torch.float64)
+    student, teacher = (student * 1e4 / student.abs().max()).half(), teacher.half()
+    gradient, _ = run(student, teacher, 2.0**16 * 1e-2)
+    expected = exact_gradient(student, teacher, torch.full((4,), -(2.0**16) * 1e-2))
+    assert relative_error(gradient, expected) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_vectors_have_cosine_and_gradient_zero(dtype: torch.dtype) -> None:
+    student, teacher = random_pair(3, 12, 7, dtype)
+    student[0], teacher[1] = 0, 0
+    gradient, cosine = run(student, teacher)
+    assert cosine[:2].tolist() == [0, 0] and cosine[2] != 0
+    assert not gradient[:2].any() and gradient[2].any()
+
+
+def test_nan_propagates_to_its_token_alone() -> None:
+    student, teacher = random_pair(2, 12, 7, torch.float32)
+    student[1, 3] = torch.nan
+    gradient, (cosine,) = cosine_loss(student, teacher, torch.tensor(1.0), torch.zeros(2, 12))
+    assert cosine.isnan().tolist() == [False, True]
+    assert gradient[0].isfinite().all() and gradient[1].isnan().any()
+
+
+def test_many_tokens_in_chunks() -> None:
+    student, teacher = random_pair(200_000, 6, 4, torch.float32)
+    gradient, cosine = run(student, teacher)
+    assert (cosine - exact_cosine(student, teacher)).abs().max() < 1e-5
+    assert relative_error(gradient, exact_gradient(student, teacher, torch.ones(200_000))) < 1e-5
 
 
 def test_leading_dimensions_may_be_any() -> None:
-    hidden, teacher = hidden_and_teacher()
-    _, expected = align_hidden_state(hidden, teacher, 1.0)
-    _, flat = align_hidden_state(hidden[1, 1], teacher[1, 1], 1.0)
-    _, deep = align_hidden_state(hidden[:, :, None], teacher[:, :, None], 1.0)
-    torch.testing.assert_close(flat, expected[1, 1])
-    torch.testing.assert_close(deep[..., 0], expected)
-
-
-def test_output_is_no_view() -> None:
-    hidden, teacher = hidden_and_teacher()
-    out, _ = align_hidden_state(hidden * 1, teacher, 1.0)
-    assert out._base is None and not out._is_view()
-
-
-def test_incoming_gradient_shared_with_another_branch_stays() -> None:
-    hidden, teacher = hidden_and_teacher()
-    other = random(*hidden.shape, seed=3).requires_grad_()
-    out, _ = align_hidden_state(hidden, teacher, 5.0)
-    incoming = random(*out.shape)
-    kept = incoming.clone()
-    # The addition hands one gradient tensor to both of its inputs.
-    (out + other).backward(incoming)
-    assert other.grad is not None
-    assert torch.equal(other.grad, kept)
-    assert torch.equal(incoming, kept)
-
-
-def test_incoming_gradient_may_be_expanded() -> None:
-    hidden, teacher = hidden_and_teacher()
-    align_hidden_state(hidden, teacher, 5.0)[0].sum().backward()
-    assert hidden.grad is not None
-    expected = expected_gradient(hidden, teacher, torch.ones_like(hidden), 5.0)
-    torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-12)
-
-
-def test_scale_zero_changes_no_bit_of_the_gradient() -> None:
-    hidden, teacher = hidden_and_teacher(dtype=torch.bfloat16)
-    incoming = random(3, 2, 24).bfloat16()
-    align_hidden_state(hidden, teacher, torch.tensor(0.0))[0].backward(incoming)
-    assert hidden.grad is not None and torch.equal(hidden.grad, incoming)
-
-
-def test_large_scale_reaches_fp16_though_the_direction_alone_would_underflow() -> None:
-    student, teacher = random_pair(4, 48, 24, torch.float64)
-    student, teacher = (student * 1e4 / student.abs().max()).half(), teacher.half()
-    hidden = student.view(4, 1, 48).requires_grad_()
-    out, _ = align_hidden_state(hidden, teacher.view(4, 1, 24), 2.0**16 * 1e-2)
-    out.backward(torch.zeros_like(out))
-    assert hidden.grad is not None
-    expected = exact_gradient(student, teacher, torch.full((4,), -(2.0**16) * 1e-2))
-    assert relative_error(hidden.grad.view(4, 48), expected) < 2e-3
-
-
-def test_student_of_other_dtype_than_teacher() -> None:
-    hidden, teacher = hidden_and_teacher(dtype=torch.float32)
-    _, same = align_hidden_state(hidden, teacher, 1.0)
-    for dtype in (torch.float64, torch.bfloat16):
-        out, cosine = align_hidden_state(hidden, teacher.to(dtype), 1.0)
-        out.sum().backward()
-        torch.testing.assert_close(cosine, same, rtol=0, atol=1e-2)
-
-
-@pytest.mark.parametrize("which", ["hidden", "teacher"])
-def test_transposed_from_batch_first(which: str) -> None:
-    hidden, teacher = hidden_and_teacher()
-    expected_out, expected_cosine = align_hidden_state(hidden, teacher, 2.0)
-    (expected,) = torch.autograd.grad(expected_out.square().sum(), hidden)
-    batch_first = {"hidden": hidden, "teacher": teacher}
-    batch_first[which] = batch_first[which].detach().transpose(0, 1).contiguous().transpose(0, 1)
-    leaf = batch_first["hidden"].detach().requires_grad_()
-    out, cosine = align_hidden_state(leaf, batch_first["teacher"], 2.0)
-    torch.testing.assert_close(cosine, expected_cosine)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], expected)
-
-
-def test_sequence_shards_give_the_parts_of_the_whole() -> None:
-    hidden, teacher = hidden_and_teacher()
-    whole_out, whole_cosine = align_hidden_state(hidden, teacher, 2.0)
-    (whole,) = torch.autograd.grad(whole_out.square().sum(), hidden)
-    for start in range(3):
-        shard = hidden.detach()[start : start + 1].requires_grad_()
-        out, cosine = align_hidden_state(shard, teacher[start : start + 1], 2.0)
-        assert torch.equal(cosine, whole_cosine[start : start + 1])
-        (gradient,) = torch.autograd.grad(out.square().sum(), shard)
-        assert torch.equal(gradient, whole[start : start + 1])
-
-
-def test_same_gradient_as_a_loss_of_its_own() -> None:
-    hidden, teacher = hidden_and_teacher(7, 5)
-    out, _ = align_hidden_state(hidden, teacher, 0.7)
-    (fused,) = torch.autograd.grad(out.square().sum(), hidden)
-    cosine = interpolated_cosine(hidden.flatten(0, 1), teacher.flatten(0, 1))
-    (summed,) = torch.autograd.grad(hidden.square().sum() - 0.7 * cosine.sum(), hidden)
-    torch.testing.assert_close(fused, summed)
-
-
-def test_no_grad() -> None:
-    hidden, teacher = hidden_and_teacher()
-    with torch.no_grad():
-        out, cosine = align_hidden_state(hidden, teacher, 1.0)
-    assert torch.equal(out, hidden) and not out.requires_grad
-    torch.testing.assert_close(cosine, align_hidden_state(hidden, teacher, 1.0)[1])
-
-
-def test_teacher_gets_no_gradient() -> None:
-    hidden, teacher = hidden_and_teacher()
-    teacher.requires_grad_()
-    align_hidden_state(hidden, teacher, 1.0)[0].sum().backward()
-    interpolated_cosine(hidden.flatten(0, 1), teacher.flatten(0, 1)).sum().backward()
-    assert teacher.grad is None
-
-
-@pytest.mark.parametrize("function", [align_hidden_state, interpolated_cosine])
-def test_two_numbers_a_token_are_saved_beside_the_inputs(function: Callable[..., Any]) -> None:
-    hidden, teacher = hidden_and_teacher(dtype=torch.bfloat16)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
-        if function is align_hidden_state:
-            align_hidden_state(hidden, teacher, torch.tensor(1.0))
-        else:
-            interpolated_cosine(hidden.flatten(0, 1), teacher.flatten(0, 1))
-    inputs = {hidden.untyped_storage().data_ptr(), teacher.untyped_storage().data_ptr()}
-    extra = [x for x in saved if x.untyped_storage().data_ptr() not in inputs and x.dim() > 0]
-    assert [tuple(x.shape) for x in extra] == [(2, 6)]
-
-
-def _step(hidden: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    out, cosine = align_hidden_state(hidden * 2, teacher, scale)
-    more = interpolated_cosine(out.flatten(0, 1), teacher.flatten(0, 1))
-    return out.square().sum() + more.sum(), cosine
-
-
-def _gradient(function: Callable[..., Any], hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    loss, cosine = function(hidden, *rest)
-    return torch.autograd.grad(loss, hidden)[0], cosine
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_recompute(reentrant: bool) -> None:
-    hidden, teacher = hidden_and_teacher()
-    scale = torch.tensor(0.3)
-    expected = _gradient(_step, hidden, teacher, scale)[0]
-    loss, _ = checkpoint(_step, hidden, teacher, scale, use_reentrant=reentrant)
-    loss.backward()
-    assert hidden.grad is not None and torch.equal(hidden.grad, expected)
-
-
-def test_compile_without_a_graph_break() -> None:
-    hidden, teacher = hidden_and_teacher(dtype=torch.float32)
-    scale = torch.tensor(0.3)
-    expected, expected_cosine = _gradient(_step, hidden, teacher, scale)
-    # A test of the CPU host, which turns it off, may have run in this process.
-    with torch._dynamo.config.patch(disable=False):
-        compiled = torch.compile(_step, backend="aot_eager", fullgraph=True)
-        gradient, cosine = _gradient(compiled, hidden, teacher, scale)
-    torch.testing.assert_close(gradient, expected)
-    torch.testing.assert_close(cosine, expected_cosine)
-
-
-@pytest.mark.parametrize("mask", [None, torch.tensor([False, True, False])])
-def test_operators_are_registered_right(mask: Tensor | None) -> None:
-    student, teacher = random_pair(3, 12, 7, torch.float32)
-    torch.library.opcheck(torch.ops.megatron_let.cosine_forward, (student, teacher, mask))
-    coefficients = random(2, 3).float()
-    for grad in (None, random(3, 12).float()):
-        torch.library.opcheck(
-            torch.ops.megatron_let.cosine_backward, (student, teacher, coefficients, grad)
+    student, teacher = random_pair(6, 24, 10, torch.float64)
+    expected = run(student, teacher)
+    for shape in ((3, 2), (6, 1, 1)):
+        shaped = run(student.view(*shape, 24), teacher.view(*shape, 10))
+        assert shaped[0].shape == (*shape, 24) and shaped[1].shape == shape
+        assert all(
+            torch.equal(a.flatten(), b.flatten()) for a, b in zip(shaped, expected, strict=True)
         )
+    token = run(student[4], teacher[4])
+    assert token[1].shape == () and torch.equal(token[0], expected[0][4])
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "columns apart", "same row"])
+def test_strided_inputs(layout: str) -> None:
+    student, teacher = random_pair(6, 24, 10, torch.float32)
+    strided = {
+        "rows apart": lambda x: torch.stack([x, torch.full_like(x, 9)], 1)[:, 0],
+        "columns apart": lambda x: x.T.contiguous().T,
+        "same row": lambda x: x[:1].expand(6, -1),
+    }[layout]
+    result = run(strided(student), strided(teacher))
+    expected = run(strided(student).contiguous(), strided(teacher).contiguous())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_teacher_of_another_dtype(dtype: torch.dtype) -> None:
+    student, teacher = random_pair(6, 24, 10, torch.float32)
+    gradient, cosine = run(student, teacher.to(dtype))
+    assert (gradient.dtype, cosine.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(cosine, run(student, teacher)[1], rtol=0, atol=1e-2)
+
+
+def test_runs_and_sequence_shards_give_the_same_bits() -> None:
+    student, teacher = random_pair(300, 2048, 576, torch.bfloat16)
+    whole, again = (run(student, teacher) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    for start in range(0, 300, 100):
+        shard = slice(start, start + 100)
+        parts = run(student[shard], teacher[shard])
+        assert all(torch.equal(a, b[shard]) for a, b in zip(parts, whole, strict=True))
+
+
+def test_operator_passes_torchs_checks() -> None:
+    student, teacher = random_pair(3, 12, 7, torch.float32)
+    inputs = student, teacher, torch.tensor(0.3), random(3, 12).float()
+    torch.library.opcheck(torch.ops.megatron_let.cosine_alignment, inputs)
+
+
+def _doubled(hidden: Tensor, teacher: Tensor, scale: Tensor, grad: Tensor) -> list[Tensor]:
+    gradient, values = cosine_loss(hidden * 2, teacher, scale, grad)
+    return [gradient * 2, *values]
+
+
+def test_compiles_without_a_graph_break() -> None:
+    student, teacher = random_pair(6, 24, 10, torch.float32)
+    inputs = student.view(3, 2, 24), teacher.view(3, 2, 10), torch.tensor(0.3), random(3, 2, 24)
+    # A test of the CPU host, which disables dynamo, may have run in this process.
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(_doubled, backend="aot_eager", fullgraph=True)
+        result = compiled(*inputs)
+    torch.testing.assert_close(result, _doubled(*inputs))
 
 
 def test_scale_is_never_read_on_the_host() -> None:
     # A fake tensor has no value: .item(), float() or a branch on it raises.
     with FakeTensorMode():
-        hidden = torch.randn(3, 2, 24, requires_grad=True)
-        scale = torch.ones(())
-        align_hidden_state(hidden, torch.randn(3, 2, 10), scale)[0].sum().backward()
-        assert hidden.grad is not None and hidden.grad.shape == (3, 2, 24)
+        hidden, teacher = torch.randn(3, 2, 24), torch.randn(3, 2, 10)
+        gradient, (cosine,) = cosine_loss(hidden, teacher, torch.ones(()), hidden)
+    assert gradient.shape == (3, 2, 24) and cosine.shape == (3, 2)
 
 
-def test_wrong_inputs_are_refused() -> None:
-    hidden, teacher = hidden_and_teacher()
-    with pytest.raises(ValueError, match="different tokens"):
-        align_hidden_state(hidden, teacher[:2], 1.0)
-    with pytest.raises(ValueError, match="width 24 to 1"):
-        align_hidden_state(hidden, teacher[..., :1], 1.0)
-    with pytest.raises(ValueError, match="0-dim"):
-        align_hidden_state(hidden, teacher, torch.ones(1))
+class _LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest tensor that an operation creates, except in `ignored`."""
+
+    def __init__(self, ignored: torch.dtype) -> None:
+        super().__init__()
+        self.ignored = ignored
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.dtype != self.ignored:
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
 
 
-def test_alignment_in_the_backward_is_that_of_the_forward() -> None:
-    """The state may come after the forward, and is asked for once."""
-    values, teacher = torch.randn(5, 2, 24), torch.randn(5, 2, 16)
-    incoming = torch.randn_like(values)
-    early = values.clone().requires_grad_()
-    out, cosine = align_hidden_state(early * 2, teacher, 0.7)
-    out.backward(incoming)
-    late = values.clone().requires_grad_()
-    asked: list[int] = []
-    reported: list[torch.Tensor] = []
-
-    def state() -> torch.Tensor:
-        asked.append(1)
-        return teacher
-
-    align = alignment_loss("cosine", None).align
-    passed = align_in_backward(late * 2, state, 0.7, align, reported.append)
-    assert not asked and torch.equal(passed, late * 2)
-    passed.backward(incoming)
-    assert asked == [1] and torch.equal(reported[0][0], cosine)
-    assert torch.equal(late.grad, early.grad)
+def test_no_input_is_copied_whole_to_fp32() -> None:
+    student, teacher = random_pair(8192, 512, 144, torch.bfloat16)
+    with _LargestTensor(ignored=torch.bfloat16) as largest:
+        token_cosine(student, teacher)
+        cosine_reference(student, teacher, torch.tensor(1.0), torch.ones_like(student))
+    # A copy of the student in fp32 is 16 MiB.
+    assert 0 < largest.bytes <= 2**20

@@ -1,4 +1,4 @@
-"""Looking ahead in the data changes nothing of what is read."""
+"""Reading ahead does not change what a step reads, replays or saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def microbatch(number: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> RerunDataIterator:
-    """Ten microbatches behind Megatron's iterator, whose replay is on."""
+    """Ten microbatches behind Megatron's iterator, with replay enabled."""
 
     class Machine:
         def get_mode(self) -> RerunMode:
@@ -38,7 +38,7 @@ def ahead(iterator: object, count: int) -> list[int] | None:
     return None if tokens is None else tokens[:, 0, 0].tolist()
 
 
-def test_what_was_seen_is_still_to_be_read(data: RerunDataIterator) -> None:
+def test_peek_consumes_nothing(data: RerunDataIterator) -> None:
     assert numbers(read_ahead(data, 3)[0]) == [0, 1, 2]  # type: ignore[arg-type]
     assert ahead(data, 2) == [3, 4]
     assert ahead(data, 4) == [3, 4, 5, 6]
@@ -46,7 +46,7 @@ def test_what_was_seen_is_still_to_be_read(data: RerunDataIterator) -> None:
     assert ahead(data, 2) == [8, 9]
 
 
-def test_a_replayed_step_reads_its_own_microbatches(data: RerunDataIterator) -> None:
+def test_replayed_step_reads_its_microbatches_again(data: RerunDataIterator) -> None:
     data.advance()
     read_ahead(data, 2)
     assert ahead(data, 2) == [2, 3]
@@ -58,7 +58,7 @@ def test_a_replayed_step_reads_its_own_microbatches(data: RerunDataIterator) -> 
     assert numbers(read_ahead(data, 2)[0]) == [2, 3]  # type: ignore[arg-type]
 
 
-def test_the_end_of_the_data_is_no_error_until_it_is_read(data: RerunDataIterator) -> None:
+def test_peek_past_end_of_data_returns_none(data: RerunDataIterator) -> None:
     read_ahead(data, 8)
     assert ahead(data, 3) is None
     assert numbers(read_ahead(data, 2)[0]) == [8, 9]  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def test_the_end_of_the_data_is_no_error_until_it_is_read(data: RerunDataIterato
         next(data)
 
 
-def test_nothing_is_seen_where_nothing_is_read_or_a_place_is_saved(data: RerunDataIterator) -> None:
+def test_peek_without_data_or_on_saving_iterator_returns_none(data: RerunDataIterator) -> None:
     assert peek(None, 2, "tokens") is None and peek([None, None], 2, "tokens") is None
     assert peek(data, 0, "tokens") is None
     assert ahead([None, data], 1) == [0]

@@ -1,4 +1,4 @@
-"""The learned projection: its gradients, its Adam, and when it takes a step."""
+"""The learned projection: its gradients, its Adam, and when it is updated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_let.config.let_config import LOSSES, Loss
-from megatron_let.losses.registry import alignment_loss
-from megatron_let.methods.learned_projection import AdamStep, LearnedProjection, behind_projection
-from megatron_let.methods.projection_training import ProjectionTraining
+from megatron_let.losses import LOSSES, load_loss
+from megatron_let.methods.learned_projection import (
+    AdamStep,
+    LearnedProjection,
+    ProjectionTraining,
+    behind_projection,
+)
 from tests.helpers import plain_reference as plain
 
 SCALE = torch.tensor(0.37, dtype=torch.float64)
@@ -27,7 +30,7 @@ BY_HAND = {
 
 
 def new_projection(seed: int = 1) -> LearnedProjection:
-    """24 wide to 16 wide."""
+    """From width 24 to width 16."""
     return LearnedProjection(24, 16, 0.3, seed, torch.device("cpu"))
 
 
@@ -41,20 +44,18 @@ def states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def gradients(
-    name: Loss, projection: LearnedProjection, student: Tensor, teacher: Tensor
+    name: str, projection: LearnedProjection, student: Tensor, teacher: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of the student and of W, and what the loss reports."""
-    loss = behind_projection(alignment_loss(name, None), projection)
-    leaf = student.clone().requires_grad_()
-    hidden, values = loss.align(leaf, teacher, SCALE.to(teacher.dtype))
-    assert torch.equal(hidden, student) and hidden._base is None
-    hidden.backward(torch.ones_like(hidden))
-    assert leaf.grad is not None
-    return leaf.grad, projection.gradient, values
+    """Return the gradients of the student and of W, and the reported values."""
+    loss = behind_projection(load_loss(name, None), projection)
+    incoming = torch.ones_like(student)
+    gradient, values = loss.function(student, teacher, SCALE, incoming)
+    assert torch.equal(incoming, torch.ones_like(student))
+    return gradient, projection.gradient, values
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_of_student_and_weight(name: Loss) -> None:
+def test_gradients_of_student_and_weight(name: str) -> None:
     student, teacher = states()
     projection = new_projection().double()
     of_student, of_weight, values = gradients(name, projection, student, teacher)
@@ -67,7 +68,7 @@ def test_gradients_of_student_and_weight(name: Loss) -> None:
     torch.testing.assert_close(values[0], F.cosine_similarity(projected, teacher, dim=-1).detach())
 
 
-def test_gradient_adds_up_over_microbatches() -> None:
+def test_gradient_accumulates_over_microbatches() -> None:
     student, teacher = states()
     projection, halves = new_projection().double(), new_projection().double()
     gradients("cosine", projection, student, teacher)
@@ -76,7 +77,7 @@ def test_gradient_adds_up_over_microbatches() -> None:
     torch.testing.assert_close(halves.gradient, projection.gradient)
 
 
-def test_narrow_hidden_states_are_projected_in_fp32() -> None:
+def test_gradients_of_bf16_states_are_computed_in_fp32() -> None:
     student, teacher = states(torch.bfloat16)
     projection, exact = new_projection(), new_projection().double()
     ours = gradients("cosine", projection, student, teacher)
@@ -85,18 +86,18 @@ def test_narrow_hidden_states_are_projected_in_fp32() -> None:
     torch.testing.assert_close(ours[1].double(), theirs[1], rtol=1e-4, atol=1e-5)
 
 
-def test_weight_is_the_seeds_and_takes_no_random_number() -> None:
+def test_initial_weight_depends_on_seed_only() -> None:
     before = torch.get_rng_state()
     projection = new_projection()
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(projection.weight, new_projection().weight)
     assert not torch.equal(projection.weight, new_projection(seed=2).weight)
     assert projection.weight.std() == pytest.approx(0.3, rel=0.1)
-    assert not list(projection.parameters()), "Megatron would train it too"
+    assert not list(projection.parameters()), "Megatron would train parameters too"
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_update_is_that_of_torchs_adam(decoupled: bool) -> None:
+def test_update_equals_torchs_adam(decoupled: bool) -> None:
     projection = new_projection()
     weight = torch.nn.Parameter(projection.weight.clone())
     optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
@@ -118,7 +119,7 @@ def test_update_is_that_of_torchs_adam(decoupled: bool) -> None:
 
 
 class Optimizer:
-    """As much of Megatron's as a projection looks at."""
+    """As much of Megatron's optimizer as a projection uses."""
 
     config = SimpleNamespace(
         adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, decoupled_weight_decay=True
@@ -138,7 +139,7 @@ class Optimizer:
 
 @pytest.fixture
 def chunk(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    """A model of one layer, on one rank."""
+    """A model with one layer, on one rank."""
     layer = torch.nn.Linear(24, 24)
     layer.layer_number = 1
     chunk = torch.nn.Module()
@@ -146,7 +147,7 @@ def chunk(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     chunk.decoder.layers = torch.nn.ModuleList([layer])
     chunk.config = SimpleNamespace(hidden_size=24, init_method_std=0.3, sequence_parallel=False)
     monkeypatch.setattr(
-        "megatron_let.methods.projection_training._ranks_with_tokens", lambda _: ALONE
+        "megatron_let.methods.learned_projection._ranks_with_tokens", lambda _: ALONE
     )
     return chunk
 
@@ -160,7 +161,7 @@ def set_up(
     return training
 
 
-def test_takes_its_step_with_the_matrices_rate_and_decay(chunk: torch.nn.Module) -> None:
+def test_update_uses_rate_and_decay_of_matrices(chunk: torch.nn.Module) -> None:
     optimizer = Optimizer(updated=True)
     training = set_up(chunk, optimizer)
     module, expected = training.module, new_projection()
@@ -174,7 +175,7 @@ def test_takes_its_step_with_the_matrices_rate_and_decay(chunk: torch.nn.Module)
         assert torch.equal(module.weight, expected.weight)
 
 
-def test_batch_that_is_taken_again_counts_once(chunk: torch.nn.Module) -> None:
+def test_replayed_batch_counts_once(chunk: torch.nn.Module) -> None:
     """As Megatron's rerun machine does before the optimizer's step."""
     optimizer = Optimizer(updated=True)
     training, expected = set_up(chunk, optimizer), new_projection()
@@ -188,7 +189,7 @@ def test_batch_that_is_taken_again_counts_once(chunk: torch.nn.Module) -> None:
     assert torch.equal(training.module.weight, expected.weight)
 
 
-def test_takes_no_step_where_megatron_takes_none(chunk: torch.nn.Module) -> None:
+def test_update_is_skipped_with_megatrons(chunk: torch.nn.Module) -> None:
     optimizer = Optimizer(updated=False)
     training = set_up(chunk, optimizer)
     assert training.module is not None
@@ -199,7 +200,7 @@ def test_takes_no_step_where_megatron_takes_none(chunk: torch.nn.Module) -> None
     assert torch.equal(training.module.weight, new_projection().weight)
 
 
-def test_takes_no_step_without_an_aligned_batch(chunk: torch.nn.Module) -> None:
+def test_update_needs_an_open_step(chunk: torch.nn.Module) -> None:
     optimizer = Optimizer(updated=True)
     training = set_up(chunk, optimizer)
     optimizer.step()
@@ -211,7 +212,7 @@ def test_takes_no_step_without_an_aligned_batch(chunk: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("updated", [True, False])
-def test_leaves_model_and_optimizer_as_they_were(chunk: torch.nn.Module, updated: bool) -> None:
+def test_free_restores_model_and_optimizer(chunk: torch.nn.Module, updated: bool) -> None:
     before = set(chunk.state_dict())
     optimizer = Optimizer(updated)
     training = set_up(chunk, optimizer, last=True)
@@ -225,7 +226,7 @@ def test_leaves_model_and_optimizer_as_they_were(chunk: torch.nn.Module, updated
     training.free()
 
 
-def test_stage_without_the_layer_has_none(chunk: torch.nn.Module) -> None:
+def test_stage_without_layer_k_has_no_projection(chunk: torch.nn.Module) -> None:
     optimizer = Optimizer(updated=True)
     training = set_up(chunk, optimizer, layer=2)
     training.open_step(0.4, 8)
@@ -233,8 +234,10 @@ def test_stage_without_the_layer_has_none(chunk: torch.nn.Module) -> None:
     assert not any("projection" in name for name in chunk.state_dict())
 
 
-def test_folder_of_another_format_holds_none(chunk: torch.nn.Module, tmp_path: Path) -> None:
+def test_checkpoint_of_another_format_gives_new_projection(
+    chunk: torch.nn.Module, tmp_path: Path
+) -> None:
     lines: list[str] = []
     training = ProjectionTraining(1, 16, 1, lambda: tmp_path, lambda: False, lines.append)
     training.wrap_setup(lambda: ([chunk], Optimizer(True), None))()
-    assert len(lines) == 1 and "begins anew" in lines[0]
+    assert len(lines) == 1 and "newly initialised" in lines[0]

@@ -1,4 +1,4 @@
-"""The order of passes, against Megatron's own functions."""
+"""Order of the pipeline passes, compared with Megatron's functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIPELINES = [
 
 
 @pytest.mark.parametrize("pipeline", [p for p in PIPELINES if p.num_stages > 1])
-def test_warmup_is_megatrons(pipeline: Pipeline) -> None:
+def test_num_warmup_equals_megatrons(pipeline: Pipeline) -> None:
     for stage in range(pipeline.num_stages):
         communicator = SimpleNamespace(
             pp_group=SimpleNamespace(size=lambda: pipeline.num_stages, rank=lambda s=stage: s),
@@ -34,7 +34,7 @@ def test_warmup_is_megatrons(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_every_pass_runs_once_and_after_its_input(pipeline: Pipeline) -> None:
+def test_passes_run_once_and_after_their_inputs(pipeline: Pipeline) -> None:
     expected = {
         Pass(kind, microbatch, chunk)
         for kind in ("forward", "backward")
@@ -50,13 +50,13 @@ def test_every_pass_runs_once_and_after_its_input(pipeline: Pipeline) -> None:
             assert producer is None or producer[0] != stage or producer[1] in before
 
 
-def test_1f1b_of_the_first_of_two_stages() -> None:
+def test_passes_first_of_two_stages_follow_1f1b() -> None:
     order = [f"{p.kind[0]}{p.microbatch}" for p in Pipeline(2, 3).passes(0)]
     assert order == ["f0", "f1", "b0", "f2", "b1", "b2"]
     assert Pipeline(2, 3).num_forwards_to_wait(0) == 2
 
 
-def test_chunks_follow_one_another_around_the_pipeline() -> None:
+def test_producer_interleaved_chunks_cross_the_pipeline_ends() -> None:
     pipeline = Pipeline(2, 4, num_chunks=2)
     assert pipeline.producer(Pass("forward", 3, 1), 0) == (1, Pass("forward", 3, 0))
     assert pipeline.producer(Pass("backward", 3, 0), 1) == (0, Pass("backward", 3, 1))
@@ -64,6 +64,6 @@ def test_chunks_follow_one_another_around_the_pipeline() -> None:
     assert pipeline.producer(Pass("forward", 3, 0), 0) is None
 
 
-def test_without_overlap_the_first_gradient_is_waited_for_one_forward_earlier() -> None:
+def test_num_forwards_to_wait_without_overlap_is_one_less() -> None:
     assert Pipeline(2, 4, 2).num_forwards_to_wait(0) == 5
     assert Pipeline(2, 4, 2, overlap_p2p=False).num_forwards_to_wait(0) == 4

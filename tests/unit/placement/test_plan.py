@@ -1,4 +1,4 @@
-"""Who computes which microbatch, and when."""
+"""Plans: every microbatch is computed once, in time, and without a deadlock."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_let.config.let_config import Placement
 from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import PLACEMENTS, Placement, Plan, plan, samples_split
-from megatron_let.placement.simulate import Costs, Owner, StagePlan, simulate
+from megatron_let.placement.plan import FIXED_PLACEMENTS, Plan, plan, samples_split
+from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
 
 SIZES = [(2, 2, 1), (2, 4, 2), (3, 5, 1), (4, 4, 1), (4, 16, 1), (4, 8, 2), (4, 8, 3), (8, 16, 2)]
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> tuple[Placement, Pipeline, Costs, Owner, int, int]:
-    """(placement, pipeline, costs, owner, max_prefetch, num_ready)."""
+def requests(draw: st.DrawFn) -> tuple[Placement, Pipeline, Costs, AlignedLayer, int, int]:
+    """(placement, pipeline, costs, aligned layer, max_prefetch, num_ready)."""
     stages = draw(st.integers(1, 5))
     chunks = draw(st.integers(1, 3)) if stages > 1 else 1
     groups = draw(st.integers(1, 4))
@@ -26,61 +27,63 @@ def requests(draw: st.DrawFn) -> tuple[Placement, Pipeline, Costs, Owner, int, i
     seconds = st.floats(0.1, 10)
     forward = tuple(draw(seconds) for _ in range(stages))
     costs = Costs(forward, tuple(2 * f for f in forward), teacher=draw(st.floats(0, 10)))
-    owner = Owner(draw(st.integers(0, stages - 1)), draw(st.integers(0, chunks - 1)))
+    aligned = AlignedLayer(draw(st.integers(0, stages - 1)), draw(st.integers(0, chunks - 1)))
     limit = draw(st.integers(1, microbatches))
     pipeline = Pipeline(stages, microbatches, chunks, overlap_p2p=draw(st.booleans()))
-    placement = draw(st.sampled_from(PLACEMENTS))
-    cold = plan(placement, pipeline, costs, owner, max_prefetch=limit)
-    return placement, pipeline, costs, owner, limit, draw(st.sampled_from([0, cold.num_ahead]))
+    placement = draw(st.sampled_from(FIXED_PLACEMENTS))
+    cold = plan(placement, pipeline, costs, aligned, max_prefetch=limit)
+    return placement, pipeline, costs, aligned, limit, draw(st.sampled_from([0, cold.num_ahead]))
 
 
 @settings(deadline=None, max_examples=150)
 @given(requests())
-def test_every_microbatch_is_computed_once(
-    request: tuple[Placement, Pipeline, Costs, Owner, int, int],
+def test_plan_computes_every_microbatch_once(
+    request: tuple[Placement, Pipeline, Costs, AlignedLayer, int, int],
 ) -> None:
-    placement, pipeline, costs, owner, limit, num_ready = request
-    made = plan(placement, pipeline, costs, owner, max_prefetch=limit, num_ready=num_ready)
+    placement, pipeline, costs, aligned, limit, num_ready = request
+    made = plan(placement, pipeline, costs, aligned, max_prefetch=limit, num_ready=num_ready)
     now = [m for s in made.stages for m in (*s.before, *s.waiting, *s.at_forward)]
     assert sorted(now) == list(range(num_ready, pipeline.num_microbatches))
     ahead = [m for stage in made.stages for m in stage.after]
     assert sorted(ahead) == list(range(made.num_ahead)) and made.num_ahead <= limit
-    early = (*made.stages[owner.stage].before, *made.stages[owner.stage].waiting)
+    early = (*made.stages[aligned.stage].before, *made.stages[aligned.stage].waiting)
     assert all(m < limit for m in early)
     for index, stage in enumerate(made.stages):
-        # A stage sends in the order in which the owner, by due date, receives.
+        # Stages send in the order in which the aligned stage receives.
         assert list(stage.before + stage.waiting) == sorted(stage.before + stage.waiting)
-        assert index == owner.stage or not stage.at_forward
+        assert index == aligned.stage or not stage.at_forward
 
 
 @settings(deadline=None, max_examples=150)
 @given(requests())
-def test_no_plan_lets_stages_wait_for_each_other(
-    request: tuple[Placement, Pipeline, Costs, Owner, int, int],
+def test_plan_does_not_deadlock(
+    request: tuple[Placement, Pipeline, Costs, AlignedLayer, int, int],
 ) -> None:
-    placement, pipeline, costs, owner, limit, num_ready = request
-    made = plan(placement, pipeline, costs, owner, max_prefetch=limit, num_ready=num_ready)
-    simulate(pipeline, costs, owner, made.stages)
+    placement, pipeline, costs, aligned, limit, num_ready = request
+    made = plan(placement, pipeline, costs, aligned, max_prefetch=limit, num_ready=num_ready)
+    simulate(pipeline, costs, aligned, made.stages)
 
 
 @pytest.mark.parametrize(("stages", "microbatches", "chunks"), SIZES)
-def test_no_plan_deadlocks_wherever_layer_k_is(stages: int, microbatches: int, chunks: int) -> None:
+def test_plan_does_not_deadlock_for_any_position_of_layer_k(
+    stages: int, microbatches: int, chunks: int
+) -> None:
     pipeline = Pipeline(stages, microbatches, chunks)
     for stage, chunk, teacher in itertools.product(range(stages), range(chunks), (0.1, 1, 5)):
-        costs, owner = Costs.uniform(stages, 1, 2, teacher), Owner(stage, chunk)
-        for placement in PLACEMENTS:
-            steady_timeline(placement, pipeline, costs, owner, microbatches)
+        costs, aligned = Costs.uniform(stages, 1, 2, teacher), AlignedLayer(stage, chunk)
+        for placement in FIXED_PLACEMENTS:
+            steady_timeline(placement, pipeline, costs, aligned, microbatches)
 
 
 @pytest.mark.parametrize(("stages", "microbatches", "chunks"), SIZES)
 @pytest.mark.parametrize("teacher", [0.2, 0.5, 1.0])
-def test_bubbles_cost_no_more_than_spreading_which_costs_no_more_than_the_owner_alone(
+def test_step_time_bubble_at_most_spread_at_most_aligned_stage(
     stages: int, microbatches: int, chunks: int, teacher: float
 ) -> None:
     pipeline, costs = Pipeline(stages, microbatches, chunks), Costs.uniform(stages, 1, 2, teacher)
     aligned, spread, bubble = (
-        steady_timeline(placement, pipeline, costs, Owner(0), microbatches).duration
-        for placement in PLACEMENTS
+        steady_timeline(placement, pipeline, costs, AlignedLayer(0), microbatches).duration
+        for placement in FIXED_PLACEMENTS
     )
     assert bubble <= spread + 1e-9 and spread <= aligned + 1e-9
 
@@ -89,11 +92,11 @@ def shares(made: Plan) -> list[tuple[tuple[int, ...], ...]]:
     return [(s.before, s.waiting, s.at_forward, s.after) for s in made.stages]
 
 
-def test_one_stage_computes_its_first_microbatch_before_the_schedule_and_the_others_in_turn() -> (
-    None
-):
-    for placement in PLACEMENTS:
-        made = plan(placement, Pipeline(1, 3), Costs.uniform(1, 1, 2, 1), Owner(0), max_prefetch=3)
+def test_plan_one_stage_computes_only_first_microbatch_before_schedule() -> None:
+    for placement in FIXED_PLACEMENTS:
+        made = plan(
+            placement, Pipeline(1, 3), Costs.uniform(1, 1, 2, 1), AlignedLayer(0), max_prefetch=3
+        )
         assert shares(made) == [((0,), (), (1, 2), ())]
 
 
@@ -102,42 +105,42 @@ def test_one_stage_computes_its_first_microbatch_before_the_schedule_and_the_oth
     [
         ("aligned-stage", 0, [((), (), (0, 1, 2, 3, 4, 5), ()), ((), (), (), ())]),
         ("spread", 0, [((1, 3, 5), (), (), ()), ((0, 2, 4), (), (), ())]),
-        # The second stage waits 1 at the start and 2 at the end; the first 2 in between.
+        # The second stage is idle for 1 at the start and 2 at the end; the first for 2 in between.
         ("bubble", 2, [((), (3, 5), (), ()), ((2,), (4,), (), (0, 1))]),
         ("bubble", 0, [((), (1, 3, 5), (), ()), ((0,), (2, 4), (), (0, 1))]),
     ],
 )
-def test_two_stages_with_six_microbatches(
+def test_plan_two_stages_six_microbatches(
     placement: Placement, num_ready: int, expected: list[tuple[tuple[int, ...], ...]]
 ) -> None:
     made = plan(
         placement,
         Pipeline(2, 6),
         Costs.uniform(2, 1, 2, 1),
-        Owner(0),
+        AlignedLayer(0),
         max_prefetch=6,
         num_ready=num_ready,
     )
     assert shares(made) == expected
 
 
-def test_the_owner_leaves_to_the_forward_what_it_may_not_hold() -> None:
-    made = plan("spread", Pipeline(2, 6), Costs.uniform(2, 1, 2, 1), Owner(0), max_prefetch=2)
+def test_plan_above_max_prefetch_moves_work_to_forward() -> None:
+    made = plan(
+        "spread", Pipeline(2, 6), Costs.uniform(2, 1, 2, 1), AlignedLayer(0), max_prefetch=2
+    )
     assert made.stages[0] == StagePlan(before=(1,), at_forward=(3, 5), num_forwards_to_wait=2)
     assert made.stages[1].before == (0, 2, 4)
 
 
-def test_nothing_is_computed_ahead_of_an_unknown_batch() -> None:
+def test_plan_without_look_ahead_computes_nothing_ahead() -> None:
     pipeline, costs = Pipeline(4, 16), Costs.uniform(4, 1, 2, 1)
     options = {"max_prefetch": 16, "look_ahead": False}
-    assert plan("bubble", pipeline, costs, Owner(0), **options).num_ahead == 0  # type: ignore[arg-type]
+    assert plan("bubble", pipeline, costs, AlignedLayer(0), **options).num_ahead == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("tp", "cp", "b", "expected"),
     [(1, 1, 4, 1), (2, 2, 4, 4), (2, 1, 3, 1), (4, 2, 4, 4), (8, 1, 2, 2)],
 )
-def test_samples_are_shared_among_as_many_ranks_as_divide_them(
-    tp: int, cp: int, b: int, expected: int
-) -> None:
+def test_samples_split_is_greatest_common_divisor(tp: int, cp: int, b: int, expected: int) -> None:
     assert samples_split(tp, cp, b) == expected

@@ -1,4 +1,4 @@
-"""The simulation, against closed forms and against figures that another simulation gave."""
+"""The simulation, compared with closed forms and with figures of another simulation."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import pytest
 
 from megatron_let.placement.choose import fastest, step_time_ratio
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.simulate import Costs, DeadlockError, Owner, StagePlan, simulate
+from megatron_let.placement.simulate import AlignedLayer, Costs, DeadlockError, StagePlan, simulate
 
-FIRST = Owner(0)
-# Teacher forward over student training FLOPs, SmolLM2-1.7B and the 7B student at 1,280 tokens.
+FIRST = AlignedLayer(0)
+# Teacher forward over student training FLOPs: SmolLM2-1.7B and the 7B student, 1,280 tokens.
 TEACHER_SHARE = 0.0825
 
 
 @pytest.mark.parametrize(("p", "n"), [(1, 3), (2, 4), (4, 4), (4, 9), (8, 32)])
-def test_1f1b_takes_as_long_as_its_closed_form(p: int, n: int) -> None:
+def test_duration_1f1b_equals_closed_form(p: int, n: int) -> None:
     timeline = simulate(Pipeline(p, n), Costs.uniform(p, 1, 2, 0), FIRST)
     assert timeline.duration == pytest.approx((n + p - 1) * 3)
 
 
 @pytest.mark.parametrize(("p", "n", "v"), [(2, 4, 2), (4, 8, 2), (4, 16, 4)])
-def test_interleaving_divides_the_bubble(p: int, n: int, v: int) -> None:
+def test_duration_interleaved_equals_closed_form(p: int, n: int, v: int) -> None:
     timeline = simulate(Pipeline(p, n, v), Costs.uniform(p, 1, 2, 0), FIRST)
     assert timeline.duration == pytest.approx(3 * n + (p - 1) * 3 / v)
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_idle_times_of_1f1b(stage: int) -> None:
+def test_idle_times_1f1b(stage: int) -> None:
     idle = simulate(Pipeline(4, 16), Costs.uniform(4, 1, 2, 0), FIRST).idle(stage)
     assert idle == pytest.approx((stage, 2 * (3 - stage), 2 * stage))
 
@@ -42,7 +42,7 @@ def test_idle_times_of_1f1b(stage: int) -> None:
         (8, 64, 1.530, 1.074, 1.000),
     ],
 )
-def test_step_times_of_the_7b(p: int, n: int, aligned: float, spread: float, bubble: float) -> None:
+def test_step_time_ratio_7b(p: int, n: int, aligned: float, spread: float, bubble: float) -> None:
     pipeline, costs = Pipeline(p, n), Costs.uniform(p, 1, 2, TEACHER_SHARE * 3 * p)
     expected = {"aligned-stage": aligned, "spread": spread, "bubble": bubble}
     for placement, ratio in expected.items():
@@ -52,30 +52,30 @@ def test_step_times_of_the_7b(p: int, n: int, aligned: float, spread: float, bub
     assert fastest(pipeline, costs, FIRST, n) == "bubble"
 
 
-def test_a_slow_stage_sets_the_pace() -> None:
+def test_duration_follows_slowest_stage() -> None:
     costs = Costs(forward=(1, 3), backward=(2, 6), teacher=0)
     assert simulate(Pipeline(2, 8), costs, FIRST).duration == pytest.approx(1 + 8 * 9 + 2)
 
 
-def test_transfers_lengthen_the_way_through_the_pipeline() -> None:
+def test_duration_includes_transfers() -> None:
     costs = Costs((1, 1), (2, 2), teacher=0, transfer=0.25)
     assert simulate(Pipeline(2, 1), costs, FIRST).duration == pytest.approx(6.5)
 
 
-def test_a_backward_waits_for_its_state() -> None:
+def test_backward_of_layer_k_waits_for_its_state() -> None:
     plans = [StagePlan(), StagePlan(after=(0,)), StagePlan()]
     on_last = [StagePlan(), StagePlan(), StagePlan(before=(0,))]
     pipeline, costs = Pipeline(3, 1), Costs.uniform(3, 1, 2, 100)
     first = simulate(pipeline, costs, FIRST, on_last).spans[0]
     assert [span.kind for span in first] == ["forward", "backward"]
-    # The teacher, the last stage's 3, the second stage's 2.
+    # Teacher 100, last stage 3, second stage 2.
     assert first[-1].start == 105
     ahead = simulate(pipeline, costs, FIRST, plans)
     assert ahead.spans[1][-1].microbatch == 1 and ahead.duration == 107
 
 
-def test_stages_that_wait_for_each_other_are_found() -> None:
+def test_deadlocked_stages_raise() -> None:
     # Stage 0 would compute the state of microbatch 0 after passes that need its backward.
     late = StagePlan(waiting=(0,), num_forwards_to_wait=4)
-    with pytest.raises(DeadlockError, match="stand at"):
-        simulate(Pipeline(2, 4), Costs.uniform(2, 1, 2, 1), Owner(1), [late, StagePlan()])
+    with pytest.raises(DeadlockError, match="blocked at"):
+        simulate(Pipeline(2, 4), Costs.uniform(2, 1, 2, 1), AlignedLayer(1), [late, StagePlan()])

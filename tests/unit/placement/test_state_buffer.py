@@ -1,4 +1,4 @@
-"""What the owner of layer k holds, and when a stage computes."""
+"""When a stage computes states, and how many the aligned stage holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from megatron_let.placement.plan import Plan
 from megatron_let.placement.simulate import StagePlan
-from megatron_let.placement.state_buffer import PlacedStates
+from megatron_let.placement.state_buffer import TeacherStateBuffer
 from megatron_let.placement.transfer import Message
 
 NUM_MICROBATCHES = 6
@@ -17,7 +17,7 @@ NEXT_TOKENS = TOKENS[:2] + 100
 
 
 class Samples:
-    """A state is its microbatch's first token, and -1 counts as not finite."""
+    """The state of a microbatch is its first token; microbatch 3 counts as not finite."""
 
     def __init__(self) -> None:
         self.computed: list[int] = []
@@ -28,7 +28,7 @@ class Samples:
 
 
 class Mail:
-    """A transfer that delivers at once, and counts what the owner has asked for."""
+    """A transfer that delivers immediately and records what the aligned stage received."""
 
     def __init__(self) -> None:
         self.sent: dict[int, torch.Tensor] = {}
@@ -43,10 +43,10 @@ class Mail:
         return Message(buffer.copy_(self.sent[tag]), None)
 
 
-def states(stage: int, samples: Samples, mail: Mail) -> PlacedStates:
+def states(stage: int, samples: Samples, mail: Mail) -> TeacherStateBuffer:
     like, anything = torch.empty(3, 2, 4, device="meta"), (samples, mail)
     given: Any = anything
-    return PlacedStates(given[0], given[1], stage, 0, like, torch.device("cpu"))
+    return TeacherStateBuffer(given[0], given[1], stage, 0, like, torch.device("cpu"))
 
 
 PLAN = Plan(
@@ -58,48 +58,48 @@ PLAN = Plan(
 )
 
 
-def test_work_is_done_in_its_place_and_the_owner_holds_no_more_than_it_may() -> None:
+def test_states_are_computed_in_their_slot_and_held_up_to_max_prefetch() -> None:
     mail, first, second = Mail(), Samples(), Samples()
-    helper, owner = states(1, second, mail), states(0, first, mail)
+    helper, aligned = states(1, second, mail), states(0, first, mail)
     helper.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
     helper.before_schedule()
     assert second.computed == [0, 1]
     helper.after_forward()
     assert second.computed == [0, 1, 2, 4]
-    owner.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
+    aligned.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
     assert mail.asked == [0, 1]
-    owner.before_schedule()
-    owner.after_forward()
+    aligned.before_schedule()
+    aligned.after_forward()
     assert first.computed == []
-    owner.after_forward()
+    aligned.after_forward()
     assert first.computed == [3]
     for microbatch in range(NUM_MICROBATCHES):
-        owner.before_forward(microbatch)
-        assert owner.state(microbatch).eq(microbatch).all()
+        aligned.before_forward(microbatch)
+        assert aligned.state(microbatch).eq(microbatch).all()
         assert max(mail.asked) <= microbatch + 2
     assert mail.asked == [0, 1, 2, 4] and first.computed == [3, 5]
     helper.after_backward()
     assert second.computed[-2:] == [100, 101]
-    owner.after_backward()
-    assert owner.num_computed_ahead == helper.num_computed_ahead == 2
-    assert owner.end().tolist() == [0, 0, 0, 1, 0, 0]
+    aligned.after_backward()
+    assert aligned.num_computed_ahead == helper.num_computed_ahead == 2
+    assert aligned.end().tolist() == [0, 0, 0, 1, 0, 0]
 
 
-def test_states_computed_ahead_are_used_or_dropped() -> None:
+def test_states_computed_ahead_are_used_by_next_batch_or_dropped() -> None:
     mail, samples = Mail(), Samples()
-    helper, owner = states(1, samples, mail), states(0, Samples(), mail)
-    for one in (helper, owner):
+    helper, aligned = states(1, samples, mail), states(0, Samples(), mail)
+    for one in (helper, aligned):
         one.begin(TOKENS, PLAN, 6, NEXT_TOKENS)
         one.before_schedule()
         one.after_forward()
         one.after_backward()
         one.end()
     later = Plan("bubble", (StagePlan(at_forward=(2, 3, 4, 5)), StagePlan()))
-    owner.begin(TOKENS + 100, later, 6, None)
-    assert owner.state(0).eq(100).all() and owner.state(1).eq(101).all()
-    owner.after_backward()
-    assert owner.num_computed_ahead == 0
-    # The same batch is taken again: nothing of the next one may be taken for its own.
+    aligned.begin(TOKENS + 100, later, 6, None)
+    assert aligned.state(0).eq(100).all() and aligned.state(1).eq(101).all()
+    aligned.after_backward()
+    assert aligned.num_computed_ahead == 0
+    # The same batch again (a replayed step): states of the next batch must not be used.
     helper.begin(TOKENS, PLAN, 6, NEXT_TOKENS)
     helper.before_schedule()
     assert samples.computed[-2:] == [0, 1]

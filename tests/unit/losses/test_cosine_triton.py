@@ -1,7 +1,7 @@
 """The Triton kernels under Triton's interpreter, against the dense fp64 reference.
 
-The interpreter is chosen when Triton is imported, so the tests run in a process of their own: the
-one test that pytest collects here starts it.
+The interpreter is selected when Triton is imported, so the tests run in a separate process, which
+the one test that pytest collects here starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.unit.losses.test_cosine_reference import (
+from tests.helpers.exact_cosine import (
     COSINE_ERROR,
     GRADIENT_ERROR,
     WIDTHS,
@@ -33,11 +33,11 @@ from tests.unit.losses.test_cosine_reference import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton", reason="Triton is not installed: a CPU build of torch has none")
 if INTERPRETED:
-    from megatron_let.losses import cosine_launch as launch
+    from megatron_let.losses import cosine_triton
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs outside of the interpreter, and starts it")
-def test_in_a_process_with_the_interpreter() -> None:
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_kernels_pass_in_a_process_with_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
@@ -47,43 +47,33 @@ def test_in_a_process_with_the_interpreter() -> None:
 
 
 class InterpretedKernels:
-    """Each test compares `launch`'s two functions with equations 4 and 6 in fp64."""
+    """Each test compares the two launch functions with equations 4 and 6 in fp64."""
 
     @pytest.fixture(autouse=True)
     def poison(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Outputs start as NaN, so that an element no program writes is found."""
+        """Fill outputs with NaN, so that an element that no program writes is found."""
 
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
     @staticmethod
     def cosine_and_gradient(
-        student: Tensor, teacher: Tensor, weight: Tensor, grad: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The cosine, and `grad + d sum(weight * cos) / d student`."""
-        cosine, coefficients = launch.cosine_forward(student, teacher, mask)
+        student: Tensor, teacher: Tensor, weight: Tensor, grad: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cosine and `grad + d sum(weight * cos) / d student`."""
+        grad = torch.zeros_like(student) if grad is None else grad
+        cosine, coefficients = cosine_triton.cosine_forward(student, teacher)
         scaled = (coefficients * weight).to(coefficients.dtype)
-        return cosine, launch.cosine_backward(student, teacher, scaled, grad)
+        return cosine, cosine_triton.cosine_backward(student, teacher, scaled, grad)
 
-    def check(
-        self, student: Tensor, teacher: Tensor, grad: Tensor | None, mask: Tensor | None = None
-    ) -> None:
-        weight = random(student.shape[0])
-        cosine, gradient = self.cosine_and_gradient(student, teacher, weight, grad, mask)
-        live = torch.ones(len(student), dtype=torch.bool) if mask is None else ~mask
-        expected = torch.zeros(student.shape, dtype=torch.float64)
-        expected[live] = exact_gradient(student[live], teacher[live], weight[live])
-        if grad is not None:
-            expected += grad
-        dtype = student.dtype
+    def check(self, student: Tensor, teacher: Tensor, grad: Tensor) -> None:
+        weight, dtype = random(student.shape[0]), student.dtype
+        cosine, gradient = self.cosine_and_gradient(student, teacher, weight, grad)
         assert gradient.dtype == dtype and gradient.is_contiguous()
-        exact = exact_cosine(student[live], teacher[live])
-        torch.testing.assert_close(cosine[live].double(), exact, rtol=0, atol=COSINE_ERROR[dtype])
-        assert not cosine[~live].any()
-        error = gradient_error(gradient[live], expected[live], student[live], weight[live])
-        assert error < GRADIENT_ERROR[dtype]
-        assert torch.equal(gradient[~live].double(), expected[~live])
+        exact = exact_cosine(student, teacher)
+        torch.testing.assert_close(cosine.double(), exact, rtol=0, atol=COSINE_ERROR[dtype])
+        expected = exact_gradient(student, teacher, weight) + grad
+        assert gradient_error(gradient, expected, student, weight) < GRADIENT_ERROR[dtype]
 
     @pytest.mark.parametrize("dtype", COSINE_ERROR)
     @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
@@ -95,8 +85,7 @@ class InterpretedKernels:
     @pytest.mark.parametrize(("d_m", "d_t"), [(300, 150), (300, 110), (70, 200)])
     def test_token_counts_around_the_tile(self, d_m: int, d_t: int, num_tokens: int) -> None:
         student, teacher = random_pair(num_tokens, d_m, d_t, torch.float32)
-        mask = torch.arange(num_tokens) % 3 == 1
-        self.check(student, teacher, None, mask)
+        self.check(student, teacher, random(num_tokens, d_m).float())
 
     @pytest.mark.parametrize(
         ("d_m", "d_t"), [(256, 128), (258, 129), (512, 512), (260, 64), (512, 96), (64, 257)]
@@ -131,7 +120,7 @@ class InterpretedKernels:
     @pytest.mark.parametrize(
         ("d_m", "d_t"), [(48, 24), (256, 64), (40, 15), (512, 96), (15, 40), (1, 4), (320, 64)]
     )
-    def test_nothing_is_read_beside_the_rows(self, d_m: int, d_t: int) -> None:
+    def test_columns_and_rows_outside_the_inputs_are_not_read(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(5, d_m, d_t, torch.float32)
         grad = random(5, d_m).float()
         expected = self.cosine_and_gradient(student, teacher, random(5), grad)
@@ -146,7 +135,9 @@ class InterpretedKernels:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_zero_vectors(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
+    def test_zero_vectors_have_cosine_and_gradient_zero(
+        self, d_m: int, d_t: int, dtype: torch.dtype
+    ) -> None:
         student, teacher = random_pair(4, d_m, d_t, dtype)
         student[0], teacher[1], student[2], teacher[2] = 0, 0, 0, 0
         cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(4))
@@ -154,19 +145,7 @@ class InterpretedKernels:
         assert not gradient[:3].any() and gradient[3].any()
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_ignored_tokens_even_if_they_hold_nan(self, d_m: int, d_t: int) -> None:
-        student, teacher = random_pair(6, d_m, d_t, torch.float32)
-        student[1], teacher[5] = torch.nan, torch.inf
-        mask = torch.tensor([False, True, True, False, False, True])
-        grad = random(6, d_m).float()
-        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(6), grad, mask)
-        assert not cosine[mask].any()
-        assert torch.equal(gradient[mask], grad[mask])
-        clean = self.cosine_and_gradient(student[~mask], teacher[~mask], torch.ones(3), grad[~mask])
-        assert torch.equal(cosine[~mask], clean[0]) and torch.equal(gradient[~mask], clean[1])
-
-    @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_nan_in_a_live_token_shows(self, d_m: int, d_t: int) -> None:
+    def test_nan_propagates_to_its_token_alone(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(2, d_m, d_t, torch.float32)
         student[1, -1] = torch.nan
         cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(2))
@@ -199,7 +178,7 @@ class InterpretedKernels:
         assert torch.equal(first[0][4:5], alone[0]) and torch.equal(first[1][4:5], alone[1])
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_the_incoming_gradient_is_left_alone(self, d_m: int, d_t: int) -> None:
+    def test_inputs_are_not_modified(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
         inputs = [student, teacher, random(3, d_m).float()]
         kept = [x.clone() for x in inputs]
@@ -217,19 +196,19 @@ class InterpretedKernels:
         result = self.cosine_and_gradient(far[0], far[1], weight, far[2])
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
-    def test_which_kernel(self) -> None:
+    def test_block_kernel_is_selected_for_integer_ratios(self) -> None:
         block = [(64, 64), (48, 24), (96, 24), (4096, 2048)]
         gather = [(48, 16), (64, 8), (24, 48), (2048, 576), (2048, 768), (7, 5)]
-        assert all(launch.is_block_diagonal(*widths) for widths in block)
-        assert not any(launch.is_block_diagonal(*widths) for widths in gather)
+        assert all(cosine_triton.is_block_diagonal(*widths) for widths in block)
+        assert not any(cosine_triton.is_block_diagonal(*widths) for widths in gather)
 
-    def test_widths_whose_product_overflows_are_refused(self) -> None:
+    def test_widths_whose_product_overflows_raise(self) -> None:
         with pytest.raises(ValueError, match="below 2\\*\\*31"):
-            launch.cosine_forward(torch.zeros(1, 50_000), torch.zeros(1, 50_001), None)
+            cosine_triton.cosine_forward(torch.zeros(1, 50_000), torch.zeros(1, 50_001))
 
 
 def far_apart(rows: Tensor, stride: int) -> Tensor:
-    """The rows at a distance of `stride` elements, in memory that is reserved but not touched."""
+    """Return the rows `stride` elements apart, in memory that is reserved but not touched."""
     storage = torch.UntypedStorage(((len(rows) - 1) * stride + rows.shape[1]) * rows.element_size())
     view = torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.shape, (stride, 1))
     return view.copy_(rows)

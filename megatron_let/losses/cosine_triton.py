@@ -1,4 +1,4 @@
-"""Triton kernels: interpolation and cosine in one pass forward and one pass backward.
+"""Triton kernels of the cosine loss and their launch: one pass forward and one pass backward.
 
 Notation: `h` is a token's student row `[d_M]`, `t` its teacher row `[d_T]`, `W` the interpolation
 of equation 6 (target column j reads sources `floor u_j` and `floor u_j + 1`), `p = W h`.
@@ -6,38 +6,50 @@ of equation 6 (target column j reads sources `floor u_j` and `floor u_j + 1`), `
     forward    cos = p.t / (|p| |t|),  a = 1 / (|p| |t|),  b = cos / |p|^2
     backward   out = grad + W^T (a t - b p)
 
-Two pairs, one for each shape that `W` can take:
+There are two pairs, one for each structure of `W`:
 
-* block: `d_M = r d_T`, `r` 1, 2 or 4, where target j reads sources `r j .. r j + r - 1` only: a
+* block: `d_M = r d_T` with `r` 1, 2 or 4, where target j reads sources `r j .. r j + r - 1` only. A
   thread holds all that it needs, and every access is a wide, aligned stream.
 * gather: any widths. Columns are read where `u_j` falls, neighbours through the L1 cache, and the
-  transpose is a gather too: no atomics, so a run repeats to the bit.
+  transpose is a gather too: without atomics, so that runs are bitwise reproducible.
 
-Tiles are `[TOKENS, LANES, columns of one thread]`: lanes lie along the row, and the tokens of a
-program share the column arithmetic. That arithmetic is in whole numbers over the common
-denominator `d_T - 1`, so weights have one rounding at any width. Row offsets are 64-bit.
+Tiles are `[TOKENS, LANES, columns per thread]`: lanes lie along the row, and the tokens of a
+program share the column arithmetic. That arithmetic uses integers over the common denominator
+`d_T - 1`, so weights have one rounding at any width. Row offsets are 64-bit.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from megatron_let.losses.interpolation import work_dtype
+
+# One warp per program: sums end in shuffles, and many small programs hide each other's latency.
+NUM_WARPS = 1
+_LANES = 32
+_TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
 def _weight(distance, D_T: tl.constexpr, DTYPE: tl.constexpr):
-    """Weight of a source column `distance / (d_T - 1)` away from a target's `u_j`."""
+    """Return the weight of a source column `distance / (d_T - 1)` away from a target's `u_j`."""
     return tl.maximum(D_T - 1 - tl.abs(distance), 0).to(DTYPE) * (1.0 / (D_T - 1))
 
 
 @triton.jit
 def _rows(pointer, tokens, num_tokens, stride):
-    """Row addresses `[TOKENS, 1, 1]`; past the end the last row again, so loads need no mask."""
+    """Return row addresses `[TOKENS, 1, 1]`, clamped to the last row so that loads need no mask."""
     tokens = tl.minimum(tokens, num_tokens - 1)
     return pointer + (tokens.to(tl.int64) * stride)[:, None, None]
 
 
 @triton.jit
 def _load(pointer, in_row, MASKED: tl.constexpr, DTYPE: tl.constexpr):
-    """Load and widen; the mask only where a tile overhangs the row."""
+    """Load and widen; masked only if a tile overhangs the row."""
     if MASKED:
         return tl.load(pointer, mask=in_row, other=0.0).to(DTYPE)
     return tl.load(pointer).to(DTYPE)
@@ -45,22 +57,20 @@ def _load(pointer, in_row, MASKED: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _store_cosine(
-    cosine_ptr, coefficient_ptr, mask_ptr, tokens, num_tokens, dot, student_sq, teacher_sq
+    cosine_ptr, coefficient_ptr, tokens, num_tokens, dot, student_sq, teacher_sq
 ):  # fmt: skip
     """Sum the lanes' parts; store the cosine and the backward's a and b.
 
-    All three are zero where a vector is zero and where the token is ignored.
+    All three are zero where a vector is zero.
     """
     dot = tl.sum(tl.sum(dot, 2), 1)
     student_sq = tl.sum(tl.sum(student_sq, 2), 1)
     norms = tl.sqrt(student_sq) * tl.sqrt(tl.sum(tl.sum(teacher_sq, 2), 1))
     exists = tokens < num_tokens
-    dead = norms == 0  # not `norms > 0` negated: a NaN must show in the cosine
-    if mask_ptr is not None:
-        dead |= tl.load(mask_ptr + tokens, mask=exists, other=1) != 0
-    a = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, norms))
-    cosine = tl.where(dead, 0.0, dot * a)
-    b = cosine / tl.where(dead, 1.0, student_sq)
+    is_zero = norms == 0  # not the negation of `norms > 0`: a NaN must propagate to the cosine
+    a = tl.where(is_zero, 0.0, 1.0 / tl.where(is_zero, 1.0, norms))
+    cosine = tl.where(is_zero, 0.0, dot * a)
+    b = cosine / tl.where(is_zero, 1.0, student_sq)
     tl.store(cosine_ptr + tokens, cosine, mask=exists)
     tl.store(coefficient_ptr + tokens, a, mask=exists)
     tl.store(coefficient_ptr + num_tokens + tokens, b, mask=exists)
@@ -68,15 +78,12 @@ def _store_cosine(
 
 @triton.jit
 def _store_gradient(
-    out_ptr, grad_ptr, gradient, a, tokens, num_tokens, grad_stride, source,
+    out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
     D_M: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Add the incoming gradient, if any, to the alignment's and store the sum."""
-    # An ignored token may hold a NaN, which 0 * NaN would let through.
-    gradient = tl.where(a == 0, 0.0, gradient)
-    if grad_ptr is not None:
-        grad_row = _rows(grad_ptr, tokens, num_tokens, grad_stride)
-        gradient += _load(grad_row + source, source < D_M, MASKED, DTYPE)
+    """Add the incoming gradient to the loss's and store the sum."""
+    grad_row = _rows(grad_ptr, tokens, num_tokens, grad_stride)
+    gradient += _load(grad_row + source, source < D_M, MASKED, DTYPE)
     in_tensor = (tokens < num_tokens)[:, None, None]
     if MASKED:
         in_tensor &= source < D_M
@@ -97,7 +104,7 @@ def _interpolate_block(
     D_M: tl.constexpr, D_T: tl.constexpr,
     TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`p` and `t`, `[TOKENS, LANES, VECTOR / r]`, and `W`'s blocks `[1, LANES, VECTOR / r, r]`."""
+    """Load `p`, `t`, `[TOKENS, LANES, VECTOR / r]`, and W's blocks, `[1, LANES, VECTOR / r, r]`."""
     RATIO: tl.constexpr = D_M // D_T
     MASKED: tl.constexpr = D_M % (LANES * VECTOR) != 0
     lanes = (start + tl.arange(0, LANES))[None, :, None]
@@ -115,7 +122,6 @@ def _interpolate_block(
 def cosine_forward_block(
     student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
     teacher_ptr,  # [num_tokens, D_T], likewise
-    mask_ptr,  # [num_tokens] bool, True where ignored, or None
     cosine_ptr,  # [num_tokens], DTYPE
     coefficient_ptr,  # [2, num_tokens], DTYPE
     num_tokens,
@@ -141,9 +147,7 @@ def cosine_forward_block(
         dot += p * t
         student_sq += p * p
         teacher_sq += t * t
-    _store_cosine(
-        cosine_ptr, coefficient_ptr, mask_ptr, tokens, num_tokens, dot, student_sq, teacher_sq
-    )
+    _store_cosine(cosine_ptr, coefficient_ptr, tokens, num_tokens, dot, student_sq, teacher_sq)
 
 
 @triton.jit
@@ -151,7 +155,7 @@ def cosine_backward_block(
     student_ptr,  # [num_tokens, D_M]
     teacher_ptr,  # [num_tokens, D_T]
     coefficient_ptr,  # [2, num_tokens], DTYPE, already scaled
-    grad_ptr,  # [num_tokens, D_M] or None
+    grad_ptr,  # [num_tokens, D_M]
     out_ptr,  # [num_tokens, D_M], contiguous
     num_tokens,
     student_stride,
@@ -178,7 +182,7 @@ def cosine_backward_block(
     source = (start + tl.arange(0, LANES))[None, :, None] * VECTOR
     source += tl.arange(0, VECTOR)[None, None, :]
     _store_gradient(
-        out_ptr, grad_ptr, gradient, a, tokens, num_tokens, grad_stride, source,
+        out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
         D_M, D_M % (LANES * VECTOR) != 0, DTYPE,
     )  # fmt: skip
 
@@ -187,7 +191,6 @@ def cosine_backward_block(
 def cosine_forward_gather(
     student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
     teacher_ptr,  # [num_tokens, D_T], likewise
-    mask_ptr,  # [num_tokens] bool, True where ignored, or None
     cosine_ptr,  # [num_tokens], DTYPE
     coefficient_ptr,  # [2, num_tokens], DTYPE
     num_tokens,
@@ -211,7 +214,7 @@ def cosine_forward_gather(
         lanes = tl.arange(0, LANES)[None, :, None]
         target = start + lanes * VECTOR + tl.arange(0, VECTOR)[None, None, :]
         in_row = target < D_T
-        # At the row's end one column lower, with weight 1 above it, so that `upper` is in the row.
+        # At the row's end: one column lower, with weight 1 above it, so that `upper` is in the row.
         lower = tl.maximum(tl.minimum(target * (D_M - 1) // (D_T - 1), D_M - 2), 0)
         upper = lower + min(D_M - 1, 1)
         fraction = _weight((lower + 1) * (D_T - 1) - target * (D_M - 1), D_T, DTYPE)
@@ -222,14 +225,12 @@ def cosine_forward_gather(
         dot += p * t
         student_sq += p * p
         teacher_sq += t * t
-    _store_cosine(
-        cosine_ptr, coefficient_ptr, mask_ptr, tokens, num_tokens, dot, student_sq, teacher_sq
-    )
+    _store_cosine(cosine_ptr, coefficient_ptr, tokens, num_tokens, dot, student_sq, teacher_sq)
 
 
 @triton.jit
 def _shift_right(x, edge, TOKENS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """`[x[-1] = edge, x[0], .., x[WIDTH - 2]]` in a thread's registers, with no exchange."""
+    """Return `[edge, x[0], .., x[WIDTH - 2]]` in a thread's registers, without an exchange."""
     if WIDTH == 1:
         return edge
     else:
@@ -240,7 +241,7 @@ def _shift_right(x, edge, TOKENS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def _shift_left(x, edge, TOKENS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """`[x[1], .., x[WIDTH - 1], edge]`, likewise."""
+    """Return `[x[1], .., x[WIDTH - 1], edge]`, likewise."""
     if WIDTH == 1:
         return edge
     else:
@@ -254,7 +255,7 @@ def cosine_backward_gather(
     student_ptr,  # [num_tokens, D_M]
     teacher_ptr,  # [num_tokens, D_T]
     coefficient_ptr,  # [2, num_tokens], DTYPE, already scaled
-    grad_ptr,  # [num_tokens, D_M] or None
+    grad_ptr,  # [num_tokens, D_M]
     out_ptr,  # [num_tokens, D_M], contiguous
     num_tokens,
     student_stride,
@@ -262,13 +263,13 @@ def cosine_backward_gather(
     grad_stride,
     D_M: tl.constexpr,
     D_T: tl.constexpr,
-    TARGETS: tl.constexpr,  # most target columns that read one source column
+    TARGETS: tl.constexpr,  # upper bound of the target columns that read one source column
     TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """`W^T p = (W^T W) h` with `W^T W` tridiagonal: a tile needs one column beyond each edge."""
+    """`W^T p = (W^T W) h`, where `W^T W` is tridiagonal: a tile reads one column past each edge."""
     MASKED: tl.constexpr = D_M % (LANES * VECTOR) != 0
     TILES: tl.constexpr = (D_M + LANES * VECTOR - 1) // (LANES * VECTOR)
     program = tl.program_id(0)
@@ -304,6 +305,140 @@ def cosine_backward_gather(
     from_student += to_right * _shift_left(h, after, TOKENS, LANES, VECTOR)
     a, b = _load_coefficients(coefficient_ptr, tokens, num_tokens)
     _store_gradient(
-        out_ptr, grad_ptr, a * towards_teacher - b * from_student, a, tokens, num_tokens,
+        out_ptr, grad_ptr, a * towards_teacher - b * from_student, tokens, num_tokens,
         grad_stride, source, D_M, MASKED, DTYPE,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """A kernel, its compile-time constants, and the number of tiles per row of columns."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    tiles_per_row: int
+
+    def grid(self, num_tokens: int) -> tuple[int]:
+        return (triton.cdiv(num_tokens, self.constants["TOKENS"]) * self.tiles_per_row,)
+
+
+def is_block_diagonal(num_source: int, num_target: int) -> bool:
+    """Return whether each target column reads 1, 2 or 4 source columns of its own.
+
+    With `d_M = r d_T`, `u_j = r j + j (r - 1) / (d_T - 1)` stays in `[r j, r j + r - 1]`.
+    """
+    return num_source in (num_target, 2 * num_target, 4 * num_target)
+
+
+def max_targets_per_source(num_source: int, num_target: int) -> int:
+    """Return an upper bound of the target columns with `|u_j - i| < 1`."""
+    if num_source == 1:
+        return num_target
+    return min(triton.cdiv(2 * (num_target - 1), num_source - 1), num_target)
+
+
+def _widest_vector(student: Tensor) -> int:
+    """Return the elements of a 16-byte access; at least 4, which a block of 4 columns needs."""
+    return max(16 // student.element_size(), 4)
+
+
+def _constants(student: Tensor, num_target: int, tokens: int, vector: int) -> dict[str, Any]:
+    num_source = student.shape[1]
+    if (num_source + _LANES * vector) * (num_target + _LANES * vector) >= 2**31:
+        raise ValueError(
+            f"widths {num_source} and {num_target} overflow the kernel's 32-bit column arithmetic: "
+            "keep their product below 2**31"
+        )
+    return {
+        "D_M": num_source,
+        "D_T": num_target,
+        "TOKENS": tokens,
+        "LANES": _LANES,
+        "VECTOR": vector,
+        "DTYPE": _TL_DTYPE[work_dtype(student)],
+    }
+
+
+def plan_forward(student: Tensor, num_target: int) -> KernelPlan:
+    """Select the forward kernel for `student [N, d_M]` and teacher width `d_T`.
+
+    A program handles all columns of some tokens.
+
+    Raises:
+        ValueError: the product of the widths overflows the kernel's column arithmetic.
+    """
+    if is_block_diagonal(student.shape[1], num_target):
+        constants = _constants(student, num_target, tokens=2, vector=_widest_vector(student))
+        return KernelPlan(cosine_forward_block, constants, 1)
+    # A lane reads `d_M / d_T` source columns per target column: two targets per lane keep a warp's
+    # gathered load within few cache lines, while its 16-bit teacher load is one whole line.
+    constants = _constants(student, num_target, tokens=4, vector=2)
+    return KernelPlan(cosine_forward_gather, constants, 1)
+
+
+def plan_backward(student: Tensor, num_target: int) -> KernelPlan:
+    """Select the backward kernel: a program handles some tokens and one tile of their columns."""
+    width, vector = student.shape[1], _widest_vector(student)
+    if is_block_diagonal(width, num_target):
+        kernel = cosine_backward_block
+        constants = _constants(student, num_target, tokens=2, vector=vector)
+    else:
+        kernel = cosine_backward_gather
+        # Lanes hold source columns here: the wider the teacher, the further their reads spread.
+        vector = vector if width > num_target else 2
+        constants = _constants(student, num_target, tokens=4, vector=vector)
+        constants["TARGETS"] = max_targets_per_source(width, num_target)
+    return KernelPlan(kernel, constants, triton.cdiv(width, _LANES * constants["VECTOR"]))
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """Return the tensor itself if its columns are adjacent in memory, else a contiguous copy."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def cosine_forward(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        student: `h`, `[N, d_M]`.
+        teacher: `t`, `[N, d_T]`.
+
+    Returns:
+        The cosine `[N]` and `(a, b)` as `[2, N]`, in fp32 (fp64 for fp64).
+    """
+    student, teacher = _unit_stride(student), _unit_stride(teacher)
+    num_tokens = student.shape[0]
+    dtype = work_dtype(student)
+    cosine = torch.empty(num_tokens, dtype=dtype, device=student.device)
+    coefficients = torch.empty(2, num_tokens, dtype=dtype, device=student.device)
+    plan = plan_forward(student, teacher.shape[1])
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(student):
+        plan.kernel[plan.grid(num_tokens)](
+            student, teacher, cosine, coefficients, num_tokens, student.stride(0),
+            teacher.stride(0), **plan.constants, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return cosine, coefficients
+
+
+def cosine_backward(
+    student: Tensor, teacher: Tensor, coefficients: Tensor, grad_hidden: Tensor
+) -> Tensor:
+    """Launch the backward kernel: `grad_hidden + W^T (a t - b W h)`, `[N, d_M]`.
+
+    Args:
+        student: `h`, `[N, d_M]`.
+        teacher: `t`, `[N, d_T]`.
+        coefficients: `(a, b)` as `[2, N]`, already scaled.
+        grad_hidden: `[N, d_M]`, the gradient to add to; not modified.
+    """
+    student, teacher = _unit_stride(student), _unit_stride(teacher)
+    num_tokens, grad = student.shape[0], _unit_stride(grad_hidden)
+    result = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    plan = plan_backward(student, teacher.shape[1])
+    with torch.cuda.device_of(student):
+        plan.kernel[plan.grid(num_tokens)](
+            student, teacher, coefficients, grad, result, num_tokens, student.stride(0),
+            teacher.stride(0), grad.stride(0), **plan.constants, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return result
