@@ -60,8 +60,7 @@ class LETContext:
         num_microbatches = len(batch.tokens)
         num_ready = self.states.num_computed_ahead if batch.begins_with_shared else 0
         plan = self.scheduler.plan(num_microbatches, num_ready, batch.next_tokens is not None)
-        limit = self.scheduler.max_prefetch(num_microbatches)
-        self.states.begin(batch.tokens, plan, limit, batch.next_tokens)
+        self.states.begin(batch.tokens, plan, batch.next_tokens)
         return plan
 
     def close(self) -> None:

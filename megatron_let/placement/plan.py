@@ -11,7 +11,8 @@ from typing import Literal
 
 from megatron_let.config.let_config import PLACEMENTS, Placement
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.simulate import AlignedLayer, Costs, DeadlockError, StagePlan, simulate
+from megatron_let.placement.rendezvous import plan_ends
+from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
 
 # What `auto` chooses from.
 FIXED_PLACEMENTS = tuple(name for name in PLACEMENTS if name != "auto")
@@ -98,8 +99,7 @@ def plan(
         replace(stage, num_forwards_to_wait=pipeline.num_forwards_to_wait(index))
         for index, stage in enumerate(stages)
     ]
-    stages[aligned.stage] = _within(stages[aligned.stage], max_prefetch)
-    return Plan(placement, tuple(stages))
+    return Plan(placement, tuple(_within(stages, aligned, max_prefetch)))
 
 
 def _aligned(pipeline: Pipeline, aligned: AlignedLayer, due: range) -> list[StagePlan]:
@@ -123,16 +123,24 @@ def _spread(pipeline: Pipeline, aligned: AlignedLayer, due: Iterable[int]) -> li
     return [StagePlan(before=tuple(share)) for share in shares]
 
 
-def _within(stage: StagePlan, max_prefetch: int) -> StagePlan:
-    """Move to their forward the microbatches that the aligned stage may not hold earlier."""
-    early = {m for m in (*stage.before, *stage.waiting) if m < max_prefetch}
-    late = sorted({*stage.before, *stage.waiting} - early)
-    return replace(
-        stage,
-        before=tuple(m for m in stage.before if m in early),
-        waiting=tuple(m for m in stage.waiting if m in early),
-        at_forward=(*stage.at_forward, *late),
-    )
+def _within(stages: list[StagePlan], aligned: AlignedLayer, max_prefetch: int) -> list[StagePlan]:
+    """Move to their forward the microbatches whose states may not be held from the start.
+
+    The aligned stage computes these: under NCCL, a state that another stage sends later would
+    have to be received in the middle of the schedule.
+    """
+    late = sorted(m for s in stages for m in (*s.before, *s.waiting) if m >= max_prefetch)
+    result = [
+        replace(
+            stage,
+            before=tuple(m for m in stage.before if m < max_prefetch),
+            waiting=tuple(m for m in stage.waiting if m < max_prefetch),
+        )
+        for stage in stages
+    ]
+    at_forward = (*result[aligned.stage].at_forward, *late)
+    result[aligned.stage] = replace(result[aligned.stage], at_forward=at_forward)
+    return result
 
 
 @dataclass
@@ -153,7 +161,7 @@ def _bubble(
     max_prefetch: int,
     look_ahead: bool,
 ) -> list[StagePlan]:
-    """Fill the idle times; leave `waiting` empty if using it would deadlock the stages."""
+    """Fill the idle times; leave `waiting` empty if its states would be late."""
     for with_waiting in (True, False):
         slots = _idle_slots(pipeline, costs, aligned, with_waiting)
         ahead = _fill_steady(pipeline, costs, aligned, slots, max_prefetch) if look_ahead else []
@@ -161,11 +169,12 @@ def _bubble(
         _fill(now, len(due), costs.teacher, aligned.stage)
         _fill_evenly(now, len(due) - _total(now), aligned.stage)
         stages = _number(pipeline, now + ahead, due)
-        try:
-            simulate(pipeline, costs, aligned, stages)
-        except DeadlockError:
-            continue
-        return stages
+        numbered = [
+            replace(stage, num_forwards_to_wait=pipeline.num_forwards_to_wait(index))
+            for index, stage in enumerate(stages)
+        ]
+        if plan_ends(pipeline, aligned, numbered):
+            return stages
     raise AssertionError("work before the schedule cannot deadlock")
 
 
@@ -177,7 +186,8 @@ def _idle_slots(
     for stage in range(pipeline.num_stages):
         idle = baseline.idle(stage)
         slots.append(_Slot(stage, "before", idle.start))
-        if with_waiting:
+        # Another stage would have to send in the middle of the schedule (see rendezvous.py).
+        if with_waiting and stage == aligned.stage:
             slots.append(_Slot(stage, "waiting", idle.waiting))
         slots.append(_Slot(stage, "after", idle.end))
     return slots

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +18,6 @@ class _Batch:
 
     number: int
     tokens: torch.Tensor
-    to_receive: deque[tuple[int, int]] = field(default_factory=deque)
     states: dict[int, Message] = field(default_factory=dict)
     sends: list[Message] = field(default_factory=list)
     not_finite: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -65,7 +63,6 @@ class TeacherStateBuffer:
         self._samples, self._transfer = samples, transfer
         self._stage, self._aligned_stage = stage, aligned_stage
         self._like, self._device = like, device
-        self._max_prefetch = 1
         self._plan: Plan | None = None
         self._batch: _Batch | None = None
         self._next: _Batch | None = None
@@ -86,7 +83,6 @@ class TeacherStateBuffer:
         self,
         tokens: torch.Tensor,
         plan: Plan,
-        max_prefetch: int,
         next_tokens: torch.Tensor | None,
     ) -> None:
         """Begin a global batch.
@@ -94,7 +90,6 @@ class TeacherStateBuffer:
         Args:
             tokens: [num_microbatches, b, s] int64.
             plan: of this batch; it omits the states that the previous batch computed ahead.
-            max_prefetch: states that the aligned stage may hold.
             next_tokens: [num_ahead, b, s] of the next batch; None if it is not known.
         """
         sources = plan.sources()
@@ -102,12 +97,10 @@ class TeacherStateBuffer:
             self.forget_ahead()
         batch, self._next = self._next or self._new_batch(tokens), None
         batch.tokens = tokens
-        self._expect(batch, sources)
         self._batch, self._plan = batch, plan
-        self._max_prefetch = max_prefetch
         self._next_tokens = next_tokens
         self._num_forwards = 0
-        self._receive_up_to(batch, max_prefetch)
+        self._receive(batch, sources)
 
     def before_schedule(self) -> None:
         """Compute the states planned before the schedule, whose first receive blocks."""
@@ -131,8 +124,7 @@ class TeacherStateBuffer:
             return
         self._next = self._new_batch(self._next_tokens)
         self._next_tokens = None
-        self._expect(self._next, self._plan.sources_ahead())
-        self._receive_up_to(self._next, self._plan.num_ahead)
+        self._receive(self._next, self._plan.sources_ahead())
         self._compute(self._next, self._mine.after)
 
     def state(self, microbatch: int) -> torch.Tensor:
@@ -141,9 +133,7 @@ class TeacherStateBuffer:
         Called once per microbatch, in order, in the backward pass of layer k.
         """
         assert self._batch is not None, "state() outside a global batch"
-        state = self._batch.states.pop(microbatch).wait()
-        self._receive_up_to(self._batch, microbatch + 1 + self._max_prefetch)
-        return state
+        return self._batch.states.pop(microbatch).wait()
 
     def end(self) -> torch.Tensor:
         """End the global batch; return [num_microbatches], 1 where this rank had NaN or Inf."""
@@ -183,16 +173,14 @@ class TeacherStateBuffer:
                 assert self._transfer is not None
                 batch.sends.append(self._transfer.send(state, batch.tag(microbatch)))
 
-    def _expect(self, batch: _Batch, sources: dict[int, int]) -> None:
-        """Record what the aligned stage will receive, in the order in which it is due."""
-        if self._is_aligned_stage:
-            others = (item for item in sources.items() if item[1] != self._stage)
-            batch.to_receive = deque(sorted(others))
+    def _receive(self, batch: _Batch, sources: dict[int, int]) -> None:
+        """On the aligned stage, start all receives, in the order in which the states are due.
 
-    def _receive_up_to(self, batch: _Batch, end: int) -> None:
-        """Start the receives of the microbatches below `end`."""
-        while batch.to_receive and batch.to_receive[0][0] < end:
-            microbatch, stage = batch.to_receive.popleft()
+        None is left for the middle of the schedule, whose communication may wait for all messages
+        of a rank (see rendezvous.py).
+        """
+        others = [item for item in sorted(sources.items()) if item[1] != self._stage]
+        for microbatch, stage in others if self._is_aligned_stage else ():
             assert self._transfer is not None, "a state from another stage needs a transfer"
             buffer, tag = torch.empty_like(self._like, device=self._device), batch.tag(microbatch)
             batch.states[microbatch] = self._transfer.receive(buffer, stage, tag)

@@ -1,10 +1,9 @@
 """Transfer of teacher states from the stage that computed them to the aligned stage.
 
 States travel between ranks with the same tensor-, context- and data-parallel coordinates, in a
-separate process group, so that their order is independent of the schedule's communication. A state
-is waited for in a backward pass only. Neither the work before the schedule nor a forward pass
-before the `waiting` slot depends on a backward pass that needs a state (`plan` simulates this), so
-every wait ends.
+separate process group, so that their order is independent of the schedule's communication. Both
+ranks post a message before the schedule or after its last backward, never in between, so that no
+wait for it can depend on the schedule (rendezvous.py).
 """
 
 from __future__ import annotations

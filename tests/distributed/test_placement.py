@@ -161,3 +161,20 @@ def test_placements_and_resumed_run_are_bitwise_equal(
     for key in KEYS:
         assert [row[key] for row in spread.steps] == [row[key] for row in bubble.steps]
         assert [row[key] for row in resumed.steps] == [row[key] for row in bubble.steps[5:]]
+
+
+@pytest.mark.parametrize(
+    ("stages", "limit"), [pytest.param(2, 4, marks=pytest.mark.slow), (3, 16), (4, 4)]
+)
+def test_bubble_ends_under_nccl_rules(
+    stages: int, limit: int, tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    """Sends need a posted receive, and the schedule's communication waits for all messages."""
+    run = train(
+        tmp_path, "--data-path", data, "--num-layers", stages, "--let-layer", 1,
+        "--pipeline-model-parallel-size", stages, "--micro-batch-size", 1,
+        "--global-batch-size", 16, "--train-iters", 4, "--let-placement", "bubble",
+        "--let-max-prefetch", limit, ranks=stages, module="tests.helpers.nccl_rules",
+        TEACHER=str(teacher),
+    )  # fmt: skip
+    assert [row["iteration"] for row in run.steps] == [1, 2, 3, 4]

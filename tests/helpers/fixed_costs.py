@@ -13,8 +13,9 @@ from megatron_let import pretrain
 
 TEACHER_COST = 0.5
 
-if __name__ == "__main__":
-    pretrain.prepare_process(pretrain.detect_host(), 0)
+
+def fix_costs() -> None:
+    """Replace what the scheduler measures, in its first step already."""
     # The entry imports Megatron only after it has detected the host.
     from megatron.core.rerun_state_machine import RerunMode
 
@@ -29,4 +30,9 @@ if __name__ == "__main__":
     # 0.19.2 offers `--rerun-mode report_stats`, which runs every step twice, but defines the mode
     # only under another name.
     RerunMode._value2member_map_["report_stats"] = RerunMode.REPORT_DETERMINISM_STATS
+
+
+if __name__ == "__main__":
+    pretrain.prepare_process(pretrain.detect_host(), 0)
+    fix_costs()
     sys.exit(pretrain.main())

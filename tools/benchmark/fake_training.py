@@ -49,7 +49,6 @@ class FakeRun:
         teacher: its sizes; None for no teacher.
         plan: where the teacher runs on which microbatch.
         aligned_stage: pipeline stage of layer k.
-        max_prefetch: states that the aligned stage may hold.
     """
 
     config: Path
@@ -61,7 +60,6 @@ class FakeRun:
     teacher: TransformerSize | None = None
     plan: Plan | None = None
     aligned_stage: int = 0
-    max_prefetch: int = 1
 
 
 @dataclass(frozen=True)
@@ -368,5 +366,5 @@ def _state_buffer(args: argparse.Namespace, run: FakeRun, teacher: Any) -> Any:
     transfer = Transfer(run.aligned_stage, device) if len(run.plan.stages) > 1 else None
     states = TeacherStateBuffer(samples, transfer, run.stage, run.aligned_stage, like, device)
     tokens = torch.zeros(run.num_microbatches, b, s, dtype=torch.int64)
-    states.begin(tokens, run.plan, run.max_prefetch, None)
+    states.begin(tokens, run.plan, None)
     return states

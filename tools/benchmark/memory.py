@@ -181,10 +181,7 @@ def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> Fa
         planned.placement, pipeline, planned.costs, planned.aligned,
         max_prefetch=prefetch, look_ahead=False,
     )  # fmt: skip
-    return replace(
-        run, teacher=request.teacher, plan=work, aligned_stage=planned.aligned.stage,
-        max_prefetch=prefetch,
-    )  # fmt: skip
+    return replace(run, teacher=request.teacher, plan=work, aligned_stage=planned.aligned.stage)
 
 
 def _measure(run: FakeRun) -> dict[str, int]:

@@ -52,22 +52,20 @@ def states(stage: int, samples: Samples, mail: Mail) -> TeacherStateBuffer:
 PLAN = Plan(
     "bubble",
     (
-        StagePlan(waiting=(3,), at_forward=(5,), num_forwards_to_wait=2),
-        StagePlan(before=(0, 1), waiting=(2, 4), after=(0, 1)),
+        StagePlan(waiting=(3,), at_forward=(4, 5), num_forwards_to_wait=2),
+        StagePlan(before=(0, 1, 2), after=(0, 1)),
     ),
 )
 
 
-def test_states_are_computed_in_their_slot_and_held_up_to_max_prefetch() -> None:
+def test_states_are_computed_in_their_slot_and_received_before_the_schedule() -> None:
     mail, first, second = Mail(), Samples(), Samples()
     helper, aligned = states(1, second, mail), states(0, first, mail)
-    helper.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
+    helper.begin(TOKENS, PLAN, NEXT_TOKENS)
     helper.before_schedule()
-    assert second.computed == [0, 1]
-    helper.after_forward()
-    assert second.computed == [0, 1, 2, 4]
-    aligned.begin(TOKENS, PLAN, 2, NEXT_TOKENS)
-    assert mail.asked == [0, 1]
+    assert second.computed == [0, 1, 2]
+    aligned.begin(TOKENS, PLAN, NEXT_TOKENS)
+    assert mail.asked == [0, 1, 2]
     aligned.before_schedule()
     aligned.after_forward()
     assert first.computed == []
@@ -76,8 +74,7 @@ def test_states_are_computed_in_their_slot_and_held_up_to_max_prefetch() -> None
     for microbatch in range(NUM_MICROBATCHES):
         aligned.before_forward(microbatch)
         assert aligned.state(microbatch).eq(microbatch).all()
-        assert max(mail.asked) <= microbatch + 2
-    assert mail.asked == [0, 1, 2, 4] and first.computed == [3, 5]
+    assert mail.asked == [0, 1, 2] and first.computed == [3, 4, 5]
     helper.after_backward()
     assert second.computed[-2:] == [100, 101]
     aligned.after_backward()
@@ -89,17 +86,17 @@ def test_states_computed_ahead_are_used_by_next_batch_or_dropped() -> None:
     mail, samples = Mail(), Samples()
     helper, aligned = states(1, samples, mail), states(0, Samples(), mail)
     for one in (helper, aligned):
-        one.begin(TOKENS, PLAN, 6, NEXT_TOKENS)
+        one.begin(TOKENS, PLAN, NEXT_TOKENS)
         one.before_schedule()
         one.after_forward()
         one.after_backward()
         one.end()
     later = Plan("bubble", (StagePlan(at_forward=(2, 3, 4, 5)), StagePlan()))
-    aligned.begin(TOKENS + 100, later, 6, None)
+    aligned.begin(TOKENS + 100, later, None)
     assert aligned.state(0).eq(100).all() and aligned.state(1).eq(101).all()
     aligned.after_backward()
     assert aligned.num_computed_ahead == 0
     # The same batch again (a replayed step): states of the next batch must not be used.
-    helper.begin(TOKENS, PLAN, 6, NEXT_TOKENS)
+    helper.begin(TOKENS, PLAN, NEXT_TOKENS)
     helper.before_schedule()
-    assert samples.computed[-2:] == [0, 1]
+    assert samples.computed[-3:] == [0, 1, 2]
