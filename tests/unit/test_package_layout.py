@@ -1,4 +1,4 @@
-"""The package's layout: which room may import which, and the README's map of the tree."""
+"""The package's layout: which package may import which, and the README's map of the tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.runs import ROOT
 
 PACKAGE = ROOT / "megatron_let"
-# A room imports only from lower floors; rooms of one floor do not import each other.
+# A package imports only from lower floors; packages of one floor do not import each other.
 FLOORS = (
     {"errors"},
     {"files"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"pretrain"},
     {"cli"},
 )
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR_OF = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -48,17 +48,17 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield from (members & names) or {node.module}
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted_name)
 def test_module_imports_only_lower_floors(path: Path) -> None:
-    room = room_of(dotted_name(path))
+    package = package_of(dotted_name(path))
     for module in imported_modules(path):
-        other = room_of(module)
-        if room and other not in ("", room):
-            assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {module}"
+        other = package_of(module)
+        if package and other not in ("", package):
+            assert FLOOR_OF[other] < FLOOR_OF[package], f"{package} imports {module}"
 
 
 def test_modules_have_no_import_cycle() -> None:
@@ -69,16 +69,16 @@ def test_modules_have_no_import_cycle() -> None:
 
 
 def test_every_room_has_a_floor_and_no_module_is_loose() -> None:
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert loose == {"errors", "integration", "pretrain"}
-    assert rooms | loose == set(FLOOR_OF)
+    assert packages | loose == set(FLOOR_OF)
 
 
 def test_module_names_are_unique() -> None:
     """Except those in cli/, which are named after their commands."""
-    rooms = [p for p in MODULES if p.parent.name != "cli"]
-    names = [p.stem for p in rooms if p.stem not in ("__init__", "__main__")]
+    packages = [p for p in MODULES if p.parent.name != "cli"]
+    names = [p.stem for p in packages if p.stem not in ("__init__", "__main__")]
     allowed = {"checkpoint", "config", "validation", "model"}
     repeated = {name for name in names if names.count(name) > 1} - allowed
     assert not repeated
@@ -91,7 +91,7 @@ def summary(path: Path) -> str:
 
 
 def test_readme_map_is_the_tree() -> None:
-    """Each row is a room or a loose module, with the first sentence of its docstring."""
+    """Each row is a package or a loose module, with the first sentence of its docstring."""
     readme = (ROOT / "README.md").read_text()
     rows = dict(re.findall(r"^\| `megatron_let/([\w/.]+)` \| (.+) \|$", readme, re.MULTILINE))
     expected = {
@@ -105,6 +105,6 @@ def test_readme_map_is_the_tree() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    """A folder of unit tests is named after the room that it tests."""
+    """A folder of unit tests is named after the package that it tests."""
     folders = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/__init__.py")}
     assert folders - {"launch", "benchmark"} <= set(FLOOR_OF)
