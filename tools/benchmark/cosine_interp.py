@@ -6,7 +6,7 @@
 The pass `forward` computes the cosine per token; `both` also computes the sum of the incoming
 gradient and the loss's, as the hook does in the backward of each microbatch. Providers:
 
-    fused     megatron_let.losses.cosine: the Triton kernels on a GPU, the chunked reference on a CPU
+    fused     megatron_let.losses.cosine: the Triton kernels on a GPU, the reference on a CPU
     eager     F.interpolate and F.cosine_similarity in fp32, with autograd
     compiled  eager under torch.compile
     modelopt  nvidia-modelopt's HiddenStateCosineLoss with its linear projection, if installed
@@ -336,7 +336,7 @@ def memory_in_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the same; on a CPU from a fresh process, whose heap is free of the timing's tensors."""
+    """Return the same; on a CPU from a fresh process, whose heap is free of the timing."""
     if arguments.device == "cuda":
         return memory_in_process(arguments)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -12,7 +12,6 @@ gradients and this rank's 1/32 of the optimizer are counted too. Methods:
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_let.compat.device import Host, prepare_process
-from megatron_let.metrics.provenance import provenance
+from megatron_let.metrics.provenance import provenance, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"
@@ -64,7 +63,9 @@ def main() -> int:
         for name, peak in peaks.items()
     ]
     _print(rows)
-    _write(rows, options.csv)
+    options.csv.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python tools/benchmark/distill_memory.py", *sys.argv[1:]])
+    write_csv(options.csv, rows, provenance(command))
     return 0
 
 
@@ -168,18 +169,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(row["method"], f"{row['peak_gib']:.2f}", f"{row['ratio']:.3f}")
     Console().print(table)
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    command = " ".join(["python tools/benchmark/distill_memory.py", *sys.argv[1:]])
-    source = provenance(command)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], *source])
-        writer.writeheader()
-        writer.writerows([{**row, **source} for row in rows])
-    partial.replace(path)
 
 
 if __name__ == "__main__":
