@@ -1,3 +1,3 @@
-"""Late-to-Early Training on Megatron-Core: a small trained model teaches an early layer."""
+"""Late-to-Early Training on Megatron-Core: align an early layer with a small trained model."""
 
 __version__ = "0.1.0"

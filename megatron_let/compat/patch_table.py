@@ -27,32 +27,33 @@ class Patch:
     Attributes:
         target: `module:attribute`, e.g. `megatron.training.training:train_step`; the attribute
             may be dotted (`torch:Tensor.cuda`).
-        kind: `wrap` calls the original, `replace` does not.
         reason: what goes wrong without the patch.
-        package: distribution whose version is checked against `versions`.
-        versions: PEP 440 range in which the target behaves as the row assumes.
         parameters: leading parameter names that the target must have; None for C functions.
         unnecessary_when: the change upstream that would make the row unnecessary.
         test: the test that fails without it, as `file::test`.
+        kind: `wrap` calls the original, `replace` does not.
+        package: distribution whose version is checked against `versions`.
+        versions: PEP 440 range in which the target behaves as the row assumes.
     """
 
     target: str
-    kind: Literal["wrap", "replace"]
     reason: str
-    package: str
-    versions: str
     parameters: tuple[str, ...] | None
     unnecessary_when: str
     test: str
+    kind: Literal["wrap", "replace"] = "wrap"
+    package: Literal["megatron-core", "torch"] = "megatron-core"
+    versions: str = MEGATRON_VERSIONS
 
 
-def _cpu(target: str, reason: str, package: Literal["torch", "megatron-core"] = "torch") -> Patch:
+def _cpu(target: str, reason: str) -> Patch:
+    of_torch = target.startswith("torch")
     return Patch(
         target=target,
         kind="replace",
         reason=reason,
-        package=package,
-        versions=MEGATRON_VERSIONS if package == "megatron-core" else TORCH_VERSIONS,
+        package="torch" if of_torch else "megatron-core",
+        versions=TORCH_VERSIONS if of_torch else MEGATRON_VERSIONS,
         parameters=None,
         unnecessary_when="Megatron's training loop runs on a CPU",
         test="tests/distributed/test_cpu_host.py::test_every_shim_is_needed_or_documented",
@@ -77,17 +78,14 @@ _CPU_ROWS = (
     _cpu(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         "the RNG tracker reads a CUDA generator",
-        "megatron-core",
     ),
     _cpu(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         "the RNG tracker writes a CUDA generator",
-        "megatron-core",
     ),
     _cpu(
         "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
         "the asynchronous checkpoint writer fails to select a GPU, and training waits for it",
-        "megatron-core",
     ),
 )
 
@@ -98,8 +96,6 @@ _PIP_ROWS = (
         target="megatron.core.datasets.utils:compile_helpers",
         kind="replace",
         reason="pip's wheel has the compiled helper but no makefile, and start-up exits",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=(),
         unnecessary_when="the wheel ships core/datasets/Makefile or start-up does not call make",
         test="tests/unit/compat/test_patch_table.py::test_compile_helpers_is_replaced_without_a_makefile",
@@ -111,21 +107,15 @@ _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
 _TORCH_OPTIMIZER_ROWS = (
     Patch(
         target=_OPTIMIZER + "state_dict",
-        kind="wrap",
         reason="with torch's Adam it asserts that a step was taken, so no checkpoint can be loaded",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("self",),
         unnecessary_when="state_dict() of a new optimizer over torch's Adam returns step 0",
         test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
     ),
     Patch(
         target=_OPTIMIZER + "load_state_dict",
-        kind="wrap",
         reason="with torch's Adam the step counter is 0 after a resume, so the bias correction"
         " restarts, and fp32 parameters cannot be loaded",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("self", "state_dict"),
         unnecessary_when="load_state_dict() restores the step of torch's Adam",
         test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
@@ -135,22 +125,16 @@ _TORCH_OPTIMIZER_ROWS = (
 _LET_ROWS = (
     Patch(
         target=_TRAINING + "get_forward_backward_func",
-        kind="wrap",
         reason="the alignment needs a global batch's tokens on the stage of layer k, the index of"
         " each microbatch, and a place before the optimizer step",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=None,
         unnecessary_when="pretrain() accepts a forward-backward function or a step callback",
         test="tests/distributed/test_layout_matrix.py::test_layout_matches_one_process",
     ),
     Patch(
         target=_TRAINING + "training_log",
-        kind="wrap",
         reason="an average that is no longer reported is printed as 0, so the log would show a"
         " cosine after the teacher is freed",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("loss_dict", "total_loss_dict"),
         unnecessary_when="training_log drops keys that loss_dict no longer has",
         test="tests/distributed/test_training.py::test_log_shows_no_cosine_after_the_teacher",
@@ -160,11 +144,8 @@ _LET_ROWS = (
 _PROJECTION_ROWS = (
     Patch(
         target=_TRAINING + "setup_model_and_optimizer",
-        kind="wrap",
         reason="a learned projection is created after the model is built and loaded, and its"
         " parameters are stepped with the model's",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("model_type", "model_provider_func", "checkpointing_context"),
         unnecessary_when="pretrain() accepts a callback after the set-up, with model and optimizer",
         test="tests/distributed/test_projection.py::test_layout_matches_one_process",
@@ -174,10 +155,7 @@ _PROJECTION_ROWS = (
 _METRICS_ROWS = (
     Patch(
         target=_TRAINING + "train_step",
-        kind="wrap",
         reason="one JSON line per step needs the loss, the gradient norm and the time together",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=(
             "forward_step_func",
             "data_iterator",
@@ -193,20 +171,14 @@ _METRICS_ROWS = (
     ),
     Patch(
         target=_TRAINING + "evaluate_and_print_results",
-        kind="wrap",
         reason="evaluate() knows neither its iteration nor whether the data is validation or test",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
         unnecessary_when="pretrain() accepts a logger",
         test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
     Patch(
         target=_TRAINING + "evaluate",
-        kind="wrap",
         reason="the validation loss is printed but not returned to the caller",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("forward_step_func", "data_iterator", "model"),
         unnecessary_when="pretrain() accepts a logger",
         test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
@@ -216,11 +188,8 @@ _METRICS_ROWS = (
 _CONTROL_ROWS = (
     Patch(
         target=_TRAINING + "checkpoint_and_decide_exit",
-        kind="wrap",
         reason="the control files are checked between two steps, where the model, the optimizer"
         " and the data iterator are available for a save",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=(
             "model",
             "optimizer",
@@ -243,8 +212,6 @@ def _deepspeed(target: str, reason: str, parameters: tuple[str, ...], test: str)
         target=_TRAINING + target,
         kind="replace",
         reason=reason,
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=parameters,
         unnecessary_when="pretrain() takes these functions from its config container",
         test=_DEEPSPEED_TESTS + test,
@@ -275,11 +242,8 @@ _DEEPSPEED_ROWS = (
 _WANDB_ROWS = (
     Patch(
         target="megatron.training.wandb_utils:on_save_checkpoint_success",
-        kind="wrap",
         reason="pretrain() finishes wandb before the last asynchronous save, whose artifact then"
         " fails and the last rank exits with a traceback",
-        package="megatron-core",
-        versions=MEGATRON_VERSIONS,
         parameters=("checkpoint_path", "tracker_filename", "save_dir", "iteration"),
         unnecessary_when="pretrain() finishes wandb after maybe_finalize_async_save()",
         test="tests/unit/run/test_artifacts.py::test_artifact_is_logged_while_wandb_runs",

@@ -7,101 +7,48 @@ from typing import Any
 
 from megatron_let.errors import LETError
 
+# Megatron argument -> the only supported value, and the reason.
+Table = dict[str, tuple[Any, str]]
 
-def check_teacher_shard(args: argparse.Namespace) -> None:
-    """Check that a sharded teacher has an engine and a method that support it.
+# For every method.
+REFUSED: Table = {
+    "cuda_graph_impl": ("none", "CUDA graphs bypass the hook on layer k"),
+    "overlap_moe_expert_parallel_comm": (False, "its schedule bypasses the hook on layer k"),
+    "moe_expert_rank_capacity_factor": (None, "it runs a step twice, outside LET"),
+    "hybrid_layer_pattern": (None, "hybrid models have no k-th transformer layer"),
+    "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
+    "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
+    "sft": (False, "the teacher reads whole sequences, not packed ones"),
+    "reset_attention_mask": (False, "the teacher attends across documents"),
+    "reset_position_ids": (False, "the teacher counts positions from the sequence's start"),
+    "dataloader_inter_document_masking": (False, "the teacher attends across documents"),
+    "hybrid_context_parallel": (False, "its sequences have no fixed length"),
+    "perform_rl_step": (False, "LET is for pretraining"),
+    "gtp_weight_remat_size": (1, "it is untested"),
+}
+REFUSED_WITH_LOGITS: Table = {"mtp_num_layers": (None, "the teacher predicts one token ahead")}
+REFUSED_WITH_PROJECTION: Table = {
+    "optimizer": ("adam", "its linear layer is trained by Adam"),
+    "optimizer_cuda_graph": (False, "its update is in the optimizer's step"),
+    "ckpt_format": ("torch_dist", "other formats store only the model's weights"),
+    "ckpt_assume_constant_structure": (False, "it leaves the checkpoints at --let-stop-step"),
+    "non_persistent_save_interval": (None, "non-persistent checkpoints do not store it"),
+}
 
-    Raises:
-        LETError: names both flags.
-    """
-    if args.let_teacher_shard and args.engine != "deepspeed":
-        raise LETError(
-            f"--let-teacher-shard needs ZeRO-3 and cannot be used with --engine {args.engine}; give"
-            " --engine deepspeed or drop it."
-        )
-    if args.let_teacher_shard and args.let_method not in (None, "none", "let"):
-        raise LETError(
-            f"--let-teacher-shard cannot be used with --let-method {args.let_method}, which needs"
-            " the teacher's output layer on every rank; drop it."
-        )
-
-
-# Megatron argument, the only value that every method supports, and why with what to do.
-REFUSED: tuple[tuple[str, Any, str], ...] = (
-    ("cuda_graph_impl", "none", "CUDA graphs bypass the hook on layer k; drop --cuda-graph-impl"),
-    (
-        "overlap_moe_expert_parallel_comm",
-        False,
-        "its schedule bypasses the hook on layer k; drop --overlap-moe-expert-parallel-comm",
-    ),
-    (
-        "moe_expert_rank_capacity_factor",
-        None,
-        "it runs a step twice, outside LET; drop --moe-expert-rank-capacity-factor",
-    ),
-    ("hybrid_layer_pattern", None, "hybrid models have no k-th transformer layer; use a GPT model"),
-    ("use_megatron_fsdp", False, "it is untested; use --use-distributed-optimizer"),
-    ("use_torch_fsdp2", False, "it is untested; use --use-distributed-optimizer"),
-    ("sft", False, "the teacher reads whole sequences, not packed ones; drop --sft"),
-    (
-        "reset_attention_mask",
-        False,
-        "the teacher attends across documents; drop --reset-attention-mask",
-    ),
-    (
-        "reset_position_ids",
-        False,
-        "the teacher counts positions from the sequence's start; drop --reset-position-ids",
-    ),
-    (
-        "dataloader_inter_document_masking",
-        False,
-        "the teacher attends across documents; drop --dataloader-inter-document-masking",
-    ),
-    (
-        "hybrid_context_parallel",
-        False,
-        "its sequences have no fixed length; drop --hybrid-context-parallel",
-    ),
-    ("perform_rl_step", False, "LET is for pretraining; drop --perform-rl-step"),
-    ("gtp_weight_remat_size", 1, "it is untested; drop --tensor-parallel-num-weight-shards"),
+# Flags that the entry's forward step does not implement; a user's script with LET may.
+NOT_IN_THE_ENTRY = (
+    "yaml_cfg",
+    "sft",
+    "fim_data",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "dataloader_inter_document_masking",
+    "hybrid_context_parallel",
+    "perform_rl_step",
+    "logits_load_dir",
+    "heterogeneous_layers_config_path",
+    "vision_pretraining",
 )
-
-
-# The same for a learned projection.
-REFUSED_WITH_PROJECTION: tuple[tuple[str, Any, str], ...] = (
-    ("optimizer", "adam", "its linear layer is trained by Adam; give --optimizer adam"),
-    (
-        "optimizer_cuda_graph",
-        False,
-        "its update is in the optimizer's step; drop --optimizer-cuda-graph",
-    ),
-    (
-        "ckpt_format",
-        "torch_dist",
-        "only this format stores more than the model's weights; give --ckpt-format torch_dist",
-    ),
-    (
-        "ckpt_assume_constant_structure",
-        False,
-        "checkpoints change at --let-stop-step; drop --ckpt-assume-constant-structure",
-    ),
-    (
-        "non_persistent_save_interval",
-        None,
-        "such checkpoints do not store it; drop --non-persistent-save-interval",
-    ),
-)
-
-
-# The same for the methods that distill the teacher's logits.
-REFUSED_WITH_LOGITS: tuple[tuple[str, Any, str], ...] = (
-    ("mtp_num_layers", None, "the teacher predicts one token ahead; drop --mtp-num-layers"),
-)
-
-
-# Arguments whose flag has another name.
-_FLAG_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
 
 def check_supported(args: argparse.Namespace) -> None:
@@ -120,28 +67,19 @@ def check_supported(args: argparse.Namespace) -> None:
         _refuse(args, REFUSED_WITH_PROJECTION, "--let-projection learned")
 
 
-def _refuse(args: argparse.Namespace, rows: tuple[tuple[str, Any, str], ...], user: str) -> None:
-    for name, allowed, reason in rows:
-        value = getattr(args, name, allowed)
-        if value not in (allowed, None):
-            flag = _FLAG_NAMES.get(name, "--" + name.replace("_", "-"))
-            raise LETError(f"{user} cannot be used with {flag} {value}: {reason}.")
+def _refuse(args: argparse.Namespace, table: Table, user: str) -> None:
+    for name, (supported, reason) in table.items():
+        value = getattr(args, name, supported)
+        if value not in (supported, None):
+            flag = _flag(name)
+            remedy = f"give {flag} {supported}" if isinstance(supported, str) else f"drop {flag}"
+            raise LETError(f"{user} cannot be used with {flag} {value}: {reason}; {remedy}.")
 
 
-# Flags that the entry's forward step does not implement; a user's script with LET may.
-NOT_IN_THE_ENTRY = (
-    "yaml_cfg",
-    "sft",
-    "fim_data",
-    "mtp_num_layers",
-    "hybrid_layer_pattern",
-    "dataloader_inter_document_masking",
-    "hybrid_context_parallel",
-    "perform_rl_step",
-    "logits_load_dir",
-    "heterogeneous_layers_config_path",
-    "vision_pretraining",
-)
+def _flag(name: str) -> str:
+    if name == "gtp_weight_remat_size":
+        return "--tensor-parallel-num-weight-shards"
+    return "--" + name.replace("_", "-")
 
 
 def check_entry_supports(args: argparse.Namespace) -> None:
@@ -152,8 +90,25 @@ def check_entry_supports(args: argparse.Namespace) -> None:
     """
     for name in NOT_IN_THE_ENTRY:
         if getattr(args, name, None):
-            flag = "--" + name.replace("_", "-")
             raise LETError(
-                f"{flag} is not supported by this entry; use it in your own training script with"
-                " the three lines of megatron_let.integration."
+                f"{_flag(name)} is not supported by this entry; use it in your own training script"
+                " with the three lines of megatron_let.integration."
             )
+
+
+def check_teacher_shard(args: argparse.Namespace) -> None:
+    """Check that a sharded teacher has an engine and a method that support it.
+
+    Raises:
+        LETError: names both flags.
+    """
+    if args.let_teacher_shard and args.engine != "deepspeed":
+        raise LETError(
+            f"--let-teacher-shard needs ZeRO-3 and cannot be used with --engine {args.engine}; give"
+            " --engine deepspeed or drop it."
+        )
+    if args.let_teacher_shard and args.let_method not in (None, "none", "let"):
+        raise LETError(
+            f"--let-teacher-shard cannot be used with --let-method {args.let_method}, which needs"
+            " the teacher's output layer on every rank; drop it."
+        )

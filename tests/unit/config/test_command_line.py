@@ -13,6 +13,9 @@ from megatron_let.errors import LETError
 from megatron_let.pretrain import check_flags
 from tests.helpers.runs import ROOT
 
+# Megatron's parser passes `type` to a boolean flag.
+pytestmark = pytest.mark.filterwarnings("ignore:'type' is deprecated:DeprecationWarning")
+
 TINY = ["--config", str(ROOT / "configs/tiny.yaml"), "--let-teacher", "/t"]
 
 

@@ -67,7 +67,7 @@ def test_recipe_is_parsed_by_megatron(path: Path, parser: argparse.ArgumentParse
 
 @pytest.fixture
 def megatron_on_any_host() -> Iterator[None]:
-    """Megatron's validation asks for a GPU's properties."""
+    """Megatron's validation reads a GPU's properties."""
     from megatron_let.compat import PatchSet
     from megatron_let.compat.cpu_shims import cpu_shims
 
@@ -103,7 +103,7 @@ PAPER = {
 
 @pytest.mark.parametrize("method", ["baseline", "let"])
 @pytest.mark.parametrize("size", PAPER)
-def test_paper_recipe_carries_the_papers_numbers(
+def test_paper_recipe_has_the_papers_numbers(
     size: str, method: str, parser: argparse.ArgumentParser
 ) -> None:
     path = ROOT / f"configs/{method}_{size}.yaml"
@@ -128,7 +128,7 @@ def test_paper_recipe_carries_the_papers_numbers(
 
 
 @pytest.mark.parametrize("size", PAPER)
-def test_paper_let_recipe_carries_the_papers_alignment(
+def test_paper_let_recipe_has_the_papers_alignment(
     size: str, parser: argparse.ArgumentParser
 ) -> None:
     path = ROOT / f"configs/let_{size}.yaml"

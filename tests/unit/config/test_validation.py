@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
 
 import pytest
 
@@ -13,12 +12,11 @@ from megatron_let.config.validation import (
     REFUSED,
     REFUSED_WITH_LOGITS,
     REFUSED_WITH_PROJECTION,
+    Table,
     check_entry_supports,
     check_supported,
 )
 from megatron_let.errors import LETError
-
-Row = tuple[str, Any, str]
 
 
 def assert_sentence_of_flags(message: str, parser: argparse.ArgumentParser) -> None:
@@ -35,31 +33,31 @@ def test_megatrons_defaults_are_supported(method: str, parser: argparse.Argument
 
 
 @pytest.mark.parametrize(
-    ("row", "given"),
+    ("table", "name", "given"),
     [
-        *((row, {"let_method": "let"}) for row in REFUSED),
-        *((row, {"let_method": "salt"}) for row in REFUSED_WITH_LOGITS),
+        *((REFUSED, name, {"let_method": "let"}) for name in REFUSED),
+        *((REFUSED_WITH_LOGITS, name, {"let_method": "salt"}) for name in REFUSED_WITH_LOGITS),
         *(
-            (row, {"let_method": "let", "let_projection": "learned"})
-            for row in REFUSED_WITH_PROJECTION
+            (REFUSED_WITH_PROJECTION, name, {"let_method": "let", "let_projection": "learned"})
+            for name in REFUSED_WITH_PROJECTION
         ),
     ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_unsupported_value_raises_error_naming_flags_that_exist(
-    row: Row, given: dict[str, str], parser: argparse.ArgumentParser
+    table: Table, name: str, given: dict[str, str], parser: argparse.ArgumentParser
 ) -> None:
-    name, allowed, reason = row
-    value = "other" if isinstance(allowed, str) else 2
+    supported, reason = table[name]
+    value = "other" if isinstance(supported, str) else 2
     with pytest.raises(LETError, match=re.escape(reason)) as error:
         check_supported(argparse.Namespace(**given, **{name: value}))
     assert f" {value}: " in str(error.value)
     assert_sentence_of_flags(str(error.value), parser)
-    check_supported(argparse.Namespace(**given, **{name: allowed}))
+    check_supported(argparse.Namespace(**given, **{name: supported}))
     check_supported(argparse.Namespace(let_method="none", **{name: value}))
 
 
-@pytest.mark.parametrize("name", [row[0] for row in REFUSED_WITH_PROJECTION])
+@pytest.mark.parametrize("name", REFUSED_WITH_PROJECTION)
 def test_flag_refused_with_a_learned_projection_is_supported_without(name: str) -> None:
     args = {"let_method": "let", "let_projection": "interpolate", name: "other"}
     check_supported(argparse.Namespace(**args))
