@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_let.config.recipes import RecipeError
 from megatron_let.errors import LETError
 
 USAGE_ERROR = 2
@@ -30,7 +29,7 @@ def run_command(
         on_interrupt: printed after Ctrl-C.
 
     Returns:
-        The command's exit code, 2 after a `LETError` or `RecipeError`, 130 after Ctrl-C.
+        The command's exit code, 2 after a `LETError`, 130 after Ctrl-C.
     """
     # Megatron and transformers report missing GPU packages when they are imported.
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -38,7 +37,7 @@ def run_command(
     console = Console(stderr=True)
     try:
         return command(console)
-    except (LETError, RecipeError) as error:
+    except LETError as error:
         say(console, f"{name}: error: {error}", "red")
         return USAGE_ERROR
     except KeyboardInterrupt:

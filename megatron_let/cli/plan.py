@@ -46,7 +46,7 @@ def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
     """Return the request and the estimate of a command line without `--sweep`.
 
     Raises:
-        LETError, RecipeError: the request is invalid.
+        LETError: the request is invalid.
     """
     options, rest = _parse(argv)
     args = _megatron_arguments(options, rest)

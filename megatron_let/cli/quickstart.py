@@ -77,7 +77,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", type=int, default=200, help="steps of each run (default: 200)")
     add("--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results")
-    add("--teacher", type=Path, help="Hugging Face folder or .gguf of your own")
+    add("--teacher", type=Path, help="model folder, .gguf file or hub id of your own")
     add("--text", type=Path, nargs="+", help="text files of your own")
     options = parser.parse_args(argv)
     if options.steps < 20:
@@ -93,9 +93,12 @@ def _claimed_output(options: argparse.Namespace) -> Iterator[None]:
     Raises:
         LETError: the folder has other files, or is signed with other options.
     """
+    teacher = options.teacher
     wanted = {
         "steps": options.steps,
-        "teacher": str(options.teacher.resolve()) if options.teacher else None,
+        "teacher": None
+        if teacher is None
+        else str(teacher.resolve() if teacher.exists() else teacher),
         "text": [str(path.resolve()) for path in options.text or ()],
     }
     signature = options.output / SIGNATURE
