@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import time
@@ -78,6 +79,9 @@ def download_teacher(repository: str, revision: str) -> Path:
 
 
 def _download(repository: str, revision: str) -> Path:
+    # At level INFO the HTTP client logs every request, with signed URLs.
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         siblings = HfApi().model_info(repository, revision=revision).siblings or []
         files = _needed_files([sibling.rfilename for sibling in siblings])
