@@ -9,7 +9,10 @@ readonly EXIT_SIGNAL=SIGURG
 # Set STEP: the command that starts a task with these srun options, in the site's container if any;
 # append to it what the task runs.
 compose_step() {
-    local mounts="$LET_ROOT,$LET_RUNS,${DATA%/*},$TEACHER${LET_MOUNTS:+,$LET_MOUNTS}"
+    local models="$TEACHER" mounts
+    # A hub id is not a path; its files are in the Hugging Face cache.
+    [[ $TEACHER == /* || -e $TEACHER ]] || models="${HF_HOME:-$HOME/.cache/huggingface}"
+    mounts="$LET_ROOT,$LET_RUNS,${DATA%/*},$models${LET_MOUNTS:+,$LET_MOUNTS}"
     # No binding: with one task per node srun would bind all its ranks to one core.
     STEP=(srun --export=ALL --cpu-bind=none --chdir="$LET_ROOT" "$@")
     case "${LET_CONTAINER:-}" in

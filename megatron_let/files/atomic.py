@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -78,9 +79,10 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
 
 def replace_folder(partial: Path, path: Path) -> None:
     """Rename a finished folder to `path`, and delete the one that was there."""
+    # A killed process may have left one.
+    for old in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+        shutil.rmtree(old, ignore_errors=True)
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    # A killed process of the same id may have left one.
-    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     partial.rename(path)

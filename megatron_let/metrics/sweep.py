@@ -107,8 +107,9 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _recipe(sweep: Path, file: str) -> Path:
-    beside = sweep.parent / file
-    return beside if beside.is_file() else Path(file)
+    """Find a recipe relative to the sweep or to the checkout; else `file` as it is."""
+    candidates = (sweep.parent / file, Path(__file__).resolve().parents[2] / file)
+    return next((path for path in candidates if path.is_file()), Path(file))
 
 
 def _check(path: Path, sweep: Sweep) -> None:

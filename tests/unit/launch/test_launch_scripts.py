@@ -144,6 +144,15 @@ def test_container_runs_the_same_inner_script(container: str, expected: str, sit
     assert "rank.sh python3 -u -m megatron_let.pretrain" in shown, "the container's Python"
 
 
+def test_container_mounts_hub_cache_for_a_hub_id(site: Path) -> None:
+    code, shown = launch(
+        SCRIPTS[0], site, "--dry-run", LET_CONTAINER="apptainer", LET_IMAGE="image.sqsh",
+        TEACHER="owner/name", HF_HOME="/cache/hf",
+    )  # fmt: skip
+    shown = shown.replace("\\,", ",")
+    assert code == 0 and ",/cache/hf image.sqsh" in shown and ",owner/name" not in shown, shown
+
+
 @pytest.mark.parametrize("option", [["--job-name=two"], ["--job-name", "two"], ["-J", "two"]])
 def test_job_name_is_the_run_name(option: list[str], site: Path) -> None:
     code, shown = launch(SCRIPTS[0], site, "--dry-run", *option)
