@@ -25,7 +25,7 @@ from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.methods import TrainingRun, build_method
 from megatron_let.metrics.guard import load_guard
-from megatron_let.metrics.write import MetricsFile, forget_stale_averages
+from megatron_let.metrics.write import MetricsFile, drop_stale_averages
 from megatron_let.run.resume import loaded_checkpoint, resumed_step
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
 from megatron_let.teacher.tokenizer import check_same_tokenizer
@@ -37,7 +37,7 @@ _TRAINING = "megatron.training.training:"
 
 
 def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSet:
-    """Enable LET and its metrics for the following `pretrain()`, as the flags say.
+    """Enable LET and its metrics for the next `pretrain()`, as configured by `args`.
 
     Args:
         args: from Megatron's `parse_and_validate_args`.
@@ -59,7 +59,7 @@ def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSe
 
 
 def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> TokenAligner | None:
-    """Return what adds the teacher's tokens to each sample; None unless the flags ask for it.
+    """Return the aligner for `--let-cross-tokenizer`, else None.
 
     A script with its own data sets wraps the training set in
     `data.token_alignment.TokenAlignedDataset` with it.
@@ -133,7 +133,7 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
         )
     )
     print_rank_0("LET: " + method.describe())
-    return method.wrappers() | {_TRAINING + "training_log": forget_stale_averages}
+    return method.wrappers() | {_TRAINING + "training_log": drop_stale_averages}
 
 
 def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:

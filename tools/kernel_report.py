@@ -52,7 +52,7 @@ class Gpu:
 
     @property
     def warp_instructions_per_second(self) -> float:
-        """Four per cycle and multiprocessor, at a clock that both GPUs sustain under load."""
+        """Return four per cycle and multiprocessor, at a clock that both GPUs sustain."""
         return 4 * self.multiprocessors * 1.4e9
 
 

@@ -24,7 +24,7 @@ class Checkpoint(Protocol):
     """A checkpoint with tensors under Megatron's names; layers of one name may be stacked.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         state: arguments, counters and everything else that is not a tensor.
     """
 

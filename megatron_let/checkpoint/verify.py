@@ -39,9 +39,9 @@ class LogitComparison:
     """Two models' logits on the same tokens.
 
     Attributes:
-        largest_difference: absolute, over tokens and vocabulary.
+        largest_difference: largest absolute difference over tokens and vocabulary.
         top_token_agreement: fraction of positions with the same most likely token.
-        perplexities: of each model, per token.
+        perplexities: perplexity per token of each model.
     """
 
     num_tokens: int

@@ -57,7 +57,7 @@ def add_command(
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: not wrapped, and brackets are not markup."""
+    """Print a line without wrapping or markup."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -30,7 +30,7 @@ class PatchSet:
 
     @property
     def applied(self) -> list[Patch]:
-        """Rows applied so far."""
+        """Return the rows applied so far."""
         return [patch for patch, *_ in self._applied]
 
     def apply(self, patch: Patch, make: Callable[[Any], Any]) -> None:
@@ -62,8 +62,8 @@ class PatchSet:
         """Apply {patch target: function from the original to its replacement}, and return self.
 
         Raises:
-            PatchError: a target has no row in the table, or does not fit its row. Nothing stays
-                applied then.
+            PatchError: a target has no row in the table, or does not fit its row. No patch
+                is applied in that case.
         """
         try:
             for target, make in wrappers.items():

@@ -32,7 +32,7 @@ class Selection:
 
     @property
     def filters(self) -> bool:
-        """Whether any subset may be excluded."""
+        """Return whether any subset may be excluded."""
         return bool(self.include_subsets or self.exclude_subsets)
 
     def writes(self, subset: str) -> bool:

@@ -36,7 +36,8 @@ class LogitsHook:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """
+        """Replace the model's loss method by the hook.
+
         Args:
             model: the GPTModel of the last stage, or a wrapper that forwards its attributes.
         """

@@ -127,18 +127,19 @@ class TokenSharing:
     them are dropped.
 
     Attributes:
-        key: of the teacher's tokens in a microbatch.
+        key: name of the teacher's tokens in a microbatch.
     """
 
     def __init__(
         self, folder: TeacherFolder, teacher_length: int | None, device: torch.device
     ) -> None:
-        """
+        """Store the teacher's vocabulary and sample length.
+
         Args:
-            folder: of the teacher.
+            folder: folder of the teacher.
             teacher_length: tokens per sample under the teacher's tokenizer; None if teacher and
                 student read the same tokens.
-            device: of training.
+            device: device of training.
         """
         self._vocab_size, self._device = folder.vocab_size, device
         self._teacher_length = teacher_length or 0

@@ -16,7 +16,7 @@ from megatron_let.losses import load_loss
 from megatron_let.methods.alignment_hook import AlignmentHook
 from megatron_let.methods.base import TrainingRun, find_layer
 from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
-from megatron_let.methods.learned_projection import LearnedProjection, behind_projection
+from megatron_let.methods.learned_projection import LearnedProjection, with_projection
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan
 from megatron_let.placement.sample_sharing import (
@@ -155,7 +155,7 @@ def _hook(
     projection: LearnedProjection | None,
 ) -> AlignmentHook:
     loss = load_loss(config.loss, _token_group(shard))
-    return AlignmentHook(layer, loss if projection is None else behind_projection(loss, projection))
+    return AlignmentHook(layer, loss if projection is None else with_projection(loss, projection))
 
 
 def _aligned_layer(mine: AlignedLayer | None, device: torch.device) -> AlignedLayer:

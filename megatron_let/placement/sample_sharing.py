@@ -27,11 +27,12 @@ class SampleSharing:
         shard: SequenceShard,
         group: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """
+        """Store the teacher and gather the shards of the group's ranks.
+
         Args:
-            teacher: complete, on this rank.
+            teacher: the complete teacher on this rank.
             shard: the part of the sequence whose states this rank needs.
-            group: from `samples_group`; `close` destroys it.
+            group: group from `samples_group`; `close` destroys it.
         """
         self.width = teacher.width
         self._teacher, self._shard, self._group = teacher, shard, group

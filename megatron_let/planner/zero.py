@@ -65,7 +65,7 @@ class Zero:
 
 
 def zero_from_config(config: Mapping[str, Any], shard_teacher: bool) -> Zero:
-    """Read a completed DeepSpeed config (`ds_config.complete_config`); defaults are DeepSpeed's.
+    """Read a config completed by `engines.deepspeed.config`; defaults are DeepSpeed's.
 
     Raises:
         LETError: it offloads to a device other than the CPU.

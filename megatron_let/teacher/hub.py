@@ -119,7 +119,7 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _describe(error: Exception, repository: str, revision: str) -> str:
-    """Say what is wrong with a repository and what to do; the predicate of a sentence."""
+    """Return the error text that follows the model's name."""
     hub = constants.ENDPOINT
     if isinstance(error, RevisionNotFoundError):
         return (

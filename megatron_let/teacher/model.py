@@ -53,7 +53,8 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, tap: int, final_norm: bool) -> None:
-        """
+        """Freeze the model, remove the layers after the tap, and tap its state.
+
         Args:
             model: base model (no LM head).
             num_layers: number of layers of the model.
@@ -124,7 +125,8 @@ class TokenAlignedTeacher(Teacher):
     """
 
     def __init__(self, teacher: Teacher, teacher_length: int) -> None:
-        """
+        """Wrap a teacher.
+
         Args:
             teacher: the model.
             teacher_length: tokens per row under the teacher's tokenizer.

@@ -86,7 +86,7 @@ class Measured:
 def measure(run: FakeRun) -> Measured:
     """Build the rank, run the forward and backward passes of a step, and count bytes.
 
-    Changes torch for the rest of the process, so call it in a process of its own.
+    Changes torch for the rest of the process, so call it in a separate process.
     """
     prepare_process(CPU, 0)
     from megatron_let.compat.apply import apply_host_patches

@@ -168,7 +168,7 @@ def test_zigzag_positions_match_megatrons_load_balancing(cp: int, chunk: int) ->
         assert local == sorted(local)
 
 
-def test_zigzag_positions_of_two_ranks() -> None:
+def test_zigzag_positions_of_two_ranks_equal_values_by_hand() -> None:
     assert zigzag_positions(4, 2, torch.device("cpu")).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
 

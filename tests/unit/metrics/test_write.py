@@ -16,7 +16,7 @@ from megatron_let.metrics.write import (
     WEIGHT_KEY,
     MetricsFile,
     alignment_key,
-    forget_stale_averages,
+    drop_stale_averages,
 )
 
 COSINE_KEY = alignment_key("cosine")
@@ -181,6 +181,6 @@ def test_wrappers_keep_names_and_results(tmp_path: Path) -> None:
 def test_averages_of_absent_keys_are_dropped(losses: dict[str, int], left: dict[str, int]) -> None:
     totals = {LOSS_KEY: 3, COSINE_KEY: 2, WEIGHT_KEY: 2}
     calls: list[Any] = []
-    log = forget_stale_averages(lambda *args, **kwargs: calls.append((args, kwargs)))
+    log = drop_stale_averages(lambda *args, **kwargs: calls.append((args, kwargs)))
     log(losses, totals, 0.01, skipped_iter=1)
     assert calls == [((losses, left, 0.01), {"skipped_iter": 1})]

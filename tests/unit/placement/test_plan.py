@@ -109,7 +109,7 @@ def test_plan_one_stage_computes_only_first_microbatch_before_schedule() -> None
         ("bubble", 0, [((), (3, 4, 5), (), ()), ((0, 1, 2), (), (), (0, 1))]),
     ],
 )
-def test_plan_two_stages_six_microbatches(
+def test_plan_two_stages_six_microbatches_equals_plan_by_hand(
     placement: Placement, num_ready: int, expected: list[tuple[tuple[int, ...], ...]]
 ) -> None:
     made = plan(

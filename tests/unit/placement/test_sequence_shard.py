@@ -71,7 +71,9 @@ def test_ranges_equal_independent_formula(
         (SequenceShard(2, 1, 4, 3), [(5, 6)]),
     ],
 )
-def test_ranges_eight_tokens(shard: SequenceShard, expected: list[tuple[int, int]]) -> None:
+def test_ranges_of_eight_tokens_equal_values_by_hand(
+    shard: SequenceShard, expected: list[tuple[int, int]]
+) -> None:
     assert shard.ranges(8) == expected
 
 
