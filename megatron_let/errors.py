@@ -1,4 +1,4 @@
-"""LETError: a user's mistake in one sentence, and how it is printed."""
+"""LETError, a one-sentence error message for the user, and its output."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> 
 
 
 def _metrics_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, Callable[..., Any]]:
-    """Return {patch target: wrapper} of what writes the metrics file."""
+    """Return {patch target: wrapper} of the functions that write the metrics file."""
     if args.let_metrics_path is None:
         if args.let_guard:
             raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")

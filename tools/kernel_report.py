@@ -61,7 +61,7 @@ GPUS = [Gpu("A100 SXM 80 GB", 80, 2.039e12, 108), Gpu("H100 SXM", 90, 3.35e12, 1
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses on a GPU of compute capability `sm / 10`."""
+    """Resources of one kernel on a GPU of compute capability `sm / 10`."""
 
     kernel: str
     d_m: int

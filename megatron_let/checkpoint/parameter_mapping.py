@@ -20,7 +20,7 @@ class ParameterMapping:
     """One of Megatron's tensors, and the Hugging Face tensors that it consists of.
 
     Attributes:
-        kind: how the tensors are arranged in it; `vocabulary` may have padded rows at the end.
+        kind: arrangement of the tensors in it; `vocabulary` may have padded rows at the end.
         megatron: its name with Transformer Engine, then without if that differs.
         layer: 0-based; None outside the layers. A torch_dist checkpoint stacks the layers of one
             name along the first axis.

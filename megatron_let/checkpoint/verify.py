@@ -21,8 +21,8 @@ class TensorAudit:
 
     Attributes:
         num_tensors: Hugging Face tensors of the architecture, each read from both models.
-        num_bitwise: how many of them are equal bit by bit.
-        largest_difference: over all elements, in fp32.
+        num_bitwise: number of tensors that are equal bit by bit.
+        largest_difference: largest difference over all elements, in fp32.
         different: names of the tensors that are not equal.
         unused: stored tensors of either model that are not part of the architecture.
     """

@@ -1,4 +1,4 @@
-"""What every command shares: exit codes, error messages, consoles and quiet imports."""
+"""Shared by all commands: exit codes, error messages, consoles and quiet imports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_command(
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace, Console], int], text: str
 ) -> argparse.ArgumentParser:
-    """Add a subcommand whose parsed arguments have `run` as their `run`; return its parser."""
+    """Add a subcommand that calls `run`; return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, allow_abbrev=False
     )

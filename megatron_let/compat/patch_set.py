@@ -52,7 +52,7 @@ class PatchSet:
             p.target == patch.target and "replace" in (p.kind, patch.kind) for p in self.applied
         ):
             raise PatchError(f"{patch.target} is patched twice and one of the two replaces it.")
-        # From the owner's __dict__: keeps the wrapper of a static method, tells inherited ones.
+        # Read the owner's __dict__ to keep a static method's wrapper and to detect inheritance.
         raw = vars(owner).get(attribute, _INHERITED)
         setattr(owner, attribute, make(original))
         self._applied.append((patch, owner, attribute, raw))

@@ -27,7 +27,7 @@ class Patch:
     Attributes:
         target: `module:attribute`, e.g. `megatron.training.training:train_step`; the attribute
             may be dotted (`torch:Tensor.cuda`).
-        reason: what goes wrong without the patch.
+        reason: failure without the patch.
         parameters: leading parameter names that the target must have; None for C functions.
         unnecessary_when: the change upstream that would make the row unnecessary.
         test: the test that fails without it, as `file::test`.
@@ -271,7 +271,7 @@ class ObjectPatch:
     Attributes:
         target: the object and what changes on it.
         where: `module:symbol` of this package that does it.
-        reason: what goes wrong without it.
+        reason: failure without the change.
         removed_when: when the change is undone.
         test: the test that fails without it, as `file::test`.
     """

@@ -161,7 +161,7 @@ def _expand(
 
 
 def _check_value(option: str, value: Any, text: str, action: argparse.Action) -> None:
-    """Refuse in one sentence what argparse would refuse with a page of usage."""
+    """Reject in one sentence a value for which argparse would print its usage."""
     try:
         converted = action.type(text) if callable(action.type) else text
     except (ValueError, TypeError, argparse.ArgumentTypeError, KeyError) as error:

@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
     def enable(self, args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace], Any]:
-        """Apply the engine's patches for the coming `pretrain()`.
+        """Apply the engine's patches for the next `pretrain()`.
 
         Args:
             args: Megatron's validated arguments.
@@ -51,7 +51,7 @@ class Engine(Protocol):
         ...
 
     def teacher_sharding(self, args: argparse.Namespace) -> Sharding | None:
-        """Return what shards the teacher over the replicas; None for a whole teacher."""
+        """Return the sharding of the teacher over the replicas; None for a replicated teacher."""
         ...
 
 

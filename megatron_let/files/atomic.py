@@ -79,7 +79,7 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
 def replace_folder(partial: Path, path: Path) -> None:
     """Rename a finished folder to `path`, and delete the one that was there."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    # A killed process of the same id may have left one.
+    # A killed process with the same id may have left one.
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)

@@ -74,7 +74,7 @@ class TeacherMethod(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return one line for the log: what the student learns from the teacher, and how long."""
+        """Return one line for the log: method, teacher, weight and last step."""
 
     @abstractmethod
     def run_with_teacher(
@@ -100,7 +100,7 @@ class TeacherMethod(ABC):
         return {"megatron.training.training:get_forward_backward_func": self.wrap_getter}
 
     def wrap_getter(self, original: Callable[..., ForwardBackward]) -> Callable[..., Any]:
-        """Wrap `get_forward_backward_func`, so that what it returns goes through `run`."""
+        """Wrap `get_forward_backward_func`, so that `run` calls the function that it returns."""
 
         @functools.wraps(original)
         def getter(*args: Any, **kwargs: Any) -> ForwardBackward:
@@ -155,7 +155,7 @@ class TeacherMethod(ABC):
 
 
 def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> Any:
-    """Add a method's values to what the last stage reports per microbatch.
+    """Add a method's values to the report of each microbatch on the last stage.
 
     Megatron sums [numerator, denominator] pairs over microbatches and DP x CP ranks, and averages
     single elements over microbatches.

@@ -1,4 +1,4 @@
-"""Reads a global batch before its first microbatch runs, and shares its tokens."""
+"""Read a global batch before its first microbatch runs, and share its tokens."""
 
 from __future__ import annotations
 

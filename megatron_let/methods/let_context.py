@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LETContext:
-    """What LET keeps on one rank while the weight is above 0.
+    """State of LET on one rank while the weight is above 0.
 
     Attributes:
-        hook: on layer k; None on other stages.
+        hook: hook on layer k; None on other stages.
         states: computes and buffers the teacher states.
         tokens: shares the tokens of a global batch.
         scheduler: plans the teacher's work.

@@ -146,7 +146,7 @@ class Variant:
         name: name of the runs.
         runs: one run per seed.
         figures: by key of `run_figures`; None where no run has the figure.
-        notes: what makes the comparison incomplete or unfair.
+        notes: reasons why the comparison is incomplete or unfair.
     """
 
     name: str

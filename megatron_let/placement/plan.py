@@ -1,4 +1,4 @@
-"""Plans which stage runs the teacher on which microbatch, and when. Pure functions."""
+"""Plan which stage runs the teacher on which microbatch, and when. Pure functions."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _idle_slots(
     for stage in range(pipeline.num_stages):
         idle = baseline.idle(stage)
         slots.append(_Slot(stage, "before", idle.start))
-        # Another stage would have to send in the middle of the schedule (see rendezvous.py).
+        # Another stage would have to send within the schedule (see rendezvous.py).
         if with_waiting and stage == aligned.stage:
             slots.append(_Slot(stage, "waiting", idle.waiting))
         slots.append(_Slot(stage, "after", idle.end))

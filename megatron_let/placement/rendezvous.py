@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a rank waits.
+    """Waiting rules of a rank.
 
     Attributes:
         device_sync: pipeline communication waits for every message that the rank has posted.
@@ -62,7 +62,7 @@ def plan_completes(
         pipeline: sizes of the schedule.
         aligned: stage and model chunk of layer k.
         stages: teacher work of each stage.
-        rules: how a rank waits.
+        rules: waiting rules of a rank.
     """
     ranks = [
         _Rank(list(_program(pipeline, aligned, stages, stage)))

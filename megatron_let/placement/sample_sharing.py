@@ -1,4 +1,4 @@
-"""Runs the teacher on one microbatch, with its samples shared among the ranks of a stage."""
+"""Run the teacher on one microbatch, with its samples shared among the ranks of a stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans each step for the requested placement, with costs measured in the first steps."""
+"""Plan each step for the requested placement, with costs measured in the first steps."""
 
 from __future__ import annotations
 

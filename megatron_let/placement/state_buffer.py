@@ -1,4 +1,4 @@
-"""Computes teacher states by plan and buffers them until their backward."""
+"""Compute teacher states by plan and buffer them until their backward."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is parallelised.
+    """Parallel layout of a run.
 
     Attributes:
         tp, pp, cp, dp: parallel sizes.

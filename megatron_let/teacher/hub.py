@@ -66,7 +66,7 @@ def download_teacher(repository: str, revision: str) -> Path:
     """
     name = re.sub(r"[^\w.-]", "--", f"{repository}@{revision}")
     with exclusive_lock(name) as lock:
-        # The time at which a process last asked the hub for this revision.
+        # Time of the last request to the hub for this revision.
         asked = float((lock.read().splitlines() or ["0"])[-1])
         folder = _cached(repository, revision) if asked > _PROCESS_START else None
         if folder is None:

@@ -146,7 +146,7 @@ class TokenAlignedTeacher(Teacher):
 
 
 class Sharding(Protocol):
-    """How the teacher is sharded over ranks."""
+    """Sharding of the teacher over ranks."""
 
     def shard(self, model: Any) -> Any:
         """Shard a model that is on the CPU; return it, ready to run."""
@@ -170,7 +170,7 @@ def load_teacher(
         folder: folder of the teacher.
         config: layer, norm, precision and compilation of the teacher.
         device: device to run on.
-        sharding: how to shard over ranks; None loads the whole teacher.
+        sharding: shards the teacher over ranks; None loads the whole teacher.
         teacher_length: tokens per sample under the teacher's tokenizer with
             `--let-cross-tokenizer`; None without it.
 

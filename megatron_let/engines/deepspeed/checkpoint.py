@@ -1,4 +1,4 @@
-"""Saving and loading with DeepSpeed's engine, in Megatron's folders and with its tracker."""
+"""Save and load checkpoints with DeepSpeed's engine, in Megatron's folders and with its tracker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a DeepSpeed checkpoint without DeepSpeed: whole tensors under Megatron's names.
+"""Read a DeepSpeed checkpoint without DeepSpeed: whole tensors under Megatron's names.
 
 The pickles are read with a list of allowed classes, so no code in them runs. Files are mapped into
 memory: a tensor takes memory when it is read.
