@@ -40,7 +40,7 @@ def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSe
     """Enable LET and its metrics for the next `pretrain()`, as configured by `args`.
 
     Args:
-        args: from Megatron's `parse_and_validate_args`.
+        args: result of Megatron's `parse_and_validate_args`.
         config: LET's settings; None builds them from `args`.
 
     Returns:
@@ -65,7 +65,7 @@ def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> 
     `data.token_alignment.TokenAlignedDataset` with it.
 
     Args:
-        args: from Megatron's `parse_and_validate_args`.
+        args: result of Megatron's `parse_and_validate_args`.
         config: LET's settings; None builds them from `args`.
     """
     config = config or let_config_from_args(args)

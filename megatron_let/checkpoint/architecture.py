@@ -90,7 +90,7 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
 
     Args:
         args: Megatron's arguments, as saved in the checkpoint.
-        vocab_size: without padding.
+        vocab_size: size of the vocabulary, without padding.
 
     Raises:
         LETError: the model is not a Llama; names the argument.

@@ -44,7 +44,7 @@ def train_locally(
     Args:
         run: the run to train.
         output: folder of its checkpoints, metrics.jsonl and train.log, to which its output goes.
-        environment: from `run_environment`.
+        environment: result of `run_environment`.
         console: shows progress and time left.
         nproc_per_node: number of ranks.
 

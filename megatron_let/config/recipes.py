@@ -107,7 +107,7 @@ def recipe_argv(
     command line.
 
     Args:
-        settings: from `load_recipe`.
+        settings: result of `load_recipe`.
         parser: has every flag.
         command_line: the user's arguments.
         variables: values of `${NAME}`.

@@ -45,7 +45,7 @@ def read_ahead(iterators: Iterators, num_microbatches: int) -> tuple[Iterators, 
     Args:
         iterators: one, one per model chunk (interleaved pipeline), or None if this rank reads no
             data.
-        num_microbatches: to read.
+        num_microbatches: microbatches to read.
 
     Returns:
         Iterators over the same microbatches for the schedule, and the microbatches of the first
@@ -96,7 +96,7 @@ def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor 
 
     Args:
         iterators: as in `read_ahead`.
-        num_microbatches: to read ahead.
+        num_microbatches: microbatches to read ahead.
         key: `TokenSharing.key`.
 
     Returns:

@@ -145,7 +145,7 @@ class Variant:
     Attributes:
         name: name of the runs.
         runs: one run per seed.
-        figures: by key of `run_figures`; None where no run has the figure.
+        figures: spread of each key of `run_figures`; None if no run has the figure.
         notes: reasons why the comparison is incomplete or unfair.
     """
 
@@ -165,7 +165,7 @@ def compare(runs: list[ComparedRun], baseline: str) -> list[Variant]:
     """Compare each run with the baseline of its seed, or else the first.
 
     Args:
-        runs: in the order to show.
+        runs: the runs, in the order to show.
         baseline: the name of one or more of them.
 
     Returns:

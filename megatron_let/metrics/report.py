@@ -225,7 +225,7 @@ def write_comparison(
     Args:
         out: folder to write to.
         title: title of the page.
-        variants: from `compare`.
+        variants: result of `compare`.
         source: provenance of the numbers.
 
     Returns:

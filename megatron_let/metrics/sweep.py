@@ -26,7 +26,7 @@ class Sweep:
         baseline: name of the variant that the others are compared with.
         recipes: recipe files by the names that variants use.
         seeds: seeds of each variant.
-        variants: by name, `recipe` and flags without the dashes.
+        variants: `recipe` and flags without the dashes, by name.
     """
 
     title: str

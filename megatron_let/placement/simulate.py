@@ -18,7 +18,7 @@ class Costs:
     """Cost of one microbatch, in seconds or any other single unit.
 
     Attributes:
-        forward, backward: per stage, through all of its model chunks; [num_stages].
+        forward, backward: [num_stages], cost of a stage through all of its model chunks.
         teacher: teacher forward on one rank, on its share of the samples.
         transfer: sending an activation or its gradient to the next stage.
     """

@@ -78,11 +78,11 @@ class Estimate:
     """Memory and step time of a layout.
 
     Attributes:
-        memory: per stage, with the teacher in its best placement.
+        memory: memory of each stage, with the teacher in its best placement.
         baseline_seconds: passes of one step without a teacher.
         seconds: passes of one step by placement; empty without a teacher.
         placement: the best placement.
-        costs: per microbatch; the times are simulated from them.
+        costs: costs per microbatch; the times are simulated from them.
         aligned: stage and chunk of layer k.
         details: further JSON values, under DeepSpeed.
     """

@@ -42,7 +42,7 @@ class Zero:
 
     Attributes:
         stage: 0 to 3.
-        offload_optimizer, offload_param: to host memory.
+        offload_optimizer, offload_param: whether they are in host memory.
         pin_memory: the optimizer's host buffers are pinned, with sizes rounded to powers of two.
         reduce_bucket_size: elements of the gradient bucket.
         max_live_parameters: elements that ZeRO-3 keeps gathered at most.

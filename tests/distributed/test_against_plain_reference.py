@@ -101,7 +101,7 @@ class Case:
     distillation: Distillation | None = None
 
     def flags(self) -> Flags:
-        """Flags that differ from the recipe."""
+        """Return the flags that differ from the recipe."""
         if self.distillation is not None:
             mask: Flags = ["--eod-mask-loss"] if self.mask else []
             return ["--let-method", self.method, *self.distillation.flags, *mask]
@@ -122,7 +122,7 @@ class Case:
 
     @property
     def shape(self) -> plain.LlamaShape:
-        """Shape of the student."""
+        """Return the shape of the student."""
         return plain.LlamaShape(NUM_LAYERS, NUM_HEADS, self.num_groups)
 
 
@@ -260,7 +260,7 @@ class Finished:
 
     @cached_property
     def expected(self) -> list[plain.StepResult]:
-        """Steps of the reference at the run's parameters before each update."""
+        """Return the steps of the reference at the run's parameters before each update."""
         return [
             self.objective.gradients(in_double(parameters), batch, step)
             for step, (parameters, batch) in enumerate(

@@ -46,7 +46,7 @@ def checkpoint(folder: Path, iteration: int) -> TorchDist:
 
 
 def projection(folder: Path, iteration: int = SAVED) -> dict[str, Tensor]:
-    """The projection and its moments in the checkpoint of this iteration."""
+    """Return the projection and its moments in the checkpoint of this iteration."""
     saved = checkpoint(folder, iteration)
     return {name: saved.read(name) for name in STATE}
 

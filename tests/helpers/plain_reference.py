@@ -392,7 +392,7 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """2-norm of the model's gradient, without a learned projection."""
+        """Return the 2-norm of the model's gradient, without a learned projection."""
         of_model = (g for name, g in self.gradients.items() if name != PROJECTION)
         return math.sqrt(sum(g.double().square().sum().item() for g in of_model))
 

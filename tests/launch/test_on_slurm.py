@@ -69,7 +69,7 @@ def test_signalled_run_resumes_with_the_losses_of_an_uninterrupted_run(launcher:
 
 
 def _check_record(job: Job) -> None:
-    """The record of an attempt is complete and contains no secret."""
+    """Check that the record of an attempt is complete and contains no secret."""
     attempt = job.folder / "attempts/0001"
     for name in ("command.txt", "commit.txt", "nodes.txt", "packages.txt", "recipe.yaml"):
         assert (attempt / name).read_text().strip(), name

@@ -44,7 +44,7 @@ class FakeRun:
         flags: Megatron flags that override the recipe.
         world_size: ranks of the run.
         stage: pipeline stage; the rank is the first of this stage.
-        num_microbatches: per global batch and replica; enough to fill the pipeline.
+        num_microbatches: microbatches per global batch and replica; enough to fill the pipeline.
         vocab_size: rows of the embedding, already padded.
         teacher: its sizes; None for no teacher.
         plan: where the teacher runs on which microbatch.

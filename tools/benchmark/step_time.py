@@ -182,7 +182,7 @@ def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
     """Return one row of the results.
 
     Args:
-        taken: from `blocks`.
+        taken: result of `blocks`.
         baseline_peak: bytes of a block before the teacher was loaded; None if not measured.
     """
     low, middle, high = statistics.quantiles(step_ratios(taken), n=4, method="inclusive")

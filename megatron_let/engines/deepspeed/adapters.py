@@ -76,7 +76,7 @@ def param_groups(
 
     Args:
         module: the model, partitioned or not.
-        config, overrides: from Megatron's `get_megatron_optimizer_config`.
+        config, overrides: result of Megatron's `get_megatron_optimizer_config`.
     """
     shapes = _WholeShapes(module)
     groups: list[dict[str, Any]] = _get_param_groups([shapes], config, overrides)

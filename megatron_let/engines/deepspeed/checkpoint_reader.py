@@ -195,7 +195,7 @@ def merge_shards(name: str, shards: list[torch.Tensor], state: Mapping[str, Any]
     """Merge the tensor-parallel shards of one parameter.
 
     Args:
-        name: as stored in the checkpoint.
+        name: parameter name in the checkpoint.
         shards: [rows / tp, columns], or [rows, columns / tp] where the input is split.
         state: the checkpoint's `state`.
     """

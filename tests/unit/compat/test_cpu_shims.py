@@ -222,7 +222,7 @@ def megatron_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def heads(config: TransformerConfig, length: int) -> tuple[torch.Tensor, ...]:
-    """query [s, b, heads, d], key and value [s, b, groups, d]."""
+    """Return query [s, b, heads, d], key and value [s, b, groups, d]."""
     torch.manual_seed(0)
     width = config.kv_channels
     query = torch.randn(length, 2, config.num_attention_heads, width)

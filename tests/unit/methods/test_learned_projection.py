@@ -119,7 +119,7 @@ def test_update_equals_torchs_adam(decoupled: bool) -> None:
 
 
 class Optimizer:
-    """As much of Megatron's optimizer as a projection uses."""
+    """The part of Megatron's optimizer that a projection uses."""
 
     config = SimpleNamespace(
         adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, decoupled_weight_decay=True

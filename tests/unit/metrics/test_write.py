@@ -40,14 +40,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def train_step(file: MetricsFile, iteration: int, losses: dict[str, Any], norm: Any = 2.0) -> None:
-    """Megatron's call: the 0-based iteration by name, the optimizer fourth."""
+    """Call as Megatron does: the 0-based iteration by name, the optimizer fourth."""
     result = (losses, 0, False, False, 0, norm, None)
     step = file.wrap_train_step(lambda *args, **kwargs: result)
     assert step(None, None, None, OPTIMIZER, None, None, None, iteration=iteration) is result
 
 
 def evaluate(file: MetricsFile, iteration: int, prefix: str, *losses: float) -> None:
-    """Megatron's evaluation of one or several sets."""
+    """Evaluate as Megatron does, on one or several sets."""
 
     def run_all(*args: Any, **kwargs: Any) -> None:
         for loss in losses:

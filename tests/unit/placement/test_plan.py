@@ -19,7 +19,7 @@ SIZES = [(2, 2, 1), (2, 4, 2), (3, 5, 1), (4, 4, 1), (4, 16, 1), (4, 8, 2), (4, 
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[Placement, Pipeline, Costs, AlignedLayer, int, int]:
-    """(placement, pipeline, costs, aligned layer, max_prefetch, num_ready)."""
+    """Draw (placement, pipeline, costs, aligned layer, max_prefetch, num_ready)."""
     stages = draw(st.integers(1, 5))
     chunks = draw(st.integers(1, 3)) if stages > 1 else 1
     groups = draw(st.integers(1, 4))

@@ -268,7 +268,7 @@ def test_model_without_sdpa_uses_its_default_attention(
 
 
 def bert(scale: float) -> BertModel:
-    """A bidirectional model; large weights imitate a trained one."""
+    """Return a bidirectional model; large weights imitate a trained one."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = BertModel(BertConfig(vocab_size=64, intermediate_size=64, **sizes))

@@ -42,7 +42,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 def student(folder: Path) -> Any:
-    """Megatron's wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
+    """Return Megatron's wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
     )
