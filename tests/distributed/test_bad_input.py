@@ -130,7 +130,7 @@ PREPARED: dict[str, Case] = {"let_run": (("--save", "{let_run}", "--train-iters"
 
 # case -> (flags, what the warning names); the run continues.
 WARNED: dict[str, Case] = {
-    "teacher that does harm": (
+    "teacher that hurts the student": (
         ("--let-guard", "--let-guard-baseline", "{low_losses}"),
         ("LET: warning: the held-out loss",),
     ),
