@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Settings of one cluster. Copy to launch/site.sh (ignored by git) or set LET_SITE to your copy.
+# Settings of one cluster. Copy to launch/site.sh (ignored by git), or set LET_SITE to the copy.
 # Sourced before submitting and again in the job; everything is exported. A variable that is already
 # in the environment wins where this file uses ${NAME:-...} or := .
 

@@ -1,4 +1,4 @@
-"""LETError: a user's mistake in one sentence, and how it is printed."""
+"""LETError, a one-sentence error message for the user, and its output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
 def print_error(error: LETError) -> None:
     """Print an error of a training run to stderr, on the ranks that have to report it.
 
-    During start-up every rank meets the same error and one rank per node prints it. Once
+    During start-up every rank raises the same error and one rank per node prints it. Once
     torch.distributed is initialized each rank that fails prints, except that rank 0 alone prints a
     collective error.
     """

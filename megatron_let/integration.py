@@ -25,7 +25,7 @@ from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.methods import TrainingRun, build_method
 from megatron_let.metrics.guard import load_guard
-from megatron_let.metrics.write import MetricsFile, forget_stale_averages
+from megatron_let.metrics.write import MetricsFile, drop_stale_averages
 from megatron_let.run.resume import loaded_checkpoint, resumed_step
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
 from megatron_let.teacher.tokenizer import check_same_tokenizer
@@ -37,10 +37,10 @@ _TRAINING = "megatron.training.training:"
 
 
 def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSet:
-    """Enable LET and its metrics for the following `pretrain()`, as the flags say.
+    """Enable LET and its metrics for the next `pretrain()`, as configured by `args`.
 
     Args:
-        args: from Megatron's `parse_and_validate_args`.
+        args: result of Megatron's `parse_and_validate_args`.
         config: LET's settings; None builds them from `args`.
 
     Returns:
@@ -59,13 +59,13 @@ def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSe
 
 
 def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> TokenAligner | None:
-    """Return what adds the teacher's tokens to each sample; None unless the flags ask for it.
+    """Return the aligner for `--let-cross-tokenizer`, else None.
 
     A script with its own data sets wraps the training set in
     `data.token_alignment.TokenAlignedDataset` with it.
 
     Args:
-        args: from Megatron's `parse_and_validate_args`.
+        args: result of Megatron's `parse_and_validate_args`.
         config: LET's settings; None builds them from `args`.
     """
     config = config or let_config_from_args(args)
@@ -79,7 +79,7 @@ def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> 
 
 
 def _metrics_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, Callable[..., Any]]:
-    """Return {patch target: wrapper} of what writes the metrics file."""
+    """Return {patch target: wrapper} of the functions that write the metrics file."""
     if args.let_metrics_path is None:
         if args.let_guard:
             raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")
@@ -133,7 +133,7 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
         )
     )
     print_rank_0("LET: " + method.describe())
-    return method.wrappers() | {_TRAINING + "training_log": forget_stale_averages}
+    return method.wrappers() | {_TRAINING + "training_log": drop_stale_averages}
 
 
 def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ class Gpu:
 
     @property
     def warp_instructions_per_second(self) -> float:
-        """Four per cycle and multiprocessor, at a clock that both GPUs sustain under load."""
+        """Return four per cycle and multiprocessor, at a clock that both GPUs sustain."""
         return 4 * self.multiprocessors * 1.4e9
 
 
@@ -61,7 +61,7 @@ GPUS = [Gpu("A100 SXM 80 GB", 80, 2.039e12, 108), Gpu("H100 SXM", 90, 3.35e12, 1
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses on a GPU of compute capability `sm / 10`."""
+    """Resources of one kernel on a GPU of compute capability `sm / 10`."""
 
     kernel: str
     d_m: int

@@ -47,7 +47,7 @@ _refuse_together() {
         show_failure "$time" "$code" "$rank" "$node"
     fi
     if [[ $code == "$EXIT_BAD_NODE" ]]; then
-        # The measurement does not blame a single node.
+        # The measurement cannot identify a single node.
         error="the all-reduce between the nodes is under LET_MIN_BUS_GBPS=${LET_MIN_BUS_GBPS:-}" node=""
     fi
     end "$EXIT_BAD_NODE" "error: $error (code $code): check LET_FABRIC and the interface" \

@@ -5,7 +5,7 @@
 load_site() {
     local site="${LET_SITE:-$LET_ROOT/launch/site.sh}" name
     [[ -r $site ]] || end "$EXIT_USAGE" "error: there is no site file $site:" \
-        "copy launch/site.example.sh to launch/site.sh and edit it, or set LET_SITE to yours"
+        "copy launch/site.example.sh to launch/site.sh and edit it, or set LET_SITE"
     set -o allexport
     # shellcheck source=launch/site.example.sh
     . "$site"

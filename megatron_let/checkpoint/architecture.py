@@ -44,7 +44,7 @@ class Llama:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters without padding; a tied embedding counts once."""
+        """Return the number of parameters without padding; a tied embedding counts once."""
         attention = (self.num_heads + self.num_query_groups) * 2 * self.head_size
         layer = self.hidden_size * (attention + 3 * self.ffn_size + 2)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
@@ -90,7 +90,7 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
 
     Args:
         args: Megatron's arguments, as saved in the checkpoint.
-        vocab_size: without padding.
+        vocab_size: size of the vocabulary, without padding.
 
     Raises:
         LETError: the model is not a Llama; names the argument.
@@ -343,7 +343,7 @@ _CHECKED: tuple[tuple[str, str], ...] = (
 
 
 def first_difference(run: Llama, checkpoint: Llama) -> tuple[str, Any, Any] | None:
-    """Return the first flag under which the checkpoint's weights would be another model.
+    """Return the first flag whose value differs and changes the outputs.
 
     Returns:
         Flag, the run's value, the checkpoint's value; None if there is no difference.

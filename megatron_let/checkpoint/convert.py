@@ -47,7 +47,7 @@ def to_hugging_face_folder(
     """Write a Hugging Face Llama folder: config, generation config, safetensors, tokenizer.
 
     Args:
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: type of the written weights; None keeps the checkpoint's.
         max_shard_size: bytes, or text such as `5GB`.
         force: replace an existing `output`.
 
@@ -123,7 +123,7 @@ def to_megatron_checkpoint(
     It is a release checkpoint in Megatron's terms: iteration 0, no optimizer, no random states.
 
     Args:
-        dtype: of the weights; None keeps the source's.
+        dtype: type of the written weights; None keeps the source's.
         force: replace an existing `output`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a checkpoint of either engine has, without reading a weight."""
+"""Describe a checkpoint without reading its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formats of Megatron checkpoints: how each is recognised and opened.
+"""The formats of Megatron checkpoints: detection and opening.
 
 This is the only place that names the DeepSpeed engine's reader. A folder that matches no format
 may be a Hugging Face folder, which `weights.open_weights` opens.
@@ -24,7 +24,7 @@ class Checkpoint(Protocol):
     """A checkpoint with tensors under Megatron's names; layers of one name may be stacked.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         state: arguments, counters and everything else that is not a tensor.
     """
 

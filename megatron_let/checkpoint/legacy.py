@@ -24,7 +24,7 @@ class LegacyCheckpoint:
     """A checkpoint of one rank, held in memory. Opening it can run code in its pickle.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         state: arguments, counters and everything else that is not a tensor.
 
     Raises:

@@ -14,7 +14,7 @@ from megatron_let.files.names import TRACKER, checkpoint_name
 
 
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
-    """Check that the weights in `--load` are used as the model that they were trained as.
+    """Check that model flags match the loaded checkpoint.
 
     Megatron compares layers, width, heads and the shapes of most tensors; another RoPE base, norm
     epsilon or smaller vocabulary would silently change the model.

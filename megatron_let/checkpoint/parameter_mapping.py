@@ -20,7 +20,7 @@ class ParameterMapping:
     """One of Megatron's tensors, and the Hugging Face tensors that it consists of.
 
     Attributes:
-        kind: how the tensors are arranged in it; `vocabulary` may have padded rows at the end.
+        kind: arrangement of the tensors in it; `vocabulary` may have padded rows at the end.
         megatron: its name with Transformer Engine, then without if that differs.
         layer: 0-based; None outside the layers. A torch_dist checkpoint stacks the layers of one
             name along the first axis.
@@ -34,12 +34,12 @@ class ParameterMapping:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The Hugging Face names."""
+        """Return the Hugging Face names."""
         return tuple(name for name, _ in self.tensors)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of Megatron's tensor, without padding and without the layer axis."""
+        """Return the shape of Megatron's tensor, without padding and without the layer axis."""
         rows = sum(shape[0] for _, shape in self.tensors)
         return (rows, *self.tensors[0][1][1:])
 
@@ -126,7 +126,7 @@ def split(
     """Split Megatron's tensor into Hugging Face's, in the order of `mapping.tensors`.
 
     Args:
-        tensor: of `mapping.shape`; a vocabulary may have padded rows.
+        tensor: tensor of shape `mapping.shape`; a vocabulary may have padded rows.
     """
     if mapping.kind == "vocabulary":
         return (tensor[: llama.vocab_size],)

@@ -101,7 +101,7 @@ class TorchDist:
     """One checkpoint, such as `iter_0007629/`.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         metadata: its index.
 
     Raises:
@@ -176,7 +176,7 @@ class TorchDist:
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:
-        """Arguments, iteration and everything else that is not a tensor.
+        """Return arguments, iteration and everything else that is not a tensor.
 
         Raises:
             LETError: there are no arguments, or one is of a class that is not allowed.
@@ -273,7 +273,7 @@ class Shard:
     """A part of a tensor to write: one layer of a stack, or the whole tensor.
 
     Attributes:
-        size: of the whole tensor, with the layer axis.
+        size: shape of the whole tensor, with the layer axis.
         layer: index on the layer axis; None if there is no such axis.
         read: returns the part, without the layer axis.
     """

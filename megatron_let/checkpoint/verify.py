@@ -21,8 +21,8 @@ class TensorAudit:
 
     Attributes:
         num_tensors: Hugging Face tensors of the architecture, each read from both models.
-        num_bitwise: how many of them are equal bit by bit.
-        largest_difference: over all elements, in fp32.
+        num_bitwise: number of tensors that are equal bit by bit.
+        largest_difference: largest difference over all elements, in fp32.
         different: names of the tensors that are not equal.
         unused: stored tensors of either model that are not part of the architecture.
     """
@@ -39,9 +39,9 @@ class LogitComparison:
     """Two models' logits on the same tokens.
 
     Attributes:
-        largest_difference: absolute, over tokens and vocabulary.
+        largest_difference: largest absolute difference over tokens and vocabulary.
         top_token_agreement: fraction of positions with the same most likely token.
-        perplexities: of each model, per token.
+        perplexities: perplexity per token of each model.
     """
 
     num_tokens: int

@@ -30,9 +30,9 @@ class Weights(Protocol):
     """The weights of one model.
 
     Attributes:
-        folder: of the model or checkpoint.
+        folder: folder of the model or checkpoint.
         llama: the architecture.
-        dtype: of the stored weights.
+        dtype: type of the stored weights.
         tokenizer: folder or file of the tokenizer; None if unknown.
     """
 
@@ -215,7 +215,7 @@ class HuggingFaceWeights:
 
     def unused(self) -> list[str]:
         """Return the names of stored tensors that are not part of the model."""
-        # Buffers of old versions, and the copy of a tied embedding, add nothing.
+        # Ignore buffers of old versions and tied copies.
         known = {n for n in self._files.names() if n.endswith("rotary_emb.inv_freq")}
         tied = {"lm_head.weight"} if self.llama.tied else set()
         return sorted(self._files.names() - self._shapes.keys() - known - tied)

@@ -1,1 +1,1 @@
-"""The code behind tools/ and the console command."""
+"""Implementation of the commands."""

@@ -1,4 +1,4 @@
-"""What every command shares: exit codes, error messages, consoles and quiet imports."""
+"""Shared by all commands: exit codes, error messages, consoles and quiet imports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_command(
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace, Console], int], text: str
 ) -> argparse.ArgumentParser:
-    """Add a subcommand whose parsed arguments have `run` as their `run`; return its parser."""
+    """Add a subcommand that calls `run`; return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, allow_abbrev=False
     )
@@ -57,7 +57,7 @@ def add_command(
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is: not wrapped, and brackets are not markup."""
+    """Print a line without wrapping or markup."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -44,11 +44,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="DIR", help="what to convert")
+    add("--input", type=Path, required=True, metavar="DIR", help="checkpoint or model folder")
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--force", action="store_true", help="replace the output if it exists")
     add("--tokenizer", type=Path, help="folder or .model file (default: the input's)")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: the input's)")
+    add(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="type of the weights (default: the input's)",
+    )
 
 
 def _add_export(commands: Any) -> None:
@@ -56,7 +60,7 @@ def _add_export(commands: Any) -> None:
     parser = add_command(commands, "megatron-to-hf", _export, text)
     _add_conversion_flags(parser)
     add = parser.add_argument
-    add("--max-shard-size", type=_size, default="5GB", help="of a weight file (default: 5GB)")
+    add("--max-shard-size", type=_size, default="5GB", help="size of a weight file (default: 5GB)")
     add("--trust", action="store_true",
         help="read Megatron's old format, pickles that can run code of their author")  # fmt: skip
 
@@ -79,11 +83,16 @@ def _add_verify(commands: Any) -> None:
     add = add_command(commands, "verify", _verify, text).add_argument
     add("first", type=Path, metavar="A", help="Megatron checkpoint or Hugging Face folder")
     add("second", type=Path, metavar="B", help="Megatron checkpoint or Hugging Face folder")
-    add("--tokenizer", type=Path, help="of the checkpoints (default: the one that they name)")
+    add("--tokenizer", type=Path, help="tokenizer of the checkpoints (default: theirs)")
     add("--data", type=Path, metavar="PREFIX", help="indexed data to run both models on")
     add("--num-sequences", type=_positive, default=4, metavar="N", help="default: 4")
     add("--seq-length", type=_positive, default=128, metavar="S", help="default: 128")
-    add("--tolerance", type=float, default=1e-4, help="on logits in fp32 (default: 1e-4)")
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of fp32 logits (default: 1e-4)",
+    )
     add("--weights-only", action="store_true", help="compare tensors without running the models")
     add("--trust", action="store_true", help="read Megatron's old format")
 

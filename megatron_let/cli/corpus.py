@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=SOURCES,
         default=[ENVIRONMENT],
-        help=f"what to collect (default: {ENVIRONMENT}, which needs no network)",
+        help=f"sources to collect (default: {ENVIRONMENT}, which needs no network)",
     )
-    add("--megabytes", type=int, default=50, help="of text per source (default: 50)")
+    add("--megabytes", type=int, default=50, help="MB of text per source (default: 50)")
     options = parser.parse_args(argv)
     if options.megabytes < 1:
         parser.error(f"--megabytes is {options.megabytes}; give at least 1")

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="MODEL", help="checkpoint, run or folder")
-    add("--tokenizer", type=Path, help="of Megatron checkpoints (default: the one they name)")
+    add("--tokenizer", type=Path, help="tokenizer of Megatron checkpoints (default: theirs)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the weights'")
     add("--device", help="default: cuda where there is a GPU, else cpu")
 
@@ -65,7 +65,13 @@ def _add_tasks(commands: Any) -> None:
     add("--batch-size", help="default: auto on a GPU, 8 on a CPU")
     add("--watch", action="store_true",
         help="MODEL is a run: score all its checkpoints, and new ones until it ends")  # fmt: skip
-    add("--interval", type=float, default=60, metavar="SECONDS", help="of --watch (default: 60)")
+    add(
+        "--interval",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="polling interval (default: 60)",
+    )
 
 
 def _add_perplexity(commands: Any) -> None:
@@ -80,7 +86,7 @@ def _add_perplexity(commands: Any) -> None:
     add = parser.add_argument
     add("--seq-length", type=int, default=1280, metavar="S", help="default: 1280, the paper's")
     add("--batch-size", type=int, default=1, metavar="B", help="default: 1")
-    add("--max-tokens", type=int, metavar="N", help="per data set (default: all)")
+    add("--max-tokens", type=int, metavar="N", help="tokens per data set (default: all)")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
 
 

@@ -42,9 +42,9 @@ def train_locally(
     """Train a run, unless its metrics end with the evaluation of its last step.
 
     Args:
-        run: what to train.
+        run: the run to train.
         output: folder of its checkpoints, metrics.jsonl and train.log, to which its output goes.
-        environment: from `run_environment`.
+        environment: result of `run_environment`.
         console: shows progress and time left.
         nproc_per_node: number of ranks.
 

@@ -77,8 +77,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", type=int, default=200, help="steps of each run (default: 200)")
     add("--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results")
-    add("--teacher", type=Path, help="model folder, .gguf file or hub id of your own")
-    add("--text", type=Path, nargs="+", help="text files of your own")
+    add("--teacher", type=Path, help="model folder, .gguf file or hub id")
+    add("--text", type=Path, nargs="+", help="text files")
     options = parser.parse_args(argv)
     if options.steps < 20:
         parser.error(f"--steps is {options.steps}; give at least 20")
@@ -88,10 +88,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def _claimed_output(options: argparse.Namespace) -> Iterator[None]:
-    """Sign the output folder with the options; unsign it if teacher or text are then refused.
+    """Record the options in the output folder; remove the record if validation fails.
 
     Raises:
-        LETError: the folder has other files, or is signed with other options.
+        LETError: the folder has other files, or records other options.
     """
     teacher = options.teacher
     wanted = {

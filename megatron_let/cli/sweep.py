@@ -69,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
     add("--seeds", type=int, nargs="+", default=[], help="default: the sweep's")
     add("--nproc-per-node", type=int, default=1, metavar="N", help="ranks per run (default: 1)")
-    add("--recipe", nargs="+", default=[], metavar="NAME=FILE", help="in place of the sweep's")
+    add(
+        "--recipe",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="recipes that replace the sweep's",
+    )
     add("--sbatch", action="store_true", help="print the commands that submit the runs, and exit")
     return parser
 
@@ -83,7 +89,7 @@ def _train_all(folders: dict[Path, SweepRun], nproc_per_node: int) -> dict[str, 
         try:
             train_locally(run, folder, environment, console, nproc_per_node)
         except LETError as error:
-            # The other runs are still worth their time.
+            # Continue with the other runs.
             failed[run.name] = str(error)
             say(console, f"      {error}", "red")
     return failed

@@ -106,7 +106,17 @@ class SDPAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [s, b, heads/tp, d]; key, value [s, b, groups/tp, d] -> [s, b, heads/tp * d]."""
+        """Return the attention output [s, b, heads/tp * d].
+
+        Args:
+            query: [s, b, heads/tp, d].
+            key, value: [s, b, groups/tp, d].
+            attention_mask, attn_mask_type: as in Megatron's core attention.
+            attention_bias, packed_seq_params: must be None.
+
+        Raises:
+            ValueError: a bias or packed sequences are given.
+        """
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("Packed sequences and attention bias need Transformer Engine.")
         mask = None
@@ -137,7 +147,7 @@ class SDPAttention(MegatronModule):
         return get_cuda_rng_tracker().fork()
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[s/cp, b, groups, d] -> [s, b, groups, d]; the backward is a reduce-scatter."""
+        """Gather [s/cp, b, groups, d] to [s, b, groups, d]; the backward is a reduce-scatter."""
         return gather_from_sequence_parallel_region(tensor, group=self.cp_group)
 
 

@@ -30,7 +30,7 @@ class PatchSet:
 
     @property
     def applied(self) -> list[Patch]:
-        """Rows applied so far."""
+        """Return the rows applied so far."""
         return [patch for patch, *_ in self._applied]
 
     def apply(self, patch: Patch, make: Callable[[Any], Any]) -> None:
@@ -52,7 +52,7 @@ class PatchSet:
             p.target == patch.target and "replace" in (p.kind, patch.kind) for p in self.applied
         ):
             raise PatchError(f"{patch.target} is patched twice and one of the two replaces it.")
-        # From the owner's __dict__: keeps the wrapper of a static method, tells inherited ones.
+        # Read the owner's __dict__ to keep a static method's wrapper and to detect inheritance.
         raw = vars(owner).get(attribute, _INHERITED)
         setattr(owner, attribute, make(original))
         self._applied.append((patch, owner, attribute, raw))
@@ -62,8 +62,8 @@ class PatchSet:
         """Apply {patch target: function from the original to its replacement}, and return self.
 
         Raises:
-            PatchError: a target has no row in the table, or does not fit its row. Nothing stays
-                applied then.
+            PatchError: a target has no row in the table, or does not fit its row. No patch
+                is applied in that case.
         """
         try:
             for target, make in wrappers.items():

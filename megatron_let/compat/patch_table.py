@@ -1,7 +1,7 @@
 """The table of all patches of Megatron and torch, with their reasons.
 
-`python -m megatron_let.compat` prints it. A patch is the last resort: what the arguments of
-`pretrain()`, its config container and the layer spec offer is used through them and is not here.
+`python -m megatron_let.compat` prints it. Patch only what Megatron's hooks (arguments, config
+container, layer spec) cannot do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Patch:
     Attributes:
         target: `module:attribute`, e.g. `megatron.training.training:train_step`; the attribute
             may be dotted (`torch:Tensor.cuda`).
-        reason: what goes wrong without the patch.
+        reason: failure without the patch.
         parameters: leading parameter names that the target must have; None for C functions.
         unnecessary_when: the change upstream that would make the row unnecessary.
         test: the test that fails without it, as `file::test`.
@@ -266,13 +266,13 @@ PATCHES = {row.target: row for row in ROWS}
 
 @dataclass(frozen=True)
 class ObjectPatch:
-    """A change to one object of a run, which is undone when the teacher is freed.
+    """A change to one object of a run; see `removed_when`.
 
     Attributes:
         target: the object and what changes on it.
         where: `module:symbol` of this package that does it.
-        reason: what goes wrong without it.
-        removed_when: when the object is as before.
+        reason: failure without the change.
+        removed_when: when the change is undone.
         test: the test that fails without it, as `file::test`.
     """
 

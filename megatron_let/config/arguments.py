@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             f"--let-{name}", default=None, help=f"{help_text} (default: {shown})", **options
         )
 
-    add("method", "what to train with", choices=METHODS)
+    add("method", "training method", choices=METHODS)
     add("teacher", "the small trained model: a folder, a .gguf file or a hub id", type=Path)
     add("layer", "k, the student's layer: middle, last or a number from 1", type=_layer)
     add("loss", "loss between the student's and the teacher's states", choices=LOSSES)
@@ -99,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--let-guard",
         action="store_true",
-        help="warn when the alignment seems to do harm: cosine falling, held-out loss rising",
+        help="warn when the teacher appears to hurt the student: falling cosine, rising held-out"
+        " loss",
     )
     group.add_argument(
         "--let-guard-baseline",
@@ -117,7 +118,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("megatron", "deepspeed"),
         default="megatron",
-        help="what takes a training step (default: megatron)",
+        help="training engine (default: megatron)",
     )
     group.add_argument("--deepspeed-config", type=Path, help="DeepSpeed's JSON config")
     group.add_argument(

@@ -143,10 +143,10 @@ class LETConfig:
 
     @property
     def initial_weight(self) -> float:
-        """Weight of the teacher's loss at step 0: lambda_0, or w of a distillation method."""
+        """Return the teacher's weight at step 0: lambda_0, or w of a distillation method."""
         return self.weight if self.method == "let" else self.kd_weight
 
     @property
     def enabled(self) -> bool:
-        """Whether the weight is above 0 at step 0."""
+        """Return whether the weight is above 0 at step 0."""
         return self.method != "none" and self.initial_weight > 0

@@ -107,7 +107,7 @@ def recipe_argv(
     command line.
 
     Args:
-        settings: from `load_recipe`.
+        settings: result of `load_recipe`.
         parser: has every flag.
         command_line: the user's arguments.
         variables: values of `${NAME}`.
@@ -161,7 +161,7 @@ def _expand(
 
 
 def _check_value(option: str, value: Any, text: str, action: argparse.Action) -> None:
-    """Refuse in one sentence what argparse would refuse with a page of usage."""
+    """Reject in one sentence a value for which argparse would print its usage."""
     try:
         converted = action.type(text) if callable(action.type) else text
     except (ValueError, TypeError, argparse.ArgumentTypeError, KeyError) as error:

@@ -35,7 +35,7 @@ REFUSED_WITH_PROJECTION: Table = {
     "non_persistent_save_interval": (None, "non-persistent checkpoints do not store it"),
 }
 
-# Flags that the entry's forward step does not implement; a user's script with LET may.
+# Flags that the entry's forward step does not implement; a custom script may.
 NOT_IN_THE_ENTRY = (
     "yaml_cfg",
     "sft",
@@ -91,7 +91,7 @@ def check_entry_supports(args: argparse.Namespace) -> None:
     for name in NOT_IN_THE_ENTRY:
         if getattr(args, name, None):
             raise LETError(
-                f"{_flag(name)} is not supported by this entry; use it in your own training script"
+                f"{_flag(name)} is not supported by this entry; use it in a custom training script"
                 " with the three lines of megatron_let.integration."
             )
 

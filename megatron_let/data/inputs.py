@@ -74,7 +74,7 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
         The input files, and the files of the folders that are ignored because of their names.
 
     Raises:
-        LETError: a pattern matches nothing, or a named file is of an unknown kind.
+        LETError: a pattern matches nothing, or a named file has an unsupported extension.
     """
     found: dict[Path, None] = {}
     ignored: dict[Path, None] = {}
@@ -91,8 +91,8 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path]]:
                 raise LETError(f"--input {pattern} matches no file or folder.")
             elif kind_of(path) is None:
                 raise LETError(
-                    f"--input {path} is of an unknown kind; name it .jsonl, .jsonl.zst, .jsonl.gz,"
-                    " .parquet or .txt."
+                    f"--input {path} has an unsupported extension; name it .jsonl, .jsonl.zst,"
+                    " .jsonl.gz, .parquet or .txt."
                 )
             else:
                 found[path.resolve()] = None

@@ -30,7 +30,7 @@ class StreamedDatasetBuilder(IndexedDatasetBuilder):
 
     Args:
         prefix: path of the data set without suffix; its files appear when `finish` is called.
-        dtype: of the token ids.
+        dtype: type of the token ids.
     """
 
     def __init__(self, prefix: Path, dtype: type[np.number[Any]]) -> None:
@@ -92,9 +92,9 @@ def merge_shards(
     """Write the data sets of a run from its shards, in the order of `names`.
 
     Args:
-        names: shards.
+        names: names of the shards.
         prefixes: path of each data set without suffix, by its name.
-        dtype: of the token ids.
+        dtype: type of the token ids.
     """
     builders = {name: StreamedDatasetBuilder(prefixes[name], dtype) for name in sorted(prefixes)}
     for name in names:

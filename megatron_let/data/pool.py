@@ -21,7 +21,7 @@ class WorkerPool[Item, Result]:
     """Forked processes, which share the memory of what was loaded before.
 
     Args:
-        num_workers: at least 1.
+        num_workers: number of processes, at least 1.
         work: function that the workers call on each item.
     """
 

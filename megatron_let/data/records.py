@@ -132,7 +132,7 @@ def _read_rows(path: Path, unit: Unit, columns: tuple[str, ...]) -> Iterator[Rec
 def _read_row_group(
     reader: parquet.ParquetFile, group: int, columns: list[str], file: str, number: int
 ) -> Iterator[Record | Rejection]:
-    """Yield the rows of one group, of which `number` is the first; reject those after damage."""
+    """Yield the rows of one group, numbered from `number`; reject those after damage."""
     last = number + reader.metadata.row_group(group).num_rows
     try:
         batches = reader.iter_batches(

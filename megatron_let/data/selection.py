@@ -1,4 +1,4 @@
-"""Which documents preprocessing writes, and into which data set."""
+"""Selection of the documents that preprocessing writes, and of their data sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents are written, and into which data set.
+    """Documents to write, and their data sets.
 
     Attributes:
         json_keys: fields that hold text; each gets its own data sets.
@@ -32,7 +32,7 @@ class Selection:
 
     @property
     def filters(self) -> bool:
-        """Whether any subset may be excluded."""
+        """Return whether any subset may be excluded."""
         return bool(self.include_subsets or self.exclude_subsets)
 
     def writes(self, subset: str) -> bool:

@@ -81,7 +81,7 @@ class ShardWriter:
 
     @property
     def dtype(self) -> type[np.number[Any]]:
-        """Type of the token ids."""
+        """Return the type of the token ids."""
         return DType.optimal_dtype(self.tokenizer.vocab_size)
 
     def __call__(self, unit: Unit) -> tuple[Unit, Counts]:

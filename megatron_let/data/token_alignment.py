@@ -198,8 +198,8 @@ def load_token_aligner(
     """Build the aligner between the student's tokenizer and the teacher's.
 
     Args:
-        tokenizer_type, tokenizer_model: of the student, as in `load_text_tokenizer`.
-        folder: the teacher's.
+        tokenizer_type, tokenizer_model: the student's, as in `load_text_tokenizer`.
+        folder: folder of the teacher.
         sequence_length: student tokens per sample.
 
     Raises:

@@ -18,9 +18,9 @@ class Check:
     """One finding.
 
     Attributes:
-        name: what was checked.
-        found: what is there.
-        path: what a run does because of it, or what to do if `ok` is false.
+        name: the checked item.
+        found: the value found.
+        path: the code path that a run takes, or the fix if `ok` is false.
         ok: this finding does not prevent a run.
     """
 

@@ -1,6 +1,6 @@
 """DeepSpeed's kernels: compile them before a run, and find locks of killed compilations.
 
-Without this, every rank compiles them in a run's first step. torch's `FileBaton`
+Otherwise every rank compiles them in a run's first step. torch's `FileBaton`
 (`torch/utils/file_baton.py`) creates a file `lock` in a kernel's folder, keeps it open while it
 compiles, and makes all others wait until the file is gone: after a kill they wait indefinitely.
 """
@@ -41,11 +41,11 @@ class Lock:
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel."""
+        """Return the name of the kernel."""
         return self.file.parent.name
 
     def describe(self) -> str:
-        """Return what the lock means and what to do."""
+        """Return the lock's state and the recommended action."""
         if self.state == "held":
             return f"{self.kernel} is being compiled by another process"
         removal = {

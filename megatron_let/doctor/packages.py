@@ -1,4 +1,4 @@
-"""Checks of installed packages, and what a run does because of each."""
+"""Check the installed packages and the code path that each one enables."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Training engines behind one registry: Megatron's, or DeepSpeed's ZeRO.
 
-Modules outside this package use `load_engine` and import no engine.
+Modules outside this package use `load_engine` and import no engine, except
+checkpoint/formats.py, which imports the DeepSpeed reader.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ENGINES = ("megatron", "deepspeed")
 
 
 class Engine(Protocol):
-    """What the entry, the integration and the planner need from an engine."""
+    """Interface of a training engine."""
 
     def check_arguments(self, args: argparse.Namespace) -> None:
         """Check the arguments before Megatron validates them.
@@ -35,7 +36,7 @@ class Engine(Protocol):
         ...
 
     def enable(self, args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace], Any]:
-        """Apply the engine's patches for the coming `pretrain()`.
+        """Apply the engine's patches for the next `pretrain()`.
 
         Args:
             args: Megatron's validated arguments.
@@ -50,7 +51,7 @@ class Engine(Protocol):
         ...
 
     def teacher_sharding(self, args: argparse.Namespace) -> Sharding | None:
-        """Return what shards the teacher over the replicas; None for a whole teacher."""
+        """Return the sharding of the teacher over the replicas; None for a replicated teacher."""
         ...
 
 

@@ -35,4 +35,4 @@ def enable(args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace
 
 
 def teacher_sharding(args: argparse.Namespace) -> None:
-    """See `Engine`; the teacher is whole on every rank."""
+    """See `Engine`; the teacher is replicated on every rank."""

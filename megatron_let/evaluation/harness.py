@@ -24,7 +24,7 @@ ACCURACIES = ("acc", "acc_norm")
 
 @dataclass(frozen=True)
 class Settings:
-    """How the tasks are run; part of the key of a cached result.
+    """Settings of a task run; part of the key of a cached result.
 
     Attributes:
         num_fewshot: examples before the question; the paper uses 1.
@@ -75,7 +75,7 @@ def evaluate(
     Args:
         weights: checkpoint from `open_weights`.
         tasks: tasks to score, in the order of the results.
-        settings: how to run them.
+        settings: settings of the task run.
         cache: folder of results, one JSON file per task.
         data: folder of local task data; None takes it from the hub.
         batch_size: a number, or `auto` for the largest that fits.

@@ -36,17 +36,17 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """exp of the mean loss per token."""
+        """Return the exponential of the mean loss per token."""
         return math.exp(self.loss / self.tokens)
 
     @property
     def per_byte(self) -> float | None:
-        """exp of the mean loss per byte, comparable across tokenizers."""
+        """Return the exponential of the mean loss per byte, comparable across tokenizers."""
         return math.exp(self.loss / self.bytes) if self.bytes else None
 
     @property
     def bits_per_byte(self) -> float | None:
-        """log2 of `per_byte`."""
+        """Return log2 of `per_byte`."""
         return self.loss / self.bytes / math.log(2) if self.bytes else None
 
 

@@ -1,4 +1,4 @@
-"""Write files and folders atomically: they appear complete or not at all."""
+"""Write files and folders by atomic replace."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def download_wheel(package: str, folder: Path, alternative: str) -> Path:
     """Download the wheel of `package` (`NAME==VERSION`) with pip, without its dependencies.
 
     Args:
-        alternative: what to do if that fails; the end of the error message.
+        alternative: fix if the download fails; the end of the error message.
 
     Raises:
         LETError: pip failed.

@@ -269,7 +269,10 @@ def cosine_backward_gather(
     VECTOR: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """`W^T p = (W^T W) h`, where `W^T W` is tridiagonal: a tile reads one column past each edge."""
+    """Add `W^T (a t - b p)` to the incoming gradient, with `W^T p = (W^T W) h`.
+
+    `W^T W` is tridiagonal, so a tile reads one column past each edge.
+    """
     MASKED: tl.constexpr = D_M % (LANES * VECTOR) != 0
     TILES: tl.constexpr = (D_M + LANES * VECTOR - 1) // (LANES * VECTOR)
     program = tl.program_id(0)
@@ -323,7 +326,7 @@ class KernelPlan:
 
 
 def is_block_diagonal(num_source: int, num_target: int) -> bool:
-    """Return whether each target column reads 1, 2 or 4 source columns of its own.
+    """Return whether each target column reads 1, 2 or 4 source columns that no other reads.
 
     With `d_M = r d_T`, `u_j = r j + j (r - 1) / (d_T - 1)` stays in `[r j, r j + r - 1]`.
     """

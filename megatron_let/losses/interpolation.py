@@ -49,7 +49,8 @@ class Interpolation:
     """
 
     def __init__(self, student: Tensor, teacher: Tensor) -> None:
-        """
+        """Compute the source columns and weights of each target column.
+
         Args:
             student: `[..., d_M]`; its device and working dtype are the map's.
             teacher: `[..., d_T]`.

@@ -1,4 +1,4 @@
-"""Training methods with a teacher: what each does around one step of Megatron.
+"""Training methods (LET, RKD, SALT) and their registry.
 
 A new method is one class in one file of this folder and one entry of `METHODS`; see
 docs/extending.md.

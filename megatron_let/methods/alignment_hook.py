@@ -92,7 +92,7 @@ class AlignmentHook:
             teacher: source of the teacher's states of this global batch.
             gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor stays on its
                 device (the loss scale of fp16).
-            device: of the hidden states.
+            device: device of the hidden states.
         """
         if not isinstance(gradient_scale, Tensor):
             gradient_scale = torch.tensor(gradient_scale, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every method with a teacher does around one step of Megatron."""
+"""Base class of methods that train with a teacher."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ForwardBackward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a method knows of the run.
+    """Run settings and callbacks passed to a method.
 
     Attributes:
         config: the method and its settings.
-        folder: of the teacher, already checked.
-        vocab_size: of the student's tokenizer, without padding.
+        folder: folder of the teacher, already checked.
+        vocab_size: size of the student's vocabulary, without padding.
         seed: `--seed`.
         num_steps: training steps of the run.
         current_step: returns the 0-based training step.
@@ -74,7 +74,7 @@ class TeacherMethod(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Return one line for the log: what the student learns from the teacher, and how long."""
+        """Return one line for the log: method, teacher, weight and last step."""
 
     @abstractmethod
     def run_with_teacher(
@@ -84,7 +84,7 @@ class TeacherMethod(ABC):
 
         Args:
             forward_backward: Megatron's function.
-            weight: of this step, above 0.
+            weight: weight of the teacher's loss at this step, above 0.
             kwargs: arguments of `forward_backward`; may be changed.
 
         Returns:
@@ -100,7 +100,7 @@ class TeacherMethod(ABC):
         return {"megatron.training.training:get_forward_backward_func": self.wrap_getter}
 
     def wrap_getter(self, original: Callable[..., ForwardBackward]) -> Callable[..., Any]:
-        """Wrap `get_forward_backward_func`, so that what it returns goes through `run`."""
+        """Wrap `get_forward_backward_func`, so that `run` calls the function that it returns."""
 
         @functools.wraps(original)
         def getter(*args: Any, **kwargs: Any) -> ForwardBackward:
@@ -155,7 +155,7 @@ class TeacherMethod(ABC):
 
 
 def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> Any:
-    """Add a method's values to what the last stage reports per microbatch.
+    """Add a method's values to the report of each microbatch on the last stage.
 
     Megatron sums [numerator, denominator] pairs over microbatches and DP x CP ranks, and averages
     single elements over microbatches.
@@ -163,7 +163,7 @@ def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> A
     Args:
         losses: dicts that Megatron's forward-backward function returned; empty on other stages.
         means: [numerator, denominator] over the global batch of this replica, by key.
-        weight: of the teacher's loss.
+        weight: weight of the teacher's loss.
     """
     for index, report in enumerate(losses):
         for key, pair in means.items():

@@ -36,7 +36,8 @@ class LogitsHook:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """
+        """Replace the model's loss method by the hook.
+
         Args:
             model: the GPTModel of the last stage, or a wrapper that forwards its attributes.
         """
@@ -57,7 +58,7 @@ class LogitsHook:
 
         Args:
             teacher_state: maps a microbatch's index to the teacher's state [s / cp, b, d_T].
-            targets: how the teacher's distribution enters the loss.
+            targets: settings of the teacher's distribution in the loss.
         """
         self._teacher_state, self._targets = teacher_state, targets
         self._num_microbatches, self._num_tokens, self._soft_sum = 0, 0, None

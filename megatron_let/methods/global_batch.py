@@ -1,4 +1,4 @@
-"""Reads a global batch before its first microbatch runs, and shares its tokens."""
+"""Read a global batch before its first microbatch runs, and share its tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_ahead(iterators: Iterators, num_microbatches: int) -> tuple[Iterators, 
     Args:
         iterators: one, one per model chunk (interleaved pipeline), or None if this rank reads no
             data.
-        num_microbatches: to read.
+        num_microbatches: microbatches to read.
 
     Returns:
         Iterators over the same microbatches for the schedule, and the microbatches of the first
@@ -96,7 +96,7 @@ def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor 
 
     Args:
         iterators: as in `read_ahead`.
-        num_microbatches: to read ahead.
+        num_microbatches: microbatches to read ahead.
         key: `TokenSharing.key`.
 
     Returns:
@@ -127,18 +127,19 @@ class TokenSharing:
     them are dropped.
 
     Attributes:
-        key: of the teacher's tokens in a microbatch.
+        key: name of the teacher's tokens in a microbatch.
     """
 
     def __init__(
         self, folder: TeacherFolder, teacher_length: int | None, device: torch.device
     ) -> None:
-        """
+        """Store the teacher's vocabulary and sample length.
+
         Args:
-            folder: of the teacher.
+            folder: folder of the teacher.
             teacher_length: tokens per sample under the teacher's tokenizer; None if teacher and
                 student read the same tokens.
-            device: of training.
+            device: device of training.
         """
         self._vocab_size, self._device = folder.vocab_size, device
         self._teacher_length = teacher_length or 0

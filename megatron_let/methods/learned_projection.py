@@ -59,12 +59,13 @@ class LearnedProjection(torch.nn.Module):
     def __init__(
         self, student_width: int, teacher_width: int, std: float, seed: int, device: torch.device
     ) -> None:
-        """
+        """Initialise W and Adam's moments on the device.
+
         Args:
             student_width, teacher_width: d_M and d_T.
-            std: of the normal distribution that initialises W; the student's own.
+            std: standard deviation of W's initial values; the student's `--init-method-std`.
             seed: `--seed`; no global generator is advanced.
-            device: of the hidden states.
+            device: device of the hidden states.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
@@ -81,7 +82,7 @@ class LearnedProjection(torch.nn.Module):
         """Sum the gradient over the ranks that hold different tokens, and take one Adam step.
 
         Args:
-            scale: of the summed gradient: lambda(s) over the tokens of the global batch.
+            scale: factor of the summed gradient, lambda(s) over the tokens of the global batch.
             group: the stage's ranks that hold different tokens.
             settings: hyperparameters of this step.
         """
@@ -105,7 +106,7 @@ class LearnedProjection(torch.nn.Module):
         )
 
 
-def behind_projection(loss: AlignmentLoss, projection: LearnedProjection) -> AlignmentLoss:
+def with_projection(loss: AlignmentLoss, projection: LearnedProjection) -> AlignmentLoss:
     """Return the loss on the projected state `p = W h` in place of the interpolated state.
 
     With g the gradient of the loss with respect to p, the gradient of hidden is
@@ -151,7 +152,8 @@ class ProjectionTraining:
         is_last_step: Callable[[], bool],
         report: Callable[[str], None],
     ) -> None:
-        """
+        """Store the settings; the projection is built with the model.
+
         Args:
             layer: k.
             teacher_width: d_T.
@@ -187,7 +189,7 @@ class ProjectionTraining:
 
         Args:
             weight: lambda(s).
-            num_tokens: of the global batch over all replicas.
+            num_tokens: tokens of the global batch over all replicas.
         """
         if self.module is not None:
             self.module.gradient.zero_()

@@ -16,7 +16,7 @@ from megatron_let.losses import load_loss
 from megatron_let.methods.alignment_hook import AlignmentHook
 from megatron_let.methods.base import TrainingRun, find_layer
 from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
-from megatron_let.methods.learned_projection import LearnedProjection, behind_projection
+from megatron_let.methods.learned_projection import LearnedProjection, with_projection
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan
 from megatron_let.placement.sample_sharing import (
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LETContext:
-    """What LET keeps on one rank while the weight is above 0.
+    """State of LET on one rank while the weight is above 0.
 
     Attributes:
-        hook: on layer k; None on other stages.
+        hook: hook on layer k; None on other stages.
         states: computes and buffers the teacher states.
         tokens: shares the tokens of a global batch.
         scheduler: plans the teacher's work.
@@ -79,7 +79,7 @@ def build_context(
     """Load the teacher and attach the hook; collective over all ranks of the job.
 
     Args:
-        run: with method `let`.
+        run: a run with method `let`.
         model: this rank's model chunks.
         shape: (num_microbatches, b, s) of the first global batch.
         projection: if it is learned and this stage has layer k.
@@ -155,7 +155,7 @@ def _hook(
     projection: LearnedProjection | None,
 ) -> AlignmentHook:
     loss = load_loss(config.loss, _token_group(shard))
-    return AlignmentHook(layer, loss if projection is None else behind_projection(loss, projection))
+    return AlignmentHook(layer, loss if projection is None else with_projection(loss, projection))
 
 
 def _aligned_layer(mine: AlignedLayer | None, device: torch.device) -> AlignedLayer:

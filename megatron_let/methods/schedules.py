@@ -21,7 +21,7 @@ def distillation_weight(step: int, config: LETConfig) -> float:
 
     Args:
         step: 0-based training step.
-        config: with method `rkd` or `salt`.
+        config: settings with method `rkd` or `salt`.
     """
     over = config.method == "salt" and step >= config.stop_step
     return 0.0 if over else config.kd_weight

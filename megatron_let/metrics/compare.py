@@ -42,12 +42,12 @@ class ComparedRun:
 
     @property
     def method(self) -> str | None:
-        """The value of `--let-method`, `none` for a baseline; None if unknown."""
+        """Return the value of `--let-method`, `none` for a baseline; None if unknown."""
         return None if self.settings is None else self.settings.get("let_method")
 
     @property
     def seed(self) -> Any:
-        """The value of `--seed`; None if unknown."""
+        """Return the value of `--seed`; None if unknown."""
         return (self.settings or {}).get("seed")
 
     def seconds(self) -> Curve:
@@ -65,7 +65,7 @@ class ComparedRun:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Peak memory of the rank that writes the metrics."""
+        """Return the peak memory in bytes of the rank that writes the metrics."""
         sizes = [row["max_memory_bytes"] for row in self.metrics.steps.values()]
         return max(sizes, default=None)
 
@@ -145,8 +145,8 @@ class Variant:
     Attributes:
         name: name of the runs.
         runs: one run per seed.
-        figures: by key of `run_figures`; None where no run has the figure.
-        notes: what makes the comparison incomplete or unfair.
+        figures: spread of each key of `run_figures`; None if no run has the figure.
+        notes: reasons why the comparison is incomplete or unfair.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Variant:
 
     @property
     def num_reached(self) -> int:
-        """How many runs reached the baseline's last held-out loss."""
+        """Return how many runs reached the baseline's last held-out loss."""
         steps = self.figures["steps_to_target"]
         return 0 if steps is None else steps.count
 
@@ -165,7 +165,7 @@ def compare(runs: list[ComparedRun], baseline: str) -> list[Variant]:
     """Compare each run with the baseline of its seed, or else the first.
 
     Args:
-        runs: in the order to show.
+        runs: the runs, in the order to show.
         baseline: the name of one or more of them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Warn when the teacher seems to harm the student, the paper's failure mode (its Table 6).
+"""Warn when the teacher appears to hurt the student, the paper's failure mode (its Table 6).
 
 The guard never stops a run: the evidence is weak, and the user can lower `--let-weight` or
 `--let-stop-step`.

@@ -22,12 +22,12 @@ class RunMetrics:
 
     @property
     def last_step(self) -> int:
-        """The largest iteration trained; 0 for none."""
+        """Return the largest iteration trained; 0 for none."""
         return max(self.steps, default=0)
 
     @property
     def final_valid_loss(self) -> float | None:
-        """Validation loss of the last evaluation; None if there was none."""
+        """Return the validation loss of the last evaluation; None if there was none."""
         return self.valid_loss[max(self.valid_loss)] if self.valid_loss else None
 
     def step_seconds(self, aligned: bool | None = None) -> list[float]:

@@ -84,7 +84,7 @@ def _teacher_values(run: ComparedRun, step: int) -> dict[str, float | None]:
 
 
 def notes(variants: list[Variant]) -> list[str]:
-    """Return what a reader must know, one sentence each; the baseline comes first."""
+    """Return the notes on a comparison, one sentence each; the baseline comes first."""
     found = [
         f"Compared with {variants[0].name}: the step and the second at which a run's held-out loss"
         " reaches the last one of the baseline of its seed, interpolated between evaluations."
@@ -96,7 +96,7 @@ def notes(variants: list[Variant]) -> list[str]:
 
 
 def _speed_up(baseline: ComparedRun, run: ComparedRun) -> Iterator[str]:
-    """Say when a run reached the baseline's last held-out loss, in steps and seconds."""
+    """Yield when a run reached the baseline's last held-out loss, in steps and seconds."""
     figures, target = run_figures(run, baseline), baseline.metrics.final_valid_loss
     steps, seconds = figures["steps_to_target"], figures["seconds_to_target"]
     if target is None:
@@ -225,7 +225,7 @@ def write_comparison(
     Args:
         out: folder to write to.
         title: title of the page.
-        variants: from `compare`.
+        variants: result of `compare`.
         source: provenance of the numbers.
 
     Returns:

@@ -26,7 +26,7 @@ class Sweep:
         baseline: name of the variant that the others are compared with.
         recipes: recipe files by the names that variants use.
         seeds: seeds of each variant.
-        variants: by name, `recipe` and flags without the dashes.
+        variants: `recipe` and flags without the dashes, by name.
     """
 
     title: str
@@ -54,17 +54,17 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Name of the run and of its job."""
+        """Return the name of the run and of its job."""
         return f"{self.variant}-seed{self.seed}"
 
     @property
     def num_steps(self) -> int:
-        """`--train-iters` of the flags, else of the recipe.
+        """Return `--train-iters` of the flags, else of the recipe.
 
         Raises:
             RecipeError: neither sets it.
         """
-        # Of a repeated flag the last one counts, as in argparse.
+        # The last occurrence of a flag wins, as in argparse.
         steps = dict(pairwise(self.flags)).get("--train-iters")
         steps = steps or load_recipe(self.recipe).get("train-iters")
         if steps is None:

@@ -25,7 +25,7 @@ SOFT_LOSS_KEY = "kd loss"
 
 
 def alignment_key(name: str) -> str:
-    """Return the key of an alignment value: of `cosine`, or of another `--let-loss`."""
+    """Return the key of the alignment value `cosine`, or of another `--let-loss`."""
     return f"let {name}"
 
 
@@ -48,7 +48,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def forget_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
+def drop_stale_averages(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `training_log`, which would print a cosine of 0 for steps without a teacher."""
 
     @functools.wraps(original)
@@ -78,7 +78,8 @@ class MetricsFile:
         sequence_length: int,
         observe: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
-        """
+        """Store the file's path and the observer.
+
         Args:
             path: the file.
             sequence_length: tokens per sample.

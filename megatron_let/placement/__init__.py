@@ -1,1 +1,1 @@
-"""Where in the pipeline the teacher runs: pure plans and simulation, and their execution."""
+"""Placement of the teacher in the pipeline: plans, their simulation and their execution."""

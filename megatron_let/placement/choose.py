@@ -1,4 +1,4 @@
-"""Selects the placement with the shortest simulated step."""
+"""Select the placement with the shortest simulated step."""
 
 from __future__ import annotations
 

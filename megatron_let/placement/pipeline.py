@@ -37,7 +37,7 @@ class Pipeline:
 
     @property
     def group(self) -> int:
-        """Number of consecutive microbatches that a chunk runs before the next chunk."""
+        """Return how many consecutive microbatches a chunk runs before the next chunk."""
         return self.group_size or self.num_stages
 
     def num_warmup(self, stage: int) -> int:

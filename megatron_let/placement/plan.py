@@ -1,4 +1,4 @@
-"""Plans which stage runs the teacher on which microbatch, and when. Pure functions."""
+"""Plan which stage runs the teacher on which microbatch, and when. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 from megatron_let.config.let_config import PLACEMENTS, Placement
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.rendezvous import plan_ends
+from megatron_let.placement.rendezvous import plan_completes
 from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
 
 # What `auto` chooses from.
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def num_ahead(self) -> int:
-        """Number of microbatches of the next global batch that this one computes, from 0 on."""
+        """Return how many of the next global batch's first microbatches this one computes."""
         return sum(len(stage.after) for stage in self.stages)
 
     def sources(self) -> dict[int, int]:
@@ -78,7 +78,7 @@ def plan(
             `spread`: evenly over the stages, before the schedule starts; `bubble`: in the idle
             times of the stages (the aligned stage last), and the rest evenly.
         pipeline: sizes of the schedule.
-        costs: of one microbatch; used by `bubble` only, which depends on their ratios.
+        costs: costs of one microbatch; used by `bubble` only, which depends on their ratios.
         aligned: stage and model chunk of layer k.
         max_prefetch: states that the aligned stage may hold before their backward, at least 1.
         num_ready: number of first microbatches whose states the previous batch computed.
@@ -149,7 +149,7 @@ class _Slot:
 
     stage: int
     when: Literal["before", "waiting", "after"]
-    room: float
+    idle_seconds: float
     count: int = 0
 
 
@@ -173,7 +173,7 @@ def _bubble(
             replace(stage, num_forwards_to_wait=pipeline.num_forwards_to_wait(index))
             for index, stage in enumerate(stages)
         ]
-        if plan_ends(pipeline, aligned, numbered):
+        if plan_completes(pipeline, aligned, numbered):
             return stages
     raise AssertionError("work before the schedule cannot deadlock")
 
@@ -186,7 +186,7 @@ def _idle_slots(
     for stage in range(pipeline.num_stages):
         idle = baseline.idle(stage)
         slots.append(_Slot(stage, "before", idle.start))
-        # Another stage would have to send in the middle of the schedule (see rendezvous.py).
+        # Another stage would have to send within the schedule (see rendezvous.py).
         if with_waiting and stage == aligned.stage:
             slots.append(_Slot(stage, "waiting", idle.waiting))
         slots.append(_Slot(stage, "after", idle.end))
@@ -214,11 +214,11 @@ def _fill(slots: list[_Slot], num_microbatches: int, seconds: float, aligned_sta
     for on_aligned in (False, True):
         candidates = [slot for slot in slots if (slot.stage == aligned_stage) == on_aligned]
         while candidates and _total(slots) < num_microbatches:
-            roomiest = max(candidates, key=lambda slot: slot.room)
-            if roomiest.room < seconds * (1 - _SLACK):
+            longest = max(candidates, key=lambda slot: slot.idle_seconds)
+            if longest.idle_seconds < seconds * (1 - _SLACK):
                 break
-            roomiest.room -= seconds
-            roomiest.count += 1
+            longest.idle_seconds -= seconds
+            longest.count += 1
 
 
 def _fill_evenly(slots: list[_Slot], num_microbatches: int, aligned_stage: int) -> None:

@@ -1,4 +1,4 @@
-"""Checks that a plan ends under NCCL's rules, which gloo does not impose.
+"""Check that a plan completes under NCCL's rules, which gloo does not impose.
 
 Under NCCL a message completes only when both ranks have posted it, and a rank may have to wait for
 all of its messages: Megatron's pipeline communication ends in `torch.cuda.synchronize()` unless
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a rank waits.
+    """Waiting rules of a rank.
 
     Attributes:
         device_sync: pipeline communication waits for every message that the rank has posted.
@@ -50,7 +50,7 @@ class Rules:
 STRICTEST = Rules(device_sync=True, one_queue=True)
 
 
-def plan_ends(
+def plan_completes(
     pipeline: Pipeline,
     aligned: AlignedLayer,
     stages: Sequence[StagePlan],
@@ -62,7 +62,7 @@ def plan_ends(
         pipeline: sizes of the schedule.
         aligned: stage and model chunk of layer k.
         stages: teacher work of each stage.
-        rules: how a rank waits.
+        rules: waiting rules of a rank.
     """
     ranks = [
         _Rank(list(_program(pipeline, aligned, stages, stage)))
@@ -72,7 +72,7 @@ def plan_ends(
     # Lists, not generators: every rank advances in every round.
     while any([rank.advance(posted, rules) for rank in ranks]):
         pass
-    return all(rank.has_ended for rank in ranks)
+    return all(rank.is_complete for rank in ranks)
 
 
 @dataclass
@@ -85,13 +85,13 @@ class _Rank:
     outstanding: list[Message] = field(default_factory=list)
 
     @property
-    def has_ended(self) -> bool:
+    def is_complete(self) -> bool:
         return self.position == len(self.program)
 
     def advance(self, posted: Counter[Message], rules: Rules) -> bool:
         """Run as many steps as possible; return whether anything changed."""
         changed = False
-        while not self.has_ended:
+        while not self.is_complete:
             step = self.program[self.position]
             if step.kind != "wait" and not self.is_posted:
                 if rules.one_queue and self._queue_is_blocked(posted):
@@ -167,7 +167,7 @@ def _schedule(pipeline: Pipeline, stage: int) -> Iterator[Step | Pass]:
     """Yield the passes of a stage with Megatron's communication between them.
 
     A stage waits for each communication (`forward_backward_pipelining_*` without
-    `overlap_p2p_comm`; with it, sends are not waited for, which can only end earlier).
+    `overlap_p2p_comm`; with it, sends are not waited for, which can only complete earlier).
     """
     warmup = pipeline.num_warmup(stage)
     num_pairs = pipeline.num_microbatches * pipeline.num_chunks - warmup

@@ -1,4 +1,4 @@
-"""Runs the teacher on one microbatch, with its samples shared among the ranks of a stage."""
+"""Run the teacher on one microbatch, with its samples shared among the ranks of a stage."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class SampleSharing:
         shard: SequenceShard,
         group: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """
+        """Store the teacher and gather the shards of the group's ranks.
+
         Args:
-            teacher: complete, on this rank.
+            teacher: the complete teacher on this rank.
             shard: the part of the sequence whose states this rank needs.
-            group: from `samples_group`; `close` destroys it.
+            group: group from `samples_group`; `close` destroys it.
         """
         self.width = teacher.width
         self._teacher, self._shard, self._group = teacher, shard, group

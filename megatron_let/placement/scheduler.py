@@ -1,4 +1,4 @@
-"""Plans each step for the requested placement, with costs measured in the first steps."""
+"""Plan each step for the requested placement, with costs measured in the first steps."""
 
 from __future__ import annotations
 
@@ -93,12 +93,13 @@ class PlacementScheduler:
         aligned: AlignedLayer,
         report: Callable[[str], None],
     ) -> None:
-        """
+        """Store the requested placement and the pipeline of the run.
+
         Args:
             placement: `--let-placement`.
             max_prefetch: states that the aligned stage may hold before their backward; None for
                 all microbatches of the global batch.
-            pipeline: of the run; its number of microbatches is ignored.
+            pipeline: pipeline of the run; its number of microbatches is ignored.
             aligned: stage and chunk of layer k.
             report: prints one line on one rank.
         """
@@ -109,7 +110,7 @@ class PlacementScheduler:
 
     @property
     def needs_teacher_everywhere(self) -> bool:
-        """Whether stages other than the aligned one run the teacher."""
+        """Return whether stages other than the aligned one run the teacher."""
         return self._pipeline.num_stages > 1 and self.placement != "aligned-stage"
 
     def max_prefetch(self, num_microbatches: int) -> int:
@@ -136,7 +137,7 @@ class PlacementScheduler:
         return PassTimes(device) if wanted and self._step == _MEASURED_STEP else None
 
     def end_step(self, timer: PassTimes | None, stage: int, num_microbatches: int) -> None:
-        """Count a step and adopt the costs that its timer measured."""
+        """Advance the step counter and store measured costs."""
         self._step += 1
         if timer is not None:
             pipeline = self._sized(num_microbatches)

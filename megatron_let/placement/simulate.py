@@ -18,7 +18,7 @@ class Costs:
     """Cost of one microbatch, in seconds or any other single unit.
 
     Attributes:
-        forward, backward: per stage, through all of its model chunks; [num_stages].
+        forward, backward: [num_stages], cost of a stage through all of its model chunks.
         teacher: teacher forward on one rank, on its share of the samples.
         transfer: sending an activation or its gradient to the next stage.
     """
@@ -39,11 +39,12 @@ class StagePlan:
     """Microbatches whose teacher states one stage computes, by time.
 
     Attributes:
-        before: of this global batch, before the schedule starts.
-        waiting: of this global batch, after forward pass number `num_forwards_to_wait`, where
-            the schedule would wait for its first gradient.
-        at_forward: of this global batch, just before their forward; on the aligned stage only.
-        after: of the next global batch, after the last backward.
+        before: microbatches of this global batch, before the schedule starts.
+        waiting: microbatches of this global batch, after forward pass number
+            `num_forwards_to_wait`, where the schedule would wait for its first gradient.
+        at_forward: microbatches of this global batch, just before their forward; on the aligned
+            stage only.
+        after: microbatches of the next global batch, after the last backward.
         num_forwards_to_wait: 1-based number of the forward pass that `waiting` follows.
     """
 

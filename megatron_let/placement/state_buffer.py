@@ -1,4 +1,4 @@
-"""Computes teacher states by plan and buffers them until their backward."""
+"""Compute teacher states by plan and buffer them until their backward."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ class TeacherStateBuffer:
         like: torch.Tensor,
         device: torch.device,
     ) -> None:
-        """
+        """Store the source of states and the layout of the pipeline.
+
         Args:
             samples: computes a state; None on a stage that never runs the teacher.
-            transfer: to the aligned stage; None if no other stage runs the teacher.
+            transfer: sends states to the aligned stage; None if no other stage runs the teacher.
             stage: pipeline stage of this rank.
             aligned_stage: pipeline stage of layer k.
             like: a tensor with the shape [s_local, b, d_T] and dtype of a state.
-            device: of the states.
+            device: device of the states.
         """
         self._samples, self._transfer = samples, transfer
         self._stage, self._aligned_stage = stage, aligned_stage
@@ -76,7 +77,7 @@ class TeacherStateBuffer:
 
     @property
     def num_computed_ahead(self) -> int:
-        """Number of microbatches of the next global batch whose states some stage has computed."""
+        """Return how many microbatches of the next global batch have a computed state."""
         return self._plan.num_ahead if self._plan is not None and self._next is not None else 0
 
     def begin(
@@ -89,8 +90,8 @@ class TeacherStateBuffer:
 
         Args:
             tokens: [num_microbatches, b, s] int64.
-            plan: of this batch; it omits the states that the previous batch computed ahead.
-            next_tokens: [num_ahead, b, s] of the next batch; None if it is not known.
+            plan: plan of this batch; it omits the states that the previous batch computed ahead.
+            next_tokens: [num_ahead, b, s], first tokens of the next batch; None if unknown.
         """
         sources = plan.sources()
         if len(sources) == len(tokens):
@@ -174,9 +175,9 @@ class TeacherStateBuffer:
                 batch.sends.append(self._transfer.send(state, batch.tag(microbatch)))
 
     def _receive(self, batch: _Batch, sources: dict[int, int]) -> None:
-        """On the aligned stage, start all receives, in the order in which the states are due.
+        """Start all receives of the aligned stage, in the order in which the states are due.
 
-        None is left for the middle of the schedule, whose communication may wait for all messages
+        No receive is posted within the schedule, whose communication may wait for all messages
         of a rank (see rendezvous.py).
         """
         others = [item for item in sorted(sources.items()) if item[1] != self._stage]

@@ -18,10 +18,11 @@ class Transfer:
     """Sends and receives states [s_local, b, d_T] between the stages of one pipeline."""
 
     def __init__(self, aligned_stage: int, device: torch.device) -> None:
-        """
+        """Create a process group of the pipeline's ranks and connect them.
+
         Args:
             aligned_stage: pipeline stage of layer k.
-            device: of the states.
+            device: device of the states.
         """
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         ranks = torch.distributed.get_process_group_ranks(pipeline)

@@ -1,1 +1,1 @@
-"""Predicts a run's memory, FLOPs and step time before it starts."""
+"""Predict a run's memory, FLOPs and step time before it starts."""

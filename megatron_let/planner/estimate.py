@@ -28,14 +28,14 @@ _LONG = 8
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that is the same for all layouts of a sweep.
+    """Settings shared by all layouts.
 
     Attributes:
         student: sizes, with a padded vocabulary.
         teacher: sizes; None for a run without a teacher.
         layer: k, 1-based.
         seq_length: s.
-        gpu: of every rank.
+        gpu: GPU type of every rank.
         efficiency: share of the GPU's FLOP/s that matrix products reach.
         max_prefetch: teacher states that the aligned stage may hold; None for a global batch.
         reserve: share of the GPU's memory to leave free.
@@ -61,12 +61,12 @@ class Request:
 
     @property
     def flops(self) -> float:
-        """FLOP/s of matrix products."""
+        """Return the FLOP/s that matrix products reach."""
         return self.gpu.flops * self.efficiency
 
     @property
     def teacher_share(self) -> float:
-        """The teacher's forward FLOPs over the student's training FLOPs (3 forwards) per token."""
+        """Return teacher forward FLOPs over student training FLOPs (3 forwards), per token."""
         if self.teacher is None:
             return 0.0
         student = self.student.forward_flops(self.seq_length, logits=True)
@@ -78,11 +78,11 @@ class Estimate:
     """Memory and step time of a layout.
 
     Attributes:
-        memory: per stage, with the teacher in its best placement.
+        memory: memory of each stage, with the teacher in its best placement.
         baseline_seconds: passes of one step without a teacher.
         seconds: passes of one step by placement; empty without a teacher.
         placement: the best placement.
-        costs: per microbatch; the times are simulated from them.
+        costs: costs per microbatch; the times are simulated from them.
         aligned: stage and chunk of layer k.
         details: further JSON values, under DeepSpeed.
     """
@@ -99,24 +99,24 @@ class Estimate:
 
     @property
     def best_seconds(self) -> float:
-        """Passes of one step in the best placement."""
+        """Return the seconds of one step's passes in the best placement."""
         return self.seconds[self.placement] if self.placement else self.baseline_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Training throughput of the whole run in the best placement."""
+        """Return the training throughput of the whole run in the best placement."""
         layout = self.layout
         samples = layout.micro_batch_size * layout.num_microbatches * layout.dp
         return samples * self.request.seq_length / self.best_seconds
 
     @property
     def peak(self) -> StageMemory:
-        """Memory of the fullest stage."""
+        """Return the memory of the fullest stage."""
         return max(self.memory, key=lambda stage: stage.total)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage leaves the reserve free."""
+        """Return whether every stage leaves the reserve free."""
         return self.request.fits(self.memory)
 
 

@@ -20,15 +20,15 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is parallelised.
+    """Parallel layout of a run.
 
     Attributes:
         tp, pp, cp, dp: parallel sizes.
         num_chunks: model chunks per stage (virtual pipeline).
         micro_batch_size: b.
-        num_microbatches: per replica and global batch.
-        recompute: of whole layers; with such attention `selective` recomputation saves nothing.
-        recompute_layers: per stage, for `block`.
+        num_microbatches: microbatches per replica and global batch.
+        recompute: method of full recomputation; `selective` saves nothing with this attention.
+        recompute_layers: recomputed layers per stage, for `block`.
         sequence_parallel: Megatron's flag of that name.
         distributed_optimizer: the optimizer's state is sharded over dp and cp.
     """
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The pipeline schedule."""
+        """Return the pipeline schedule."""
         return Pipeline(self.pp, self.num_microbatches, self.num_chunks)
 
 

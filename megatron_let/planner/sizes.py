@@ -15,7 +15,7 @@ class TransformerSize:
 
     Attributes:
         num_kv_heads: key and value heads (query groups).
-        head_dim: of one attention head.
+        head_dim: width of one attention head.
         gated: the MLP is gated (SwiGLU): three matrices instead of two.
         vocab_size: rows of the embedding, padding included.
         tied: the output layer is the embedding.
@@ -33,21 +33,21 @@ class TransformerSize:
 
     @property
     def layer_params(self) -> int:
-        """Parameters of one layer, including its two norms."""
+        """Return the parameters of one layer, including its two norms."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.gated else 2) * self.hidden_size * self.ffn_hidden_size
         return attention + mlp + 2 * self.hidden_size
 
     @property
     def largest_matrix(self) -> int:
-        """Parameters of a layer's largest matrix."""
+        """Return the parameters of a layer's largest matrix."""
         heads = self.num_heads + 2 * self.num_kv_heads
         mlp = (2 if self.gated else 1) * self.ffn_hidden_size
         return self.hidden_size * max(heads * self.head_dim, mlp)
 
     @property
     def embedding_params(self) -> int:
-        """Parameters of the embedding, or of an untied output layer."""
+        """Return the parameters of the embedding, or of an untied output layer."""
         return self.vocab_size * self.hidden_size
 
     def layer_forward_flops(self, seq_length: int) -> int:
@@ -57,7 +57,7 @@ class TransformerSize:
 
     @property
     def logits_forward_flops(self) -> int:
-        """FLOPs of the output layer per token."""
+        """Return the FLOPs of the output layer per token."""
         return 2 * self.embedding_params
 
     def forward_flops(self, seq_length: int, logits: bool) -> int:

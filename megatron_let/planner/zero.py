@@ -42,7 +42,7 @@ class Zero:
 
     Attributes:
         stage: 0 to 3.
-        offload_optimizer, offload_param: to host memory.
+        offload_optimizer, offload_param: whether they are in host memory.
         pin_memory: the optimizer's host buffers are pinned, with sizes rounded to powers of two.
         reduce_bucket_size: elements of the gradient bucket.
         max_live_parameters: elements that ZeRO-3 keeps gathered at most.
@@ -65,7 +65,7 @@ class Zero:
 
 
 def zero_from_config(config: Mapping[str, Any], shard_teacher: bool) -> Zero:
-    """Read a completed DeepSpeed config (`ds_config.complete_config`); defaults are DeepSpeed's.
+    """Read a config completed by `engines.deepspeed.config`; defaults are DeepSpeed's.
 
     Raises:
         LETError: it offloads to a device other than the CPU.

@@ -1,1 +1,1 @@
-"""One training run: its output folder, control files, wandb artifacts, and where it resumes."""
+"""One training run: its output folder, control files, wandb artifacts, and resume point."""

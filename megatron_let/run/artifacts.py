@@ -15,7 +15,7 @@ def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., 
     """Return {patch target: wrapper}; empty unless the run logs to wandb and saves asynchronously.
 
     Args:
-        args: from Megatron's `parse_and_validate_args`.
+        args: result of Megatron's `parse_and_validate_args`.
     """
     return {_TARGET: while_wandb_runs} if args.wandb_project and args.async_save else {}
 

@@ -28,7 +28,7 @@ def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., 
     """Return {patch target: wrapper} that obeys the control files of `--save`; empty without it.
 
     Args:
-        args: from Megatron's `parse_and_validate_args`.
+        args: result of Megatron's `parse_and_validate_args`.
     """
     if args.save is None:
         return {}

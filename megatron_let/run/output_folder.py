@@ -112,7 +112,7 @@ def _not_empty(path: Path) -> bool:
 
 
 def _has_begun(save: Path, stored: dict[str, Any]) -> bool:
-    """Whether the stored run took a step; one that failed before its first may be corrected."""
+    """Return whether the stored run took a step; one without a step may be corrected."""
     return (save / TRACKER).is_file() or _not_empty(Path(stored[_METRICS]))
 
 

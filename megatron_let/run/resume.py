@@ -1,4 +1,4 @@
-"""Where a run begins: the step and the checkpoint that it resumes from."""
+"""Step and checkpoint that a run resumes from."""
 
 from __future__ import annotations
 

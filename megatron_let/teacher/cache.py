@@ -11,7 +11,10 @@ from typing import TextIO
 
 
 def default_cache() -> Path:
-    """`$MEGATRON_LET_CACHE`, else `$XDG_CACHE_HOME/megatron_let`, else `~/.cache/megatron_let`."""
+    """Return the cache folder.
+
+    It is `$MEGATRON_LET_CACHE`, else `$XDG_CACHE_HOME/megatron_let`, else `~/.cache/megatron_let`.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("MEGATRON_LET_CACHE") or Path(base) / "megatron_let")
 

@@ -66,7 +66,7 @@ def download_teacher(repository: str, revision: str) -> Path:
     """
     name = re.sub(r"[^\w.-]", "--", f"{repository}@{revision}")
     with exclusive_lock(name) as lock:
-        # The time at which a process last asked the hub for this revision.
+        # Time of the last request to the hub for this revision.
         asked = float((lock.read().splitlines() or ["0"])[-1])
         folder = _cached(repository, revision) if asked > _PROCESS_START else None
         if folder is None:
@@ -119,7 +119,7 @@ def _cached(repository: str, revision: str) -> Path | None:
 
 
 def _describe(error: Exception, repository: str, revision: str) -> str:
-    """Say what is wrong with a repository and what to do; the predicate of a sentence."""
+    """Return the error text that follows the model's name."""
     hub = constants.ENDPOINT
     if isinstance(error, RevisionNotFoundError):
         return (

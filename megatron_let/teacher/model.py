@@ -53,7 +53,8 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, tap: int, final_norm: bool) -> None:
-        """
+        """Freeze the model, remove the layers after the tap, and tap its state.
+
         Args:
             model: base model (no LM head).
             num_layers: number of layers of the model.
@@ -124,7 +125,8 @@ class TokenAlignedTeacher(Teacher):
     """
 
     def __init__(self, teacher: Teacher, teacher_length: int) -> None:
-        """
+        """Wrap a teacher.
+
         Args:
             teacher: the model.
             teacher_length: tokens per row under the teacher's tokenizer.
@@ -144,7 +146,7 @@ class TokenAlignedTeacher(Teacher):
 
 
 class Sharding(Protocol):
-    """How the teacher is sharded over ranks."""
+    """Sharding of the teacher over ranks."""
 
     def shard(self, model: Any) -> Any:
         """Shard a model that is on the CPU; return it, ready to run."""
@@ -168,7 +170,7 @@ def load_teacher(
         folder: folder of the teacher.
         config: layer, norm, precision and compilation of the teacher.
         device: device to run on.
-        sharding: how to shard over ranks; None loads the whole teacher.
+        sharding: shards the teacher over ranks; None loads the whole teacher.
         teacher_length: tokens per sample under the teacher's tokenizer with
             `--let-cross-tokenizer`; None without it.
 

@@ -60,7 +60,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _is_whole_safetensors(file: Path) -> bool:
-    """Whether the file is as long as its header says (8-byte length, JSON, data)."""
+    """Return whether the file has the length in its header (8-byte length, JSON, data)."""
     try:
         with file.open("rb") as stream:
             (header_length,) = struct.unpack("<Q", stream.read(8))
@@ -74,7 +74,7 @@ def _is_whole_safetensors(file: Path) -> bool:
 
 
 def _is_whole_torch(file: Path) -> bool:
-    """Whether a file of `torch.save` opens: a zip ends with its directory, a pickle is read."""
+    """Return whether a `torch.save` file opens: a zip by its directory, a pickle by reading."""
     if zipfile.is_zipfile(file):
         return True
     # Only this rare format needs torch, which takes seconds to import.

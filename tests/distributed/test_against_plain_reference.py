@@ -29,7 +29,7 @@ from tests.helpers.models import random_model
 from tests.helpers.runs import Run
 from tests.helpers.runs import train as run_entry
 
-# Of configs/tiny.yaml.
+# Sizes in configs/tiny.yaml.
 NUM_LAYERS = 4
 NUM_HEADS = 4
 HIDDEN_SIZE = 64
@@ -59,7 +59,7 @@ type Flags = list[str | int | float]
 
 @dataclass(frozen=True)
 class Distillation:
-    """Soft labels: the flags, and the settings that they stand for; `weights` has one per step."""
+    """Soft labels: the flags, and the corresponding settings; `weights` has one per step."""
 
     flags: Flags
     weights: list[float]
@@ -101,7 +101,7 @@ class Case:
     distillation: Distillation | None = None
 
     def flags(self) -> Flags:
-        """Flags that differ from the recipe."""
+        """Return the flags that differ from the recipe."""
         if self.distillation is not None:
             mask: Flags = ["--eod-mask-loss"] if self.mask else []
             return ["--let-method", self.method, *self.distillation.flags, *mask]
@@ -122,7 +122,7 @@ class Case:
 
     @property
     def shape(self) -> plain.LlamaShape:
-        """Shape of the student."""
+        """Return the shape of the student."""
         return plain.LlamaShape(NUM_LAYERS, NUM_HEADS, self.num_groups)
 
 
@@ -260,7 +260,7 @@ class Finished:
 
     @cached_property
     def expected(self) -> list[plain.StepResult]:
-        """Steps of the reference at the run's parameters before each update."""
+        """Return the steps of the reference at the run's parameters before each update."""
         return [
             self.objective.gradients(in_double(parameters), batch, step)
             for step, (parameters, batch) in enumerate(
@@ -417,7 +417,7 @@ def test_five_updates_match_reference(finished: Finished) -> None:
         assert relative_difference(value, parameters[name]) < TOLERANCE, name
 
 
-def test_reference_weight_schedule() -> None:
+def test_reference_weight_schedule_equals_equation_5() -> None:
     weights = [plain.alignment_weight(step, 0.3, 3) for step in range(5)]
     assert weights == pytest.approx([0.3, 0.2, 0.1, 0.0, 0.0])
 

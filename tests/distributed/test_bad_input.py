@@ -130,7 +130,7 @@ PREPARED: dict[str, Case] = {"let_run": (("--save", "{let_run}", "--train-iters"
 
 # case -> (flags, what the warning names); the run continues.
 WARNED: dict[str, Case] = {
-    "teacher that does harm": (
+    "teacher that hurts the student": (
         ("--let-guard", "--let-guard-baseline", "{low_losses}"),
         ("LET: warning: the held-out loss",),
     ),
@@ -234,7 +234,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the ranks of one case did.
+    """Result of one case.
 
     Attributes:
         codes: exit code of each rank; negative for a signal, as in subprocess.
@@ -276,7 +276,7 @@ def outcomes(
         argv = arguments(folder, broken, flags[name][0])
         cases[name] = {"argv": argv, "folder": str(folder), "ranks": ranks}
     (root / "cases.json").write_text(json.dumps({"cases": cases, "others": others(broken)}))
-    # A fork cannot use CUDA; these refusals do not depend on the device.
+    # A fork cannot use CUDA; these errors do not depend on the device.
     variables = {"TEACHER": str(broken["teacher"]), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
         [sys.executable, "-m", "tests.distributed.test_bad_input", str(root / "cases.json")],

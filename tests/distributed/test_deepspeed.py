@@ -193,7 +193,7 @@ SIZE = TransformerSize(4, 256, 512, 4, 4, 64, True, 256)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
-def test_planned_states_match_a_run(name: str, tmp_path: Path, data: Path) -> None:
+def test_planned_state_bytes_match_a_run(name: str, tmp_path: Path, data: Path) -> None:
     """Bytes of all tensors in the optimizer's step, on the GPU or the host, as planned."""
     (ranks, zero), measured = MEASURED[name], tmp_path / "measured.json"
     deepspeed_run(

@@ -128,7 +128,7 @@ def test_layout_matches_one_process(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["dp2", "tp2-cp2-sp", "pp2-last-stage"])
-def test_per_token_loss_with_masked_tokens(
+def test_per_token_loss_with_masked_tokens_matches_one_process(
     name: str, tmp_path: Path, teacher: Path, data: Path, weights: Path, reference
 ) -> None:  # type: ignore[no-untyped-def]
     ranks, layer, flags = LAYOUTS[name]

@@ -166,7 +166,7 @@ def test_placements_and_resumed_run_are_bitwise_equal(
 @pytest.mark.parametrize(
     ("stages", "limit"), [pytest.param(2, 4, marks=pytest.mark.slow), (3, 16), (4, 4)]
 )
-def test_bubble_ends_under_nccl_rules(
+def test_bubble_completes_under_nccl_rules(
     stages: int, limit: int, tmp_path: Path, teacher: Path, data: Path
 ) -> None:
     """Sends need a posted receive, and the schedule's communication waits for all messages."""

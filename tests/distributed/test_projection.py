@@ -46,7 +46,7 @@ def checkpoint(folder: Path, iteration: int) -> TorchDist:
 
 
 def projection(folder: Path, iteration: int = SAVED) -> dict[str, Tensor]:
-    """The projection and its moments in the checkpoint of this iteration."""
+    """Return the projection and its moments in the checkpoint of this iteration."""
     saved = checkpoint(folder, iteration)
     return {name: saved.read(name) for name in STATE}
 
@@ -124,7 +124,7 @@ def test_per_token_loss_matches_one_process(
     assert_same(*runs)
 
 
-def test_projection_is_trained(whole: tuple[Run, Path]) -> None:
+def test_projection_changes_and_raises_the_cosine(whole: tuple[Run, Path]) -> None:
     run, folder = whole
     state = projection(folder)
     assert state["let_projection_step"] == SAVED
@@ -133,7 +133,7 @@ def test_projection_is_trained(whole: tuple[Run, Path]) -> None:
     assert cosines[-1] > cosines[0] + 0.05
 
 
-def test_checkpoints_hold_it_until_stop_step(whole: tuple[Run, Path]) -> None:
+def test_checkpoints_hold_projection_until_stop_step(whole: tuple[Run, Path]) -> None:
     names = {i: set(checkpoint(whole[1], i).metadata.state_dict_metadata) for i in (SAVED, STOP)}
     assert names[SAVED] - names[STOP] == STATE and names[STOP] < names[SAVED]
     assert describe(whole[1] / "saved" / f"iter_{SAVED:07d}")["let_projection"] == (48, 64)
@@ -193,7 +193,7 @@ def test_sharded_run_resumes_bitwise_equal(
 
 
 @pytest.mark.slow
-def test_projection_disabled_and_enabled_on_resume(
+def test_projection_can_be_disabled_and_enabled_on_resume(
     whole: tuple[Run, Path], tmp_path: Path, teacher: Path, data: Path
 ) -> None:
     """A projection that is not requested is ignored; one that is missing is initialised."""

@@ -36,7 +36,7 @@ def on_gpu(student: Tensor, teacher: Tensor, scale: float = 1.0) -> tuple[Tensor
 
 @pytest.mark.parametrize("dtype", COSINE_ERROR)
 @pytest.mark.parametrize(("d_m", "d_t"), [*WIDTHS, (4096, 2048), (5120, 4096), (257, 64)])
-def test_cosine_and_gradient(d_m: int, d_t: int, dtype: torch.dtype) -> None:
+def test_cosine_and_gradient_match_fp64(d_m: int, d_t: int, dtype: torch.dtype) -> None:
     student, teacher = random_pair(37, d_m, d_t, dtype, seed=d_m + d_t)
     weight = torch.ones(37)
     cosine, gradient = on_gpu(student, teacher)
@@ -46,7 +46,7 @@ def test_cosine_and_gradient(d_m: int, d_t: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("d_m", "d_t"), [(256, 128), (260, 100)])
-def test_zero_and_nan_tokens(d_m: int, d_t: int) -> None:
+def test_zero_tokens_give_zero_and_nan_tokens_give_nan(d_m: int, d_t: int) -> None:
     student, teacher = random_pair(4, d_m, d_t, torch.bfloat16)
     student[0], teacher[1] = 0, 0
     cosine, gradient = on_gpu(student, teacher)
@@ -61,7 +61,7 @@ def test_zero_and_nan_tokens(d_m: int, d_t: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 @pytest.mark.parametrize(("d_m", "d_t"), [(256, 128), (260, 100)])
-def test_small_and_large_fp16_rows(d_m: int, d_t: int, scale: float) -> None:
+def test_small_and_large_fp16_rows_match_fp64(d_m: int, d_t: int, scale: float) -> None:
     student, teacher = random_pair(8, d_m, d_t, torch.float64)
     student, teacher = (student * scale).half(), (teacher * scale).half()
     weight = torch.full((8,), scale, dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_two_runs_give_the_same_bits(d_m: int, d_t: int) -> None:
 
 @pytest.mark.parametrize(("d_m", "d_t"), [(512, 256), (512, 144)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 200_001])
-def test_token_counts(num_tokens: int, d_m: int, d_t: int) -> None:
+def test_any_token_count_matches_fp64(num_tokens: int, d_m: int, d_t: int) -> None:
     student, teacher = random_pair(num_tokens, d_m, d_t, torch.bfloat16)
     weight = torch.ones(num_tokens)
     cosine, gradient = on_gpu(student, teacher)
@@ -90,7 +90,7 @@ def test_token_counts(num_tokens: int, d_m: int, d_t: int) -> None:
 
 
 @pytest.mark.parametrize(("d_m", "d_t"), [(4096, 2048), (4096, 1000)])
-def test_past_two_to_the_31_elements(d_m: int, d_t: int) -> None:
+def test_rows_past_two_to_the_31_elements_equal_first_ones(d_m: int, d_t: int) -> None:
     num_tokens = 2**31 // d_m + 8
     if torch.cuda.mem_get_info()[0] < 6 * num_tokens * d_m * 2:
         pytest.skip("needs about 26 GB of GPU memory")
@@ -147,7 +147,7 @@ def test_extra_memory_below_one_percent_of_the_inputs(d_m: int, d_t: int) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_on_another_than_the_current_device() -> None:
+def test_tensors_on_another_device_match_fp64() -> None:
     student, teacher = random_pair(8, 256, 128, torch.float32)
     with torch.cuda.device(0):
         cosine = token_cosine(student.to("cuda:1"), teacher.to("cuda:1"))

@@ -46,11 +46,11 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """Value for `HF_ENDPOINT`."""
+        """Return the value for `HF_ENDPOINT`."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, cache: Path, **variables: str) -> dict[str, str]:
-        """Variables for a process that uses this hub and keeps its caches in `cache`."""
+        """Return the variables for a process that uses this hub and keeps its caches in `cache`."""
         fixed = {
             "HF_ENDPOINT": self.url,
             "HF_HUB_OFFLINE": "0",
@@ -76,7 +76,7 @@ class HubServer:
         return commit.hexdigest()
 
     def downloads(self) -> list[str]:
-        """Names of the files whose content was sent, sorted."""
+        """Return the names of the files whose content was sent, sorted."""
         return sorted(r.removeprefix("SEND ") for r in self.requests if r.startswith("SEND "))
 
     def find(self, repository: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -86,7 +86,7 @@ class HubServer:
         return None if files is None else (commit, files)
 
     def has(self, repository: str) -> bool:
-        """Whether the repository exists."""
+        """Return whether the repository exists."""
         return repository in self._branches
 
 

@@ -24,9 +24,9 @@ class LlamaShape:
     """Sizes of a Llama that its tensors do not show.
 
     Attributes:
-        num_layers, num_heads: of the decoder.
+        num_layers, num_heads: layers of the decoder, and heads per layer.
         num_groups: key and value heads; equal to `num_heads` without grouped-query attention.
-        norm_eps, rope_base: of RMSNorm and of the rotary embedding.
+        norm_eps, rope_base: RMSNorm's epsilon and the base of the rotary embedding.
     """
 
     num_layers: int
@@ -381,7 +381,7 @@ class DistillationObjective:
 class StepResult:
     """A step before its update: token means, and the unclipped gradient by parameter name.
 
-    `aligned` is the value that the weight multiplies: of the alignment, or the soft labels' loss.
+    `aligned` is the value that the weight multiplies: the alignment's, or the soft labels' loss.
     """
 
     lm_loss: float
@@ -392,7 +392,7 @@ class StepResult:
 
     @property
     def grad_norm(self) -> float:
-        """2-norm of the model's gradient, without a learned projection."""
+        """Return the 2-norm of the model's gradient, without a learned projection."""
         of_model = (g for name, g in self.gradients.items() if name != PROJECTION)
         return math.sqrt(sum(g.double().square().sum().item() for g in of_model))
 

@@ -28,20 +28,20 @@ class Run:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of the metrics file."""
+        """Return all rows of the metrics file."""
         if not self.metrics_path.exists():
             return []
         return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The last training row of each iteration."""
+        """Return the last training row of each iteration."""
         rows = {row["iteration"]: row for row in self.rows if "lm_loss" in row}
         return [rows[iteration] for iteration in sorted(rows)]
 
     @property
     def error(self) -> str:
-        """The first error line of the log."""
+        """Return the first error line of the log."""
         lines = [line for line in self.log.splitlines() if "megatron_let: error" in line]
         assert lines, f"no error line in:\n{self.log[-3000:]}"
         return lines[0]

@@ -45,17 +45,17 @@ class Job:
 
     @property
     def output(self) -> str:
-        """The job's output over all requeues."""
+        """Return the job's output over all requeues."""
         return self.output_path.read_text() if self.output_path.exists() else ""
 
     @property
     def run(self) -> Run:
-        """The run's metrics."""
+        """Return the run's metrics."""
         return Run(0, self.output, self.folder / "metrics.jsonl")
 
     @property
     def iteration(self) -> int:
-        """Last iteration in the metrics; 0 for none."""
+        """Return the last iteration in the metrics; 0 for none."""
         path = self.folder / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
         # The last line may be incomplete.
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def checkpoint(self) -> int:
-        """Iteration of the last complete checkpoint; 0 for none."""
+        """Return the iteration of the last complete checkpoint; 0 for none."""
         path = self.folder / "checkpoints/latest_checkpointed_iteration.txt"
         return int(path.read_text() or 0) if path.exists() else 0
 

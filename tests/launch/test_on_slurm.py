@@ -69,7 +69,7 @@ def test_signalled_run_resumes_with_the_losses_of_an_uninterrupted_run(launcher:
 
 
 def _check_record(job: Job) -> None:
-    """The record of an attempt is complete and contains no secret."""
+    """Check that the record of an attempt is complete and contains no secret."""
     attempt = job.folder / "attempts/0001"
     for name in ("command.txt", "commit.txt", "nodes.txt", "packages.txt", "recipe.yaml"):
         assert (attempt / name).read_text().strip(), name
@@ -143,7 +143,7 @@ def write_program(path: Path, *lines: str) -> str:
     return f"{path.parent}:{os.environ['PATH']}"
 
 
-def test_unfit_node_is_named_before_training(launcher: Launcher, tmp_path: Path) -> None:
+def test_unfit_node_is_reported_before_training(launcher: Launcher, tmp_path: Path) -> None:
     """A fake nvidia-smi shows one GPU too few on the third node."""
     path = write_program(
         tmp_path / "nvidia-smi",
@@ -160,7 +160,7 @@ def test_unfit_node_is_named_before_training(launcher: Launcher, tmp_path: Path)
     assert not (job.folder / "checkpoints").exists(), "no training was started"
 
 
-def test_different_node_is_named_before_training(launcher: Launcher, tmp_path: Path) -> None:
+def test_different_node_is_reported_before_training(launcher: Launcher, tmp_path: Path) -> None:
     """The second node has a clock 7 s ahead and another version of Triton."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.metadata, os, time\n"
@@ -178,8 +178,8 @@ def test_different_node_is_named_before_training(launcher: Launcher, tmp_path: P
     assert "submit again with --exclude=n2" in job.output
 
 
-def test_node_whose_doctor_fails_is_named(launcher: Launcher, tmp_path: Path) -> None:
-    """Python does not start on the second node; the first one is not blamed."""
+def test_node_whose_doctor_fails_is_reported(launcher: Launcher, tmp_path: Path) -> None:
+    """Python does not start on the second node; the first one is not reported."""
     python = tmp_path / "python"
     write_program(python, "[[ $SLURMD_NODENAME == n2 ]] && echo 'libc is gone' >&2 && exit 127",
                   f'exec {sys.executable} "$@"')  # fmt: skip
@@ -189,16 +189,16 @@ def test_node_whose_doctor_fails_is_named(launcher: Launcher, tmp_path: Path) ->
     assert "libc is gone" in job.output and "--exclude=n2," in job.output
 
 
-def test_slow_network_is_named_before_training(launcher: Launcher) -> None:
+def test_slow_network_is_reported_before_training(launcher: Launcher) -> None:
     job = launcher.submit("slow", LET_PREFLIGHT="on", LET_MIN_BUS_GBPS="1000")
     assert job.wait()["ExitCode"] == "3:0", job.output[-3000:]
     assert "GB/s, under LET_MIN_BUS_GBPS=1000" in job.output
     assert "between the nodes is under LET_MIN_BUS_GBPS=1000 (code 3): check" in job.output
-    assert "--exclude" not in job.output, "no node is blamed"
+    assert "--exclude" not in job.output, "no single node is reported"
     assert not (job.folder / "checkpoints").exists(), "no training was started"
 
 
-def test_control_files_steer_a_run_with_one_task_per_rank(
+def test_control_files_save_and_stop_a_run_with_one_task_per_rank(
     launcher: Launcher, tmp_path: Path
 ) -> None:
     """SAVE_NOW and STOP, after the preflight, with ranks started by srun instead of torchrun.
@@ -262,7 +262,7 @@ def _stop_writers_during_a_save(job: Job, interval: int) -> int:
     return cut
 
 
-def test_full_disk_is_named_and_keeps_the_last_checkpoint(
+def test_full_disk_is_reported_and_keeps_the_last_checkpoint(
     launcher: Launcher, tmp_path: Path
 ) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "let", tmp_path]).returncode:

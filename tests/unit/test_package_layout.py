@@ -13,8 +13,8 @@ import pytest
 from tests.helpers.runs import ROOT
 
 PACKAGE = ROOT / "megatron_let"
-# A package imports only from lower floors; packages of one floor do not import each other.
-FLOORS = (
+# A package imports only from lower layers; packages of one layer do not import each other.
+LAYERS = (
     {"errors"},
     {"files"},
     {"losses"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"pretrain"},
     {"cli"},
 )
-FLOOR_OF = {package: number for number, packages in enumerate(FLOORS) for package in packages}
+LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -53,12 +53,12 @@ def package_of(module: str) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted_name)
-def test_module_imports_only_lower_floors(path: Path) -> None:
+def test_module_imports_only_lower_layers(path: Path) -> None:
     package = package_of(dotted_name(path))
     for module in imported_modules(path):
         other = package_of(module)
         if package and other not in ("", package):
-            assert FLOOR_OF[other] < FLOOR_OF[package], f"{package} imports {module}"
+            assert LAYER_OF[other] < LAYER_OF[package], f"{package} imports {module}"
 
 
 def test_modules_have_no_import_cycle() -> None:
@@ -68,11 +68,11 @@ def test_modules_have_no_import_cycle() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_every_room_has_a_floor_and_no_module_is_loose() -> None:
+def test_layers_list_every_package() -> None:
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert loose == {"errors", "integration", "pretrain"}
-    assert packages | loose == set(FLOOR_OF)
+    assert packages | loose == set(LAYER_OF)
 
 
 def test_module_names_are_unique() -> None:
@@ -107,4 +107,4 @@ def test_readme_map_is_the_tree() -> None:
 def test_tests_mirror_the_package() -> None:
     """A folder of unit tests is named after the package that it tests."""
     folders = {path.parent.name for path in (ROOT / "tests" / "unit").glob("*/__init__.py")}
-    assert folders - {"launch", "benchmark"} <= set(FLOOR_OF)
+    assert folders - {"launch", "benchmark"} <= set(LAYER_OF)

@@ -60,7 +60,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         description=(__doc__ or "").splitlines()[0], epilog="Other flags go to the entry."
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12, help="per run (default: 12)")
+    parser.add_argument("--steps", type=int, default=12, help="steps per run (default: 12)")
     parser.add_argument("--turns", type=int, default=3, help="runs per variant (default: 3)")
     parser.add_argument("--config", type=Path, required=True, help="recipe")
     return parser.parse_known_args()

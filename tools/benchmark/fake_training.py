@@ -44,7 +44,7 @@ class FakeRun:
         flags: Megatron flags that override the recipe.
         world_size: ranks of the run.
         stage: pipeline stage; the rank is the first of this stage.
-        num_microbatches: per global batch and replica; enough to fill the pipeline.
+        num_microbatches: microbatches per global batch and replica; enough to fill the pipeline.
         vocab_size: rows of the embedding, already padded.
         teacher: its sizes; None for no teacher.
         plan: where the teacher runs on which microbatch.
@@ -86,7 +86,7 @@ class Measured:
 def measure(run: FakeRun) -> Measured:
     """Build the rank, run the forward and backward passes of a step, and count bytes.
 
-    Changes torch for the rest of the process, so call it in a process of its own.
+    Changes torch for the rest of the process, so call it in a separate process.
     """
     prepare_process(CPU, 0)
     from megatron_let.compat.apply import apply_host_patches

@@ -96,7 +96,7 @@ def cases() -> Iterator[Case]:
 def main() -> int:
     """Measure, print a table, write the CSV; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipes", nargs="+", help="only these, or a recipe's path")
+    parser.add_argument("--recipes", nargs="+", help="recipes to measure, by name or path")
     parser.add_argument("--jobs", type=int, default=1, help="measurements at a time")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Counts live bytes under fake tensors, which have no allocator to query."""
+"""Count live bytes under fake tensors, which have no allocator to query."""
 
 from __future__ import annotations
 

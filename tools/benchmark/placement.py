@@ -66,7 +66,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--cycles", type=int, default=8, help="measured cycles of the variants")
     parser.add_argument("--emulate", action="store_true", help="passes sleep for their cost")
-    parser.add_argument("--teacher-ffn", type=int, default=768, help="to tune the teacher's cost")
+    parser.add_argument(
+        "--teacher-ffn", type=int, default=768, help="teacher's MLP width, which sets its cost"
+    )
     return parser.parse_args()
 
 

@@ -81,7 +81,9 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "let_1p4b.yaml")
     parser.add_argument("--teacher", type=Path, help="folder (default: a random SmolLM2-135M)")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="the paper's: 16")
-    parser.add_argument("--microbatches", type=int, default=4, help="per step (the paper's: 4)")
+    parser.add_argument(
+        "--microbatches", type=int, default=4, help="microbatches per step (the paper's: 4)"
+    )
     parser.add_argument("--cycles", type=int, default=5, help="blocks with a teacher (default: 5)")
     parser.add_argument("--steps", type=int, default=8, help="counted steps per block (default: 8)")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
@@ -180,7 +182,7 @@ def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
     """Return one row of the results.
 
     Args:
-        taken: from `blocks`.
+        taken: result of `blocks`.
         baseline_peak: bytes of a block before the teacher was loaded; None if not measured.
     """
     low, middle, high = statistics.quantiles(step_ratios(taken), n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""What `deepspeed.initialize` needs of Megatron's model: groups, gradients, extra states."""
+"""Adapters from Megatron's model to `deepspeed.initialize`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def param_groups(
 
     Args:
         module: the model, partitioned or not.
-        config, overrides: from Megatron's `get_megatron_optimizer_config`.
+        config, overrides: result of Megatron's `get_megatron_optimizer_config`.
     """
     shapes = _WholeShapes(module)
     groups: list[dict[str, Any]] = _get_param_groups([shapes], config, overrides)
@@ -88,7 +88,7 @@ def param_groups(
 def sum_gradients_over_tensor_parallel(
     module: torch.nn.Module, config: TransformerConfig, group: torch.distributed.ProcessGroup
 ) -> None:
-    """Hook the parameters of which each tensor-parallel rank has a part of the gradient.
+    """Add hooks to parameters whose gradient is partial on each tensor-parallel rank.
 
     Megatron's finalize step sums them, which DeepSpeed's backward bypasses; the hooks sum them
     before DeepSpeed reduces them.
@@ -109,7 +109,7 @@ def sum_gradients_over_tensor_parallel(
 def _is_summed_over_tensor_parallel(
     name: str, parameter: torch.nn.Parameter, config: TransformerConfig
 ) -> bool:
-    """The condition of `_allreduce_non_tensor_model_parallel_grads`.
+    """Return whether Megatron's `_allreduce_non_tensor_model_parallel_grads` reduces this gradient.
 
     See `megatron/core/distributed/finalize_model_grads.py`.
     """

@@ -1,4 +1,4 @@
-"""Saving and loading with DeepSpeed's engine, in Megatron's folders and with its tracker."""
+"""Save and load checkpoints with DeepSpeed's engine, in Megatron's folders and with its tracker."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Checkpoints:
 
     Args:
         args: Megatron's; loading restores the sample counters in it.
-        layout: of this run.
+        layout: layout of this run.
         resume: folder of the checkpoint to load; None for a new run.
     """
 

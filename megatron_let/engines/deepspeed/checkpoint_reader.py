@@ -1,4 +1,4 @@
-"""Reading a DeepSpeed checkpoint without DeepSpeed: whole tensors under Megatron's names.
+"""Read a DeepSpeed checkpoint without DeepSpeed: whole tensors under Megatron's names.
 
 The pickles are read with a list of allowed classes, so no code in them runs. Files are mapped into
 memory: a tensor takes memory when it is read.
@@ -55,7 +55,7 @@ class ZeroCheckpoint:
     """An `iter_*` folder of the DeepSpeed engine, of any ZeRO stage and tensor parallel size.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         info: the layout that it was saved in.
         state: the run's arguments and counters, and how its tensors are sharded.
 
@@ -74,7 +74,7 @@ class ZeroCheckpoint:
 
     @functools.cached_property
     def _shards(self) -> list[_WholeShard] | list[_FlatShard]:
-        """One shard per tensor-parallel rank, opened when a tensor is asked for."""
+        """Open one shard per tensor-parallel rank, when the first tensor is read."""
         ranks = range(self.info.tensor_parallel_size)
         if self.info.zero_stage == 3:
             return [_FlatShard(self.folder, self.info, rank) for rank in ranks]
@@ -195,9 +195,9 @@ def merge_shards(name: str, shards: list[torch.Tensor], state: Mapping[str, Any]
     """Merge the tensor-parallel shards of one parameter.
 
     Args:
-        name: as stored in the checkpoint.
+        name: parameter name in the checkpoint.
         shards: [rows / tp, columns], or [rows, columns / tp] where the input is split.
-        state: of the checkpoint.
+        state: the checkpoint's `state`.
     """
     if len(shards) == 1 or _is_listed(name, state[_INFO][_REPLICATED]):
         return shards[0]

@@ -40,10 +40,10 @@ _TRAINING = "megatron.training.training:"
 
 
 def enable(args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace], Any]:
-    """Make the coming `pretrain()` train on DeepSpeed's engine.
+    """Make the next `pretrain()` train on DeepSpeed's engine.
 
     Args:
-        args: what Megatron's `parse_and_validate_args` returned; the switches that DeepSpeed
+        args: result of Megatron's `parse_and_validate_args`; the switches that DeepSpeed
             replaces are turned off.
         cuda: the run is on GPUs.
 

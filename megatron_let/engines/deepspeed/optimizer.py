@@ -29,7 +29,7 @@ class DeepSpeedOptimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of DeepSpeed's optimizer, with Megatron's `wd_mult` and so on."""
+        """Return DeepSpeed's parameter groups, with Megatron's `wd_mult` and similar keys."""
         return self._engine.optimizer.param_groups
 
     def zero_grad(self) -> None:

@@ -41,7 +41,7 @@ class StepCheck:
         """Call after the optimizer's step.
 
         Args:
-            norm: of the whole gradient, before clipping.
+            norm: norm of the whole gradient, before clipping.
 
         Raises:
             LETError: the norm is not finite or is 0, or no weight changed.

@@ -24,7 +24,7 @@ class TeacherSharding:
         """Shard a model; parameters move one by one, so no device holds the whole model.
 
         Args:
-            model: on the CPU, whole on every rank, in the precision to run in.
+            model: complete model on the CPU of every rank, in the precision to run in.
 
         Returns:
             The same module, with ZeRO-3's hooks.

@@ -58,7 +58,7 @@ def test_ratio_ignores_one_slow_step() -> None:
     assert step_time.step_ratios(step_time.blocks(steps, 3)) == pytest.approx([1.04])
 
 
-def test_figures_of_three_cycles() -> None:
+def test_figures_of_three_cycles_equal_values_by_hand() -> None:
     seconds, peaks = [1.0, 1.02, 1.0, 1.04, 1.0, 1.06, 1.0], [100, 104, 100, 103, 100, 102, 101]
     row = step_time.figures(step_time.blocks(synthetic_steps(seconds, peaks), 3), BASELINE)
     assert row == {
@@ -85,7 +85,7 @@ def test_missing_peaks_give_no_peak_ratios() -> None:
         ("peak_ratio_after", None, None),
     ],
 )  # fmt: skip
-def test_figure_meets_its_limit(name: str, value: float | None, met: bool | None) -> None:
+def test_figure_is_met_up_to_its_limit(name: str, value: float | None, met: bool | None) -> None:
     assert step_time.is_met(name, value) is met
 
 

@@ -58,7 +58,7 @@ def checkpoint(source: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Exit code and the last line of stderr."""
+    """Return the exit code and the last line of stderr."""
     code = main([str(argument) for argument in arguments])
     return code, capsys.readouterr().err.strip().splitlines()[-1]
 

@@ -1,4 +1,4 @@
-"""The quickstart's output folder: its signature, and what a rejected call leaves in it."""
+"""The quickstart's output folder: its recorded options, and its contents after a rejected call."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def status(folder: Path) -> tuple[int, dict[str, str]]:
     return result.returncode, {x[:11].strip(): x[12:] for x in result.stdout.splitlines()}
 
 
-def test_status_of_running_attempt(run: Path) -> None:
+def test_running_attempt_shows_progress_speed_and_checkpoint(run: Path) -> None:
     code, lines = status(run)
     assert code == 0
     assert lines["state"] == "unknown, no squeue here"

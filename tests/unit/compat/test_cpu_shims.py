@@ -168,7 +168,7 @@ def test_zigzag_positions_match_megatrons_load_balancing(cp: int, chunk: int) ->
         assert local == sorted(local)
 
 
-def test_zigzag_positions_of_two_ranks() -> None:
+def test_zigzag_positions_of_two_ranks_equal_values_by_hand() -> None:
     assert zigzag_positions(4, 2, torch.device("cpu")).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
 
 
@@ -222,7 +222,7 @@ def megatron_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def heads(config: TransformerConfig, length: int) -> tuple[torch.Tensor, ...]:
-    """query [s, b, heads, d], key and value [s, b, groups, d]."""
+    """Return query [s, b, heads, d], key and value [s, b, groups, d]."""
     torch.manual_seed(0)
     width = config.kv_channels
     query = torch.randn(length, 2, config.num_attention_heads, width)

@@ -238,7 +238,7 @@ def test_every_object_patch_names_an_existing_symbol(patch: table.ObjectPatch) -
 
 
 def strings_of(file: Path) -> set[str]:
-    """String constants of a file, and sums of a named constant and a literal."""
+    """Return the string constants of a file, and sums of a named constant and a literal."""
     nodes = list(ast.walk(ast.parse(file.read_text())))
     named = {
         target.id: node.value.value

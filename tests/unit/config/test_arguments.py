@@ -91,7 +91,9 @@ def test_every_setting_is_read_by_some_method() -> None:
         (("--let-layer", "last"), 24, "last"),
     ],
 )
-def test_layers_by_name(flags: tuple[str, ...], student: int, teacher: str) -> None:
+def test_layer_names_resolve_to_layer_numbers(
+    flags: tuple[str, ...], student: int, teacher: str
+) -> None:
     args = parse(*LET, *flags)
     args.num_layers = 24
     config = let_config_from_args(args)
@@ -113,7 +115,7 @@ def test_value_of_wrong_type_is_refused_by_the_parser(
     assert flag.split("=")[0] in capsys.readouterr().err
 
 
-def test_num_steps_of_iterations_and_of_samples() -> None:
+def test_num_steps_equal_for_iterations_and_samples() -> None:
     assert num_steps(argparse.Namespace(train_iters=100)) == 100
     samples = argparse.Namespace(train_iters=None, train_samples=100 * 8, global_batch_size=8)
     assert num_steps(samples) == 100

@@ -26,7 +26,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def r_record(strings: list[str | None], form: bytes = b"X\n", kind: int = 16) -> bytes:
-    """A character vector as in R's lazy-load database, versions and encoding included."""
+    """Return a character vector as in R's lazy-load database, versions and encoding included."""
     record = form + struct.pack(">iiii5s", 3, 0x40201, 0x30500, 5, b"UTF-8")
     record += struct.pack(">ii", kind, len(strings))
     for string in strings:

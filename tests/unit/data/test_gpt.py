@@ -56,7 +56,7 @@ def test_split_shorter_than_a_sequence_raises(
 
 
 @pytest.mark.parametrize("where", ["data_path", "train_data_path", "valid_data_path"])
-def test_missing_data_file_is_named(where: str, prefix: str) -> None:
+def test_missing_data_file_is_reported(where: str, prefix: str) -> None:
     named = {"train_data_path": [prefix]} | {where: ["/no/data"]}
     if where == "data_path":
         named = {where: ["0.5", prefix, "0.5", "/no/data"]}
@@ -64,7 +64,7 @@ def test_missing_data_file_is_named(where: str, prefix: str) -> None:
         check_data(data_args(**named))
 
 
-def test_missing_index_is_named(prefix: str) -> None:
+def test_missing_index_is_reported(prefix: str) -> None:
     Path(prefix + ".idx").unlink()
     with pytest.raises(LETError, match=r"text\.idx does not exist"):
         check_data(data_args(data_path=[prefix]))

@@ -20,7 +20,7 @@ from tests.helpers.text_data import documents_of
 
 
 def files(folder: Path) -> set[str]:
-    """Names of indexed files that look complete."""
+    """Return names of indexed files that look complete."""
     return {path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx")}
 
 

@@ -95,7 +95,7 @@ def test_most_real_text_goes_through_the_cache(
     assert sum(ids is not None for ids in found) > 0.9 * len(found)
 
 
-def test_most_characters_split_alike(tokenizers: dict[str, Tokenizer]) -> None:
+def test_most_characters_split_as_by_the_tokenizer(tokenizers: dict[str, Tokenizer]) -> None:
     cache = PreTokenCache(tokenizers["smollm2"])
     characters = [chr(c) for c in range(0x3000) if not 0xD800 <= c < 0xE000]
     disagreed = [c for c in characters if cache.encode(c) is None]

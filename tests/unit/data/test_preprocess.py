@@ -43,7 +43,7 @@ def texts() -> list[str]:
 
 @functools.cache
 def direct_ids(tokenizer: Path, text: str) -> list[int]:
-    """Ids from the library, one document at a time."""
+    """Return the ids from the library, one document at a time."""
     if tokenizer.is_dir():
         loaded = AutoTokenizer.from_pretrained(tokenizer)
         return [*loaded(text, add_special_tokens=False).input_ids, loaded.eos_token_id]
@@ -362,7 +362,7 @@ def test_invalid_flags_are_a_usage_error(
 
 
 def megatron_blend(**paths: Any) -> Any:
-    """What Megatron reads from a data-args file."""
+    """Return the blend that Megatron reads from a data-args file."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     none = dict.fromkeys(

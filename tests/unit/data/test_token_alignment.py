@@ -56,7 +56,7 @@ class Vocabulary:
 
 
 def load(student: Vocabulary, teacher: Vocabulary) -> tuple[TokenBytes, Tokenizer]:
-    """The student's vocabulary as bytes and the teacher's tokenizer."""
+    """Return the student's vocabulary as bytes and the teacher's tokenizer."""
     backend = AutoTokenizer.from_pretrained(teacher.teacher).backend_tokenizer
     return load_token_bytes(student.student_type, student.student), backend
 
@@ -66,7 +66,7 @@ def exact_ends(encoded: list[int], pieces: TokenBytes) -> list[int]:
 
 
 def check(text: str, student: Vocabulary, teacher: Vocabulary) -> None:
-    """Each index is the last teacher token that ends in time, up to split characters."""
+    """Check that each index is the last teacher token that ends in time, up to split characters."""
     of_student, backend = load(student, teacher)
     ids = load_text_tokenizer(student.student_type, student.student).encode([text])[0]
     aligner = TokenAligner(of_student, backend, 0, length=4 * len(text.encode()) + 8)
@@ -127,7 +127,7 @@ def _sentence_piece(folder: Path, byte_fallback: bool) -> tuple[Path, Path]:
 
 
 def _as_hugging_face(model: Path, folder: Path) -> Path:
-    """The same vocabulary as transformers loads it."""
+    """Return the same vocabulary as transformers loads it."""
     source = folder.with_name(folder.name + "-source")
     source.mkdir()
     shutil.copy(model, source / "tokenizer.model")

@@ -21,7 +21,7 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_stale_lock_is_named_and_removed(lock: Path) -> None:
+def test_stale_lock_is_reported_and_removed(lock: Path) -> None:
     before = time.time() - 2 * kernels.LONGEST_BUILD
     os.utime(lock, (before, before))
     (check,) = kernels.check_locks()
@@ -33,7 +33,7 @@ def test_stale_lock_is_named_and_removed(lock: Path) -> None:
     assert kernels.check_locks() == []
 
 
-def test_recent_lock_is_named_and_kept(lock: Path) -> None:
+def test_recent_lock_is_reported_and_kept(lock: Path) -> None:
     (check,) = kernels.check_locks()
     assert str(lock) in check.path and "another machine" in check.path
     # The kernel is not built, because the build would wait for the lock.

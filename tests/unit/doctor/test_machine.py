@@ -20,7 +20,7 @@ def test_unsupported_megatron_version_fails(monkeypatch: pytest.MonkeyPatch) -> 
     assert not as_json(list(checks.values()))["starts"]
 
 
-def test_missing_patch_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_patch_target_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron.training.training as training
 
     monkeypatch.delattr(training, "train_step")

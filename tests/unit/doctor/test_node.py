@@ -19,7 +19,7 @@ from megatron_let.doctor import node
         ("ecc.errors.uncorrected.volatile.total", ["0", "3"], "GPU 1 counts 3 uncorrected"),
     ],
 )
-def test_unfit_gpu_is_named(
+def test_unfit_gpu_is_reported(
     query: str, values: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     healthy = {"memory.total": ["81559"] * 8, "memory.used": ["500"] * 8}
@@ -30,13 +30,13 @@ def test_unfit_gpu_is_named(
     assert len(problems) >= 1 and problems[0].startswith(expected)
 
 
-def test_fatal_xid_of_the_kernel_log_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fatal_xid_of_the_kernel_log_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     log = "NVRM: Xid (PCI:0000:07:00): 79, pid=1, GPU has fallen off\nNVRM: Xid (PCI:1): 13, x\n"
     answer = subprocess.CompletedProcess([], 0, stdout=log)
     monkeypatch.setattr(node.subprocess, "run", lambda *_, **__: answer)
     assert list(node._xid_problems()) == ["the kernel logged Xid 79 since the last boot"]
 
 
-def test_small_disk_is_named(tmp_path: Path) -> None:
+def test_small_disk_is_reported(tmp_path: Path) -> None:
     (problem,) = node.node_problems(tmp_path, 0, 10**9)
     assert "1e+09 needed for its checkpoints" in problem

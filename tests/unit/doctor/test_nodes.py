@@ -13,7 +13,7 @@ def test_equal_nodes_have_no_outliers() -> None:
     assert nodes.outliers(FACTS, dict.fromkeys(FACTS, 100.0)) == {}
 
 
-def test_different_version_and_wrong_clock_are_named() -> None:
+def test_different_version_and_wrong_clock_are_reported() -> None:
     facts = FACTS | {"n3": {"torch": "2.12", "driver": "580"}}
     clocks = dict.fromkeys(FACTS, 100.0) | {"n2": 107.0}
     assert nodes.outliers(facts, clocks) == {

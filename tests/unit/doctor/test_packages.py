@@ -47,7 +47,7 @@ def test_this_environment_would_start() -> None:
     assert str(checks["patches"]["found"]).startswith("all ")
 
 
-def test_wrong_apex_is_named_and_printing_package_keeps_json_valid(tmp_path: Path) -> None:
+def test_wrong_apex_is_reported_and_printing_package_keeps_json_valid(tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").touch()
     write_package(tmp_path, "flash-attn", "2.8.3", "print('hello')")
@@ -85,7 +85,7 @@ def test_broken_flash_attention_fails_only_with_transformer_engine(
     assert check.ok == ok and "undefined symbol: _ZN3" in check.path
 
 
-def test_broken_part_of_apex_is_named(installed: Path) -> None:
+def test_broken_part_of_apex_is_reported(installed: Path) -> None:
     write_package(installed, "apex", "0.1")
     (installed / "apex/optimizers.py").touch()
     check = packages.apex(CPU)
@@ -101,7 +101,7 @@ def test_broken_part_of_apex_is_named(installed: Path) -> None:
     ("version", "expected"),
     [("0.18.2", "not in >=0.19,<0.20"), ("0.19.8", "No module named 'deepspeed.ops'")],
 )
-def test_unusable_deepspeed_is_named(version: str, expected: str, installed: Path) -> None:
+def test_unusable_deepspeed_is_reported(version: str, expected: str, installed: Path) -> None:
     write_package(installed, "deepspeed", version)
     check = packages.deepspeed()
     assert version in check.found and expected in check.path

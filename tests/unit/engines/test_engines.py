@@ -24,7 +24,7 @@ FORMATS = PACKAGE / "checkpoint/formats.py"
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Every module that an import statement names, at the top or in a function."""
+    """Return every module that an import statement names, at the top or in a function."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

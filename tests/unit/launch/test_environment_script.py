@@ -197,7 +197,7 @@ def test_no_python_prints_one_line_and_creates_nothing(
     ],
     ids=["this-python", "too-old", "no-ensurepip", "no-wheel-and-no-compiler"],
 )
-def test_probe_verdict_of_a_real_interpreter(checkout: Checkout, before: str, verdict: str) -> None:
+def test_probe_accepts_or_gives_the_reason(checkout: Checkout, before: str, verdict: str) -> None:
     probe = checkout.shell(f'. {SCRIPT}; printf %s "$_ENVIRONMENT_PROBE"').stdout
     result = subprocess.run(
         [sys.executable, "-I", "-c", f"import os, sys\n{before}\n{probe}"],

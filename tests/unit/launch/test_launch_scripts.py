@@ -252,7 +252,7 @@ def end_attempt(output: Path, code: int, restarts: int = 0) -> tuple[int, str]:
         (17, {}, 17, "(exit code 17): not requeued"),
     ],
 )
-def test_end_of_an_attempt_ends_or_requeues(
+def test_exit_code_of_an_attempt_ends_or_requeues(
     rank_code: int, situation: dict[str, object], code: int, expected: str, tmp_path: Path
 ) -> None:
     found, shown = decide(tmp_path, rank_code, **situation)  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ def test_end_of_an_attempt_ends_or_requeues(
         assert "last words" in shown and "old" not in shown, "only this attempt's lines"
 
 
-def test_rank_that_lost_its_peer_is_not_blamed(tmp_path: Path) -> None:
+def test_rank_that_lost_its_peer_is_not_reported_as_cause(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "exits").mkdir()
     (tmp_path / "logs/rank_0000.log").write_text("RuntimeError: Connection closed by peer [::1]\n")

@@ -25,7 +25,7 @@ def gradient_and_correlation(
 
 
 def correlation_by_autograd(covariances: Tensor, num_directions: int) -> Tensor:
-    """The nuclear norm of the whitened cross covariance, by differentiable operations."""
+    """Return the nuclear norm of the whitened cross covariance, by differentiable operations."""
     student, cross, teacher = covariances
     inverse_s, inverse_t = (c.diagonal().rsqrt() for c in (student, teacher))
     factor_s, factor_t = (

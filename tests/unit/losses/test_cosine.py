@@ -41,7 +41,7 @@ def run(
 
 @pytest.mark.parametrize("dtype", COSINE_ERROR)
 @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
-def test_cosine_and_gradient(d_m: int, d_t: int, dtype: torch.dtype) -> None:
+def test_cosine_and_gradient_match_fp64(d_m: int, d_t: int, dtype: torch.dtype) -> None:
     student, teacher = random_pair(5, d_m, d_t, dtype, seed=d_m + d_t)
     gradient, cosine = run(student, teacher)
     assert cosine.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -54,7 +54,9 @@ def test_cosine_and_gradient(d_m: int, d_t: int, dtype: torch.dtype) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 40), st.integers(0, 5), st.integers(0, 2**16))
-def test_any_widths_and_token_counts(d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
+def test_any_widths_and_token_counts_match_fp64(
+    d_m: int, d_t: int, num_tokens: int, seed: int
+) -> None:
     student, teacher = random_pair(num_tokens, d_m, d_t, torch.float64, seed)
     incoming = random(num_tokens, d_m)
     gradient, cosine = run(student, teacher, 0.7, incoming)
@@ -75,7 +77,7 @@ def test_sum_is_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_small_and_large_rows(dtype: torch.dtype, scale: float) -> None:
+def test_small_and_large_rows_match_fp64(dtype: torch.dtype, scale: float) -> None:
     student, teacher = random_pair(4, 321, 130, torch.float64)
     student, teacher = (student * scale).to(dtype), (teacher * scale).to(dtype)
     # Scaled as a loss scale would, so that fp16 can represent the gradient of large rows.
@@ -85,7 +87,7 @@ def test_small_and_large_rows(dtype: torch.dtype, scale: float) -> None:
     assert relative_error(gradient, expected) < GRADIENT_ERROR[dtype]
 
 
-def test_loss_scale_reaches_a_direction_that_alone_would_underflow_fp16() -> None:
+def test_loss_scale_prevents_fp16_underflow_of_the_direction() -> None:
     student, teacher = random_pair(4, 48, 24, torch.float64)
     student, teacher = (student * 1e4 / student.abs().max()).half(), teacher.half()
     gradient, _ = run(student, teacher, 2.0**16 * 1e-2)
@@ -110,14 +112,14 @@ def test_nan_propagates_to_its_token_alone() -> None:
     assert gradient[0].isfinite().all() and gradient[1].isnan().any()
 
 
-def test_many_tokens_in_chunks() -> None:
+def test_many_tokens_in_chunks_match_fp64() -> None:
     student, teacher = random_pair(200_000, 6, 4, torch.float32)
     gradient, cosine = run(student, teacher)
     assert (cosine - exact_cosine(student, teacher)).abs().max() < 1e-5
     assert relative_error(gradient, exact_gradient(student, teacher, torch.ones(200_000))) < 1e-5
 
 
-def test_leading_dimensions_may_be_any() -> None:
+def test_leading_dimensions_do_not_change_the_result() -> None:
     student, teacher = random_pair(6, 24, 10, torch.float64)
     expected = run(student, teacher)
     for shape in ((3, 2), (6, 1, 1)):
@@ -131,7 +133,7 @@ def test_leading_dimensions_may_be_any() -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows apart", "columns apart", "same row"])
-def test_strided_inputs(layout: str) -> None:
+def test_strided_inputs_equal_contiguous_ones(layout: str) -> None:
     student, teacher = random_pair(6, 24, 10, torch.float32)
     strided = {
         "rows apart": lambda x: torch.stack([x, torch.full_like(x, 9)], 1)[:, 0],
@@ -144,7 +146,7 @@ def test_strided_inputs(layout: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_teacher_of_another_dtype(dtype: torch.dtype) -> None:
+def test_teacher_of_another_dtype_gives_the_students_dtypes(dtype: torch.dtype) -> None:
     student, teacher = random_pair(6, 24, 10, torch.float32)
     gradient, cosine = run(student, teacher.to(dtype))
     assert (gradient.dtype, cosine.dtype) == (torch.float32, torch.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_one_row_for_every_provider_and_pass(tmp_path: Path) -> None:
+def test_cpu_mode_writes_one_row_per_provider_and_pass(tmp_path: Path) -> None:
     path = tmp_path / "cosine.csv"
     command = [
         sys.executable, str(ROOT / "tools" / "benchmark" / "cosine_interp.py"), "--device", "cpu",

@@ -77,31 +77,33 @@ class InterpretedKernels:
 
     @pytest.mark.parametrize("dtype", COSINE_ERROR)
     @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
-    def test_against_fp64(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
+    def test_cosine_and_gradient_match_fp64(self, d_m: int, d_t: int, dtype: torch.dtype) -> None:
         student, teacher = random_pair(5, d_m, d_t, dtype, seed=d_m + d_t)
         self.check(student, teacher, random(5, d_m).to(dtype))
 
     @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 9])
     @pytest.mark.parametrize(("d_m", "d_t"), [(300, 150), (300, 110), (70, 200)])
-    def test_token_counts_around_the_tile(self, d_m: int, d_t: int, num_tokens: int) -> None:
+    def test_token_counts_around_the_tile_match_fp64(
+        self, d_m: int, d_t: int, num_tokens: int
+    ) -> None:
         student, teacher = random_pair(num_tokens, d_m, d_t, torch.float32)
         self.check(student, teacher, random(num_tokens, d_m).float())
 
     @pytest.mark.parametrize(
         ("d_m", "d_t"), [(256, 128), (258, 129), (512, 512), (260, 64), (512, 96), (64, 257)]
     )
-    def test_widths_around_the_tile(self, d_m: int, d_t: int) -> None:
+    def test_widths_around_the_tile_match_fp64(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(3, d_m, d_t, torch.bfloat16)
         self.check(student, teacher, random(3, d_m).bfloat16())
 
     @settings(max_examples=40, deadline=None)
     @given(st.integers(1, 90), st.integers(2, 90), st.integers(1, 6), st.integers(0, 2**16))
-    def test_any_widths(self, d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
+    def test_any_widths_match_fp64(self, d_m: int, d_t: int, num_tokens: int, seed: int) -> None:
         student, teacher = random_pair(num_tokens, d_m, d_t, torch.float64, seed)
         self.check(student, teacher, random(num_tokens, d_m))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_strided_inputs(self, d_m: int, d_t: int) -> None:
+    def test_strided_inputs_equal_contiguous_ones(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(6, d_m, d_t, torch.float32)
         grad = random(6, d_m).float()
         weight = random(6)
@@ -129,7 +131,7 @@ class InterpretedKernels:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_expanded_gradient(self, d_m: int, d_t: int) -> None:
+    def test_expanded_gradient_matches_fp64(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
         self.check(student, teacher, torch.ones(()).expand(3, d_m))
 
@@ -155,7 +157,7 @@ class InterpretedKernels:
     @pytest.mark.parametrize("scale", [1e-4, 1e4])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     @pytest.mark.parametrize(("d_m", "d_t"), [(260, 130), (321, 130)])
-    def test_small_and_large_rows(
+    def test_small_and_large_rows_match_fp64(
         self, d_m: int, d_t: int, dtype: torch.dtype, scale: float
     ) -> None:
         student, teacher = random_pair(4, d_m, d_t, torch.float64)
@@ -186,7 +188,7 @@ class InterpretedKernels:
         assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
-    def test_rows_past_two_to_the_31_elements(self, d_m: int, d_t: int) -> None:
+    def test_rows_past_two_to_the_31_elements_equal_adjacent_ones(self, d_m: int, d_t: int) -> None:
         apart = 2**30 + 16
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
         grad = random(3, d_m).float()

@@ -105,7 +105,9 @@ class One:
 
 @pytest.mark.parametrize("chunk_elements", [1 << 24, 4 * PADDED, 1])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_loss_and_gradient(name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradient_match_fp64_formula(
+    name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk_elements)
     data, setting = inputs(), SETTINGS[name]
     for ours, theirs in zip(

@@ -15,7 +15,7 @@ def interpolate(hidden: Tensor, width: int) -> Tensor:
     return Interpolation(hidden, hidden.new_empty(0, width)).apply(hidden)
 
 
-def test_three_columns_from_four_by_hand() -> None:
+def test_three_columns_from_four_equal_values_by_hand() -> None:
     # u = 0, 1.5, 3: the ends are kept, the middle lies between columns 1 and 2.
     torch.testing.assert_close(
         interpolate(torch.tensor([0.0, 10.0, 30.0, 40.0]), 3), torch.tensor([0.0, 20.0, 40.0])

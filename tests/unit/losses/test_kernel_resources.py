@@ -77,7 +77,7 @@ def test_shifts_between_the_columns_of_a_thread_use_no_shared_memory() -> None:
     assert backward.shared_bytes == 0
 
 
-def test_minimal_bytes() -> None:
+def test_minimal_bytes_equal_values_by_hand() -> None:
     # 3 tokens, 10 and 4 columns of 2 bytes; three fp32 numbers per token out, two in.
     assert minimal_bytes(3, 10, 4, 2) == {
         "forward": 3 * (28 + 12), "backward": 3 * (68 + 8), "both": 3 * (96 + 20),

@@ -132,7 +132,7 @@ def test_memory_order_of_an_input_does_not_matter(name: str, which: int) -> None
 
 
 @every_loss
-def test_incoming_gradient_may_be_expanded(name: str) -> None:
+def test_expanded_incoming_gradient_equals_contiguous_one(name: str) -> None:
     hidden, teacher, _ = states(24, 16)
     function, ones = load_loss(name, None).function, torch.ones_like(hidden)
     expected, _ = function(hidden, teacher, scalar(0.3), ones)

@@ -36,7 +36,7 @@ class Recording(TeacherMethod):
 
 
 class Run:
-    """As much of a `TrainingRun` as the base class uses."""
+    """The part of a `TrainingRun` that the base class uses."""
 
     config = None
 

@@ -66,7 +66,7 @@ def test_hook_replaces_loss_of_wrapped_model_until_removed(monkeypatch: pytest.M
 
 
 class LastStage(torch.nn.Module):
-    """As much of a GPTModel as the method uses; its logits are fixed."""
+    """The part of a GPTModel that the method uses; its logits are fixed."""
 
     post_process, vocab_size = True, VOCAB_SIZE
 
@@ -166,7 +166,7 @@ def _rank(rank: int, port: int, folder: Path, teacher: Path, num_ranks: int) -> 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each rank did, by layout."""
+    """Return the results of each rank, by layout."""
     folder = tmp_path_factory.mktemp("ranks")
     teacher = save_teacher(folder / "teacher")
     for num_ranks in (1, 2):

@@ -67,7 +67,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Student(torch.nn.Module):
-    """As much of a GPTModel as LET uses."""
+    """The part of a GPTModel that LET uses."""
 
     config = SimpleNamespace(
         sequence_parallel=False,

@@ -16,7 +16,7 @@ from megatron_let.methods.learned_projection import (
     AdamStep,
     LearnedProjection,
     ProjectionTraining,
-    behind_projection,
+    with_projection,
 )
 from tests.helpers import plain_reference as plain
 
@@ -30,12 +30,12 @@ BY_HAND = {
 
 
 def new_projection(seed: int = 1) -> LearnedProjection:
-    """From width 24 to width 16."""
+    """Return a projection from width 24 to width 16."""
     return LearnedProjection(24, 16, 0.3, seed, torch.device("cpu"))
 
 
 def states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """[s, b, d] of student and teacher."""
+    """Return the states [s, b, d] of student and teacher."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(50, 3, 24, generator=generator, dtype=torch.float64)
     teacher = torch.randn(50, 3, 16, generator=generator, dtype=torch.float64)
@@ -47,7 +47,7 @@ def gradients(
     name: str, projection: LearnedProjection, student: Tensor, teacher: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return the gradients of the student and of W, and the reported values."""
-    loss = behind_projection(load_loss(name, None), projection)
+    loss = with_projection(load_loss(name, None), projection)
     incoming = torch.ones_like(student)
     gradient, values = loss.function(student, teacher, SCALE, incoming)
     assert torch.equal(incoming, torch.ones_like(student))
@@ -55,7 +55,7 @@ def gradients(
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_of_student_and_weight(name: str) -> None:
+def test_gradients_of_student_and_weight_match_autograd(name: str) -> None:
     student, teacher = states()
     projection = new_projection().double()
     of_student, of_weight, values = gradients(name, projection, student, teacher)
@@ -119,7 +119,7 @@ def test_update_equals_torchs_adam(decoupled: bool) -> None:
 
 
 class Optimizer:
-    """As much of Megatron's optimizer as a projection uses."""
+    """The part of Megatron's optimizer that a projection uses."""
 
     config = SimpleNamespace(
         adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, decoupled_weight_decay=True

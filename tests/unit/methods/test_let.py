@@ -58,7 +58,7 @@ class BucketGroup:
 
 
 def chunk(groups: list[BucketGroup], **values: Any) -> Any:
-    """DDP's attributes under `--overlap-param-gather`, after its first step."""
+    """Return a chunk with DDP's attributes under `--overlap-param-gather`, after its first step."""
     usual = {
         "remove_forward_pre_hook_handles": {"a module": "its hook"},
         "overlap_param_gather_with_optimizer_step": False,

@@ -70,6 +70,8 @@ def test_alignment_weight_decreases_linearly(
         ({"method": "salt"}, [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]),
     ],
 )
-def test_distillation_weight(values: dict[str, object], expected: list[float]) -> None:
+def test_distillation_weight_is_constant_until_salt_stops(
+    values: dict[str, object], expected: list[float]
+) -> None:
     config = LETConfig(teacher=Path("/t"), stop_step=4, **values)  # type: ignore[arg-type]
     assert [distillation_weight(step, config) for step in range(6)] == pytest.approx(expected)

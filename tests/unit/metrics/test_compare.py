@@ -50,7 +50,9 @@ def means(variant: Variant) -> dict[str, float | None]:
         ({}, 1.0, None),
     ],
 )
-def test_steps_to_reach(losses: dict[int, float], target: float, expected: float | None) -> None:
+def test_steps_to_reach_interpolates_between_evaluations(
+    losses: dict[int, float], target: float, expected: float | None
+) -> None:
     assert steps_to_reach(losses, target) == expected
 
 

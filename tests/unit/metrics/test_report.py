@@ -39,7 +39,7 @@ def test_step_rows_are_evaluations_of_both_runs(tmp_path: Path) -> None:
     ]
 
 
-def test_table_says_never_for_run_above_baseline(tmp_path: Path) -> None:
+def test_table_shows_never_for_run_above_baseline(tmp_path: Path) -> None:
     cells = dict(zip(COLUMNS, table_rows(variants(tmp_path, {20: 7.0, 40: 5.1}))[1], strict=True))
     assert cells["steps to the baseline's loss"] == "never"
     assert cells["held-out loss"] == "5.1000" and cells["speed-up in steps"] == "–"

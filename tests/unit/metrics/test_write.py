@@ -16,7 +16,7 @@ from megatron_let.metrics.write import (
     WEIGHT_KEY,
     MetricsFile,
     alignment_key,
-    forget_stale_averages,
+    drop_stale_averages,
 )
 
 COSINE_KEY = alignment_key("cosine")
@@ -40,14 +40,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def train_step(file: MetricsFile, iteration: int, losses: dict[str, Any], norm: Any = 2.0) -> None:
-    """Megatron's call: the 0-based iteration by name, the optimizer fourth."""
+    """Call as Megatron does: the 0-based iteration by name, the optimizer fourth."""
     result = (losses, 0, False, False, 0, norm, None)
     step = file.wrap_train_step(lambda *args, **kwargs: result)
     assert step(None, None, None, OPTIMIZER, None, None, None, iteration=iteration) is result
 
 
 def evaluate(file: MetricsFile, iteration: int, prefix: str, *losses: float) -> None:
-    """Megatron's evaluation of one or several sets."""
+    """Evaluate as Megatron does, on one or several sets."""
 
     def run_all(*args: Any, **kwargs: Any) -> None:
         for loss in losses:
@@ -181,6 +181,6 @@ def test_wrappers_keep_names_and_results(tmp_path: Path) -> None:
 def test_averages_of_absent_keys_are_dropped(losses: dict[str, int], left: dict[str, int]) -> None:
     totals = {LOSS_KEY: 3, COSINE_KEY: 2, WEIGHT_KEY: 2}
     calls: list[Any] = []
-    log = forget_stale_averages(lambda *args, **kwargs: calls.append((args, kwargs)))
+    log = drop_stale_averages(lambda *args, **kwargs: calls.append((args, kwargs)))
     log(losses, totals, 0.01, skipped_iter=1)
     assert calls == [((losses, left, 0.01), {"skipped_iter": 1})]

@@ -56,7 +56,7 @@ def test_passes_first_of_two_stages_follow_1f1b() -> None:
     assert Pipeline(2, 3).num_forwards_to_wait(0) == 2
 
 
-def test_producer_interleaved_chunks_cross_the_pipeline_ends() -> None:
+def test_producer_of_interleaved_chunk_wraps_around_the_pipeline() -> None:
     pipeline = Pipeline(2, 4, num_chunks=2)
     assert pipeline.producer(Pass("forward", 3, 1), 0) == (1, Pass("forward", 3, 0))
     assert pipeline.producer(Pass("backward", 3, 0), 1) == (0, Pass("backward", 3, 1))

@@ -19,7 +19,7 @@ SIZES = [(2, 2, 1), (2, 4, 2), (3, 5, 1), (4, 4, 1), (4, 16, 1), (4, 8, 2), (4, 
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[Placement, Pipeline, Costs, AlignedLayer, int, int]:
-    """(placement, pipeline, costs, aligned layer, max_prefetch, num_ready)."""
+    """Draw (placement, pipeline, costs, aligned layer, max_prefetch, num_ready)."""
     stages = draw(st.integers(1, 5))
     chunks = draw(st.integers(1, 3)) if stages > 1 else 1
     groups = draw(st.integers(1, 4))
@@ -109,7 +109,7 @@ def test_plan_one_stage_computes_only_first_microbatch_before_schedule() -> None
         ("bubble", 0, [((), (3, 4, 5), (), ()), ((0, 1, 2), (), (), (0, 1))]),
     ],
 )
-def test_plan_two_stages_six_microbatches(
+def test_plan_two_stages_six_microbatches_equals_plan_by_hand(
     placement: Placement, num_ready: int, expected: list[tuple[tuple[int, ...], ...]]
 ) -> None:
     made = plan(

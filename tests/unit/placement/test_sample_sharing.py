@@ -71,7 +71,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """Of two ranks, by layout."""
+    """Return the results of two ranks, by layout."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(_rank, (free_port(), folder), nprocs=NUM_RANKS, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_RANKS)]

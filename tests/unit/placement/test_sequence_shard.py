@@ -14,7 +14,7 @@ sizes = st.integers(min_value=1, max_value=4)
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[int, int, int]:
-    """(tokens, cp, sp), divisible."""
+    """Draw (tokens, cp, sp) that divide."""
     cp, sp = draw(sizes), draw(sizes)
     chunks = 2 * cp if cp > 1 else 1
     # Tokens per rank need not be whole chunks: sp = 3 splits both chunks of a CP rank.
@@ -71,7 +71,9 @@ def test_ranges_equal_independent_formula(
         (SequenceShard(2, 1, 4, 3), [(5, 6)]),
     ],
 )
-def test_ranges_eight_tokens(shard: SequenceShard, expected: list[tuple[int, int]]) -> None:
+def test_ranges_of_eight_tokens_equal_values_by_hand(
+    shard: SequenceShard, expected: list[tuple[int, int]]
+) -> None:
     assert shard.ranges(8) == expected
 
 

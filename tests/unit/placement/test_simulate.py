@@ -26,7 +26,7 @@ def test_duration_interleaved_equals_closed_form(p: int, n: int, v: int) -> None
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_idle_times_1f1b(stage: int) -> None:
+def test_idle_times_1f1b_equal_closed_form(stage: int) -> None:
     idle = simulate(Pipeline(4, 16), Costs.uniform(4, 1, 2, 0), FIRST).idle(stage)
     assert idle == pytest.approx((stage, 2 * (3 - stage), 2 * stage))
 
@@ -42,7 +42,9 @@ def test_idle_times_1f1b(stage: int) -> None:
         (8, 64, 1.530, 1.074, 1.023),
     ],
 )
-def test_step_time_ratio_7b(p: int, n: int, aligned: float, spread: float, bubble: float) -> None:
+def test_step_time_ratio_7b_equals_documented_table(
+    p: int, n: int, aligned: float, spread: float, bubble: float
+) -> None:
     pipeline, costs = Pipeline(p, n), Costs.uniform(p, 1, 2, TEACHER_SHARE * 3 * p)
     expected = {"aligned-stage": aligned, "spread": spread, "bubble": bubble}
     for placement, ratio in expected.items():

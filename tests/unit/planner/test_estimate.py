@@ -73,12 +73,12 @@ def test_teacher_work_below_the_heads_peak_adds_nothing() -> None:
     assert found.total == alone.total + found.teacher_weights + found.teacher_buffers
 
 
-def test_teacher_share_of_training_flops() -> None:
+def test_teacher_share_of_training_flops_equals_documented_value() -> None:
     assert RUN_7B.teacher_share == pytest.approx(0.0825, abs=5e-5)
     assert RUN_1P4B.teacher_share == pytest.approx(0.0350, abs=5e-5)
 
 
-def test_stage_and_chunk_of_each_layer_under_vpp() -> None:
+def test_aligned_layer_under_vpp_has_stage_and_chunk_of_layer() -> None:
     layout = Layout(1, 2, 1, 1, 2, 1, 4)
     found = [aligned_layer(layer, 8, layout) for layer in range(1, 9)]
     assert found == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
@@ -161,7 +161,7 @@ def test_sweep_ranks_layouts_that_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{len(found)} layouts fit a100-80g" in capsys.readouterr().out
 
 
-def test_teacher_size_of_a_folder(teacher: Path) -> None:
+def test_teacher_size_is_read_from_folder_and_unknown_name_raises(teacher: Path) -> None:
     size = teacher_size(str(teacher))
     assert size == TransformerSize(3, 48, 96, 4, 2, 12, True, 256, False)
     with pytest.raises(LETError, match="smollm9"):

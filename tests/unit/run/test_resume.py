@@ -20,7 +20,7 @@ def run_args(**values: Any) -> argparse.Namespace:
     ("values", "expected"),
     [({}, 40), ({"finetune": True}, 0), ({"load": None}, 0), ({"ckpt_step": 20}, 20)],
 )
-def test_resumed_step_of_a_checkpoint_folder(
+def test_resumed_step_follows_tracker_and_flags(
     values: dict[str, Any], expected: int, tmp_path: Path
 ) -> None:
     (tmp_path / TRACKER).write_text("40")
@@ -43,5 +43,7 @@ def test_resumed_step_of_folder_without_iteration_is_0(tmp_path: Path, content: 
         ({"load": None, "iteration": 0}, None),
     ],
 )
-def test_loaded_checkpoint_of_a_resumed_run(values: dict[str, Any], expected: Path | None) -> None:
+def test_loaded_checkpoint_is_none_unless_resumed(
+    values: dict[str, Any], expected: Path | None
+) -> None:
     assert loaded_checkpoint(run_args(**values)) == expected

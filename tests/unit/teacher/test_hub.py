@@ -88,7 +88,7 @@ def refused(hub: HubServer, cache: Path, teacher: str, **variables: str) -> str:
         *((text, None) for text in ("a", "/a/b", "/a", "a/b/c", "../b", "~/b", "a b/c", "a/b..c")),
     ],
 )
-def test_form_of_a_hub_id(text: str, expected: tuple[str, str] | None) -> None:
+def test_hub_id_is_recognised_by_its_form(text: str, expected: tuple[str, str] | None) -> None:
     assert parse_hub_id(text) == expected
 
 

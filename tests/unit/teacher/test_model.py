@@ -89,7 +89,7 @@ def test_last_layer_is_after_final_norm(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_last_layer_without_final_norm(
+def test_last_layer_without_final_norm_is_the_raw_state(
     name: str, folders: dict[str, Path], tokens: torch.Tensor
 ) -> None:
     model = causal_model(folders[name])
@@ -161,7 +161,7 @@ def test_second_call_does_not_depend_on_first(
     ("tap", "layers", "expected"),
     [("last", 12, 12), ("middle", 12, 6), ("middle", 7, 3), ("middle", 1, 1), ("12", 12, 12)],
 )
-def test_tapped_layer(tap: str, layers: int, expected: int) -> None:
+def test_tapped_layer_name_resolves_to_number(tap: str, layers: int, expected: int) -> None:
     assert tapped_layer(tap, layers) == expected
 
 
@@ -268,7 +268,7 @@ def test_model_without_sdpa_uses_its_default_attention(
 
 
 def bert(scale: float) -> BertModel:
-    """A bidirectional model; large weights imitate a trained one."""
+    """Return a bidirectional model; large weights imitate a trained one."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = BertModel(BertConfig(vocab_size=64, intermediate_size=64, **sizes))

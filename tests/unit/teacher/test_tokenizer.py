@@ -42,7 +42,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 def student(folder: Path) -> Any:
-    """Megatron's wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
+    """Return Megatron's wrapper, as `--tokenizer-type HuggingFaceTokenizer` builds it."""
     return MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
     )
@@ -81,7 +81,7 @@ def test_special_tokens_around_text_are_ignored(tmp_path: Path, template: str) -
     check_same_tokenizer(student(folder), teacher(folder))
 
 
-def test_swapped_tokens_are_named(plain: Path, tmp_path: Path) -> None:
+def test_swapped_tokens_are_reported(plain: Path, tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     path = save(tokenizer, tmp_path / "swapped") / "tokenizer.json"
     names = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -95,7 +95,7 @@ def test_swapped_tokens_are_named(plain: Path, tmp_path: Path) -> None:
     assert f"token 40 is {first!r} for the student and {second!r} for the teacher" in message
 
 
-def test_first_token_beyond_shorter_vocabulary_is_named(plain: Path, tmp_path: Path) -> None:
+def test_first_token_beyond_shorter_vocabulary_is_reported(plain: Path, tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     size = tokenizer.get_vocab_size()
     tokenizer.add_tokens(["<new>"])
@@ -106,7 +106,7 @@ def test_first_token_beyond_shorter_vocabulary_is_named(plain: Path, tmp_path: P
     assert f"token {size} is None for the student and '<new>'" in refused(plain, larger)
 
 
-def test_first_token_of_other_vocabulary_is_named(plain: Path, tmp_path: Path) -> None:
+def test_first_token_of_other_vocabulary_is_reported(plain: Path, tmp_path: Path) -> None:
     other = save(byte_level_bpe(["quick brown foxes jump over"] * 20), tmp_path / "other")
     ours, theirs = (
         {i: t for t, i in Tokenizer.from_file(str(f / "tokenizer.json")).get_vocab().items()}

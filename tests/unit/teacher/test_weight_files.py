@@ -73,14 +73,14 @@ def test_folder_without_weights_raises(copy: Path) -> None:
         ("pytorch_model.bin.index.json", "pytorch_model-00002-of-00002.bin"),
     ],
 )
-def test_missing_shard_is_named(copy: Path, index: str, shard: str) -> None:
+def test_missing_shard_is_reported(copy: Path, index: str, shard: str) -> None:
     (copy / "model.safetensors").unlink()
     sharded(copy, index, [shard])
     assert f"{shard} is missing" in refused(copy)
 
 
 @pytest.mark.parametrize("content", ["", '{"weight_', "{}", "[]", '{"weight_map": []}'])
-def test_damaged_index_is_named(copy: Path, content: str) -> None:
+def test_damaged_index_is_reported(copy: Path, content: str) -> None:
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text(content)
     assert "model.safetensors.index.json" in refused(copy)
@@ -129,7 +129,7 @@ def test_safetensors_header_longer_than_file_raises(cut: Path, length: int) -> N
     assert_damaged_file_raises(cut, "model.safetensors", content)
 
 
-def test_truncated_second_shard_is_named(copy: Path) -> None:
+def test_truncated_second_shard_is_reported(copy: Path) -> None:
     whole = (copy / "model.safetensors").read_bytes()
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     (copy / "model.safetensors").rename(copy / names[0])

@@ -130,7 +130,7 @@ def test_wrapper_prefix_is_ignored_in_shard_patterns() -> None:
         assert torch.equal(merge_shards(stored, [norm, norm], replicated), norm)
 
 
-def test_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_reported(tmp_path: Path) -> None:
     folder = write_zero_3(tmp_path / "iter", 1, 2)
     (folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(LETError, match="has no zero_pp_rank_1_mp_rank_00_optim_states"):
