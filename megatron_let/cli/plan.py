@@ -121,6 +121,8 @@ def _megatron_arguments(options: argparse.Namespace, rest: list[str]) -> argpars
 
 
 def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
+    from megatron_let.config.arguments import layer_number
+    from megatron_let.config.let_config import METHODS
     from megatron_let.planner.estimate import Request
     from megatron_let.planner.sizes import student_size, teacher_size
 
@@ -130,8 +132,8 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     vocab_size = options.vocab_size or args.vocab_size or teacher.vocab_size
     return Request(
         student=student_size(args, vocab_size, args.tensor_model_parallel_size),
-        teacher=teacher if args.let_method == "let" else None,
-        layer=args.let_layer or 3,
+        teacher=teacher if METHODS[args.let_method or "none"].learns_from == "states" else None,
+        layer=layer_number(args),
         seq_length=args.seq_length,
         gpu=GPUS[options.gpu],
         efficiency=options.efficiency,

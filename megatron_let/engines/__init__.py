@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from megatron_let.teacher.model import Sharding
 
-ENGINES = ("megatron", "deepspeed")
-
 
 class Engine(Protocol):
     """What the entry, the integration and the planner need from an engine."""
@@ -55,7 +53,7 @@ class Engine(Protocol):
 
 
 def load_engine(name: str) -> Engine:
-    """Import one of `ENGINES`."""
+    """Import one of `config.arguments.ENGINES`."""
     if name == "deepspeed":
         from megatron_let.engines.deepspeed import engine
 

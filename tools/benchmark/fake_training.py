@@ -328,6 +328,7 @@ def _aligned(
     forward_step: Callable[..., Any],
 ) -> Iterator[Callable[..., Any]]:
     """Yield the forward step of a step with LET, as `LETMethod` builds it."""
+    from megatron_let.config.arguments import layer_number
     from megatron_let.losses import load_loss
     from megatron_let.methods.alignment_hook import AlignmentHook
     from megatron_let.methods.base import find_layer
@@ -336,7 +337,7 @@ def _aligned(
         yield forward_step
         return
     states = _state_buffer(args, run, teacher)
-    found = find_layer(model, args.let_layer or 3)
+    found = find_layer(model, layer_number(args))
     if found is not None:
         hook = AlignmentHook(found[1], load_loss("cosine", None))
         hook.open_step(states, 1.0, torch.device("cpu"))
