@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,9 @@ def num_steps(args: argparse.Namespace) -> int:
     if args.train_iters is not None:
         return int(args.train_iters)
     return int(args.train_samples // args.global_batch_size)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Return Megatron's rows of the embedding: the next multiple of divisible_by x TP."""
+    multiple = divisible_by * tensor_parallel
+    return math.ceil(vocab_size / multiple) * multiple

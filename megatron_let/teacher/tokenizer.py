@@ -10,7 +10,7 @@ from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.inspect import TeacherFolder
 
 # Merges, spaces, digits and bytes: two tokenizers of one vocabulary can split these differently.
-_PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
+PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
 
 
 def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
@@ -32,8 +32,8 @@ def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
         ) from error
     teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
     check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
-    teacher_ids = teacher(_PROBE_TEXT, add_special_tokens=False).input_ids
-    if teacher_ids not in without_special_ends(student.tokenize(_PROBE_TEXT)):
+    teacher_ids = teacher(PROBE_TEXT, add_special_tokens=False).input_ids
+    if teacher_ids not in without_special_ends(student.tokenize(PROBE_TEXT)):
         raise LETError(
             "The teacher's tokenizer has the student's vocabulary but splits text differently;"
             " use one tokenizer for both."

@@ -186,9 +186,8 @@ def _save_teacher(folder: Path, ffn: int) -> None:
 def _rows(
     stages: int, log: str, steps: list[dict[str, Any]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    from megatron_let.placement.choose import step_time_ratio
     from megatron_let.placement.pipeline import Pipeline
-    from megatron_let.placement.plan import FIXED_PLACEMENTS
+    from megatron_let.placement.plan import FIXED_PLACEMENTS, step_time_ratio
     from megatron_let.placement.simulate import AlignedLayer, Costs
 
     measured = COSTS.search(log)
