@@ -97,8 +97,8 @@ def test_command_gives_equal_perplexity_for_every_checkpoint_format(
     megatron = as_megatron(model, tmp_path / "megatron")
     (tmp_path / "blend.txt").write_text(f"0.5 {data}\n0.5 {data}\n")
     deepspeed = as_deepspeed(megatron, tmp_path / "deepspeed")
-    arguments = ["perplexity", model, megatron, deepspeed, "--data-args-path", tmp_path / "blend.txt",
-                 "--seq-length", 16, "--json", tmp_path / "out.json",
+    arguments = ["perplexity", model, megatron, deepspeed, "--seq-length", 16,
+                 "--data-args-path", tmp_path / "blend.txt", "--json", tmp_path / "out.json",
                  "--device", "cpu"]  # fmt: skip
     assert main([str(argument) for argument in arguments]) == 0
     ours, *theirs = json.loads((tmp_path / "out.json").read_text())["models"].values()
