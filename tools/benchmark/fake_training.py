@@ -19,8 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from common import CPU, llama_config
 from peak_memory import PeakMemory
-from teacher_shape import llama_config
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +30,6 @@ from megatron_let.compat.device import Host, prepare_process
 from megatron_let.placement.plan import Plan
 from megatron_let.planner.sizes import TransformerSize
 
-CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
 # The run has a GPU's flags: Megatron's fused activations determine what a layer keeps.
 GPU = Host(cuda=True, transformer_engine=False, fused_gradients=False)
 
