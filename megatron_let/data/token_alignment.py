@@ -22,9 +22,9 @@ from megatron_let.data.text_tokenizer import (
     SentencePieceText,
     load_text_tokenizer,
 )
-from megatron_let.errors import LETError, first_line
+from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.tokenizer import PROBE_TEXT
+from megatron_let.teacher.tokenizer import PROBE_TEXT, load_teacher_tokenizer
 
 Ids = npt.NDArray[np.int64]
 NONE = -1
@@ -205,16 +205,8 @@ def load_token_aligner(
     Raises:
         LETError: one of the tokenizers cannot be used for alignment.
     """
-    from transformers import AutoTokenizer
-
     student = load_token_bytes(tokenizer_type, tokenizer_model)
-    try:
-        teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except Exception as error:  # a missing or damaged tokenizer raises many kinds
-        raise LETError(
-            f"The teacher {folder.path} has no usable tokenizer ({first_line(error)}); copy its"
-            " tokenizer files to the model's folder."
-        ) from error
+    teacher = load_teacher_tokenizer(folder)
     if not teacher.is_fast or teacher.eos_token_id is None:
         raise LETError(
             f"The teacher's tokenizer {folder.path} has no fast form (tokenizer.json) or no"

@@ -13,6 +13,21 @@ from megatron_let.teacher.inspect import TeacherFolder
 PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
 
 
+def load_teacher_tokenizer(folder: TeacherFolder) -> Any:
+    """Load the teacher's tokenizer with transformers.
+
+    Raises:
+        LETError: the folder has none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    except Exception as error:  # a missing or damaged tokenizer raises many types
+        raise LETError(
+            f"The teacher {folder.path} has no tokenizer to compare with the student's"
+            f" ({first_line(error)}); copy its tokenizer files to the model's folder."
+        ) from error
+
+
 def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
     """Check that the student's tokenizer is the teacher's.
 
@@ -23,13 +38,7 @@ def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
     Raises:
         LETError: the teacher has no tokenizer, or the two differ; names the first token that does.
     """
-    try:
-        teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except Exception as error:  # a missing or damaged tokenizer raises many types
-        raise LETError(
-            f"The teacher {folder.path} has no tokenizer to compare with the student's "
-            f"({first_line(error)}); copy its tokenizer files beside the model."
-        ) from error
+    teacher = load_teacher_tokenizer(folder)
     teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
     check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
     teacher_ids = teacher(PROBE_TEXT, add_special_tokens=False).input_ids
