@@ -36,12 +36,11 @@ __all__ = ["add_arguments", "enable", "token_aligner"]
 _TRAINING = "megatron.training.training:"
 
 
-def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSet:
+def enable(args: argparse.Namespace) -> PatchSet:
     """Enable LET and its metrics for the next `pretrain()`, as configured by `args`.
 
     Args:
         args: result of Megatron's `parse_and_validate_args`.
-        config: LET's settings; None builds them from `args`.
 
     Returns:
         The applied patches; `undo()` removes them.
@@ -50,7 +49,16 @@ def enable(args: argparse.Namespace, config: LETConfig | None = None) -> PatchSe
         LETError: the request cannot be carried out.
         PatchError: the installed Megatron is not a version that the patches fit.
     """
-    config = config or let_config_from_args(args)
+    if args.engine != "megatron":
+        raise LETError(
+            f"--engine {args.engine} builds its own model and optimizer, which only the entry"
+            " megatron_let.pretrain sets up; train with that entry, or give --engine megatron."
+        )
+    return enable_on_engine(args, let_config_from_args(args))
+
+
+def enable_on_engine(args: argparse.Namespace, config: LETConfig) -> PatchSet:
+    """Apply `enable` for any engine, once `Engine.enable` has set it up; see `enable`."""
     wrappers = _metrics_wrappers(args, config) | _method_wrappers(args, config)
     patches = PatchSet().apply_all(wrappers)
     if patches.applied:
@@ -70,7 +78,7 @@ def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> 
     """
     config = config or let_config_from_args(args)
     over = resumed_step(args) >= config.stop_step
-    if not (config.enabled and config.cross_tokenizer) or over or config.teacher is None:
+    if not (config.enabled and config.aligns_tokens) or over or config.teacher is None:
         return None
     folder = inspect_teacher(config.teacher)
     return load_token_aligner(
@@ -85,7 +93,7 @@ def _metrics_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, 
             raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")
         return {}
     observe = {}
-    if args.let_guard and config.method != "none":
+    if args.let_guard and config.traits.learns_from is not None:
         guard = load_guard(args.let_metrics_path, args.let_guard_baseline, _warn)
         observe["observe"] = guard.observe
     metrics = MetricsFile(args.let_metrics_path, args.seq_length, **observe)
@@ -105,7 +113,7 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
     if not config.enabled:
         return {}
     resumed = resumed_step(args)
-    if config.method != "rkd" and resumed >= config.stop_step:
+    if config.traits.ends_at_stop_step and resumed >= config.stop_step:
         print_rank_0(f"LET: resumed at step {resumed}, past --let-stop-step; no teacher is needed")
         return {}
     assert config.teacher is not None
@@ -114,7 +122,7 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
     folder = inspect_teacher(config.teacher)
     check_fits(config, folder, args)
     length = None
-    if config.cross_tokenizer and config.method == "let":
+    if config.aligns_tokens:
         length = teacher_length(args.seq_length, folder.max_positions)
     else:
         _check_tokenizer(folder, args)

@@ -66,7 +66,7 @@ def train(argv: list[str], host: Host) -> None:
 
     # Build
     make_model = load_engine(args.engine).enable(args, host.cuda)
-    integration.enable(args, config)
+    integration.enable_on_engine(args, config)
     PatchSet().apply_all(control_files.wrappers(args) | artifacts.wrappers(args))
     token_aligner = integration.token_aligner(args, config)
     if args.rank == 0:

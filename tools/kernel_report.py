@@ -11,7 +11,6 @@ machine code: registers, spills, shared memory, widths of loads and stores, inst
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
@@ -33,6 +32,7 @@ RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 
 from megatron_let.losses import cosine_triton  # noqa: E402
+from megatron_let.metrics.provenance import write_csv  # noqa: E402
 
 # (d_M, d_T): the paper's pairs; an equal and a half width; a ratio below 2; a wider teacher.
 WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (576, 2048)]
@@ -213,16 +213,6 @@ def roofline(measured: Sequence[Resources]) -> Iterable[dict[str, Any]]:
             yield row
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows -> {path}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the CSV files")
@@ -233,9 +223,8 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
     }
     measured = list(resources())
-    rows = [{**asdict(row), **stamp} for row in measured]
-    write(folder / "cosine_interp_resources.csv", rows)
-    write(folder / "cosine_interp_roofline.csv", list(roofline(measured)))
+    write_csv(folder / "cosine_interp_resources.csv", [asdict(row) for row in measured], stamp)
+    write_csv(folder / "cosine_interp_roofline.csv", list(roofline(measured)), {})
 
 
 if __name__ == "__main__":

@@ -314,12 +314,6 @@ def _divisors(count: int) -> str:
     return ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Return Megatron's rows of the embedding: the next multiple of divisible_by x TP."""
-    multiple = divisible_by * tensor_parallel
-    return math.ceil(vocab_size / multiple) * multiple
-
-
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) or isinstance(theirs, float):
         return math.isclose(float(ours), float(theirs), rel_tol=1e-5)

@@ -14,7 +14,6 @@ import torch
 from megatron_let.checkpoint.architecture import (
     Llama,
     check_layout,
-    padded_vocab_size,
     to_hugging_face,
     to_megatron,
 )
@@ -28,6 +27,7 @@ from megatron_let.checkpoint.parameter_mapping import (
 from megatron_let.checkpoint.safetensors_files import write_safetensors
 from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_dist
 from megatron_let.checkpoint.weights import Weights, load_tokenizer
+from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_folder, write_json
 from megatron_let.files.names import TRACKER

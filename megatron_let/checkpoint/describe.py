@@ -39,7 +39,7 @@ def describe(path: Path) -> dict[str, Any]:
         "folder": str(folder),
         "iteration": state.get("iteration"),
         "consumed_samples": args.get("consumed_train_samples"),
-        "consumed_tokens": _tokens(args),
+        "consumed_tokens": consumed_tokens(args),
         "layout": {label: args.get(name) or 1 for label, name in _LAYOUT},
         "parameters_with_padding": sum(t.numel() for t in tensors.values()),
         "dtypes": dtypes,
@@ -53,7 +53,8 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _tokens(args: Mapping[str, Any]) -> int | None:
+def consumed_tokens(args: Mapping[str, Any]) -> int | None:
+    """Return the tokens that a run had trained on, from its arguments; None if unknown."""
     samples, length = args.get("consumed_train_samples"), args.get("seq_length")
     return None if samples is None or length is None else int(samples) * int(length)
 

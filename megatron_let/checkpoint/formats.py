@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_let.checkpoint.legacy import LegacyCheckpoint, is_legacy
-from megatron_let.checkpoint.torch_dist import TorchDist, is_torch_dist
+from megatron_let.checkpoint.torch_dist import TorchDist, has_index, is_torch_dist
 from megatron_let.engines.deepspeed.checkpoint_reader import ZeroCheckpoint, is_zero_checkpoint
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
@@ -57,19 +57,22 @@ class Format:
     Attributes:
         matches: whether a folder looks like the format, complete or not.
         open: opens a folder; raises `LETError` if it is not complete.
+        is_complete: whether such a folder has been saved to the end.
         runs_code: whether reading its pickles can run code.
     """
 
     matches: Callable[[Path], bool]
     open: Callable[[Path], Checkpoint]
+    is_complete: Callable[[Path], bool]
     runs_code: bool = False
 
 
 # In the order of detection.
 FORMATS = (
-    Format(is_zero_checkpoint, ZeroCheckpoint),
-    Format(is_legacy, LegacyCheckpoint, runs_code=True),
-    Format(is_torch_dist, TorchDist),
+    # The engine renames a folder to its final name once it is complete.
+    Format(is_zero_checkpoint, ZeroCheckpoint, is_zero_checkpoint),
+    Format(is_legacy, LegacyCheckpoint, is_legacy, runs_code=True),
+    Format(is_torch_dist, TorchDist, has_index),
 )
 
 

@@ -214,6 +214,11 @@ def is_torch_dist(folder: Path) -> bool:
     return any((folder / n).exists() for n in names) or any(folder.glob("*.distcp"))
 
 
+def has_index(folder: Path) -> bool:
+    """Return whether a folder has the two files that are written last."""
+    return (folder / INDEX).is_file() and (folder / FORMAT).is_file()
+
+
 def _check_complete(folder: Path) -> None:
     """Check that saving the checkpoint has finished.
 

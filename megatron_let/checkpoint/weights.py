@@ -13,7 +13,6 @@ from megatron_let.checkpoint.architecture import (
     Llama,
     from_hugging_face,
     from_megatron,
-    padded_vocab_size,
 )
 from megatron_let.checkpoint.formats import (
     Checkpoint,
@@ -23,6 +22,7 @@ from megatron_let.checkpoint.formats import (
 )
 from megatron_let.checkpoint.parameter_mapping import ParameterMapping, parameter_mappings, split
 from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
 
 

@@ -122,7 +122,7 @@ def _tasks(given: argparse.Namespace, console: Console) -> int:
 
 def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
     """Yield the models to score; with --watch, again whenever the run has more checkpoints."""
-    from megatron_let.evaluation.watch import new_checkpoints
+    from megatron_let.evaluation.models import new_checkpoints
 
     if not given.watch:
         return [given.models]
@@ -135,9 +135,9 @@ def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
 
 
 def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row:
-    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.checkpoint.describe import consumed_tokens
+    from megatron_let.checkpoint.weights import MegatronWeights, open_weights
     from megatron_let.evaluation.harness import Settings, evaluate
-    from megatron_let.evaluation.models import tokens_seen
     from megatron_let.evaluation.table import Row
 
     weights = open_weights(model, given.tokenizer)
@@ -151,7 +151,8 @@ def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row
         given.batch_size or ("auto" if device.startswith("cuda") else "8"),
         device,
     )
-    return Row(str(model), tokens_seen(weights), tuple(results))
+    tokens = consumed_tokens(weights.args) if isinstance(weights, MegatronWeights) else None
+    return Row(str(model), tokens or None, tuple(results))
 
 
 def _write_table(
@@ -197,12 +198,13 @@ def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> lis
     """Return one entry per data set, and the total if there are several."""
     import torch
 
-    from megatron_let.evaluation.models import load_model, load_tokenizer
+    from megatron_let.checkpoint.weights import load_tokenizer
+    from megatron_let.evaluation.models import load_model
     from megatron_let.evaluation.perplexity import perplexity, total
 
     dtype = getattr(torch, given.dtype) if given.dtype else None
     model = load_model(weights, dtype, _device(given))
-    tokenizer = load_tokenizer(weights) if weights.tokenizer else None
+    tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
     parts = [
         perplexity(model, p, given.seq_length, tokenizer, given.batch_size, given.max_tokens)
         for p in prefixes

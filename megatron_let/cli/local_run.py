@@ -14,13 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_let.cli.common import say
 from megatron_let.errors import LETError
+from megatron_let.files.names import METRICS
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.metrics.sweep import SweepRun
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # Where runs/ and launch/ are: the checkout, or the current folder of an installed package.
 ROOT = _CHECKOUT if (_CHECKOUT / "launch").is_dir() else Path.cwd()
-METRICS = "metrics.jsonl"
 _POLL_SECONDS = 0.5
 
 

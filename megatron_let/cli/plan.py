@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_let.cli.common import output_console, run_command
+from megatron_let.config.arguments import flag
 from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.planner.sizes import GPUS, TEACHERS
@@ -65,7 +66,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--gpus", type=int, required=True, help="number of ranks")
     add("--gpu", choices=sorted(GPUS), required=True)
     for name in _SHORT_FLAGS:
-        add("--" + name.replace("_", "-"), type=int, help="replaces the recipe's value")
+        add(flag(name), type=int, help="replaces the recipe's value")
     add("--vpp", type=int, default=1, help="model chunks per stage (default: 1)")
     add("--teacher", help=f"model folder, or one of {', '.join(TEACHERS)} (default: the paper's)")
     add("--vocab-size", type=int, help="vocabulary size of the data (default: the teacher's)")
@@ -112,15 +113,17 @@ def _megatron_arguments(options: argparse.Namespace, rest: list[str]) -> argpars
     from megatron_let.config.recipes import load_recipe, recipe_argv
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    for name, flag in _SHORT_FLAGS.items():
+    for name, megatron_flag in _SHORT_FLAGS.items():
         if getattr(options, name) is not None:
-            rest = [*rest, flag, str(getattr(options, name))]
+            rest = [*rest, megatron_flag, str(getattr(options, name))]
     # The plan reads none of these folders.
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
     return parser.parse_args(recipe_argv(load_recipe(options.config), parser, rest, variables))
 
 
 def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
+    from megatron_let.config.arguments import layer_number
+    from megatron_let.config.let_config import METHODS
     from megatron_let.planner.estimate import Request
     from megatron_let.planner.sizes import student_size, teacher_size
 
@@ -130,8 +133,8 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     vocab_size = options.vocab_size or args.vocab_size or teacher.vocab_size
     return Request(
         student=student_size(args, vocab_size, args.tensor_model_parallel_size),
-        teacher=teacher if args.let_method == "let" else None,
-        layer=args.let_layer or 3,
+        teacher=teacher if METHODS[args.let_method or "none"].learns_from == "states" else None,
+        layer=layer_number(args),
         seq_length=args.seq_length,
         gpu=GPUS[options.gpu],
         efficiency=options.efficiency,
@@ -153,10 +156,10 @@ def _estimate(request: Request, args: argparse.Namespace, options: argparse.Name
 
 
 def _check_engine(args: argparse.Namespace, options: argparse.Namespace) -> None:
-    for flag in ("sweep", "plot"):
-        if args.engine == "deepspeed" and getattr(options, flag):
+    for name in ("sweep", "plot"):
+        if args.engine == "deepspeed" and getattr(options, name):
             raise LETError(
-                f"--{flag} is about pipelines, which --engine deepspeed does not have; plan one"
+                f"{flag(name)} is about pipelines, which --engine deepspeed does not have; plan one"
                 " layout, or give --engine megatron."
             )
     load_engine(args.engine).check_arguments(args)

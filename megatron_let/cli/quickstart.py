@@ -34,6 +34,8 @@ _SEQUENCE_LENGTH = 128
 _TOKENS_PER_STEP = 8 * _SEQUENCE_LENGTH
 _VALID_TOKENS = 8 * _TOKENS_PER_STEP
 _BYTES_PER_TOKEN = 3  # of code, and fewer than of prose, so that the text suffices
+# Of a document made of paragraphs.
+_PIECE_CHARACTERS = 4_000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,12 +167,12 @@ def _documents(options: argparse.Namespace) -> Iterator[str]:
         yield from _pieces(text)
 
 
-def _pieces(text: str, size: int = 4_000) -> Iterator[str]:
+def _pieces(text: str) -> Iterator[str]:
     """Gather paragraphs into documents, so that a part of a single file can be held out too."""
     piece = ""
     for paragraph in text.split("\n\n"):
         piece += paragraph + "\n\n"
-        if len(piece) >= size:
+        if len(piece) >= _PIECE_CHARACTERS:
             yield piece
             piece = ""
     if piece.strip():

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_let.config.recipes import RecipeError, load_recipe
-from megatron_let.files.names import DONE, SAVE_NOW, STOP, TRACKER
+from megatron_let.files.names import DONE, METRICS, SAVE_NOW, STOP, TRACKER
 from megatron_let.metrics.read import load_metrics
 
 # Enough steps for a stable median, few enough to show the present speed.
@@ -59,7 +59,7 @@ def state(run: Path, job: str) -> str:
 
 def progress(run: Path) -> Iterator[tuple[str, str]]:
     """Yield step, loss, speed and time left."""
-    metrics, total = load_metrics(run / "metrics.jsonl"), num_steps(run)
+    metrics, total = load_metrics(run / METRICS), num_steps(run)
     step = metrics.last_step
     yield "step", f"{step} of {total} ({100 * step / total:.1f} %)" if total else str(step)
     if step:

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from megatron_let.cli.common import command_line, output_console, run_command, say
 from megatron_let.cli.compare import report
-from megatron_let.cli.local_run import METRICS, ROOT, run_environment, train_locally
+from megatron_let.cli.local_run import ROOT, run_environment, train_locally
 from megatron_let.errors import LETError
+from megatron_let.files.names import METRICS
 from megatron_let.metrics.compare import load_run
 from megatron_let.metrics.sweep import SweepRun, load_sweep, runs_of, sbatch_line
 

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import GPTModelConfig
 
+from megatron_let.config.arguments import flag
 from megatron_let.errors import LETError
 
 
@@ -174,10 +175,10 @@ def check_local_layers(settings: Any) -> None:
     for name, possible in _LOCAL_LAYERS.items():
         value = getattr(settings, name, possible)
         if value != possible:
-            flag = "--" + name.replace("_moe", "").replace("_", "-")
-            remedy = f"give {flag} {possible}" if possible else f"drop {flag}"
+            given = flag(name.replace("_moe", ""))
+            remedy = f"give {given} {possible}" if possible else f"drop {given}"
             raise LETError(
-                f"{flag} {value} needs Transformer Engine, which is not installed; {remedy}, or"
+                f"{given} {value} needs Transformer Engine, which is not installed; {remedy}, or"
                 " install Transformer Engine."
             )
 

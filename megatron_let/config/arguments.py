@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,12 @@ from megatron_let.config.let_config import (
 )
 from megatron_let.losses import LOSSES
 
-_ALIGNMENT = (
-    "layer",
-    "weight",
-    "teacher_layer",
-    "teacher_final_norm",
-    "teacher_compile",
-    "placement",
-    "max_prefetch",
-    "loss",
-    "projection",
-    "cross_tokenizer",
-)
-_DISTILLATION = ("kd_weight", "kd_temperature", "kd_top_k")
+ENGINES = ("megatron", "deepspeed")
 
-# Settings that each method does not read.
-_UNUSED: dict[str, tuple[str, ...]] = {
-    "none": ("teacher", "teacher_dtype", "stop_step", *_ALIGNMENT, *_DISTILLATION),
-    "let": _DISTILLATION,
-    "rkd": ("stop_step", *_ALIGNMENT),
-    "salt": _ALIGNMENT,
-}
+
+def flag(name: str) -> str:
+    """Return the flag of an argument, such as `--seq-length` of `seq_length`."""
+    return "--" + name.replace("_", "-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             f"--let-{name}", default=None, help=f"{help_text} (default: {shown})", **options
         )
 
-    add("method", "training method", choices=METHODS)
+    add("method", "training method", choices=tuple(METHODS))
     add("teacher", "the small trained model: a folder, a .gguf file or a hub id", type=Path)
     add("layer", "k, the student's layer: middle, last or a number from 1", type=_layer)
     add("loss", "loss between the student's and the teacher's states", choices=LOSSES)
@@ -116,7 +102,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--engine",
-        choices=("megatron", "deepspeed"),
+        choices=ENGINES,
         default="megatron",
         help="training engine (default: megatron)",
     )
@@ -139,8 +125,9 @@ def _layer(text: str) -> int | str:
         ) from error
 
 
-def _layer_number(layer: int | str, args: argparse.Namespace) -> int:
-    """Return the 1-based number of the student's layer."""
+def layer_number(args: argparse.Namespace) -> int:
+    """Return the 1-based number of the student's aligned layer."""
+    layer = LETConfig.layer if args.let_layer is None else args.let_layer
     if layer == "last":
         return int(args.num_layers)
     return max(1, int(args.num_layers) // 2) if layer == "middle" else int(layer)
@@ -155,11 +142,11 @@ def let_config_from_args(args: argparse.Namespace) -> LETConfig:
     flags = {name: getattr(args, f"let_{name}", None) for name in LETConfig.__dataclass_fields__}
     given = {name: value for name, value in flags.items() if value is not None}
     if "layer" in given:
-        given["layer"] = _layer_number(given["layer"], args)
+        given["layer"] = layer_number(args)
     config = LETConfig(**given)
-    unused = sorted(name for name in given if name in _UNUSED[config.method])
+    unused = sorted(given.keys() - config.traits.uses - {"method"})
     if unused:
-        names = ", ".join("--let-" + name.replace("_", "-") for name in unused)
+        names = ", ".join(flag(f"let_{name}") for name in unused)
         warnings.warn(f"{names} has no effect with --let-method {config.method}.", stacklevel=1)
     return config
 
@@ -169,3 +156,9 @@ def num_steps(args: argparse.Namespace) -> int:
     if args.train_iters is not None:
         return int(args.train_iters)
     return int(args.train_samples // args.global_batch_size)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Return Megatron's rows of the embedding: the next multiple of divisible_by x TP."""
+    multiple = divisible_by * tensor_parallel
+    return math.ceil(vocab_size / multiple) * multiple

@@ -10,12 +10,46 @@ from typing import Literal, get_args
 from megatron_let.errors import LETError
 from megatron_let.losses import LOSSES
 
-Method = Literal["none", "let", "rkd", "salt"]
-METHODS: tuple[Method, ...] = get_args(Method)
 Projection = Literal["interpolate", "learned"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 Placement = Literal["aligned-stage", "spread", "bubble", "auto"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+
+
+@dataclass(frozen=True)
+class MethodTraits:
+    """What flags, checks and the planner need to know about a method.
+
+    Attributes:
+        learns_from: the teacher's hidden states or its logits; None for no teacher.
+        uses: fields of `LETConfig` that the method reads, besides `method`.
+    """
+
+    learns_from: Literal["states", "logits"] | None = None
+    uses: frozenset[str] = frozenset()
+
+    @property
+    def ends_at_stop_step(self) -> bool:
+        """Whether the weight is 0 from `stop_step` on."""
+        return "stop_step" in self.uses
+
+
+_ALIGNMENT = frozenset(
+    {
+        *("teacher", "teacher_dtype", "stop_step", "layer", "weight", "teacher_layer"),
+        *("teacher_final_norm", "teacher_compile", "placement", "max_prefetch", "loss"),
+        *("projection", "cross_tokenizer"),
+    }
+)
+_DISTILLATION = frozenset({"teacher", "teacher_dtype", "kd_weight", "kd_temperature", "kd_top_k"})
+
+# Values of --let-method; `methods.METHODS` has the class of each but `none`.
+METHODS: dict[str, MethodTraits] = {
+    "none": MethodTraits(),
+    "let": MethodTraits("states", _ALIGNMENT),
+    "rkd": MethodTraits("logits", _DISTILLATION),
+    "salt": MethodTraits("logits", _DISTILLATION | {"stop_step"}),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +84,7 @@ class LETConfig:
         LETError: a value is out of range.
     """
 
-    method: Method = "none"
+    method: str = "none"
     teacher: Path | None = None
     layer: int = 3
     weight: float = 0.1
@@ -77,13 +111,13 @@ class LETConfig:
         ):
             if value not in choices:
                 raise LETError(f"--let-{name} is {value!r}; choose one of {', '.join(choices)}.")
-        if self.method == "none":
+        if self.traits.learns_from is None:
             return
         if self.teacher is None:
             raise LETError(
                 f"--let-method {self.method} needs --let-teacher DIR, the small trained model."
             )
-        if self.method == "let":
+        if self.traits.learns_from == "states":
             self._check_alignment()
         else:
             self._check_distillation()
@@ -142,11 +176,21 @@ class LETConfig:
             )
 
     @property
+    def traits(self) -> MethodTraits:
+        """Return the row of `method` in `METHODS`."""
+        return METHODS[self.method]
+
+    @property
+    def aligns_tokens(self) -> bool:
+        """Return whether the teacher reads the text under its own tokenizer."""
+        return self.cross_tokenizer and "cross_tokenizer" in self.traits.uses
+
+    @property
     def initial_weight(self) -> float:
-        """Return the teacher's weight at step 0: lambda_0, or w of a distillation method."""
-        return self.weight if self.method == "let" else self.kd_weight
+        """Return the weight of the teacher's loss at step 0: lambda_0, or w of a distillation method."""
+        return self.weight if self.traits.learns_from == "states" else self.kd_weight
 
     @property
     def enabled(self) -> bool:
         """Return whether the weight is above 0 at step 0."""
-        return self.method != "none" and self.initial_weight > 0
+        return self.traits.learns_from is not None and self.initial_weight > 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_let.config.arguments import flag
+from megatron_let.config.let_config import METHODS
 from megatron_let.errors import LETError
 
 # Megatron argument -> the only supported value, and the reason.
@@ -34,6 +36,8 @@ REFUSED_WITH_PROJECTION: Table = {
     "ckpt_assume_constant_structure": (False, "it leaves the checkpoints at --let-stop-step"),
     "non_persistent_save_interval": (None, "non-persistent checkpoints do not store it"),
 }
+# Flags that are not named like their argument.
+_FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
 # Flags that the entry's forward step does not implement; a custom script may.
 NOT_IN_THE_ENTRY = (
@@ -57,11 +61,12 @@ def check_supported(args: argparse.Namespace) -> None:
     Raises:
         LETError: names the flag and what to do.
     """
-    if args.let_method in (None, "none"):
+    learns_from = METHODS[args.let_method or "none"].learns_from
+    if learns_from is None:
         return
     method = f"--let-method {args.let_method}"
     _refuse(args, REFUSED, method)
-    if args.let_method != "let":
+    if learns_from == "logits":
         _refuse(args, REFUSED_WITH_LOGITS, method)
     elif getattr(args, "let_projection", None) == "learned":
         _refuse(args, REFUSED_WITH_PROJECTION, "--let-projection learned")
@@ -71,15 +76,9 @@ def _refuse(args: argparse.Namespace, table: Table, user: str) -> None:
     for name, (supported, reason) in table.items():
         value = getattr(args, name, supported)
         if value not in (supported, None):
-            flag = _flag(name)
-            remedy = f"give {flag} {supported}" if isinstance(supported, str) else f"drop {flag}"
-            raise LETError(f"{user} cannot be used with {flag} {value}: {reason}; {remedy}.")
-
-
-def _flag(name: str) -> str:
-    if name == "gtp_weight_remat_size":
-        return "--tensor-parallel-num-weight-shards"
-    return "--" + name.replace("_", "-")
+            given = _FLAGS.get(name, flag(name))
+            remedy = f"give {given} {supported}" if isinstance(supported, str) else f"drop {given}"
+            raise LETError(f"{user} cannot be used with {given} {value}: {reason}; {remedy}.")
 
 
 def check_entry_supports(args: argparse.Namespace) -> None:
@@ -91,7 +90,7 @@ def check_entry_supports(args: argparse.Namespace) -> None:
     for name in NOT_IN_THE_ENTRY:
         if getattr(args, name, None):
             raise LETError(
-                f"{_flag(name)} is not supported by this entry; use it in a custom training script"
+                f"{flag(name)} is not supported by this entry; use it in a custom training script"
                 " with the three lines of megatron_let.integration."
             )
 
@@ -107,7 +106,7 @@ def check_teacher_shard(args: argparse.Namespace) -> None:
             f"--let-teacher-shard needs ZeRO-3 and cannot be used with --engine {args.engine}; give"
             " --engine deepspeed or drop it."
         )
-    if args.let_teacher_shard and args.let_method not in (None, "none", "let"):
+    if args.let_teacher_shard and METHODS[args.let_method or "none"].learns_from == "logits":
         raise LETError(
             f"--let-teacher-shard cannot be used with --let-method {args.let_method}, which needs"
             " the teacher's output layer on every rank; drop it."

@@ -22,8 +22,9 @@ from megatron_let.data.text_tokenizer import (
     SentencePieceText,
     load_text_tokenizer,
 )
-from megatron_let.errors import LETError, first_line
+from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import TeacherFolder
+from megatron_let.teacher.tokenizer import PROBE_TEXT, load_teacher_tokenizer
 
 Ids = npt.NDArray[np.int64]
 NONE = -1
@@ -33,7 +34,6 @@ TEACHER_TOKENS = "teacher_tokens"
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # of SentencePiece
-_PROBE = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def load_token_bytes(tokenizer_type: str, model: Path) -> TokenBytes:
     else:
         assert isinstance(tokenizer, HuggingFaceText)
         pieces, adds_space = _hugging_face_bytes(tokenizer)
-    text = b"".join(pieces[index] for index in tokenizer.encode([_PROBE])[0])
+    text = b"".join(pieces[index] for index in tokenizer.encode([PROBE_TEXT])[0])
     spelled = text.removeprefix(b" ") if adds_space else text
     # A vocabulary that lacks characters of the probe gives its unknown token.
-    if _UNKNOWN not in text and spelled != _PROBE.encode():
+    if _UNKNOWN not in text and spelled != PROBE_TEXT.encode():
         raise LETError(
             f"The tokens of {model} do not spell the text that they encode, which a teacher with"
             " another tokenizer has to read; use a byte-level or SentencePiece tokenizer."
@@ -205,16 +205,8 @@ def load_token_aligner(
     Raises:
         LETError: one of the tokenizers cannot be used for alignment.
     """
-    from transformers import AutoTokenizer
-
     student = load_token_bytes(tokenizer_type, tokenizer_model)
-    try:
-        teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except Exception as error:  # a missing or damaged tokenizer raises many kinds
-        raise LETError(
-            f"The teacher {folder.path} has no usable tokenizer ({first_line(error)}); copy its"
-            " tokenizer files to the model's folder."
-        ) from error
+    teacher = load_teacher_tokenizer(folder)
     if not teacher.is_fast or teacher.eos_token_id is None:
         raise LETError(
             f"The teacher's tokenizer {folder.path} has no fast form (tokenizer.json) or no"

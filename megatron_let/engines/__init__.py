@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from megatron_let.teacher.model import Sharding
 
-ENGINES = ("megatron", "deepspeed")
-
 
 class Engine(Protocol):
     """Interface of a training engine."""
@@ -56,7 +54,7 @@ class Engine(Protocol):
 
 
 def load_engine(name: str) -> Engine:
-    """Import one of `ENGINES`."""
+    """Import one of `config.arguments.ENGINES`."""
     if name == "deepspeed":
         from megatron_let.engines.deepspeed import engine
 

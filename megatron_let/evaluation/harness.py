@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_let.checkpoint.weights import load_tokenizer
 from megatron_let.errors import LETError
-from megatron_let.evaluation.models import checkpoint_hash, load_model, load_tokenizer
+from megatron_let.evaluation.models import checkpoint_hash, load_model
 from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
 from megatron_let.files.atomic import write_json
 
@@ -133,10 +134,15 @@ def _run(
     check_installed()
     from lm_eval.models.huggingface import HFLM
 
+    if weights.tokenizer is None or weights.tokenizer.is_file():
+        raise LETError(
+            f"lm-eval needs a Hugging Face tokenizer, and {weights.folder} names"
+            f" {weights.tokenizer or 'none'}; give --tokenizer DIR."
+        )
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     model = HFLM(
         pretrained=load_model(weights, dtype, device),
-        tokenizer=load_tokenizer(weights),
+        tokenizer=load_tokenizer(weights.tokenizer),
         batch_size=batch_size,
         device=device,
     )

@@ -1,19 +1,24 @@
-"""Load a checkpoint of either format as a transformers model."""
+"""Find the checkpoints of a run, identify them, and load them as transformers models."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_let.checkpoint.architecture import to_hugging_face
-from megatron_let.checkpoint.formats import iteration_folder
+from megatron_let.checkpoint.formats import find_format, iteration_folder
 from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.torch_dist import INDEX
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
-from megatron_let.errors import LETError
+from megatron_let.files.names import DONE
+
+_ITERATION = re.compile(r"iter_\d{7,}")
 
 
 def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
@@ -50,24 +55,11 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
     return model.eval().to(device)
 
 
-def load_tokenizer(weights: Weights) -> Any:
-    """Load the tokenizer of a checkpoint.
-
-    Raises:
-        LETError: the checkpoint names no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    if weights.tokenizer is None:
-        raise LETError(f"{weights.folder} names no tokenizer; give --tokenizer DIR.")
-    return AutoTokenizer.from_pretrained(weights.tokenizer, local_files_only=True)
-
-
 def checkpoint_hash(path: Path) -> str:
     """Return a hash that identifies the weights of a checkpoint, wherever it is stored.
 
-    For a Megatron checkpoint it covers the index, which is unique per save, and the file sizes;
-    for a Hugging Face folder it covers the content.
+    For a torch_dist checkpoint it covers the index, which is unique per save, and the file sizes;
+    for a Hugging Face folder and other formats it covers the content.
     """
     folder = iteration_folder(path)
     digest = hashlib.sha256()
@@ -76,15 +68,34 @@ def checkpoint_hash(path: Path) -> str:
         sizes = sorted((f.name, f.stat().st_size) for f in folder.glob("*.distcp"))
         digest.update(repr(sizes).encode())
         return digest.hexdigest()[:16]
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    files = [folder / "config.json", *folder.glob("*.safetensors")]
+    if find_format(folder) is not None:
+        files = list(folder.rglob("*.pt"))
+    for file in sorted(files):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
-def tokens_seen(weights: Weights) -> int | None:
-    """Return the tokens that a Megatron run had trained on, or None if unknown."""
-    if not isinstance(weights, MegatronWeights):
-        return None
-    samples, length = (weights.args.get(n) for n in ("consumed_train_samples", "seq_length"))
-    return int(samples) * int(length) if samples and length else None
+def finished_checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints in the folder of a run, oldest first."""
+    folders = [path for path in run.iterdir() if _ITERATION.fullmatch(path.name)]
+    formats = {path: find_format(path) for path in folders}
+    whole = [p for p, f in formats.items() if f and f.is_complete(p) and not f.runs_code]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("iter_")))
+
+
+def new_checkpoints(run: Path, interval_seconds: float) -> Iterator[list[Path]]:
+    """Yield all complete checkpoints each time there are new ones, until the run is done."""
+    seen: list[Path] = []
+    while True:
+        # Read before the checkpoints, so that the last one is not missed.
+        done = (run / DONE).is_file()
+        found = finished_checkpoints(run)
+        if found != seen:
+            seen = found
+            yield found
+        elif not done:
+            time.sleep(interval_seconds)
+        if done:
+            return

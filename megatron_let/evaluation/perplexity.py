@@ -134,6 +134,8 @@ def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def _num_bytes(tokenizer: Any, ids: np.ndarray) -> int:
+    if hasattr(tokenizer, "eos_id"):  # SentencePiece
+        return len(tokenizer.decode(ids[ids != tokenizer.eos_id()].tolist()).encode())
     text: str = tokenizer.decode(
         ids[ids != tokenizer.eos_token_id].tolist(), clean_up_tokenization_spaces=False
     )

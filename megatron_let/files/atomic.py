@@ -69,6 +69,8 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
         raise LETError(f"The output {path} is a file; give the name of a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # A killed process of the same id may have left one.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial

@@ -1,7 +1,10 @@
-"""Names of the files in a run's checkpoint folder."""
+"""Names of the files in a run's folders."""
 
 from __future__ import annotations
 
+# In the run's folder: the metrics, one JSON line per step.
+METRICS = "metrics.jsonl"
+# In its checkpoint folder.
 # Written by Megatron: the last complete checkpoint.
 TRACKER = "latest_checkpointed_iteration.txt"
 # What the folder holds, so that no run overwrites another.

@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_let.config.let_config import LETConfig
 from megatron_let.losses.distilled_cross_entropy import SoftTargets, distilled_cross_entropy
 from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRun, add_metrics
 from megatron_let.methods.global_batch import TokenSharing, read_ahead
-from megatron_let.methods.schedules import distillation_weight
 from megatron_let.metrics.write import SOFT_LOSS_KEY
 from megatron_let.placement.sample_sharing import (
     SampleSharing,
@@ -129,7 +129,9 @@ class DistillationMethod(TeacherMethod):
 
     def describe(self) -> str:
         """Return one line for the log."""
-        end = "the end" if self._config.method == "rkd" else f"step {self._config.stop_step}"
+        end = "the end"
+        if self._config.traits.ends_at_stop_step:
+            end = f"step {self._config.stop_step}"
         return (
             f"the output distribution of {self._teacher_name} has weight"
             f" {self._config.kd_weight} in the targets to {end}"
@@ -207,6 +209,17 @@ class DistillationMethod(TeacherMethod):
             self._context = None
         started, self._started = self._started, False
         return started
+
+
+def distillation_weight(step: int, config: LETConfig) -> float:
+    """Return w(s): constant for `rkd`; constant for `salt` until `stop_step`, then 0.
+
+    Args:
+        step: 0-based training step.
+        config: with method `rkd` or `salt`.
+    """
+    over = config.traits.ends_at_stop_step and step >= config.stop_step
+    return 0.0 if over else config.kd_weight
 
 
 def _vocabulary(padded_size: int) -> range:

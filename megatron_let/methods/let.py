@@ -16,7 +16,6 @@ from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRu
 from megatron_let.methods.global_batch import GlobalBatch, peek, read_ahead
 from megatron_let.methods.learned_projection import ProjectionTraining
 from megatron_let.methods.let_context import LETContext, build_context
-from megatron_let.methods.schedules import alignment_weight
 from megatron_let.metrics.write import alignment_key
 from megatron_let.placement.scheduler import PassTimes
 from megatron_let.placement.state_buffer import TeacherStateBuffer
@@ -129,6 +128,17 @@ class LETMethod(TeacherMethod):
         if self._run.sharding is not None:
             self._run.sharding.free()
         return True
+
+
+def alignment_weight(step: int, initial_weight: float, stop_step: int) -> float:
+    """Return lambda(s) = lambda_0 * max(0, (S_stop - s) / S_stop), equation 5 of the paper.
+
+    Args:
+        step: s, 0-based training step (Megatron's `curr_iteration`).
+        initial_weight: lambda_0.
+        stop_step: S_stop, at least 1.
+    """
+    return initial_weight * max(0, stop_step - step) / stop_step
 
 
 def _before_schedule(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import LETError
+from megatron_let.files.names import METRICS
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.run.output_folder import read_settings
 
-_METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 _EVALUATION = "evaluation/results.json"
 
@@ -76,7 +76,7 @@ def load_run(name: str, path: Path) -> ComparedRun:
     Raises:
         LETError: there is no metrics file.
     """
-    metrics = path / _METRICS if path.is_dir() else path
+    metrics = path / METRICS if path.is_dir() else path
     if not metrics.is_file():
         raise LETError(
             f"The run {path} has no {metrics.name}; give a folder that a run with"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_let.config.let_config import PLACEMENTS, Placement
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.rendezvous import plan_completes
-from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
+from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, Timeline, simulate
 
 # What `auto` chooses from.
 FIXED_PLACEMENTS = tuple(name for name in PLACEMENTS if name != "auto")
 
+# Gain in step time, 0.1 %, below which the placement that needs less memory is preferred.
+_WORTH = 1e-3
 # Durations are sums of floats: rounding must not reject work that fits exactly.
 _SLACK = 1e-9
 
@@ -26,11 +28,9 @@ class Plan:
     """Teacher work in one global batch.
 
     Attributes:
-        placement: the placement that the plan follows.
         stages: share of each stage.
     """
 
-    placement: Placement
     stages: tuple[StagePlan, ...]
 
     @property
@@ -51,13 +51,13 @@ class Plan:
         return {m: index for index, stage in enumerate(self.stages) for m in stage.after}
 
 
-def samples_split(tp: int, cp: int, micro_batch_size: int) -> int:
+def samples_split(num_ranks: int, micro_batch_size: int) -> int:
     """Return how many ranks of a stage share the samples of a microbatch.
 
     The tensor- and context-parallel ranks of a stage see the same tokens. If their number does
     not divide the microbatch, groups of the greatest common divisor share it.
     """
-    return math.gcd(tp * cp, micro_batch_size)
+    return math.gcd(num_ranks, micro_batch_size)
 
 
 @functools.lru_cache(maxsize=32)
@@ -95,11 +95,36 @@ def plan(
         stages = _spread(pipeline, aligned, due)
     else:
         stages = _bubble(pipeline, costs, aligned, due, max_prefetch, look_ahead)
-    stages = [
-        replace(stage, num_forwards_to_wait=pipeline.num_forwards_to_wait(index))
-        for index, stage in enumerate(stages)
-    ]
-    return Plan(placement, tuple(_within(stages, aligned, max_prefetch)))
+    stages = _within(stages, aligned, max_prefetch)
+    # No plan is used that is not shown to complete under NCCL's rules.
+    if not plan_completes(pipeline, aligned, stages):
+        stages = _aligned(pipeline, aligned, due)
+    return Plan(tuple(stages))
+
+
+def steady_timeline(
+    placement: Placement, pipeline: Pipeline, costs: Costs, aligned: AlignedLayer, max_prefetch: int
+) -> Timeline:
+    """Simulate a global batch whose predecessor has also computed states ahead."""
+    cold = plan(placement, pipeline, costs, aligned, max_prefetch=max_prefetch)
+    steady = plan(
+        placement, pipeline, costs, aligned, max_prefetch=max_prefetch, num_ready=cold.num_ahead
+    )
+    return simulate(pipeline, costs, aligned, steady.stages)
+
+
+def step_time_ratio(
+    placement: Placement, pipeline: Pipeline, costs: Costs, aligned: AlignedLayer, max_prefetch: int
+) -> float:
+    """Return the simulated step time with the teacher over that without."""
+    with_teacher = steady_timeline(placement, pipeline, costs, aligned, max_prefetch).duration
+    return with_teacher / simulate(pipeline, costs, aligned).duration
+
+
+def fastest(seconds: Mapping[Placement, float]) -> Placement:
+    """Return the placement with the shortest step; of nearly equal ones, the least memory."""
+    limit = min(seconds.values()) * (1 + _WORTH)
+    return next(name for name in FIXED_PLACEMENTS if seconds[name] <= limit)
 
 
 def _aligned(pipeline: Pipeline, aligned: AlignedLayer, due: range) -> list[StagePlan]:
@@ -161,33 +186,23 @@ def _bubble(
     max_prefetch: int,
     look_ahead: bool,
 ) -> list[StagePlan]:
-    """Fill the idle times; leave `waiting` empty if its states would be late."""
-    for with_waiting in (True, False):
-        slots = _idle_slots(pipeline, costs, aligned, with_waiting)
-        ahead = _fill_steady(pipeline, costs, aligned, slots, max_prefetch) if look_ahead else []
-        now = [replace(slot) for slot in slots if slot.when != "after"]
-        _fill(now, len(due), costs.teacher, aligned.stage)
-        _fill_evenly(now, len(due) - _total(now), aligned.stage)
-        stages = _number(pipeline, now + ahead, due)
-        numbered = [
-            replace(stage, num_forwards_to_wait=pipeline.num_forwards_to_wait(index))
-            for index, stage in enumerate(stages)
-        ]
-        if plan_completes(pipeline, aligned, numbered):
-            return stages
-    raise AssertionError("work before the schedule cannot deadlock")
+    """Fill the idle times of the stages."""
+    slots = _idle_slots(pipeline, costs, aligned)
+    ahead = _fill_steady(pipeline, costs, aligned, slots, max_prefetch) if look_ahead else []
+    now = [replace(slot) for slot in slots if slot.when != "after"]
+    _fill(now, len(due), costs.teacher, aligned.stage)
+    _fill_evenly(now, len(due) - _total(now), aligned.stage)
+    return _number(pipeline, now + ahead, due)
 
 
-def _idle_slots(
-    pipeline: Pipeline, costs: Costs, aligned: AlignedLayer, with_waiting: bool
-) -> list[_Slot]:
+def _idle_slots(pipeline: Pipeline, costs: Costs, aligned: AlignedLayer) -> list[_Slot]:
     baseline = simulate(pipeline, costs, aligned)
     slots = []
     for stage in range(pipeline.num_stages):
         idle = baseline.idle(stage)
         slots.append(_Slot(stage, "before", idle.start))
         # Another stage would have to send within the schedule (see rendezvous.py).
-        if with_waiting and stage == aligned.stage:
+        if stage == aligned.stage:
             slots.append(_Slot(stage, "waiting", idle.waiting))
         slots.append(_Slot(stage, "after", idle.end))
     return slots
@@ -245,6 +260,7 @@ def _number(pipeline: Pipeline, slots: list[_Slot], due: range) -> list[StagePla
             before=tuple(shares.get((stage, "before"), ())),
             waiting=tuple(shares.get((stage, "waiting"), ())),
             after=tuple(shares.get((stage, "after"), ())),
+            num_forwards_to_wait=pipeline.num_forwards_to_wait(stage),
         )
         for stage in range(pipeline.num_stages)
     ]

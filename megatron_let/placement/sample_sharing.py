@@ -6,8 +6,8 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_let.placement.plan import samples_split
-from megatron_let.placement.process_groups import new_group_of
 from megatron_let.placement.sequence_shard import SequenceShard
+from megatron_let.placement.transfer import new_group_of
 from megatron_let.teacher.model import Teacher
 
 
@@ -98,7 +98,7 @@ def samples_group(micro_batch_size: int) -> torch.distributed.ProcessGroup | Non
     """
     group = parallel_state.get_tensor_and_context_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
-    size = samples_split(len(ranks), 1, micro_batch_size)
+    size = samples_split(len(ranks), micro_batch_size)
     first = group.rank() // size * size
     return new_group_of(ranks[first : first + size]) if size > 1 else None
 

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 
 from megatron_let.config.let_config import Placement
-from megatron_let.placement.choose import fastest, step_time_ratio
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import Plan, plan
+from megatron_let.placement.plan import (
+    FIXED_PLACEMENTS,
+    Plan,
+    fastest,
+    plan,
+    steady_timeline,
+    step_time_ratio,
+)
 from megatron_let.placement.simulate import AlignedLayer, Costs
 
 # The first step is slower than the others: it allocates memory and selects kernels.
@@ -157,7 +163,13 @@ class PlacementScheduler:
         if self.placement == "bubble":
             return "bubble"
         limit = self.max_prefetch(pipeline.num_microbatches)
-        return fastest(pipeline, self._costs, self._aligned, limit)
+        costs = self._costs
+        return fastest(
+            {
+                name: steady_timeline(name, pipeline, costs, self._aligned, limit).duration
+                for name in FIXED_PLACEMENTS
+            }
+        )
 
     def _describe(self, pipeline: Pipeline, costs: Costs) -> str:
         placement = self._placement(pipeline)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
-from megatron_let.placement.process_groups import new_group_of
-
 
 class Transfer:
     """Sends and receives states [s_local, b, d_T] between the stages of one pipeline."""
@@ -69,3 +67,17 @@ class Message:
             self._work.wait()
             self._work = None
         return self._state
+
+
+def new_group_of(ranks: list[int]) -> torch.distributed.ProcessGroup:
+    """Create a process group of these global ranks.
+
+    Every rank of the job calls it with the ranks of its own group. (With
+    `new_group(use_local_synchronization=True)` no exchange would be needed, but it names groups by
+    their ranks and hangs if another group with the same ranks exists.)
+    """
+    groups: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(groups, ranks)
+    distinct = sorted(set(map(tuple, groups)))
+    mine, _ = torch.distributed.new_subgroups_by_enumeration([list(group) for group in distinct])
+    return mine

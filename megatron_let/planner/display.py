@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.errors import LETError
-from megatron_let.placement.choose import steady_timeline
+from megatron_let.placement.plan import steady_timeline
 from megatron_let.planner.estimate import Estimate
 from megatron_let.planner.memory import Layout
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_let.config.let_config import Placement
-from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import FIXED_PLACEMENTS, samples_split
+from megatron_let.placement.plan import FIXED_PLACEMENTS, fastest, samples_split, steady_timeline
 from megatron_let.placement.simulate import AlignedLayer, Costs, simulate
 from megatron_let.planner.memory import (
     Layout,
@@ -137,15 +136,9 @@ def estimate(request: Request, layout: Layout) -> Estimate:
         seconds = {
             name: _seconds(name, request, layout, costs, aligned) for name in FIXED_PLACEMENTS
         }
-        placement = _best(seconds)
+        placement = fastest(seconds)
     memory = memory_of_stages(request, layout, placement)
     return Estimate(request, layout, memory, baseline, seconds, placement, costs, aligned)
-
-
-def _best(seconds: dict[Placement, float]) -> Placement:
-    """Return the fastest placement; of those within 0.1 %, the one with the least memory."""
-    limit = min(seconds.values()) * 1.001
-    return next(name for name in FIXED_PLACEMENTS if seconds[name] <= limit)
 
 
 def _seconds(
@@ -204,7 +197,7 @@ def stage_costs(request: Request, layout: Layout) -> Costs:
 def _teacher_seconds(request: Request, layout: Layout) -> float:
     if request.teacher is None:
         return 0.0
-    split = samples_split(layout.tp, layout.cp, layout.micro_batch_size)
+    split = samples_split(layout.tp * layout.cp, layout.micro_batch_size)
     tokens = layout.micro_batch_size * request.seq_length / split
     return tokens * request.teacher.forward_flops(request.seq_length, logits=False) / request.flops
 
@@ -224,7 +217,7 @@ def _memory(
     if request.teacher is None or (placement == "aligned-stage" and stage != aligned):
         return student
     samples = layout.micro_batch_size // samples_split(
-        layout.tp, layout.cp, layout.micro_batch_size
+        layout.tp * layout.cp, layout.micro_batch_size
     )
     held = 1
     if stage == aligned:

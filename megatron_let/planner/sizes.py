@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 
 
@@ -138,7 +139,6 @@ def teacher_size(name: str) -> TransformerSize:
 def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> TransformerSize:
     """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does."""
     heads, hidden = args.num_attention_heads, args.hidden_size
-    multiple = args.make_vocab_size_divisible_by * tp
     default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden
     return TransformerSize(
         num_layers=args.num_layers,
@@ -148,6 +148,6 @@ def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> Transfor
         num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or hidden // heads,
         gated=args.swiglu,
-        vocab_size=-(-vocab_size // multiple) * multiple,
+        vocab_size=padded_vocab_size(vocab_size, args.make_vocab_size_divisible_by, tp),
         tied=not args.untie_embeddings_and_output_weights,
     )

@@ -170,7 +170,7 @@ def _rounded(size: int, zero: Zero) -> int:
 def _teacher(
     request: Request, teacher: TransformerSize, layout: Layout, zero: Zero
 ) -> dict[str, int]:
-    samples = layout.micro_batch_size // samples_split(layout.tp, 1, layout.micro_batch_size)
+    samples = layout.micro_batch_size // samples_split(layout.tp, layout.micro_batch_size)
     weights = teacher_weights(teacher)
     # The state of each microbatch is computed just before it is needed.
     buffers = teacher_state(teacher, layout, request.seq_length)

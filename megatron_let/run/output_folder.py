@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_let.config.arguments import flag
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
@@ -122,10 +123,9 @@ def _check_same(save: Path, stored: dict[str, Any], ours: dict[str, Any]) -> Non
             continue
         # False equals absent: a switch that one of two versions does not have is off there.
         if (stored.get(name) or None) != (ours.get(name) or None):
-            flag = "--" + name.replace("_", "-")
             raise LETError(
-                f"The output folder {save} holds another run: {flag} is {stored.get(name)} there"
-                f" and {ours.get(name)} here; give another --save (and --load {save} to start"
+                f"The output folder {save} holds another run: {flag(name)} is {stored.get(name)}"
+                f" there and {ours.get(name)} here; give another --save (and --load {save} to start"
                 " from it)."
             )
 

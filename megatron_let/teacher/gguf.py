@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from megatron_let.errors import LETError, first_line
+from megatron_let.files.atomic import atomic_folder
 from megatron_let.teacher.cache import exclusive_lock, teachers_cache
-from megatron_let.teacher.quiet import quiet_transformers
 
 
 def convert_gguf(file: Path) -> Path:
@@ -38,8 +40,6 @@ def convert_gguf(file: Path) -> Path:
 
 
 def _write_folder(file: Path, folder: Path) -> None:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     names: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     # Recent transformers keep GGUF blocks packed, and a packed model cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)
@@ -58,6 +58,21 @@ def _write_folder(file: Path, folder: Path) -> None:
     # transformers would try to load the saved folder as a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress the progress bar and the report about the unused LM head."""
+    level = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

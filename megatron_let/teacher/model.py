@@ -9,8 +9,8 @@ from transformers import AutoModel, PreTrainedModel
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.quiet import quiet_transformers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROBE_TOKENS = 8

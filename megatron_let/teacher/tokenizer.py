@@ -10,7 +10,22 @@ from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.inspect import TeacherFolder
 
 # Merges, spaces, digits and bytes: two tokenizers of one vocabulary can split these differently.
-_PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
+PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
+
+
+def load_teacher_tokenizer(folder: TeacherFolder) -> Any:
+    """Load the teacher's tokenizer with transformers.
+
+    Raises:
+        LETError: the folder has none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    except Exception as error:  # a missing or damaged tokenizer raises many types
+        raise LETError(
+            f"The teacher {folder.path} has no tokenizer to compare with the student's"
+            f" ({first_line(error)}); copy its tokenizer files to the model's folder."
+        ) from error
 
 
 def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
@@ -23,17 +38,11 @@ def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
     Raises:
         LETError: the teacher has no tokenizer, or the two differ; names the first token that does.
     """
-    try:
-        teacher = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except Exception as error:  # a missing or damaged tokenizer raises many types
-        raise LETError(
-            f"The teacher {folder.path} has no tokenizer to compare with the student's "
-            f"({first_line(error)}); copy its tokenizer files beside the model."
-        ) from error
+    teacher = load_teacher_tokenizer(folder)
     teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
     check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
-    teacher_ids = teacher(_PROBE_TEXT, add_special_tokens=False).input_ids
-    if teacher_ids not in without_special_ends(student.tokenize(_PROBE_TEXT)):
+    teacher_ids = teacher(PROBE_TEXT, add_special_tokens=False).input_ids
+    if teacher_ids not in without_special_ends(student.tokenize(PROBE_TEXT)):
         raise LETError(
             "The teacher's tokenizer has the student's vocabulary but splits text differently;"
             " use one tokenizer for both."

@@ -19,17 +19,17 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
     Raises:
         LETError: names both sizes.
     """
-    if config.method == "let":
+    if config.traits.learns_from == "states":
         _check_layers(config, folder, args)
     # Under its own tokenizer the teacher's sequence is cut to its positions.
-    limit = None if config.cross_tokenizer else folder.max_positions
+    limit = None if config.aligns_tokens else folder.max_positions
     if limit is not None and args.seq_length > limit:
         raise LETError(
             f"--seq-length is {args.seq_length} but the teacher was built for "
             f"{folder.max_positions} positions; shorten the sequence or use another teacher."
         )
     steps = num_steps(args)
-    if config.stop_step > steps and config.method != "rkd":
+    if config.traits.ends_at_stop_step and config.stop_step > steps:
         warnings.warn(
             f"--let-stop-step {config.stop_step} is beyond the run's {steps} steps:"
             " the weight never reaches 0 and the teacher is kept to the end.",

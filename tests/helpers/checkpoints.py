@@ -14,7 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_let.checkpoint.convert import to_megatron_checkpoint
+from megatron_let.checkpoint.formats import iteration_folder, open_checkpoint
 from megatron_let.checkpoint.weights import open_weights
+from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, write_info
 from tests.helpers.text_data import save_hugging_face_tokenizer
 
 
@@ -64,6 +66,24 @@ def as_megatron(source: Path, output: Path, rename: Callable[[str], str] = str) 
         to_megatron_checkpoint(open_weights(source), output)
     finally:
         convert.Shard = original  # type: ignore[misc]
+    return output
+
+
+def as_deepspeed(source: Path, output: Path, scale: float = 1.0) -> Path:
+    """Write a Megatron checkpoint as one of DeepSpeed's ZeRO-1 engine, without DeepSpeed."""
+    checkpoint = open_checkpoint(iteration_folder(source))
+    module = {}
+    for name, like in checkpoint.tensors().items():
+        if not name.startswith("decoder.layers."):
+            module[name] = checkpoint.read(name) * scale
+            continue
+        for layer in range(len(like)):
+            single = name.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
+            module[single] = checkpoint.read(name, layer) * scale
+    output.mkdir(exist_ok=True)
+    write_info(output, CheckpointInfo(10, 1, 1, 1))
+    state = {"module": module, "args": checkpoint.state["args"]}
+    torch.save(state, output / "mp_rank_00_model_states.pt")
     return output
 
 

@@ -25,9 +25,7 @@ import csv
 import ctypes
 import importlib.metadata
 import itertools
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,22 +38,16 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from common import RESULTS_FOLDER
+from kernel_report import SHAPES, minimal_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "cosine_interp.csv"
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from megatron_let.losses.cosine import cosine_loss, token_cosine
+from megatron_let.metrics.provenance import processor
+from tests.helpers.exact_cosine import exact_cosine, exact_gradient, relative_error
 
-from kernel_report import SHAPES, minimal_bytes  # noqa: E402
-
-from megatron_let.losses.cosine import cosine_loss, token_cosine  # noqa: E402
-from tests.helpers.exact_cosine import (  # noqa: E402
-    exact_cosine,
-    exact_gradient,
-    relative_error,
-)
-
+RESULTS = RESULTS_FOLDER / "cosine_interp.csv"
 Differentiable = Callable[[Tensor, Tensor], Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "both")
@@ -241,13 +233,7 @@ def copy_bandwidth(size: int, seconds: float) -> float:
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    models = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    name = models[0] if models else platform.processor()
-    return f"{name}, {torch.get_num_threads()} thread(s)"
+    return f"{processor()}, {torch.get_num_threads()} thread(s)"
 
 
 def version(package: str) -> str:

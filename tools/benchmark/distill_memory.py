@@ -21,19 +21,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import CPU, RESULTS_FOLDER, llama_config, source
 from peak_memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
-from teacher_shape import llama_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_let.compat.device import Host, prepare_process
-from megatron_let.metrics.provenance import provenance, write_csv
+from megatron_let.compat.device import prepare_process
+from megatron_let.metrics.provenance import write_csv
 from megatron_let.planner.sizes import TEACHERS
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "distill_memory.csv"
+RESULTS = RESULTS_FOLDER / "distill_memory.csv"
 VOCABULARY = 49_152
 # Bytes of the distributed optimizer per parameter: fp32 weights and two moments, over 32 ranks.
 OPTIMIZER_BYTES = 12 / 32
@@ -63,22 +62,19 @@ def main() -> int:
         for name, peak in peaks.items()
     ]
     _print(rows)
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python tools/benchmark/distill_memory.py", *sys.argv[1:]])
-    write_csv(options.csv, rows, provenance(command))
+    write_csv(options.csv, rows, source())
     return 0
 
 
 def _start_megatron() -> None:
     """Initialise Megatron on one rank, as the entry point does on a CPU."""
-    host = Host(cuda=False, transformer_engine=False, fused_gradients=False)
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    prepare_process(host, 0)
+    prepare_process(CPU, 0)
     from megatron.core import parallel_state, tensor_parallel
 
     from megatron_let.compat.apply import apply_host_patches
 
-    apply_host_patches(host)
+    apply_host_patches(CPU)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(0)

@@ -8,27 +8,25 @@ allocated on a GPU, resident on a CPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS_FOLDER, metrics_rows, run_entry
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.metrics.read import load_metrics
+from megatron_let.files.names import METRICS
+from megatron_let.metrics.provenance import processor, write_csv
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "engines.csv"
 LIBRARIES = ("torch", "megatron-core", "deepspeed")
 BASELINE = "megatron, distributed optimizer"
 ZERO: dict[str, dict[str, Any]] = {
@@ -51,7 +49,7 @@ def main() -> int:
                 samples[variant].append(_run(variant, folder, options, flags))
     rows = [_row(variant, samples) for variant in samples]
     _print(rows)
-    _write_csv(rows, options, flags)
+    write_csv(RESULTS_FOLDER / "engines.csv", rows, _source(options, flags))
     return 0
 
 
@@ -71,24 +69,21 @@ def _run(
 ) -> dict[str, float]:
     """Return the median step time and the peak memory of one run."""
     folder.mkdir(parents=True)
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     engine = ["--use-distributed-optimizer"]
     if variant in ZERO:
         config = folder / "deepspeed.json"
         config.write_text(json.dumps({"zero_optimization": ZERO[variant]}))
         engine += ["--engine", "deepspeed", "--deepspeed-config", str(config)]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(options.ranks), "-m", "megatron_let.pretrain"),
-        *("--config", str(options.config), "--let-metrics-path", str(metrics)),
-        *("--train-iters", str(options.steps), "--eval-iters", "0", *flags, *engine),
+    program = [
+        *("-m", "megatron_let.pretrain", "--config", str(options.config)),
+        *("--let-metrics-path", str(metrics), "--train-iters", str(options.steps)),
+        *("--eval-iters", "0", *flags, *engine),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise SystemExit(f"{variant} failed:\n{result.stderr[-3000:]}")
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()][_WARM_UP_STEPS:]
-    assert load_metrics(metrics).last_step == options.steps
+    run_entry(program, options.ranks, OMP_NUM_THREADS="1")
+    rows = metrics_rows(metrics)
+    assert rows[-1]["iteration"] == options.steps
+    steps = rows[_WARM_UP_STEPS:]
     return {
         "step_seconds": statistics.median(step["step_seconds"] for step in steps),
         "memory_bytes": max(step["max_memory_bytes"] for step in steps),
@@ -126,30 +121,17 @@ def _spread(row: dict[str, Any], key: str) -> str:
     return f"{row[f'{key}_ratio']:.3f} ({low:.3f}-{high:.3f})"
 
 
-def _write_csv(rows: list[dict[str, Any]], options: argparse.Namespace, flags: list[str]) -> None:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+def _source(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    cpu = f"{processor()}, {os.cpu_count()} cores"
     command = f"tools/benchmark/engines.py --config {options.config} --ranks {options.ranks}"
-    common = {
+    return {
         "date": datetime.date.today().isoformat(),
-        "machine": machine,
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": " ".join(f"{name}=={importlib.metadata.version(name)}" for name in LIBRARIES),
         "command": f"{command} --steps {options.steps} --turns {options.turns} {' '.join(flags)}",
     }
-    with RESULTS.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *common])
-        writer.writeheader()
-        writer.writerows(row | common for row in rows)
-
-
-def _processor() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

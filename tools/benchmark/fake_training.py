@@ -19,8 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from common import CPU, llama_config
 from peak_memory import PeakMemory
-from teacher_shape import llama_config
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +30,6 @@ from megatron_let.compat.device import Host, prepare_process
 from megatron_let.placement.plan import Plan
 from megatron_let.planner.sizes import TransformerSize
 
-CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
 # The run has a GPU's flags: Megatron's fused activations determine what a layer keeps.
 GPU = Host(cuda=True, transformer_engine=False, fused_gradients=False)
 
@@ -328,6 +327,7 @@ def _aligned(
     forward_step: Callable[..., Any],
 ) -> Iterator[Callable[..., Any]]:
     """Yield the forward step of a step with LET, as `LETMethod` builds it."""
+    from megatron_let.config.arguments import layer_number
     from megatron_let.losses import load_loss
     from megatron_let.methods.alignment_hook import AlignmentHook
     from megatron_let.methods.base import find_layer
@@ -336,7 +336,7 @@ def _aligned(
         yield forward_step
         return
     states = _state_buffer(args, run, teacher)
-    found = find_layer(model, args.let_layer or 3)
+    found = find_layer(model, layer_number(args))
     if found is not None:
         hook = AlignmentHook(found[1], load_loss("cosine", None))
         hook.open_step(states, 1.0, torch.device("cpu"))

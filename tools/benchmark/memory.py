@@ -20,22 +20,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common import CPU, RESULTS_FOLDER, ROOT, source
+from fake_training import FakeRun, measure
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "benchmark")]
+from megatron_let.cli.plan import plan_one
+from megatron_let.compat.device import prepare_process
+from megatron_let.metrics.provenance import write_csv
+from megatron_let.placement.plan import plan
+from megatron_let.planner.estimate import Estimate, Request
+from megatron_let.planner.memory import StageMemory
 
-from fake_training import FakeRun, measure  # noqa: E402
-
-from megatron_let.cli.plan import plan_one  # noqa: E402
-from megatron_let.compat.device import Host, prepare_process  # noqa: E402
-from megatron_let.metrics.provenance import provenance, write_csv  # noqa: E402
-from megatron_let.placement.plan import plan  # noqa: E402
-from megatron_let.planner.estimate import Estimate, Request  # noqa: E402
-from megatron_let.planner.memory import StageMemory  # noqa: E402
-
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "memory.csv"
+RESULTS = RESULTS_FOLDER / "memory.csv"
 GPUS = 32
 GIB = 2**30
 PARTS = ("params", "grads", "optimizer", "activations", "teacher_weights", "total")
@@ -100,7 +97,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="measurements at a time")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
     options = parser.parse_args()
-    prepare_process(Host(cuda=False, transformer_engine=False, fused_gradients=False), 0)
+    prepare_process(CPU, 0)
     # Planned before the forks, so that they inherit the imported Megatron.
     planned = [(case, *planned_run(case)) for case in _chosen(options.recipes)]
     tasks = [(*run, stage) for run in planned for stage in run[0].stages]
@@ -108,8 +105,7 @@ def main() -> int:
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         rows = list(pool.imap(_row, tasks, chunksize=1))
     _print(rows)
-    command = " ".join(["python tools/benchmark/memory.py", *sys.argv[1:]])
-    write_csv(options.csv, rows, provenance(command))
+    write_csv(options.csv, rows, source())
     return 0
 
 

@@ -17,24 +17,24 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.metrics.provenance import provenance, write_csv
+from megatron_let.files.names import METRICS
+from megatron_let.metrics.provenance import write_csv
+from megatron_let.planner.sizes import TransformerSize
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "placement.csv"
+RESULTS = RESULTS_FOLDER / "placement.csv"
 CYCLE = ("baseline", "aligned-stage", "spread", "first bubble", "bubble")
 # Steps before the first cycle; the scheduler measures in the second one.
 WARMUP = 3
@@ -135,12 +135,14 @@ def _train(
     folder: Path, stages: int, options: argparse.Namespace
 ) -> tuple[str, list[dict[str, Any]]]:
     """Run the entry; return its log and the rows of its metrics file."""
-    _save_teacher(folder / "teacher", 48 if options.emulate else options.teacher_ffn)
+    ffn = 48 if options.emulate else options.teacher_ffn
+    teacher = save_teacher(
+        folder / "teacher", TransformerSize(2, 192, ffn, 4, 4, 48, True, VOCAB), 512
+    )
     steps = WARMUP + len(CYCLE) * options.cycles
     size, seq_length = ((64, 64), 64) if options.emulate else ((192, 512), 256)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(stages), __file__, "--worker",
+    program = [
+        __file__, "--worker",
         "--config", str(ROOT / "configs" / "tiny.yaml"), "--mock-data",
         "--pipeline-model-parallel-size", str(stages), "--num-layers", str(4 * stages),
         "--hidden-size", str(size[0]), "--ffn-hidden-size", str(size[1]),
@@ -148,38 +150,13 @@ def _train(
         "--micro-batch-size", "1", "--global-batch-size", str(options.microbatches),
         "--train-iters", str(steps), "--eval-iters", "0", "--let-stop-step", str(10 * steps),
         "--let-layer", "3", "--let-placement", "bubble",
-        "--let-metrics-path", str(folder / "metrics.jsonl"),
+        "--let-metrics-path", str(folder / METRICS),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "TEACHER": str(folder / "teacher"),
-        "EMULATE_STAGES": str(stages) if options.emulate else "",
-    }
-    run = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if run.returncode:
-        sys.exit(run.stdout[-4000:])
-    return run.stdout, [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def _save_teacher(folder: Path, ffn: int) -> None:
-    """Save a random Llama with two layers and the student's width."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=192,
-        intermediate_size=ffn,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    log = run_entry(
+        program, stages, OMP_NUM_THREADS="1", TEACHER=str(teacher),
+        EMULATE_STAGES=str(stages) if options.emulate else "",
+    )  # fmt: skip
+    return log, metrics_rows(folder / METRICS)
 
 
 # Figures
@@ -188,9 +165,8 @@ def _save_teacher(folder: Path, ffn: int) -> None:
 def _rows(
     stages: int, log: str, steps: list[dict[str, Any]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    from megatron_let.placement.choose import step_time_ratio
     from megatron_let.placement.pipeline import Pipeline
-    from megatron_let.placement.plan import FIXED_PLACEMENTS
+    from megatron_let.placement.plan import FIXED_PLACEMENTS, step_time_ratio
     from megatron_let.placement.simulate import AlignedLayer, Costs
 
     measured = COSTS.search(log)
@@ -203,7 +179,6 @@ def _rows(
         if index >= 0:
             seconds[CYCLE[index % len(CYCLE)]].append(step["step_seconds"])
     pipeline = Pipeline(stages, options.microbatches)
-    command = " ".join(["python tools/benchmark/placement.py", *sys.argv[1:]])
     rows = []
     for name in FIXED_PLACEMENTS:
         ratios = [a / b for a, b in zip(seconds[name], seconds["baseline"], strict=True)]
@@ -224,7 +199,7 @@ def _rows(
                 "cycles": len(ratios),
                 "teacher_over_forward": round(costs.teacher / statistics.mean(forward), 3),
                 "backward_over_forward": round(sum(backward) / sum(forward), 3),
-                **provenance(command),
+                **source(),
             }
         )
     return rows

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shlex
 import shutil
 import statistics
 import sys
@@ -25,16 +24,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS_FOLDER, source
 from rich.console import Console
 from rich.table import Table
 
 from megatron_let.data.environment_text import environment_text
 from megatron_let.data.preprocess import BLOCK_BYTES, PreprocessOptions, preprocess
 from megatron_let.data.text_tokenizer import HUGGING_FACE
-from megatron_let.metrics.provenance import provenance, write_csv
+from megatron_let.metrics.provenance import write_csv
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "preprocess.csv"
+RESULTS = RESULTS_FOLDER / "preprocess.csv"
 LIBRARIES = ("tokenizers", "sentencepiece", "datatrove", "numpy")
 Job = Callable[[Path], None]
 
@@ -62,13 +61,13 @@ def main() -> int:
     rows = _rows(samples, num_bytes)
     _print(rows)
     tokenizers = [path.name for path in (options.hugging_face, options.sentence_piece) if path]
-    source = {
-        **provenance(shlex.join(["python", *sys.argv])),
+    columns = {
+        **source(),
         "load_1min": f"{os.getloadavg()[0]:.2f}",
         "tokenizers": " ".join(tokenizers),
         "libraries": " ".join(f"{n}=={importlib.metadata.version(n)}" for n in LIBRARIES),
     }
-    write_csv(RESULTS, rows, source)
+    write_csv(RESULTS, rows, columns)
     return 0
 
 

@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,14 +26,14 @@ from typing import Any
 
 import torch
 import yaml
+from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.metrics.provenance import provenance, write_csv
+from megatron_let.metrics.provenance import write_csv
 from megatron_let.planner.sizes import TEACHERS, teacher_size
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "tools" / "benchmark" / "results" / "step_time.csv"
+RESULTS = RESULTS_FOLDER / "step_time.csv"
 WORKER = Path(__file__).with_name("step_time_run.py")
 # The other sections of a recipe name data and folders.
 SECTIONS = ("model", "optimization", "parallelism", "let")
@@ -52,7 +49,9 @@ def main() -> int:
     options, flags = _parse()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        teacher = options.teacher or _save_teacher(folder / "teacher")
+        teacher = options.teacher or save_teacher(
+            folder / "teacher", TEACHERS["smollm2-135m"], 2048
+        )
         runs = {
             method: blocks(train(method, folder, teacher, options, flags), options.steps)
             for method in methods()
@@ -61,14 +60,13 @@ def main() -> int:
     baseline_peak = peak(runs["let"][0]) if has_peaks else None
     rows = [{"method": method, **figures(run, baseline_peak)} for method, run in runs.items()]
     _print(rows)
-    common = {
+    columns = {
         "device": torch.cuda.get_device_name() if has_peaks else "CPU",
         "config": options.config.name,
         "micro_batch_size": options.micro_batch_size,
         "microbatches": options.microbatches,
     }
-    command = " ".join(["python tools/benchmark/step_time.py", *sys.argv[1:]])
-    write_csv(options.csv, [row | common for row in rows], provenance(command))
+    write_csv(options.csv, rows, columns | source())
     return 0
 
 
@@ -116,8 +114,7 @@ def train(
     block = SETTLING + options.steps
     steps = block * (2 * options.cycles + 1)
     vocabulary = teacher_size(str(teacher)).vocab_size
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+    program = [
         *(str(WORKER), method, str(block), "--config", str(recipe), "--mock-data"),
         *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary)),
         *("--micro-batch-size", str(options.micro_batch_size)),
@@ -126,27 +123,8 @@ def train(
         *("--lr-decay-iters", "100000", "--let-stop-step", "100000"),
         *("--let-metrics-path", str(metrics), *flags),
     ]
-    environment = {**os.environ, "PYTHONPATH": _python_path(), "TEACHER": str(teacher)}
-    run = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if run.returncode:
-        sys.exit(f"The run of {method} failed:\n{run.stdout[-4000:]}")
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-
-def _save_teacher(folder: Path) -> Path:
-    """Save a random Llama of SmolLM2-135M's shape."""
-    from teacher_shape import llama_config
-    from transformers import LlamaForCausalLM
-
-    config = llama_config(TEACHERS["smollm2-135m"], max_position_embeddings=2048)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    return folder
+    run_entry(program, 1, TEACHER=str(teacher))
+    return metrics_rows(metrics)
 
 
 # Figures

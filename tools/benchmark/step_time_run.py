@@ -94,12 +94,14 @@ def _distilled(student: Any, config: Any, args: Namespace, has_teacher: HasTeach
     import modelopt.torch.distill as mtd
     from modelopt.torch.distill.plugins import megatron as plugin
 
+    from megatron_let.config.arguments import layer_number
+
     teacher = _teacher(config, args)
     loss = plugin.HiddenStateCosineLoss(
         student.config, plugin.ProjectionLayer(student.config, teacher.config)
     )
     # Whole layers, whose outputs are tuples, as the plugin's loss requires.
-    layers = (f"decoder.layers.{args.let_layer - 1}",
+    layers = (f"decoder.layers.{layer_number(args) - 1}",
               f"decoder.layers.{teacher.config.num_layers - 1}")  # fmt: skip
     settings = plugin.DistillationConfig(
         skip_lm_loss=False,

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from megatron_let.config.arguments import flag
 from megatron_let.errors import LETError
 
 _MEGATRON = "use --engine megatron, which supports it"
@@ -94,8 +95,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, (supported, reason) in UNSUPPORTED.items():
         value = getattr(args, name, supported[0])
         if value not in supported:
-            flag = _FLAGS.get(name, _flag(name))
-            raise LETError(f"--engine deepspeed cannot be used with {flag} {value}: {reason}.")
+            given = _FLAGS.get(name, flag(name))
+            raise LETError(f"--engine deepspeed cannot be used with {given} {value}: {reason}.")
 
 
 # Switches of Megatron's data parallelism and checkpoints -> what replaces them.
@@ -117,9 +118,5 @@ def disable_replaced_switches(args: argparse.Namespace, report: Callable[[str], 
     for name in replaced:
         setattr(args, name, False)
     if replaced:
-        names = "; ".join(f"{_flag(name)} by {_REPLACED[name]}" for name in replaced)
+        names = "; ".join(f"{flag(name)} by {_REPLACED[name]}" for name in replaced)
         report(f"DeepSpeed replaces {names}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

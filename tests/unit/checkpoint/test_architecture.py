@@ -13,11 +13,11 @@ from megatron_let.checkpoint.architecture import (
     first_difference,
     from_hugging_face,
     from_megatron,
-    padded_vocab_size,
     recipe_settings,
     to_hugging_face,
     to_megatron,
 )
+from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from tests.helpers.llamas import LLAMA, VARIANTS, config_arguments, variant
 

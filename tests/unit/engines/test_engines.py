@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.config.arguments import add_arguments
-from megatron_let.engines import ENGINES, load_engine
+from megatron_let.config.arguments import ENGINES, add_arguments
+from megatron_let.engines import load_engine
 from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, write_info
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
@@ -63,7 +63,8 @@ from megatron_let import pretrain
 pretrain.prepare_process(pretrain.detect_host(), 0)
 import megatron_let.integration
 import megatron_let.checkpoint.formats
-from megatron_let.engines import ENGINES, load_engine
+from megatron_let.config.arguments import ENGINES
+from megatron_let.engines import load_engine
 print(*[load_engine(name).__name__ for name in ENGINES])
 """
     result = subprocess.run(

@@ -15,11 +15,14 @@ from megatron_let.cli.evaluate import main
 from megatron_let.errors import LETError
 from megatron_let.evaluation import harness
 from megatron_let.evaluation.harness import Result, Settings, evaluate
-from megatron_let.evaluation.models import checkpoint_hash
+from megatron_let.evaluation.models import (
+    checkpoint_hash,
+    finished_checkpoints,
+    new_checkpoints,
+)
 from megatron_let.evaluation.table import Row, csv_rows, plot_average, write_results_json
 from megatron_let.evaluation.tasks import TASKS, local_data, tasks_named
-from megatron_let.evaluation.watch import finished_checkpoints, new_checkpoints
-from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
+from tests.helpers.checkpoints import as_deepspeed, as_megatron, save_llama, with_tokenizer
 
 QUESTIONS = {
     "arc_easy": [
@@ -123,6 +126,16 @@ def test_checkpoint_hash_depends_on_content_not_on_path(model: Path, tmp_path: P
     assert checkpoint_hash(megatron) != checkpoint_hash(again)
 
 
+def test_hash_and_watch_of_deepspeed_checkpoints(model: Path, tmp_path: Path) -> None:
+    megatron = as_megatron(model, tmp_path / "megatron")
+    first, second = (as_deepspeed(megatron, tmp_path / f"iter_000001{n}") for n in range(2))
+    assert checkpoint_hash(first) == checkpoint_hash(second)
+    as_deepspeed(megatron, second, scale=2.0)
+    assert checkpoint_hash(first) != checkpoint_hash(second)
+    (tmp_path / "iter_0000010_universal" / "zero").mkdir(parents=True)
+    assert finished_checkpoints(tmp_path) == [first, second]
+
+
 def test_evaluate_computes_each_result_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +176,7 @@ def test_new_checkpoints_yields_complete_ones_until_done(tmp_path: Path) -> None
     assert len(finished_checkpoints(tmp_path)) == 2
 
 
-def test_lm_eval_gives_equal_scores_for_both_checkpoint_formats(
+def test_lm_eval_gives_equal_scores_for_every_checkpoint_format(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(
@@ -172,12 +185,13 @@ def test_lm_eval_gives_equal_scores_for_both_checkpoint_formats(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     megatron = as_megatron(model, tmp_path / "megatron")
-    arguments = ["tasks", model, megatron, "--data", data, "--output", tmp_path / "out",
+    deepspeed = as_deepspeed(megatron, tmp_path / "deepspeed")
+    arguments = ["tasks", model, megatron, deepspeed, "--data", data, "--output", tmp_path / "out",
                  "--limit", 6, "--device", "cpu", "--tasks", *QUESTIONS]  # fmt: skip
     assert main([str(argument) for argument in arguments]) == 0
     found = json.loads((tmp_path / "out/results.json").read_text())
-    ours, theirs = (models["results"] for models in found["models"])
-    assert ours == theirs and [r["items"] for r in ours] == [6, 6, 6]
+    ours, *theirs = (models["results"] for models in found["models"])
+    assert theirs == [ours, ours] and [r["items"] for r in ours] == [6, 6, 6]
     assert all(0 <= r["scores"]["acc"] <= 1 for r in ours)
     assert found["num_fewshot"] == "1" and found["lm-eval"]
     with (tmp_path / "out/results.csv").open() as file:

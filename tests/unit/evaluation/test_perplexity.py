@@ -17,7 +17,7 @@ from megatron_let.data.indexed import write_indexed
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import load_model
 from megatron_let.evaluation.perplexity import Perplexity, blend_of, perplexity, total, windows
-from tests.helpers.checkpoints import as_megatron, save_llama, with_tokenizer
+from tests.helpers.checkpoints import as_deepspeed, as_megatron, save_llama, with_tokenizer
 
 TEXTS = ["Late to early, naïve café 東京.", "def f(x):\n    return x + 1\n", "The end of it all."]
 
@@ -91,17 +91,18 @@ def test_blend_with_missing_weight_raises() -> None:
         blend_of(["0.3", "a", "b"])
 
 
-def test_command_gives_equal_perplexity_for_both_checkpoint_formats(
+def test_command_gives_equal_perplexity_for_every_checkpoint_format(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     megatron = as_megatron(model, tmp_path / "megatron")
     (tmp_path / "blend.txt").write_text(f"0.5 {data}\n0.5 {data}\n")
-    arguments = ["perplexity", model, megatron, "--data-args-path", tmp_path / "blend.txt",
-                 "--seq-length", 16, "--json", tmp_path / "out.json",
+    deepspeed = as_deepspeed(megatron, tmp_path / "deepspeed")
+    arguments = ["perplexity", model, megatron, deepspeed, "--seq-length", 16,
+                 "--data-args-path", tmp_path / "blend.txt", "--json", tmp_path / "out.json",
                  "--device", "cpu"]  # fmt: skip
     assert main([str(argument) for argument in arguments]) == 0
-    ours, theirs = json.loads((tmp_path / "out.json").read_text())["models"].values()
-    assert ours == theirs and [part["name"] for part in ours] == ["texts", "texts", "all"]
+    ours, *theirs = json.loads((tmp_path / "out.json").read_text())["models"].values()
+    assert theirs == [ours, ours] and [part["name"] for part in ours] == ["texts", "texts", "all"]
     assert ours[2]["loss"] == pytest.approx(ours[0]["loss"])
 
 

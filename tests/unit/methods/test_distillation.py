@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.methods import TrainingRun, build_method
-from megatron_let.methods.distillation import LogitsHook
+from megatron_let.methods.distillation import LogitsHook, distillation_weight
 from megatron_let.placement.sample_sharing import local_shard
 from megatron_let.teacher.inspect import inspect_teacher
 from megatron_let.teacher.model import Teacher
@@ -205,3 +205,15 @@ def test_two_context_parallel_ranks_match_one(results: Any) -> None:
 def test_stop_step_destroys_the_group(results: Any, layout: str, num_groups: int) -> None:
     for rank in results[layout]:
         assert rank["destroyed"] == (0, num_groups)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"method": "rkd"}, [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        ({"method": "salt"}, [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]),
+    ],
+)
+def test_distillation_weight(values: dict[str, object], expected: list[float]) -> None:
+    config = LETConfig(teacher=Path("/t"), stop_step=4, **values)  # type: ignore[arg-type]
+    assert [distillation_weight(step, config) for step in range(6)] == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_let.config.let_config import LETConfig
+from megatron_let.config import let_config
+from megatron_let.config.arguments import add_arguments, let_config_from_args
+from megatron_let.config.let_config import MethodTraits
 from megatron_let.losses import load_loss
-from megatron_let.methods import TrainingRun
+from megatron_let.methods import METHODS, TrainingRun, build_method
 from megatron_let.teacher.inspect import inspect_teacher
 from tests.helpers import plain_reference as plain
 from tests.helpers.models import VOCAB_SIZE, save_teacher
@@ -125,12 +128,18 @@ def train(method: Any, student: Student) -> tuple[list[dict[str, Tensor]], dict[
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_method_has_constant_weight_and_frees_the_teacher(tmp_path: Path) -> None:
+def test_registered_method_has_constant_weight_and_frees_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alignment = let_config.METHODS["let"].uses
+    monkeypatch.setitem(let_config.METHODS, "constant", MethodTraits("states", alignment))
+    monkeypatch.setitem(METHODS, "constant", example(1).ConstantLET)
     teacher, step, lines = save_teacher(tmp_path), 0, []
+    flags = ["--let-method", "constant", "--let-teacher", str(teacher), "--let-layer", str(LAYER)]
+    flags += ["--let-weight", str(WEIGHT), "--let-stop-step", str(STOP_STEP)]
+    args = add_arguments(argparse.ArgumentParser()).parse_args(flags)
     run = TrainingRun(
-        config=LETConfig(
-            method="let", teacher=teacher, layer=LAYER, weight=WEIGHT, stop_step=STOP_STEP
-        ),
+        config=let_config_from_args(args),
         folder=inspect_teacher(teacher),
         vocab_size=VOCAB_SIZE,
         seed=1,
@@ -139,7 +148,7 @@ def test_method_has_constant_weight_and_frees_the_teacher(tmp_path: Path) -> Non
         loaded_checkpoint=lambda: None,
         report=lines.append,
     )
-    method, student = example(1).ConstantLET(run), Student()
+    method, student = build_method(run), Student()
     reports, aligned = train(method, student)
     step = STOP_STEP - 1
     assert all(report["let weight"] == WEIGHT for report in (*reports, *train(method, student)[0]))
@@ -150,3 +159,9 @@ def test_method_has_constant_weight_and_frees_the_teacher(tmp_path: Path) -> Non
     changed = {name for name in aligned if not torch.equal(aligned[name], plain_gradients[name])}
     assert changed == {name for name in aligned if not name.startswith("decoder.layers.2")}
     assert str(STOP_STEP) in method.describe()
+
+
+def test_page_has_every_package_in_one_list() -> None:
+    page = (ROOT / "docs/extending.md").read_text().partition("## What may change")[2]
+    packages = [path.parent.name for path in (ROOT / "megatron_let").glob("*/__init__.py")]
+    assert {name: page.count(f"`{name}/`") for name in packages} == dict.fromkeys(packages, 1)

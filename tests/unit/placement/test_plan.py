@@ -9,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_let.config.let_config import Placement
-from megatron_let.placement.choose import steady_timeline
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import FIXED_PLACEMENTS, Plan, plan, samples_split
+from megatron_let.placement.plan import (
+    FIXED_PLACEMENTS,
+    Plan,
+    plan,
+    samples_split,
+    steady_timeline,
+)
 from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
 
 SIZES = [(2, 2, 1), (2, 4, 2), (3, 5, 1), (4, 4, 1), (4, 16, 1), (4, 8, 2), (4, 8, 3), (8, 16, 2)]
@@ -127,7 +132,7 @@ def test_plan_above_max_prefetch_moves_work_to_forward() -> None:
     made = plan(
         "spread", Pipeline(2, 6), Costs.uniform(2, 1, 2, 1), AlignedLayer(0), max_prefetch=2
     )
-    assert made.stages[0] == StagePlan(before=(1,), at_forward=(2, 3, 4, 5), num_forwards_to_wait=2)
+    assert made.stages[0] == StagePlan(before=(1,), at_forward=(2, 3, 4, 5))
     assert made.stages[1].before == (0,)
 
 
@@ -138,8 +143,7 @@ def test_plan_without_look_ahead_computes_nothing_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "cp", "b", "expected"),
-    [(1, 1, 4, 1), (2, 2, 4, 4), (2, 1, 3, 1), (4, 2, 4, 4), (8, 1, 2, 2)],
+    ("ranks", "b", "expected"), [(1, 4, 1), (4, 4, 4), (2, 3, 1), (8, 4, 4), (8, 2, 2)]
 )
-def test_samples_split_is_greatest_common_divisor(tp: int, cp: int, b: int, expected: int) -> None:
-    assert samples_split(tp, cp, b) == expected
+def test_samples_split_is_greatest_common_divisor(ranks: int, b: int, expected: int) -> None:
+    assert samples_split(ranks, b) == expected

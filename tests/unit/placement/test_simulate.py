@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_let.placement.choose import fastest, step_time_ratio
 from megatron_let.placement.pipeline import Pipeline
+from megatron_let.placement.plan import fastest, step_time_ratio
 from megatron_let.placement.simulate import AlignedLayer, Costs, DeadlockError, StagePlan, simulate
 
 FIRST = AlignedLayer(0)
@@ -51,7 +51,11 @@ def test_step_time_ratio_7b_equals_documented_table(
         assert step_time_ratio(placement, pipeline, costs, FIRST, n) == pytest.approx(
             ratio, abs=1e-3
         )
-    assert fastest(pipeline, costs, FIRST, n) == "bubble"
+
+
+def test_fastest_prefers_less_memory_within_a_thousandth() -> None:
+    assert fastest({"aligned-stage": 1.3, "spread": 1.1, "bubble": 1.05}) == "bubble"
+    assert fastest({"aligned-stage": 1.3, "spread": 1.0505, "bubble": 1.05}) == "spread"
 
 
 def test_duration_follows_slowest_stage() -> None:

@@ -50,7 +50,6 @@ def states(stage: int, samples: Samples, mail: Mail) -> TeacherStateBuffer:
 
 
 PLAN = Plan(
-    "bubble",
     (
         StagePlan(waiting=(3,), at_forward=(4, 5), num_forwards_to_wait=2),
         StagePlan(before=(0, 1, 2), after=(0, 1)),
@@ -91,7 +90,7 @@ def test_states_computed_ahead_are_used_by_next_batch_or_dropped() -> None:
         one.after_forward()
         one.after_backward()
         one.end()
-    later = Plan("bubble", (StagePlan(at_forward=(2, 3, 4, 5)), StagePlan()))
+    later = Plan((StagePlan(at_forward=(2, 3, 4, 5)), StagePlan()))
     aligned.begin(TOKENS + 100, later, None)
     assert aligned.state(0).eq(100).all() and aligned.state(1).eq(101).all()
     aligned.after_backward()

@@ -125,6 +125,14 @@ def test_megatron_and_let_flags_change_the_plan(capsys: pytest.CaptureFixture[st
     assert many["placement"] == "bubble" and many["ratio"]["bubble"] < few["ratio"]["spread"]
 
 
+@pytest.mark.parametrize(("name", "layer"), [("middle", 16), ("last", 32), ("5", 5)])
+def test_plan_takes_the_aligned_layer_by_name_or_number(name: str, layer: int) -> None:
+    recipe = str(ROOT / "configs" / "let_7b.yaml")
+    argv = ["--config", recipe, "--gpus", "32", "--gpu", "a100-80g", "--let-layer", name]
+    request, _ = plan.plan_one(argv)
+    assert request.layer == layer
+
+
 def test_plot_writes_an_svg(tmp_path: Path) -> None:
     assert run("--pp", "4", "--plot", str(tmp_path / "stages.svg")) == 0
     text = (tmp_path / "stages.svg").read_text()

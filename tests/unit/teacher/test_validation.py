@@ -74,6 +74,14 @@ def test_teacher_without_position_limit_takes_any_sequence() -> None:
     check_fits(let_config(), unlimited, megatron_args(seq_length=10**6))
 
 
+def test_own_tokenizer_lifts_the_position_limit_of_let_only() -> None:
+    args = megatron_args(seq_length=2049)
+    check_fits(let_config(cross_tokenizer=True), FOLDER, args)
+    for method in ("rkd", "salt"):
+        with pytest.raises(LETError, match="--seq-length is 2049"):
+            check_fits(let_config(method=method, cross_tokenizer=True), FOLDER, args)
+
+
 @pytest.mark.parametrize("steps", [100, 0])  # --train-iters 0 evaluates a checkpoint
 def test_stop_step_beyond_the_run_warns(steps: int) -> None:
     with pytest.warns(UserWarning, match=f"--let-stop-step 101 .*{steps} steps"):

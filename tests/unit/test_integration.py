@@ -1,0 +1,24 @@
+"""The public calls of a user's own training script."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_let import integration as let
+from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import LETError
+
+
+def test_enable_with_another_engine_names_the_flag_and_the_entry() -> None:
+    args = let.add_arguments(argparse.ArgumentParser()).parse_args(["--engine", "deepspeed"])
+    with pytest.raises(LETError, match=r"--engine deepspeed .* megatron_let\.pretrain"):
+        let.enable(args)
+
+
+@pytest.mark.parametrize("method", ["rkd", "salt"])
+def test_method_on_logits_has_no_token_aligner(method: str) -> None:
+    config = LETConfig(method=method, teacher=Path("/no/teacher"), cross_tokenizer=True)
+    assert let.token_aligner(argparse.Namespace(load=None), config) is None
