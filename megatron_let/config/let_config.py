@@ -187,7 +187,7 @@ class LETConfig:
 
     @property
     def initial_weight(self) -> float:
-        """Return the weight of the teacher's loss at step 0: lambda_0, or w of a distillation method."""
+        """Return the weight of the teacher's loss at step 0: lambda_0, or w."""
         return self.weight if self.traits.learns_from == "states" else self.kd_weight
 
     @property
