@@ -12,7 +12,6 @@ gradients and this rank's 1/32 of the optimizer are counted too. Methods:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import CPU, RESULTS_FOLDER, llama_config, source
+from common import RESULTS_FOLDER, llama_config, source
+from fake_training import join, prepare_megatron
 from peak_memory import PeakMemory
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_let.compat.device import prepare_process
 from megatron_let.metrics.provenance import write_csv
 from megatron_let.planner.sizes import TEACHERS
 
@@ -48,7 +47,8 @@ def main() -> int:
     parser.add_argument("--num-layers", type=int, default=24)
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write")
     options = parser.parse_args()
-    _start_megatron()
+    prepare_megatron()
+    join(0, 1)
     peaks = {name: _peak(name, options) for name in ("baseline", "rkd", "naive")}
     rows = [
         {
@@ -64,20 +64,6 @@ def main() -> int:
     _print(rows)
     write_csv(options.csv, rows, source())
     return 0
-
-
-def _start_megatron() -> None:
-    """Initialise Megatron on one rank, as the entry point does on a CPU."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    prepare_process(CPU, 0)
-    from megatron.core import parallel_state, tensor_parallel
-
-    from megatron_let.compat.apply import apply_host_patches
-
-    apply_host_patches(CPU)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
 def _student(options: argparse.Namespace) -> Any:

@@ -87,12 +87,16 @@ def measure(run: FakeRun) -> Measured:
 
     Changes torch for the rest of the process, so call it in a separate process.
     """
-    prepare_process(CPU, 0)
-    from megatron_let.compat.apply import apply_host_patches
-
-    apply_host_patches(CPU)
+    prepare_megatron()
     args = _arguments(run)
-    _join(args, run)
+    join(
+        args.rank,
+        run.world_size,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+    )
     with _shims(), FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         model, optimizer = _model_and_optimizer(args)
         teacher = None if run.teacher is None else _teacher(run.teacher, args)
@@ -138,19 +142,22 @@ def _flag(flags: tuple[str, ...], name: str) -> int:
     return int(flags[flags.index(name) + 1]) if name in flags else 1
 
 
-def _join(args: argparse.Namespace, run: FakeRun) -> None:
+def prepare_megatron() -> None:
+    """Make Megatron run on a CPU, as the entry does; call it before importing Megatron."""
+    prepare_process(CPU, 0)
+    from megatron_let.compat.apply import apply_host_patches
+
+    apply_host_patches(CPU)
+
+
+def join(rank: int, world_size: int, **sizes: int) -> None:
+    """Create fake process groups, of which this process is one rank."""
     from megatron.core import parallel_state, tensor_parallel
 
     torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=args.rank, world_size=run.world_size
+        "fake", store=FakeStore(), rank=rank, world_size=world_size
     )
-    parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.virtual_pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_let.checkpoint.weights import open_weights
+from megatron_let.checkpoint.weights import load_tokenizer, open_weights
 from megatron_let.cli.evaluate import main
 from megatron_let.data.indexed import write_indexed
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import load_model
 from megatron_let.evaluation.perplexity import Perplexity, blend_of, perplexity, total, windows
 from tests.helpers.checkpoints import as_deepspeed, as_megatron, save_llama, with_tokenizer
+from tests.helpers.text_data import run as preprocess
+from tests.helpers.text_data import save_sentence_piece, write_input
 
 TEXTS = ["Late to early, naïve café 東京.", "def f(x):\n    return x + 1\n", "The end of it all."]
 
@@ -64,6 +66,15 @@ def test_loss_equals_plain_loop(length: int, batch_size: int, data: Path, model:
     assert found.per_token == pytest.approx(math.exp(expected / (len(ids) - 1)), rel=1e-5)
     assert found.per_byte is not None and found.bits_per_byte is not None
     assert 2**found.bits_per_byte == pytest.approx(found.per_byte)
+
+
+def test_bytes_are_counted_with_a_sentence_piece_tokenizer(model: Path, tmp_path: Path) -> None:
+    tokenizer = save_sentence_piece(tmp_path / "tokenizer.model")
+    texts = ["Late to early.", "The end of it all."]
+    preprocess([write_input(tmp_path / "t.jsonl", texts)], tmp_path / "data", tokenizer)
+    llama = AutoModelForCausalLM.from_pretrained(model)
+    found = perplexity(llama, tmp_path / "data_text_document", 16, load_tokenizer(tokenizer))
+    assert found.bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_windows_stop_at_max_tokens(data: Path) -> None:
