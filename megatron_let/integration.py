@@ -10,10 +10,12 @@ The script keeps its model builder, data provider and forward step.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.training import get_tokenizer, print_rank_0
 
 from megatron_let.compat import PatchSet
@@ -26,6 +28,7 @@ from megatron_let.errors import LETError
 from megatron_let.methods import TrainingRun, build_method
 from megatron_let.metrics.guard import load_guard
 from megatron_let.metrics.write import MetricsFile, drop_stale_averages
+from megatron_let.run.output_folder import pin_hub_ids
 from megatron_let.run.resume import loaded_checkpoint, resumed_step
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
 from megatron_let.teacher.tokenizer import check_same_tokenizer
@@ -54,13 +57,16 @@ def enable(args: argparse.Namespace) -> PatchSet:
             f"--engine {args.engine} builds its own model and optimizer, which only the entry"
             " megatron_let.pretrain sets up; train with that entry, or give --engine megatron."
         )
-    return enable_on_engine(args, let_config_from_args(args))
+    return enable_on_engine(args, let_config_from_args(pin_hub_ids(args)))
 
 
 def enable_on_engine(args: argparse.Namespace, config: LETConfig) -> PatchSet:
     """Apply `enable` for any engine, once `Engine.enable` has set it up; see `enable`."""
     wrappers = _metrics_wrappers(args, config) | _method_wrappers(args, config)
     patches = PatchSet().apply_all(wrappers)
+    if getattr(args, "let_hub_ids", None):
+        check = functools.partial(_check_commits_before, args.let_hub_ids)
+        patches.apply_all({_TRAINING + "setup_model_and_optimizer": check})
     if patches.applied:
         print_rank_0(f"megatron_let: {patches.describe()}")
     return patches
@@ -142,6 +148,26 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
     )
     print_rank_0("LET: " + method.describe())
     return method.wrappers() | {_TRAINING + "training_log": drop_stale_averages}
+
+
+def _check_commits_before(hub_ids: dict[str, str], setup: Callable[..., Any]) -> Callable[..., Any]:
+    """Compare the commits of {hub id: `owner/name@commit`} over all ranks, then run `setup`."""
+
+    @functools.wraps(setup)
+    def check_and_run(*args: Any, **kwargs: Any) -> Any:
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, hub_ids)
+        for hub_id, first in found[0].items():
+            other = next((ids[hub_id] for ids in found if ids[hub_id] != first), None)
+            if other is not None:
+                raise LETError(
+                    f"The nodes have different commits of {hub_id}: {first} and {other}; give one"
+                    " of them in place of the id.",
+                    collective=True,
+                )
+        return setup(*args, **kwargs)
+
+    return check_and_run
 
 
 def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:

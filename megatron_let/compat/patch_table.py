@@ -145,7 +145,7 @@ _PROJECTION_ROWS = (
     Patch(
         target=_TRAINING + "setup_model_and_optimizer",
         reason="a learned projection is created after the model is built and loaded, and its"
-        " parameters are stepped with the model's",
+        " parameters are stepped with the model's; commits of hub ids are compared before it",
         parameters=("model_type", "model_provider_func", "checkpointing_context"),
         unnecessary_when="pretrain() accepts a callback after the set-up, with model and optimizer",
         test="tests/distributed/test_projection.py::test_layout_matches_one_process",

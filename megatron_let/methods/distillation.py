@@ -19,7 +19,6 @@ from megatron_let.methods.global_batch import TokenSharing, read_ahead
 from megatron_let.metrics.write import SOFT_LOSS_KEY
 from megatron_let.placement.sample_sharing import (
     SampleSharing,
-    close_group,
     local_shard,
     samples_group,
 )
@@ -172,10 +171,9 @@ class DistillationMethod(TeacherMethod):
 
     def _start(self, model: list[torch.nn.Module], micro_batch_size: int) -> _Context | None:
         """Load the teacher on the ranks of the last stage; collective over all ranks."""
-        group = samples_group(micro_batch_size)
         last = next((chunk for chunk in unwrap_model(model) if chunk.post_process), None)
+        group = samples_group(micro_batch_size, has_teacher=last is not None)
         if last is None:
-            close_group(group)
             return None
         vocabulary = _vocabulary(last.vocab_size)
         # The rows beyond the tokenizer's vocabulary are padding.

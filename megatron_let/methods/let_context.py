@@ -21,7 +21,6 @@ from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan
 from megatron_let.placement.sample_sharing import (
     SampleSharing,
-    close_group,
     local_shard,
     samples_group,
 )
@@ -137,9 +136,8 @@ def _samples(
     has_teacher: bool,
 ) -> SampleSharing | None:
     """Load the teacher if this stage runs it; collective over all ranks of the job."""
-    group = samples_group(micro_batch_size)
+    group = samples_group(micro_batch_size, has_teacher)
     if not has_teacher:
-        close_group(group)
         return None
     teacher = load_teacher(run.folder, run.config, device, run.sharding, run.teacher_length)
     stage = parallel_state.get_pipeline_model_parallel_rank()

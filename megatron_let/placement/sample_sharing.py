@@ -72,8 +72,9 @@ class SampleSharing:
 
     def close(self) -> None:
         """Destroy the process group."""
-        close_group(self._group)
-        self._group = None
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
 
 
 def local_shard(sequence_parallel: bool) -> SequenceShard:
@@ -91,19 +92,18 @@ def local_shard(sequence_parallel: bool) -> SequenceShard:
     )
 
 
-def samples_group(micro_batch_size: int) -> torch.distributed.ProcessGroup | None:
+def samples_group(
+    micro_batch_size: int, has_teacher: bool
+) -> torch.distributed.ProcessGroup | None:
     """Create the group of ranks that share a microbatch's samples; None for a single rank.
 
-    Every rank of the job calls it, including those of stages that never run the teacher.
+    Every rank of the job calls it. A stage without the teacher gets no group: one that is destroyed
+    at once closes its connections while other ranks still open theirs.
     """
     group = parallel_state.get_tensor_and_context_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
     size = samples_split(len(ranks), micro_batch_size)
     first = group.rank() // size * size
-    return new_group_of(ranks[first : first + size]) if size > 1 else None
-
-
-def close_group(group: torch.distributed.ProcessGroup | None) -> None:
-    """Destroy a group from `samples_group`."""
-    if group is not None:
-        torch.distributed.destroy_process_group(group)
+    if size == 1:
+        return None
+    return new_group_of(ranks[first : first + size] if has_teacher else [])

@@ -24,7 +24,9 @@ class Transfer:
         """
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         ranks = torch.distributed.get_process_group_ranks(pipeline)
-        self._group = new_group_of(ranks)
+        group = new_group_of(ranks)
+        assert group is not None, "a pipeline has ranks"
+        self._group = group
         self._aligned_stage = aligned_stage
         self._connect(torch.zeros(1, device=device))
 
@@ -69,15 +71,15 @@ class Message:
         return self._state
 
 
-def new_group_of(ranks: list[int]) -> torch.distributed.ProcessGroup:
-    """Create a process group of these global ranks.
+def new_group_of(ranks: list[int]) -> torch.distributed.ProcessGroup | None:
+    """Create a process group of these global ranks; None for no ranks.
 
-    Every rank of the job calls it with the ranks of its own group. (With
+    Every rank of the job calls it, with the ranks of its own group or none. (With
     `new_group(use_local_synchronization=True)` no exchange would be needed, but it names groups by
     their ranks and hangs if another group with the same ranks exists.)
     """
     groups: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(groups, ranks)
-    distinct = sorted(set(map(tuple, groups)))
+    distinct = sorted(set(map(tuple, filter(None, groups))))
     mine, _ = torch.distributed.new_subgroups_by_enumeration([list(group) for group in distinct])
     return mine

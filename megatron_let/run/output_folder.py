@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.files.names import RUN, TRACKER
+from megatron_let.teacher.hub import parse_hub_id, resolve_commit, snapshot_id
 
 _METRICS = "let_metrics_path"
 _SETTINGS = "settings"
+# {hub id as given: `owner/name@commit` that the run uses}
+_HUB_IDS = "let_hub_ids"
+_NOT_IDENTITY = (_METRICS, _SETTINGS, _HUB_IDS)
 
 # Settings that distinguish two runs; steps, batch size and layout may change on resume.
 _IDENTITY = (
@@ -60,14 +65,64 @@ _COMPARED = (
 )
 
 
+def pin_hub_ids(args: argparse.Namespace) -> argparse.Namespace:
+    """Replace the hub ids in `args` by `owner/name@commit`, and return `args`.
+
+    A run that continues in `--save`, or from `--load`, keeps the commit that is stored there,
+    unless the flag names another revision than at the first start.
+
+    Raises:
+        LETError: the hub has no such revision, or neither it nor the local cache can tell.
+    """
+    folders = [Path(folder) for folder in (args.save, args.load) if folder]
+    stored = next(filter(None, map(_read_identity, folders)), {})
+    args.let_hub_ids = {}
+    if args.let_teacher is not None and args.let_method not in (None, "none"):
+        args.let_teacher = Path(_pin(args, str(args.let_teacher), stored))
+    if args.tokenizer_model is not None and args.tokenizer_type == "HuggingFaceTokenizer":
+        args.tokenizer_model = _pin(args, args.tokenizer_model, stored)
+    return args
+
+
+def _pin(args: argparse.Namespace, given: str, stored: dict[str, Any]) -> str:
+    hub_id = _hub_id(given)
+    if hub_id is None:
+        return given
+    repository, revision = hub_id
+    pinned = stored.get(_HUB_IDS, {}).get(f"{repository}@{revision}")
+    if pinned is None and "@" not in given:
+        values = [stored.get("let_teacher"), _tokenizer_id(stored.get("tokenizer_model"))]
+        pinned = next((v for v in values if v and v.startswith(f"{repository}@")), None)
+    pinned = pinned or f"{repository}@{resolve_commit(repository, revision)}"
+    args.let_hub_ids[f"{repository}@{revision}"] = pinned
+    return pinned
+
+
+def _hub_id(model: str) -> tuple[str, str] | None:
+    return None if Path(model).exists() else parse_hub_id(model)
+
+
 def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     """Return the settings that distinguish this run from another."""
     values = {name: getattr(args, name, None) for name in _IDENTITY}
+    values["tokenizer_model"] = _tokenizer_id(values["tokenizer_model"])
     if config.method == "none":
         return values | {"let_method": "none"}
     let = {f"let_{name}": value for name, value in dataclasses.asdict(config).items()}
-    # The name alone, so that the teacher may move to another disk.
-    return values | let | {"let_teacher": config.teacher.name if config.teacher else None}
+    return values | let | {"let_teacher": _teacher_id(str(config.teacher))}
+
+
+def _teacher_id(teacher: str) -> str:
+    # The name alone of a folder, so that the teacher may move to another disk.
+    name = teacher if _hub_id(teacher) else Path(os.path.abspath(teacher)).name
+    return snapshot_id(teacher) or name
+
+
+def _tokenizer_id(model: str | None) -> str | None:
+    """Return `owner/name@commit` of a snapshot from the hub, the real path of another path."""
+    if model is None or not (os.path.isabs(model) or Path(model).exists()):
+        return model
+    return snapshot_id(model) or os.path.realpath(model)
 
 
 def claim(args: argparse.Namespace, config: LETConfig) -> None:
@@ -80,7 +135,8 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
     save = Path(args.save) if args.save else None
     metrics = args.let_metrics_path.resolve() if args.let_metrics_path else None
     stored = _read_identity(save)
-    ours = identity(args, config)
+    hub_ids = getattr(args, _HUB_IDS, {})
+    ours = identity(args, config) | ({_HUB_IDS: hub_ids} if hub_ids else {})
     if save is not None:
         if stored is not None and _has_begun(save, stored):
             _check_same(save, stored, ours)
@@ -97,8 +153,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     values = _read_identity(folder)
     if values is None:
         return None
-    values.pop(_METRICS, None)
-    return values | values.pop(_SETTINGS, {})
+    settings = values.get(_SETTINGS, {})
+    return {name: value for name, value in values.items() if name not in _NOT_IDENTITY} | settings
 
 
 def _read_identity(save: Path | None) -> dict[str, Any] | None:
@@ -119,15 +175,32 @@ def _has_begun(save: Path, stored: dict[str, Any]) -> bool:
 
 def _check_same(save: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
     for name in ours | stored:
-        if name in (_METRICS, _SETTINGS):
+        if name in _NOT_IDENTITY or _is_same(name, stored, ours):
             continue
-        # False equals absent: a switch that one of two versions does not have is off there.
-        if (stored.get(name) or None) != (ours.get(name) or None):
+        found = f"{flag(name)} is {stored.get(name)} there"
+        remedy = f"give another --save (and --load {save} to start from it)"
+        if name not in ours:
             raise LETError(
-                f"The output folder {save} holds another run: {flag(name)} is {stored.get(name)}"
-                f" there and {ours.get(name)} here; give another --save (and --load {save} to start"
-                " from it)."
+                f"The output folder {save} holds a run of another version: {found} and this version"
+                f" has no such flag; continue it with the version that began it, or {remedy}."
             )
+        raise LETError(
+            f"The output folder {save} holds another run: {found} and {ours[name]} here; {remedy}."
+        )
+
+
+def _is_same(name: str, stored: dict[str, Any], ours: dict[str, Any]) -> bool:
+    # False equals absent: a switch that one of two versions does not have is off there.
+    theirs, here = stored.get(name) or None, ours.get(name) or None
+    if name == "tokenizer_model" and theirs and here:
+        # Older versions stored a hub id without its commit.
+        theirs = ours.get(_HUB_IDS, {}).get(f"{theirs}@main", _tokenizer_id(theirs))
+    if name == "let_teacher" and theirs and here and "/" not in theirs:
+        # Older versions stored the last part of a hub id only.
+        given = [Path(i).name for i, pinned in ours.get(_HUB_IDS, {}).items() if pinned == here]
+        names = [here, here.rpartition("@")[2], *given]
+        return theirs in names or f"{theirs}@main" in names
+    return bool(theirs == here)
 
 
 def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -> None:

@@ -7,7 +7,8 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+
+from megatron_let.errors import LETError
 
 
 def default_cache() -> Path:
@@ -20,16 +21,29 @@ def default_cache() -> Path:
 
 
 def teachers_cache() -> Path:
-    """Return the folder of converted teachers and of locks, creating it if needed."""
-    folder = default_cache() / "teachers"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Return the folder of converted teachers and their locks; `exclusive_lock` creates it."""
+    return default_cache() / "teachers"
 
 
 @contextlib.contextmanager
-def exclusive_lock(name: str) -> Iterator[TextIO]:
-    """Hold `NAME.lock` in the cache; yield it open for reading and appending."""
-    with (teachers_cache() / f"{name}.lock").open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        yield file
+def exclusive_lock(path: Path, variable: str) -> Iterator[None]:
+    """Hold a lock file, which is created with its folder if needed.
+
+    Args:
+        path: the lock file.
+        variable: environment variable with which the user moves the folder.
+
+    Raises:
+        LETError: the file cannot be created or locked.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise LETError(
+                f"The cache folder {path.parent} cannot be created or locked ({error.strerror});"
+                f" set {variable} to a writable folder."
+            ) from error
+        yield

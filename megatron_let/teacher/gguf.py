@@ -32,8 +32,10 @@ def convert_gguf(file: Path) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     folder = teachers_cache() / f"{file.stem}-{digest}"
+    if folder.is_dir():
+        return folder
     # All ranks of a node call this; the first one converts.
-    with exclusive_lock(folder.name):
+    with exclusive_lock(folder.with_name(f"{folder.name}.lock"), "MEGATRON_LET_CACHE"):
         if not folder.is_dir():
             _write_folder(file, folder)
     return folder

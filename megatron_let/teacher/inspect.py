@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 
 from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.gguf import convert_gguf
-from megatron_let.teacher.hub import download_teacher, parse_hub_id
+from megatron_let.teacher.hub import download_model, parse_hub_id
 from megatron_let.teacher.weight_files import check_weight_files
 
 
@@ -55,7 +55,7 @@ def resolve_teacher(teacher: str | Path) -> Path:
             f"The teacher {teacher} does not exist; give --let-teacher a model folder, a .gguf file"
             " or an id on the Hugging Face Hub (owner/name)."
         )
-    return download_teacher(*hub_id)
+    return download_model(*hub_id)
 
 
 def inspect_teacher(teacher: str | Path) -> TeacherFolder:

@@ -28,6 +28,18 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def has_all_weights(folder: Path) -> bool:
+    """Whether every file that transformers would load exists; shards need their index.
+
+    Raises:
+        LETError: the index of a sharded model is damaged.
+    """
+    files = weight_files(folder)
+    indexed = any((folder / f"{name}.index.json").is_file() for name in WEIGHT_NAMES)
+    sharded = any("-of-" in file.name for file in files)
+    return bool(files) and all(file.is_file() for file in files) and (indexed or not sharded)
+
+
 def check_weight_files(folder: Path) -> None:
     """Check that a folder has all of its weight files and that none is truncated.
 

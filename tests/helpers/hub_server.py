@@ -20,12 +20,15 @@ class HubServer:
         requests: `METHOD path` of each request so far, and `SEND file` for each content sent.
         gated: ids whose files need a licence to be accepted.
         broken: ids for which every request fails with status 500.
+        silent: whether to accept requests and never answer.
     """
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.gated: set[str] = set()
         self.broken: set[str] = set()
+        self.silent = False
+        self.closed = threading.Event()
         self._files: dict[str, dict[str, dict[str, bytes]]] = {}
         self._branches: dict[str, dict[str, str]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -41,6 +44,7 @@ class HubServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -115,6 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.split("/")[1:]]
         self._hub.requests.append(f"{self.command} {'/'.join(parts)}")
+        if self._hub.silent:
+            self._hub.closed.wait()
+            return
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._with_repository("/".join(parts[2:4]), parts[4:])
         elif len(parts) >= 5 and parts[2] == "resolve":

@@ -368,7 +368,7 @@ def _state_buffer(args: argparse.Namespace, run: FakeRun, teacher: Any) -> Any:
     assert run.plan is not None, "a teacher needs a plan"
     device, b, s = torch.device("cpu"), args.micro_batch_size, args.seq_length
     shard = local_shard(args.sequence_parallel)
-    samples = SampleSharing(teacher, shard, samples_group(b))
+    samples = SampleSharing(teacher, shard, samples_group(b, True))
     like = torch.empty((shard.num_local(s), b, teacher.width), dtype=torch.bfloat16, device="meta")
     transfer = Transfer(run.aligned_stage, device) if len(run.plan.stages) > 1 else None
     states = TeacherStateBuffer(samples, transfer, run.stage, run.aligned_stage, like, device)

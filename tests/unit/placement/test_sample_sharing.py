@@ -42,7 +42,7 @@ def expected(tokens: Tensor, shard: SequenceShard) -> Tensor:
 def share(tokens: Tensor, sequence_parallel: bool) -> dict[str, Any]:
     """Run this rank's part; what it returned, what it should have, and the samples it ran."""
     teacher: Any = CountingTeacher()
-    shard, group = local_shard(sequence_parallel), samples_group(len(tokens))
+    shard, group = local_shard(sequence_parallel), samples_group(len(tokens), True)
     sharing = SampleSharing(teacher, shard, group)
     state, failed = sharing.state(tokens)
     sharing.close()

@@ -12,9 +12,11 @@ import pytest
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.names import RUN, TRACKER
-from megatron_let.run.output_folder import claim, identity
+from megatron_let.run import output_folder
+from megatron_let.run.output_folder import claim, identity, pin_hub_ids
 
 LET = LETConfig("let", Path("/models/small"))
+OLD, NEW = "0" * 40, "1" * 40
 
 
 def run_args(save: Path | None, **values: Any) -> argparse.Namespace:
@@ -155,6 +157,109 @@ def test_run_without_a_step_may_change_its_settings(tmp_path: Path) -> None:
     """It failed after claim(): data too short, no such layer, out of memory."""
     claim(run_args(tmp_path, data_path=["/typo"]), LET)
     claim(run_args(tmp_path, data_path=["/data/pile"]), LET)
+
+
+# Models
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Commit of each revision of every repository; a test moves a branch by setting it."""
+    commits = {"main": OLD, "v1": OLD}
+    resolve = lambda repository, revision: commits.get(revision, revision)  # noqa: E731
+    monkeypatch.setattr(output_folder, "resolve_commit", resolve)
+    return commits
+
+
+def start_with(save: Path, teacher: str, tokenizer: str | None = None, **values: Any) -> list[str]:
+    """Start or resume a run as the entry does; return the pinned teacher and tokenizer."""
+    args = run_args(
+        save, let_teacher=Path(teacher), let_method="let", tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=tokenizer or teacher, **values,
+    )  # fmt: skip
+    pin_hub_ids(args)
+    pinned = [str(args.let_teacher), args.tokenizer_model]
+    repository, _, commit = args.tokenizer_model.partition("@")
+    if commit:
+        name = repository.replace("/", "--")
+        args.tokenizer_model = f"{save}/cache/models--{name}/snapshots/{commit}"
+    claim(args, LETConfig("let", args.let_teacher))
+    (save / TRACKER).write_text("5")
+    return pinned
+
+
+@pytest.mark.parametrize("given", ["alice/model", "alice/model@main", "alice/model@v1"])
+def test_resumed_run_keeps_commit_of_first_start(
+    tmp_path: Path, hub: dict[str, str], given: str
+) -> None:
+    assert start_with(tmp_path, given) == [f"alice/model@{OLD}"] * 2
+    stored = json.loads((tmp_path / RUN).read_text())
+    assert stored["let_teacher"] == stored["tokenizer_model"] == f"alice/model@{OLD}"
+    hub |= {"main": NEW, "v1": NEW}
+    assert start_with(tmp_path, given) == [f"alice/model@{OLD}"] * 2
+    assert start_with(tmp_path, f"alice/model@{OLD}") == [f"alice/model@{OLD}"] * 2
+
+
+def test_run_that_loads_another_folder_keeps_its_commit(
+    tmp_path: Path, hub: dict[str, str]
+) -> None:
+    start_with(tmp_path / "first", "alice/model")
+    hub["main"] = NEW
+    load = str(tmp_path / "first")
+    args = run_args(tmp_path / "second", load=load, let_teacher=Path("alice/model"),
+                    let_method="let", tokenizer_type="NullTokenizer")  # fmt: skip
+    assert str(pin_hub_ids(args).let_teacher) == f"alice/model@{OLD}"
+
+
+@pytest.mark.parametrize("given", ["alice/model@v2", f"alice/model@{NEW}", "bob/model"])
+def test_resume_with_another_revision_or_repository_raises_error(
+    tmp_path: Path, hub: dict[str, str], given: str
+) -> None:
+    start_with(tmp_path, "alice/model", tokenizer="/tokenizer")
+    hub["v2"] = NEW
+    with pytest.raises(LETError, match="--let-teacher is") as error:
+        start_with(tmp_path, given, tokenizer="/tokenizer")
+    here = "bob/model" if given == "bob/model" else f"alice/model@{NEW}"
+    assert f"alice/model@{OLD} there" in str(error.value) and here in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["alice/model", "alice/model@v1", "alice/model@refs/pr/3"])
+def test_run_of_older_version_with_hub_id_continues(
+    tmp_path: Path, hub: dict[str, str], given: str
+) -> None:
+    hub["refs/pr/3"] = OLD
+    start_with(tmp_path, given)
+    stored = json.loads((tmp_path / RUN).read_text())
+    del stored["let_hub_ids"]
+    stored["let_teacher"] = Path(given).name
+    stored["tokenizer_model"] = f"/other/cache/models--alice--model/snapshots/{OLD}"
+    (tmp_path / RUN).write_text(json.dumps(stored))
+    hub["main"] = NEW
+    assert start_with(tmp_path, given)[0] == f"alice/model@{OLD}"
+
+
+def test_baseline_pins_its_tokenizer(tmp_path: Path, hub: dict[str, str]) -> None:
+    args = run_args(
+        tmp_path, let_teacher=Path("alice/unused"), let_method="none",
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model="alice/model@v1",
+    )  # fmt: skip
+    pin_hub_ids(args)
+    assert args.tokenizer_model == f"alice/model@{OLD}" and args.let_teacher == Path("alice/unused")
+
+
+def test_paths_of_one_folder_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    start_with(tmp_path / "run", f"{tmp_path}/model")
+    for same in (f"{tmp_path}/model/", "../model", "."):
+        start_with(tmp_path / "run", same)
+
+
+def test_flag_of_another_version_is_named_with_a_remedy(trained: Path) -> None:
+    stored = json.loads((trained / RUN).read_text())
+    (trained / RUN).write_text(json.dumps(stored | {"let_kd_fade": True}))
+    match = "--let-kd-fade is True .* this version has no such flag; .* give another --save"
+    assert_refused(trained, run_args(trained), LET, match)
 
 
 # Metrics

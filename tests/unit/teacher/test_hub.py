@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.teacher.hub import parse_hub_id
+from megatron_let.teacher.hub import parse_hub_id, snapshot_id
 from megatron_let.teacher.inspect import inspect_teacher, resolve_teacher
 from tests.helpers.hub_server import HubServer
 from tests.helpers.models import save_teacher
@@ -26,9 +26,9 @@ NOT_NEEDED = ["README.md", "flax_model.msgpack", "modeling_llama.py", "onnx/mode
 PROGRAM = """
 import sys
 from megatron_let.errors import LETError
-from megatron_let.teacher.hub import download_teacher, parse_hub_id
+from megatron_let.teacher.hub import download_model, parse_hub_id
 try:
-    print(download_teacher(*parse_hub_id(sys.argv[1])))
+    print(download_model(*parse_hub_id(sys.argv[1]), weights=sys.argv[2:] == []))
 except LETError as error:
     sys.exit(f"LETError: {error}")
 """
@@ -52,17 +52,17 @@ def hub(model: Path) -> Iterator[HubServer]:
         yield server
 
 
-def start(hub: HubServer, cache: Path, teacher: str, **variables: str) -> subprocess.Popen[str]:
+def start(hub: HubServer, cache: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     given = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(cache, **variables)}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, teacher],
+        [sys.executable, "-c", PROGRAM, *arguments],
         env=given, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def download(hub: HubServer, cache: Path, teacher: str, **variables: str) -> tuple[Path, str]:
+def download(hub: HubServer, cache: Path, *arguments: str, **variables: str) -> tuple[Path, str]:
     """Return the snapshot folder and the line that names the commit."""
-    process = start(hub, cache, teacher, **variables)
+    process = start(hub, cache, *arguments, **variables)
     out, err = process.communicate()
     assert process.returncode == 0, err
     *log, folder = out.splitlines()
@@ -203,3 +203,92 @@ def test_no_network_and_no_cache_is_one_sentence(
     hub: HubServer, tmp_path: Path, variables: dict[str, str], words: str
 ) -> None:
     assert words in refused(hub, tmp_path, ID, **variables)
+
+
+def test_silent_hub_is_given_up_and_cache_is_used(hub: HubServer, tmp_path: Path) -> None:
+    folder, _ = download(hub, tmp_path, ID)
+    before = len(hub.requests)
+    hub.silent = True
+    assert download(hub, tmp_path, f"{ID}@{folder.name}")[0] == folder
+    assert len(hub.requests) == before
+    ranks = [start(hub, tmp_path, ID, RANK=str(rank)) for rank in range(2)]
+    missing = start(hub, tmp_path / "empty", ID)
+    for rank in ranks:
+        out, err = rank.communicate(timeout=60)
+        assert rank.returncode == 0 and out.splitlines()[-1] == str(folder), err
+    _, err = missing.communicate(timeout=60)
+    assert "LETError" in err and "check the network" in err
+    # One request per node.
+    assert len(hub.requests) == before + 2
+
+
+def test_tokenizer_is_downloaded_without_weights_and_weights_later(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    folder, log = download(hub, tmp_path, ID, "tokenizer")
+    assert log == "" and not (folder / "model.safetensors").exists()
+    assert hub.downloads() == [name for name in NEEDED if name != "model.safetensors"]
+    assert (
+        download(hub, tmp_path, f"{ID}@{folder.name}", "tokenizer", HF_HUB_OFFLINE="1")[0] == folder
+    )
+    assert "nor in the local cache" in refused(hub, tmp_path, ID, HF_HUB_OFFLINE="1")
+    assert download(hub, tmp_path, ID)[0] == folder
+    assert hub.downloads() == NEEDED
+
+
+def test_cached_folder_without_tokenizer_is_incomplete(hub: HubServer, tmp_path: Path) -> None:
+    folder, _ = download(hub, tmp_path, ID)
+    pinned = f"{ID}@{folder.name}"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).resolve().unlink()
+        (folder / name).unlink()
+    assert "nor in the local cache" in refused(hub, tmp_path, pinned, HF_HUB_OFFLINE="1")
+    assert download(hub, tmp_path, pinned)[0] == folder and (folder / "tokenizer.json").is_file()
+
+
+def test_cached_shards_without_index_are_incomplete(
+    hub: HubServer, tmp_path: Path, model: Path
+) -> None:
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    for name in ("config.json", *NEEDED[2:]):
+        shutil.copy(model / name, sharded)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for shard in shards:
+        (sharded / shard).write_text(shard)
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    commit = hub.commit("small/shards", sharded)
+    folder, _ = download(hub, tmp_path, "small/shards")
+    index_file = folder / "model.safetensors.index.json"
+    index_file.unlink()
+    pinned = f"small/shards@{commit}"
+    assert "nor in the local cache" in refused(hub, tmp_path, pinned, HF_HUB_OFFLINE="1")
+    assert download(hub, tmp_path, pinned)[0] == folder and index_file.is_file()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_complete_cache_needs_no_writable_folder(
+    hub: HubServer, tmp_path: Path, pinned: bool
+) -> None:
+    folder, _ = download(hub, tmp_path, ID)
+    locks = folder.parents[2] / ".locks"
+    shutil.rmtree(locks)
+    locks.touch()
+    teacher = f"{ID}@{folder.name}" if pinned else ID
+    nowhere = {"HOME": "/proc/none", "MEGATRON_LET_CACHE": "/proc/none"}
+    assert download(hub, tmp_path, teacher, **nowhere)[0] == folder
+
+
+def test_folder_that_cannot_be_created_is_one_sentence(hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "huggingface").touch()
+    process = start(hub, tmp_path, ID)
+    _, err = process.communicate()
+    message = err.strip().splitlines()[-1]
+    assert message.startswith("LETError: The cache folder") and "HF_HOME" in message, err
+
+
+def test_snapshot_id_names_repository_and_commit() -> None:
+    commit = "0123456789" * 4
+    assert snapshot_id(f"/cache/models--a-b--c.d/snapshots/{commit}/") == f"a-b/c.d@{commit}"
+    assert snapshot_id("/models/small") is None
