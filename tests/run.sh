@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run all checks and tests, on a fresh machine too: bash tests/run.sh [--fast] [pytest arguments]
-#   --fast  ruff and the quick unit tests: about two minutes once the environment exists
+#   --fast  ruff and the quick unit tests: one to two minutes once the environment exists
 set -euo pipefail
 
 # Twice what the whole suite takes on two quiet cores, without the install.

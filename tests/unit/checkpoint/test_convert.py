@@ -23,6 +23,8 @@ from megatron_let.files import atomic
 from tests.helpers.checkpoints import as_megatron, equal, save_llama, tensors_of, with_tokenizer
 from tests.helpers.models import save_teacher
 
+pytestmark = pytest.mark.medium
+
 KINDS: dict[str, dict[str, Any]] = {
     "gqa untied": {},
     "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},

@@ -19,6 +19,8 @@ from megatron_let.cli.corpus import main
 from megatron_let.data import corpus, packaged_text
 from tests.helpers.text_data import run
 
+pytestmark = pytest.mark.medium
+
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     with zstandard.open(path, "rt", encoding="utf-8") as file:

@@ -14,6 +14,8 @@ from megatron_let.data.environment_text import environment_text
 from megatron_let.data.pre_token_cache import PreTokenCache, split_pattern
 from tests.helpers.text_data import real_texts
 
+pytestmark = pytest.mark.medium
+
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -32,6 +32,8 @@ from tests.helpers.text_data import (
     write_input,
 )
 
+pytestmark = pytest.mark.medium
+
 FORMATS = ("jsonl", "jsonl.zst", "jsonl.gz", "parquet")
 SUBSETS = ("Github", "Books3", "Wikipedia (en)")
 

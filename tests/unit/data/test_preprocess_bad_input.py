@@ -25,6 +25,8 @@ from tests.helpers.text_data import (
     write_input,
 )
 
+pytestmark = pytest.mark.medium
+
 GOOD = [b'{"text": "first"}', b'{"text": "last"}']
 
 

@@ -20,6 +20,8 @@ from tests.helpers.text_data import (
     write_input,
 )
 
+pytestmark = pytest.mark.medium
+
 SUBSETS = ("Github", "Books3", "Wikipedia (en)")
 OPTIONS: dict[str, Any] = {"block_bytes": 5_000, "per_subset": True, "split": (8, 1, 1)}
 

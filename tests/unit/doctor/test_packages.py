@@ -15,6 +15,8 @@ from megatron_let.compat.device import Host
 from megatron_let.doctor import packages
 from tests.helpers.runs import ROOT, environment
 
+pytestmark = pytest.mark.medium
+
 CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
 
 

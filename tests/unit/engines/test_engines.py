@@ -18,6 +18,8 @@ from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 from tests.helpers.runs import ROOT, environment
 
+pytestmark = pytest.mark.medium
+
 PACKAGE = ROOT / "megatron_let"
 # The only module outside engines/ that may import the DeepSpeed engine.
 FORMATS = PACKAGE / "checkpoint/formats.py"

@@ -24,6 +24,8 @@ from megatron_let.evaluation.table import Row, csv_rows, plot_average, write_res
 from megatron_let.evaluation.tasks import TASKS, local_data, tasks_named
 from tests.helpers.checkpoints import as_deepspeed, as_megatron, save_llama, with_tokenizer
 
+pytestmark = pytest.mark.medium
+
 QUESTIONS = {
     "arc_easy": [
         {"question": f"What comes after {n}?", "answerKey": "B",

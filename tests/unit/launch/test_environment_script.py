@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path("launch/lib/environment.sh")
 # Programs that the script may call; Python is not one of them.

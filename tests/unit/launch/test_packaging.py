@@ -23,6 +23,8 @@ import megatron_let
 from megatron_let.cli.__main__ import COMMANDS
 from megatron_let.compat.patch_table import MEGATRON_VERSIONS, TORCH_VERSIONS
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).resolve().parents[3]
 # Import name -> distribution, where they differ; torch pins triton.
 PACKAGES = {

@@ -30,6 +30,8 @@ from tests.helpers.exact_cosine import (
     relative_error,
 )
 
+pytestmark = pytest.mark.medium
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton", reason="Triton is not installed: a CPU build of torch has none")
 if INTERPRETED:

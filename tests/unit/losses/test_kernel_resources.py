@@ -18,6 +18,8 @@ from megatron_let.losses import cosine_triton
 from tools import kernel_report
 from tools.kernel_report import DTYPES, RESULTS, Resources, compile_kernel, measure, minimal_bytes
 
+pytestmark = pytest.mark.medium
+
 # A block-diagonal pair, the gather with d_M > 2 d_T, with d_M < 2 d_T, and with d_M < d_T.
 WIDTHS = [(4096, 2048), (2048, 576), (5120, 4096), (576, 2048)]
 

@@ -23,6 +23,8 @@ from megatron_let.teacher.model import Teacher
 from tests.helpers.models import VOCAB_SIZE, save_teacher
 from tests.helpers.runs import free_port
 
+pytestmark = pytest.mark.medium
+
 NUM_MICROBATCHES, MICRO_BATCH_SIZE, LENGTH = 3, 4, 16
 
 

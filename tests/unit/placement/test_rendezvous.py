@@ -13,6 +13,8 @@ from megatron_let.placement.plan import FIXED_PLACEMENTS, plan
 from megatron_let.placement.rendezvous import STRICTEST, Rules, plan_completes
 from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
 
+pytestmark = pytest.mark.medium
+
 GLOO = Rules(device_sync=False, one_queue=False)
 
 

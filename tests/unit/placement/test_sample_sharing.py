@@ -16,6 +16,8 @@ from megatron_let.placement.sample_sharing import SampleSharing, local_shard, sa
 from megatron_let.placement.sequence_shard import SequenceShard
 from tests.helpers.runs import free_port
 
+pytestmark = pytest.mark.medium
+
 TOKENS = torch.arange(4 * 8).view(4, 8)
 NUM_RANKS = 2
 

@@ -19,6 +19,8 @@ from megatron_let.planner.sizes import GPUS, TEACHERS, TransformerSize, teacher_
 from tests.helpers.runs import ROOT, environment
 from tools.benchmark import memory
 
+pytestmark = pytest.mark.medium
+
 GIB = 2**30
 SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
 SIZE_1P4B = TransformerSize(24, 2048, 5461, 32, 32, 64, True, 49152)

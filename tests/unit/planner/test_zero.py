@@ -26,6 +26,8 @@ from megatron_let.planner.zero import (
 from tests.helpers.deepspeed import needs_deepspeed
 from tests.helpers.runs import ROOT, environment
 
+pytestmark = pytest.mark.medium
+
 GIB = 2**30
 SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
 PARAMS_7B = 32 * SIZE_7B.layer_params + 2 * SIZE_7B.embedding_params

@@ -18,6 +18,8 @@ from tests.helpers.hub_server import HubServer
 from tests.helpers.models import save_teacher
 from tests.helpers.runs import ROOT
 
+pytestmark = pytest.mark.medium
+
 ID = "small/llama"
 NEEDED = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 NOT_NEEDED = ["README.md", "flax_model.msgpack", "modeling_llama.py", "onnx/model.onnx",
