@@ -112,7 +112,7 @@ def build_context(
     local = (shard.num_local(seq_length), micro_batch_size, width)
     like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
     if transfer is not None:
-        limit = scheduler.max_prefetch(num_microbatches)
+        limit = scheduler.max_states(num_microbatches)
         run.report(
             f"LET: placement {config.placement}; the stage of layer {config.layer} holds at most"
             f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB per rank"

@@ -123,6 +123,14 @@ class PlacementScheduler:
         """Return how many states the aligned stage may hold."""
         return min(self._max_prefetch or num_microbatches, num_microbatches)
 
+    def max_states(self, num_microbatches: int) -> int:
+        """Return the most states that the aligned stage holds at a time.
+
+        Beyond the prefetched ones, a state is computed in its forward and held to its backward.
+        """
+        in_flight = self._sized(num_microbatches).num_warmup(self._aligned.stage) + 1
+        return min(max(self.max_prefetch(num_microbatches), in_flight), num_microbatches)
+
     def plan(self, num_microbatches: int, num_ready: int, look_ahead: bool) -> Plan:
         """Plan the work of one step; see `megatron_let.placement.plan.plan`."""
         pipeline = self._sized(num_microbatches)
