@@ -37,7 +37,8 @@ setup(
         "numpy",
         "packaging",
         "PyYAML",
-        "huggingface_hub",
+        # Its HTTP client is httpx from 1.0 on, which teacher/hub.py gives a timeout.
+        "huggingface_hub>=1.0",
         "regex",
         "safetensors",
         "sentencepiece",
