@@ -38,6 +38,7 @@ def train(argv: list[str], host: Host) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import get_tokenizer, pretrain, print_rank_0
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.global_vars import get_tensorboard_writer
 
     from megatron_let import integration
     from megatron_let.checkpoint.load_check import check_loaded
@@ -82,6 +83,10 @@ def train(argv: list[str], host: Host) -> None:
         ModelType.encoder_or_decoder,
         make_forward_step(args),
     )
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        # Megatron's last evaluation is logged after its own flush, and would be lost at exit.
+        writer.flush()
     if args.rank == 0:
         control_files.mark_done(args)
 

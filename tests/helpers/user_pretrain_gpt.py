@@ -17,6 +17,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import get_tensorboard_writer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 LET = os.environ.get("LET") == "1"
@@ -104,3 +105,7 @@ if __name__ == "__main__":
         model.transformer_layer_spec = local_layer_spec
     container = pretrain_cfg_container_from_args(args, model)
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        # Megatron's last evaluation is logged after its own flush.
+        writer.flush()
