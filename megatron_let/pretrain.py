@@ -92,19 +92,18 @@ def train(argv: list[str], host: Host) -> None:
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
-    """Check that LET, this entry and the engine support every flag; locate teacher and tokenizer.
+    """Check that LET and the engine support every flag; locate teacher and tokenizer.
 
     Raises:
         LETError: names the flag and what to do.
     """
-    from megatron_let.config.validation import check_entry_supports, check_supported
+    from megatron_let.config.validation import check_supported
     from megatron_let.engines import load_engine
     from megatron_let.run.output_folder import pin_hub_ids
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
 
     check_supported(args)
-    check_entry_supports(args)
     load_engine(args.engine).check_arguments(args)
     pin_hub_ids(args)
     # Megatron's tokenizer loads neither a revision of a hub id nor a .gguf file.

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from megatron_let.config.arguments import add_arguments
+from megatron_let.config.megatron_arguments import check_known, check_layers
 from megatron_let.config.recipes import load_recipe, recipe_argv
 
 
@@ -24,7 +25,7 @@ def parse_command_line(
 
     Raises:
         RecipeError: the recipe cannot be expanded.
-        LETError: from `check`.
+        LETError: from `check`, or a flag of Megatron has no effect in this run.
     """
     from megatron.training.arguments import parse_and_validate_args
 
@@ -33,16 +34,23 @@ def parse_command_line(
     known, flags = entry.parse_known_args(argv)
     recipe = {} if known.config is None else load_recipe(known.config)
 
+    actions: list[argparse.Action] = []
+
     def parse(parser: argparse.ArgumentParser) -> SimpleNamespace:
+        actions.extend(parser._actions)
         add_arguments(parser)
         _escape_percent_signs(parser)
         args = parser.parse_args([*host_flags, *recipe_argv(recipe, parser, flags)])
         # Before Megatron's validation, whose assertions would name unrelated flags. Megatron takes
         # the arguments from parse_args() of what this returns, so the flags are parsed once.
         check(args)
+        check_known(args, actions)
         return SimpleNamespace(parse_args=lambda: args)
 
-    return parse_and_validate_args(extra_args_provider=parse)
+    args: argparse.Namespace = parse_and_validate_args(extra_args_provider=parse)
+    # Again, because --use-checkpoint-args takes the model from the checkpoint.
+    check_layers(args, actions)
+    return args
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
