@@ -7,7 +7,7 @@ import os
 import sys
 
 from megatron_let.compat.device import Host, detect_host, prepare_process
-from megatron_let.errors import LETError, print_error
+from megatron_let.errors import LETError, print_error, refusal_by_another_package
 
 USAGE_ERROR = 2
 
@@ -25,6 +25,12 @@ def main(argv: list[str] | None = None) -> int:
         train(sys.argv[1:] if argv is None else argv, host)
     except LETError as error:
         print_error(error)
+        return USAGE_ERROR
+    except Exception as error:
+        refusal = refusal_by_another_package(error)
+        if refusal is None:
+            raise
+        print_error(refusal)
         return USAGE_ERROR
     return 0
 
