@@ -62,7 +62,7 @@ def train(argv: list[str], host: Host) -> None:
 
     # Configuration
     host_patches = apply_host_patches(host)
-    args = parse_command_line(argv, host.argv(), prepare_arguments)
+    args = parse_command_line(argv, host.argv(), prepare_arguments, host.cuda)
     config = let_config_from_args(args)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
     if args.transformer_impl == "local":
@@ -97,19 +97,29 @@ def train(argv: list[str], host: Host) -> None:
         control_files.mark_done(args)
 
 
+def report_once(message: str) -> None:
+    """Print a sentence on the first rank, before torch.distributed is initialised."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megatron_let: {message}", flush=True)
+
+
 def prepare_arguments(args: argparse.Namespace) -> None:
     """Check that LET and the engine support every flag; locate teacher and tokenizer.
 
     Raises:
         LETError: names the flag and what to do.
     """
+    from megatron_let.config.run_settings import complete_run_settings
     from megatron_let.config.validation import check_supported
     from megatron_let.engines import load_engine
     from megatron_let.run.output_folder import pin_hub_ids
+    from megatron_let.run.resume import check_loads_something
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
 
     check_supported(args)
+    complete_run_settings(args, report_once)
+    check_loads_something(args)
     load_engine(args.engine).check_arguments(args)
     pin_hub_ids(args)
     # Megatron's tokenizer loads neither a revision of a hub id nor a .gguf file.

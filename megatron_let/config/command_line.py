@@ -14,7 +14,10 @@ from megatron_let.config.recipes import load_recipe, recipe_argv
 
 
 def parse_command_line(
-    argv: list[str], host_flags: list[str], check: Callable[[argparse.Namespace], None]
+    argv: list[str],
+    host_flags: list[str],
+    check: Callable[[argparse.Namespace], None],
+    cuda: bool = True,
 ) -> argparse.Namespace:
     """Parse `[--config RECIPE] [flags]` into Megatron's validated, global arguments.
 
@@ -22,6 +25,7 @@ def parse_command_line(
         argv: arguments after the program's name; they override the recipe's.
         host_flags: Megatron flags that this host needs; the recipe and `argv` override them.
         check: called with the parsed arguments before Megatron validates them.
+        cuda: whether the host has a GPU.
 
     Raises:
         RecipeError: the recipe cannot be expanded.
@@ -44,7 +48,7 @@ def parse_command_line(
         # Before Megatron's validation, whose assertions would name unrelated flags. Megatron takes
         # the arguments from parse_args() of what this returns, so the flags are parsed once.
         check(args)
-        check_known(args, actions)
+        check_known(args, actions, cuda)
         return SimpleNamespace(parse_args=lambda: args)
 
     args: argparse.Namespace = parse_and_validate_args(extra_args_provider=parse)

@@ -20,6 +20,7 @@ _INSTEAD = {
     "use_flash_attn": "--attention-backend flash",
 }
 _NO_TRANSFORMER_ENGINE = "needs Transformer Engine, which is not installed; drop it or install it"
+_NO_GPU = "needs a GPU; drop it"
 _CUSTOM_SCRIPT = (
     "is not supported by this entry; use it in a custom training script with the three lines of"
     " megatron_let.integration"
@@ -34,12 +35,15 @@ def read_lists() -> dict[str, frozenset[str]]:
     return {name: frozenset(words.split()) for name, words in yaml.safe_load(text).items()}
 
 
-def check_known(args: argparse.Namespace, actions: Iterable[argparse.Action]) -> None:
+def check_known(
+    args: argparse.Namespace, actions: Iterable[argparse.Action], cuda: bool = True
+) -> None:
     """Check that each argument that differs from its default is honoured.
 
     Args:
         args: the parsed arguments, before Megatron's validation, which derives others.
         actions: those of Megatron's parser, which give the defaults and the flags.
+        cuda: whether the host has a GPU.
 
     Raises:
         LETError: names the flag and why it is refused.
@@ -47,6 +51,10 @@ def check_known(args: argparse.Namespace, actions: Iterable[argparse.Action]) ->
     lists = read_lists()
     problems = {name: _no_effect(name) for name in lists["no_effect"]}
     problems |= dict.fromkeys(lists["custom_script"], _CUSTOM_SCRIPT)
+    if not cuda:
+        problems |= dict.fromkeys(lists["gpu"], _NO_GPU)
+        if not args.use_pytorch_profiler:
+            problems["profile"] = f"{_NO_GPU}, or add --use-pytorch-profiler"
     known = frozenset().union(*lists.values())
     actions = list(actions)
     problems |= {a.dest: _UNKNOWN for a in actions if a.dest not in known and a.dest != "help"}
