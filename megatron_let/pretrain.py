@@ -54,7 +54,7 @@ def train(argv: list[str], host: Host) -> None:
     from megatron_let.config.arguments import let_config_from_args
     from megatron_let.config.command_line import parse_command_line
     from megatron_let.data.fingerprint import check_data_tokenizer
-    from megatron_let.data.gpt import check_data, datasets_provider
+    from megatron_let.data.gpt import check_data, check_token_ids, datasets_provider
     from megatron_let.engines import load_engine
     from megatron_let.methods.forward_step import make_forward_step
     from megatron_let.run import artifacts, control_files
@@ -69,6 +69,7 @@ def train(argv: list[str], host: Host) -> None:
         check_local_layers(args)
     check_data(args)
     check_data_tokenizer(args, get_tokenizer())
+    check_token_ids(args, get_tokenizer().vocab_size)
     check_loaded(args, get_tokenizer())
 
     # Build

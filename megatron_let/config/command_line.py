@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 from megatron_let.config.arguments import add_arguments
 from megatron_let.config.megatron_arguments import check_known, check_layers
 from megatron_let.config.recipes import load_recipe, recipe_argv
+from megatron_let.errors import LETError
 
 
 def parse_command_line(
@@ -44,6 +48,8 @@ def parse_command_line(
         actions.extend(parser._actions)
         add_arguments(parser)
         _escape_percent_signs(parser)
+        # Instead of a usage of eight hundred flags.
+        parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
         args = parser.parse_args([*host_flags, *recipe_argv(recipe, parser, flags)])
         # Before Megatron's validation, whose assertions would name unrelated flags. Megatron takes
         # the arguments from parse_args() of what this returns, so the flags are parsed once.
@@ -55,6 +61,12 @@ def parse_command_line(
     # Again, because --use-checkpoint-args takes the model from the checkpoint.
     check_layers(args, actions)
     return args
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    near = difflib.get_close_matches(message.split()[2], parser._option_string_actions, n=1)
+    hint = f"did you mean {near[0]}?" if near and "unrecognized" in message else "see --help."
+    raise LETError(f"The command line has {message}; {hint}")
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
