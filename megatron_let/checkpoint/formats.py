@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_let.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_let.checkpoint.torch_dist import TorchDist, has_index, is_torch_dist
 from megatron_let.engines.deepspeed.checkpoint_reader import ZeroCheckpoint, is_zero_checkpoint
 from megatron_let.errors import LETError
@@ -58,20 +57,31 @@ class Format:
         matches: whether a folder looks like the format, complete or not.
         open: opens a folder; raises `LETError` if it is not complete.
         is_complete: whether such a folder has been saved to the end.
-        runs_code: whether reading its pickles can run code.
     """
 
     matches: Callable[[Path], bool]
     open: Callable[[Path], Checkpoint]
     is_complete: Callable[[Path], bool]
-    runs_code: bool = False
+
+
+def is_legacy(folder: Path) -> bool:
+    """Return whether a folder is in Megatron's old `torch` format, one pickle per rank."""
+    return any(folder.glob("mp_rank_*/*.pt"))
+
+
+def _refuse_legacy(folder: Path) -> Checkpoint:
+    raise LETError(
+        f"The checkpoint {folder} is in Megatron's old format, pickles that can run code when they"
+        " are opened; if you trust its author, let Megatron convert it: --load it in its layout"
+        " with --ckpt-convert-format torch_dist --ckpt-convert-save DIR."
+    )
 
 
 # In the order of detection.
 FORMATS = (
     # The engine renames a folder to its final name once it is complete.
     Format(is_zero_checkpoint, ZeroCheckpoint, is_zero_checkpoint),
-    Format(is_legacy, LegacyCheckpoint, is_legacy, runs_code=True),
+    Format(is_legacy, _refuse_legacy, lambda folder: False),
     Format(is_torch_dist, TorchDist, has_index),
 )
 
@@ -81,25 +91,17 @@ def find_format(folder: Path) -> Format | None:
     return next((found for found in FORMATS if found.matches(folder)), None)
 
 
-def open_checkpoint(folder: Path, trust: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Open an `iter_*` folder of either engine; reads no tensor.
 
-    Args:
-        trust: also read the old format, whose pickles can run code.
-
     Raises:
-        LETError: not a checkpoint, not complete, or not trusted.
+        LETError: not a checkpoint, not complete, or in Megatron's old format.
     """
     found = find_format(folder)
     if found is None:
         raise LETError(
             f"The folder {folder} is not a Megatron checkpoint; give a run's checkpoint folder or"
             " one of its iter_* folders."
-        )
-    if found.runs_code and not trust:
-        raise LETError(
-            f"The checkpoint {folder} is in Megatron's old format, pickles that can run code when"
-            " they are opened; if you trust its author, add --trust."
         )
     return found.open(folder)
 

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.checkpoint.architecture import first_difference, from_megatron
-from megatron_let.checkpoint.formats import find_format, iteration_folder, open_checkpoint
+from megatron_let.checkpoint.formats import (
+    find_format,
+    is_legacy,
+    iteration_folder,
+    open_checkpoint,
+)
 from megatron_let.checkpoint.torch_dist import FORMAT, is_torch_dist
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
@@ -57,7 +62,7 @@ def _folder_to_load(args: argparse.Namespace) -> Path | None:
     found = find_format(folder)
     # Only dist_checkpointing writes FORMAT; torch_dcp has an index of the same name.
     is_other = is_torch_dist(folder) and not (folder / FORMAT).is_file()
-    return None if found is None or found.runs_code or is_other else folder
+    return None if found is None or is_legacy(folder) or is_other else folder
 
 
 def _check_vocabulary(saved: argparse.Namespace, tokenizer: Any, folder: Path) -> None:

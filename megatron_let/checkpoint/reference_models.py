@@ -17,7 +17,6 @@ import torch
 
 from megatron_let.checkpoint.architecture import Llama
 from megatron_let.checkpoint.formats import Checkpoint
-from megatron_let.checkpoint.legacy import LegacyCheckpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
 from megatron_let.compat.device import Host, prepare_process
@@ -33,9 +32,6 @@ def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
 
     Returns:
         [b, s, vocab_size], without padded rows.
-
-    Raises:
-        LETError: the checkpoint is in Megatron's old format.
     """
     if isinstance(weights, MegatronWeights):
         return _megatron_logits(weights, tokens)
@@ -53,8 +49,6 @@ def _hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _megatron_logits(weights: MegatronWeights, tokens: torch.Tensor) -> torch.Tensor:
-    if isinstance(weights.checkpoint, LegacyCheckpoint):
-        raise LETError(f"The checkpoint {weights.folder} is in the old format; convert it first.")
     with _megatron_on_cpu():
         rows = int(weights.checkpoint.tensors()["embedding.word_embeddings.weight"].shape[0])
         model = _build(weights.llama, rows, weights.dtype)

@@ -50,14 +50,13 @@ class Weights(Protocol):
         ...
 
 
-def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False) -> Weights:
+def open_weights(path: Path, tokenizer: Path | None = None) -> Weights:
     """Open a checkpoint of either engine, a run's folder (its last one) or a Hugging Face folder.
 
     Reads no weight.
 
     Args:
         tokenizer: folder or file, instead of the one that the checkpoint names.
-        trust: also read Megatron's old format, whose pickles can run code.
 
     Raises:
         LETError: not a model, not complete, or not a Llama.
@@ -69,7 +68,7 @@ def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False)
     folder = iteration_folder(path)
     if find_format(folder) is None:
         return HuggingFaceWeights(path, tokenizer)
-    return MegatronWeights(open_checkpoint(folder, trust), tokenizer)
+    return MegatronWeights(open_checkpoint(folder), tokenizer)
 
 
 class MegatronWeights:

@@ -81,7 +81,7 @@ def finished_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints in the folder of a run, oldest first."""
     folders = [path for path in run.iterdir() if _ITERATION.fullmatch(path.name)]
     formats = {path: find_format(path) for path in folders}
-    whole = [p for p, f in formats.items() if f and f.is_complete(p) and not f.runs_code]
+    whole = [p for p, f in formats.items() if f and f.is_complete(p)]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("iter_")))
 
 
