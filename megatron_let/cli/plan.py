@@ -3,8 +3,8 @@
     megatron-let plan --config let_7b --gpus 32 --gpu a100-80g [--pp 4 ...]
 
 It prints memory per rank and a discrete-event simulation of Megatron's schedule with the teacher in
-it. `--sweep` ranks the layouts that fit. With `--engine deepspeed` it prints GPU and host memory by
-ZeRO stage, and a step time from FLOPs and communication. All other flags are Megatron's and LET's.
+it. `--sweep` ranks the layouts that fit. With `--engine deepspeed` it prints GPU and host memory
+under ZeRO, and the time of the passes. All other flags are Megatron's and LET's.
 """
 
 from __future__ import annotations
