@@ -61,42 +61,22 @@ class FakeRun:
     aligned_stage: int = 0
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Bytes of one rank at the peak of a step.
-
-    Attributes:
-        params, grads, optimizer, teacher_weights: bytes of these tensors.
-        activations: everything else, including the teacher's states and activations.
-    """
-
-    params: int
-    grads: int
-    optimizer: int
-    teacher_weights: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.params + self.grads + self.optimizer + self.teacher_weights + self.activations
-
-
-def measure(run: FakeRun) -> Measured:
+def measure(run: FakeRun) -> dict[str, int]:
     """Build the rank, run the forward and backward passes of a step, and count bytes.
 
     Changes torch for the rest of the process, so call it in a separate process.
+
+    Returns:
+        Bytes at the peak: params, grads, optimizer, teacher_weights and their total;
+        activations is everything else, including the teacher's states and activations.
     """
-    prepare_megatron()
+    # Before any import of Megatron.
+    prepare_process(CPU, 0)
+    from megatron_let.compat.apply import apply_host_patches
+
+    apply_host_patches(CPU)
     args = _arguments(run)
-    join(
-        args.rank,
-        run.world_size,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-    )
+    _join_groups(args)
     with _shims(), FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         model, optimizer = _model_and_optimizer(args)
         teacher = None if run.teacher is None else _teacher(run.teacher, args)
@@ -111,7 +91,7 @@ def measure(run: FakeRun) -> Measured:
             "optimizer": _bytes(_optimizer_tensors(optimizer)),
             "teacher_weights": 0 if teacher is None else teacher.num_bytes,
         }
-    return Measured(**held, activations=memory.peak - sum(held.values()))
+    return held | {"activations": memory.peak - sum(held.values()), "total": memory.peak}
 
 
 def _arguments(run: FakeRun) -> argparse.Namespace:
@@ -142,22 +122,20 @@ def _flag(flags: tuple[str, ...], name: str) -> int:
     return int(flags[flags.index(name) + 1]) if name in flags else 1
 
 
-def prepare_megatron() -> None:
-    """Make Megatron run on a CPU, as the entry does; call it before importing Megatron."""
-    prepare_process(CPU, 0)
-    from megatron_let.compat.apply import apply_host_patches
-
-    apply_host_patches(CPU)
-
-
-def join(rank: int, world_size: int, **sizes: int) -> None:
+def _join_groups(args: argparse.Namespace) -> None:
     """Create fake process groups, of which this process is one rank."""
     from megatron.core import parallel_state, tensor_parallel
 
     torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=world_size
+        "fake", store=FakeStore(), rank=args.rank, world_size=args.world_size
     )
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
