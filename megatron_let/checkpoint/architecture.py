@@ -288,32 +288,6 @@ def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
     }
 
 
-def check_layout(llama: Llama, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Check that Megatron can train the model under a parallel layout.
-
-    Raises:
-        LETError: names the size that the layout does not divide.
-    """
-    sizes = (
-        ("attention heads", llama.num_heads, tensor_parallel, "tensor"),
-        ("query groups", llama.num_query_groups, tensor_parallel, "tensor"),
-        ("feed-forward units", llama.ffn_size, tensor_parallel, "tensor"),
-        ("layers", llama.num_layers, pipeline_parallel, "pipeline"),
-    )
-    for what, count, ranks, kind in sizes:
-        # Megatron replicates query groups if there are fewer groups than ranks.
-        divides = count % ranks == 0 or (what == "query groups" and ranks % count == 0)
-        if not divides:
-            raise LETError(
-                f"The model has {count} {what}, which --{kind}-model-parallel-size {ranks} does not"
-                f" divide; give one of {_divisors(count)}."
-            )
-
-
-def _divisors(count: int) -> str:
-    return ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
-
-
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) or isinstance(theirs, float):
         return math.isclose(float(ours), float(theirs), rel_tol=1e-5)

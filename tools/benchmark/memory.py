@@ -16,7 +16,7 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from fake_training import FakeRun, measure
 from megatron_let.cli.plan import plan_one
 from megatron_let.compat.device import prepare_process
 from megatron_let.metrics.provenance import write_csv
-from megatron_let.placement.plan import plan
 from megatron_let.planner.estimate import Estimate, Request
 from megatron_let.planner.memory import StageMemory
 
@@ -116,7 +115,7 @@ def _chosen(recipes: list[str] | None) -> list[Case]:
 def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
     """Return the row of one stage: the case, and each part as measured and as planned."""
     case, request, planned, stage = task
-    measured = _measure(_fake_run(case, request, planned, stage))
+    measured = _measure(FakeRun(Path(case.recipe), case.flags, stage, request, planned))
     predicted = predicted_parts(planned.memory[stage])
     row: dict[str, Any] = {
         "recipe": Path(case.recipe).stem,
@@ -143,29 +142,6 @@ def planned_run(case: Case) -> tuple[Request, Estimate]:
     """Return the request and the estimate of `tools/plan_run.py` for a case."""
     argv = ["--config", case.recipe, "--gpus", str(GPUS), "--gpu", "a100-80g"]
     return plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
-
-
-def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> FakeRun:
-    """Return the run of the estimate, with only as many microbatches as fill its pipeline."""
-    layout = planned.layout
-    virtual = ("--num-virtual-stages-per-pipeline-rank", str(case.chunks))
-    run = FakeRun(
-        config=Path(case.recipe),
-        flags=case.flags + (virtual if case.chunks > 1 else ()),
-        world_size=GPUS,
-        stage=stage,
-        num_microbatches=min(layout.num_microbatches, 2 * layout.pp),
-        vocab_size=request.student.vocab_size,
-    )
-    if planned.placement is None:
-        return run
-    pipeline = replace(layout.pipeline, num_microbatches=run.num_microbatches)
-    prefetch = min(request.prefetch(layout), run.num_microbatches)
-    work = plan(
-        planned.placement, pipeline, planned.costs, planned.aligned,
-        max_prefetch=prefetch, look_ahead=False,
-    )  # fmt: skip
-    return replace(run, teacher=request.teacher, plan=work, aligned_stage=planned.aligned.stage)
 
 
 def _measure(run: FakeRun) -> dict[str, int]:

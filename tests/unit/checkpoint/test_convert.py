@@ -213,10 +213,10 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[object, ...], str]] 
     "another width": (lambda f: _config(f, intermediate_size=99), (), "config.json asks for"),
     "smaller vocabulary": (lambda f: with_tokenizer(f, 700), (), "700 tokens"),
     "TP that does not divide": (
-        lambda f: None, ("--tensor-model-parallel-size", 3), "4 attention heads, which"
+        lambda f: None, ("--tensor-model-parallel-size", 3), "4 attention heads"
     ),
     "PP that does not divide": (
-        lambda f: None, ("--pipeline-model-parallel-size", 3), "4 layers, which"
+        lambda f: None, ("--pipeline-model-parallel-size", 3), "4 layers"
     ),
 }  # fmt: skip
 
