@@ -32,7 +32,6 @@ from megatron_let.files.atomic import atomic_folder, write_json
 from megatron_let.files.names import TRACKER
 from megatron_let.planner.layouts import does_not_divide
 from megatron_let.planner.memory import Layout
-from megatron_let.planner.sizes import student_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json",
@@ -131,10 +130,13 @@ def to_megatron_checkpoint(
     Raises:
         LETError: the layout does not fit the model, or `output` exists; nothing is written.
     """
+    parallel = Layout(layout.tensor_parallel, layout.pipeline_parallel, 1, 1, 1, 1, 1)
+    problem = does_not_divide(parallel, weights.llama)
+    if problem is not None:
+        raise LETError(problem)
     _check_all_used(weights)
     dtype = dtype or weights.dtype
     args = _release_arguments(weights, dtype, layout)
-    _check_layout(args, weights.llama.vocab_size)
     rows, mappings = args.padded_vocab_size, parameter_mappings(weights.llama)
     shards = [_shard(weights, mapping, dtype, rows) for mapping in mappings]
     objects: dict[str, Any] = {COMMON_STATE: [_common_state(args)]}
@@ -142,16 +144,6 @@ def to_megatron_checkpoint(
     with atomic_folder(output, force) as folder:
         write_torch_dist(folder / "release", shards, objects)
         (folder / TRACKER).write_text("release\n")
-
-
-def _check_layout(args: argparse.Namespace, vocab_size: int) -> None:
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    size = student_size(args, vocab_size, tp)
-    problem = does_not_divide(
-        Layout(tp, pp, cp=1, dp=1, num_chunks=1, micro_batch_size=1, num_microbatches=1), size
-    )
-    if problem is not None:
-        raise LETError(problem)
 
 
 def _extra_states(num_layers: int) -> list[str]:

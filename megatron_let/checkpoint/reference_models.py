@@ -96,10 +96,10 @@ def _build(llama: Llama, rows: int, dtype: torch.dtype) -> Any:
     config = TransformerConfig(
         num_layers=llama.num_layers,
         hidden_size=llama.hidden_size,
-        ffn_hidden_size=llama.ffn_size,
+        ffn_hidden_size=llama.ffn_hidden_size,
         num_attention_heads=llama.num_heads,
-        num_query_groups=llama.num_query_groups,
-        kv_channels=llama.head_size,
+        num_query_groups=llama.num_kv_heads,
+        kv_channels=llama.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=llama.norm_epsilon,
         gated_linear_unit=True,

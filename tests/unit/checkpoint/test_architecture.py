@@ -95,7 +95,7 @@ def test_megatron_model_that_is_not_a_llama_is_refused(change: dict[str, Any]) -
         ({"norm_epsilon": 1e-6}, "--norm-epsilon"),
         ({"tied": True}, "--untie-embeddings-and-output-weights"),
         ({"rope_type": "llama3", "rope_factor": 8.0}, "--use-rope-scaling"),
-        ({"num_query_groups": 6}, "--num-query-groups"),
+        ({"num_kv_heads": 6}, "--num-query-groups"),
     ],
 )
 def test_first_difference_names_a_flag_that_keeps_shapes(change: dict[str, Any], flag: str) -> None:
