@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.checkpoint.architecture import first_difference, from_megatron
-from megatron_let.checkpoint.formats import find_format, iteration_folder, open_checkpoint
+from megatron_let.checkpoint.formats import (
+    is_checkpoint,
+    is_legacy,
+    iteration_folder,
+    open_checkpoint,
+)
 from megatron_let.checkpoint.torch_dist import FORMAT, is_torch_dist
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
@@ -54,10 +59,10 @@ def _folder_to_load(args: argparse.Namespace) -> Path | None:
     folder = iteration_folder(Path(args.load))
     if args.ckpt_step is not None:
         folder = Path(args.load) / checkpoint_name(args.ckpt_step)
-    found = find_format(folder)
     # Only dist_checkpointing writes FORMAT; torch_dcp has an index of the same name.
     is_other = is_torch_dist(folder) and not (folder / FORMAT).is_file()
-    return None if found is None or found.runs_code or is_other else folder
+    can_check = is_checkpoint(folder) and not is_legacy(folder) and not is_other
+    return folder if can_check else None
 
 
 def _check_vocabulary(saved: argparse.Namespace, tokenizer: Any, folder: Path) -> None:

@@ -54,12 +54,7 @@ def print_estimate(console: Console, found: Estimate, recipe: str, gpu: str) -> 
         console.print(f"and {found.peak.host / _GIB:.0f} GiB of host memory per rank")
     _print_times(console, found)
     if found.details:
-        parts = found.details["parts_seconds"]
-        console.print(
-            f"ZeRO-{found.details['zero']['stage']}; step without teacher: passes"
-            f" {parts['passes']:.2f} s, ZeRO's communication {parts['data_parallel']:.2f} s,"
-            f" offload {parts['offload']:.2f} s"
-        )
+        console.print(f"ZeRO-{found.details['zero']['stage']}")
         for line in found.details["assumptions"]:
             console.print(f"- {line}", highlight=False)
 
