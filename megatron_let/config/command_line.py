@@ -64,7 +64,7 @@ def parse_command_line(
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    near = difflib.get_close_matches(message.split()[2], parser._option_string_actions, n=1)
+    near = difflib.get_close_matches(message.split()[2], parser._option_string_actions, 1, 0.75)
     hint = f"did you mean {near[0]}?" if near and "unrecognized" in message else "see --help."
     raise LETError(f"The command line has {message}; {hint}")
 

@@ -15,6 +15,7 @@ from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.files.names import RUN, TRACKER
+from megatron_let.run.resume import resumed_step
 from megatron_let.teacher.hub import parse_hub_id, resolve_commit, snapshot_id
 
 _METRICS = "let_metrics_path"
@@ -172,9 +173,22 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
     _check_metrics(metrics, save, stored)
     if save is not None:
         settings = {name: getattr(args, name, None) for name in _COMPARED}
+        if stored is not None and metrics is not None and _not_empty(metrics):
+            _record_changes(metrics, resumed_step(args), stored.get(_SETTINGS, {}), settings)
         save.mkdir(parents=True, exist_ok=True)
         place = metrics and os.path.relpath(metrics, save.resolve())
         write_json(save / RUN, ours | {_METRICS: place, _SETTINGS: settings})
+
+
+def _record_changes(metrics: Path, step: int, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Append a row `changed` to the metrics file: {setting: [before, since this step]}."""
+    new = json.loads(json.dumps(new))
+    changed = {
+        name: [old[name], new[name]] for name in new if old.get(name, new[name]) != new[name]
+    }
+    if changed:
+        with metrics.open("a") as stream:
+            stream.write(json.dumps({"iteration": step, "changed": changed}) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ def run_args(save: Path | None, **values: Any) -> argparse.Namespace:
         "train_iters": 10,
         "tensor_model_parallel_size": 1,
         "lr": 1e-3,
+        "ckpt_step": None,
     }
     return argparse.Namespace(**common | values)
 
@@ -373,3 +374,14 @@ def test_claim_without_save_writes_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     claim(run_args(None), LET)
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_changed_on_resume_are_recorded_in_the_metrics(run_root: Path) -> None:
+    args = run_with_files(run_root)[1]
+    claim(args, LET)
+    assert len(args.let_metrics_path.read_text().splitlines()) == 1
+    args.lr, args.train_iters, args.tensor_model_parallel_size = 2e-3, 20, 2
+    for _ in range(2):
+        claim(args, LET)
+    rows = [json.loads(line) for line in args.let_metrics_path.read_text().splitlines()]
+    assert rows[1:] == [{"iteration": 5, "changed": {"train_iters": [10, 20], "lr": [1e-3, 2e-3]}}]
