@@ -18,7 +18,8 @@ SAVED: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
     "group_query_attention": False, "num_query_groups": 1, "kv_channels": 16,
     "layernorm_epsilon": 1e-5, "rotary_base": 10000, "qk_layernorm": True,
-    "use_rope_scaling": False, "multi_latent_attention": False, "vocab_size": 256, "tokenizer_type": "NullTokenizer",
+    "use_rope_scaling": False, "multi_latent_attention": False, "vocab_size": 256,
+    "tokenizer_type": "NullTokenizer",
     "lr": 1e-3, "min_lr": 1e-4, "global_batch_size": 8, "train_iters": 10, "lr_decay_iters": 10,
     "lr_warmup_iters": 2, "lr_decay_style": "cosine", "start_weight_decay": 0.1,
 }  # fmt: skip
