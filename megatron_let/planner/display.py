@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_let.errors import LETError
 from megatron_let.placement.plan import steady_timeline
@@ -91,10 +91,7 @@ def print_sweep(console: Console, found: list[Estimate], recipe: str, gpu: str) 
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+    return Table(*(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def _name(layout: Layout) -> str:
