@@ -21,8 +21,14 @@ from megatron_let.checkpoint.formats import (
 )
 from megatron_let.checkpoint.parameter_mapping import ParameterMapping, parameter_mappings, split
 from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
+from megatron_let.checkpoint.tokenizer_files import (
+    encoder,
+    first_different_text,
+    read_sentence_piece,
+)
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.tokenizer import read_tokenizer
 
 
 def open_weights(path: Path, tokenizer: Path | None = None) -> Weights:
@@ -64,7 +70,8 @@ class MegatronWeights:
         if checkpoint.state.get("args") is None:
             raise LETError(f"The checkpoint {self.folder} has no arguments of its run.")
         self.args: dict[str, Any] = vars(checkpoint.state["args"])
-        self.tokenizer = tokenizer or _tokenizer_of(self.args)
+        own = _tokenizer_of(self.args)
+        self.tokenizer = tokenizer or own
         self._stored = dict(checkpoint.tensors())
         embedding = self._stored.get("embedding.word_embeddings.weight")
         if embedding is None:
@@ -74,6 +81,8 @@ class MegatronWeights:
         self.dtype: torch.dtype = embedding.dtype
         rows = int(embedding.shape[0])
         self.llama = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
+        if tokenizer is not None:
+            _check_equal_ids(tokenizer, own, self.folder)
         self._mappings = parameter_mappings(self.llama)
         self._mapping_of = {name: m for m in self._mappings for name in m.names}
         # The parts of the last tensor that was read and split, which have not been returned yet.
@@ -130,6 +139,26 @@ def _tokenizer_of(args: Mapping[str, Any]) -> Path | None:
     return Path(model) if model and Path(model).exists() else None
 
 
+def _check_equal_ids(given: Path, own: Path | None, folder: Path) -> None:
+    """Check that `--tokenizer` gives the ids of the run's tokenizer, where that is still there.
+
+    Raises:
+        LETError: names a text whose ids differ.
+    """
+    if own is None or own.resolve() == given.resolve():
+        return
+    try:
+        trained_with = encoder(own)
+    except LETError:
+        return
+    text = first_different_text(trained_with, encoder(given))
+    if text is not None:
+        raise LETError(
+            f"The tokenizer {given} splits {text!r} differently from {own}, the tokenizer of"
+            f" {folder}; leave out --tokenizer, or give an equal one."
+        )
+
+
 def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> int:
     """Return the number of the embedding's rows that are tokens.
 
@@ -160,16 +189,7 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         LETError: the tokenizer cannot be read.
     """
-    try:
-        if path.is_file():
-            from sentencepiece import SentencePieceProcessor
-
-            return SentencePieceProcessor(model_file=str(path))
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer can raise many types
-        raise LETError(f"The tokenizer {path} cannot be read ({first_line(error)}).") from error
+    return read_sentence_piece(path) if path.is_file() else read_tokenizer(path)
 
 
 class HuggingFaceWeights:

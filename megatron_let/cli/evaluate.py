@@ -198,15 +198,15 @@ def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> lis
     """Return one entry per data set, and the total if there are several."""
     import torch
 
-    from megatron_let.checkpoint.weights import load_tokenizer
     from megatron_let.evaluation.models import load_model
     from megatron_let.evaluation.perplexity import perplexity, total
 
     dtype = getattr(torch, given.dtype) if given.dtype else None
     model = load_model(weights, dtype, _device(given))
-    tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
     parts = [
-        perplexity(model, p, given.seq_length, tokenizer, given.batch_size, given.max_tokens)
+        perplexity(
+            model, p, given.seq_length, weights.tokenizer, given.batch_size, given.max_tokens
+        )
         for p in prefixes
     ]
     return parts if len(parts) == 1 else [*parts, total(parts)]

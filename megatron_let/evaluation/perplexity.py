@@ -15,7 +15,14 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_let.data.fingerprint import check_same_fingerprint
 from megatron_let.data.indexed import open_indexed
-from megatron_let.data.text_tokenizer import HuggingFaceText
+from megatron_let.data.text_tokenizer import (
+    HUGGING_FACE,
+    SENTENCE_PIECE,
+    HuggingFaceText,
+    SentencePieceText,
+    TextTokenizer,
+    load_text_tokenizer,
+)
 from megatron_let.errors import LETError
 
 
@@ -83,7 +90,7 @@ def perplexity(
     model: Any,
     prefix: Path,
     length: int,
-    tokenizer: Any | None,
+    tokenizer: Path | None,
     batch_size: int = 1,
     max_tokens: int | None = None,
 ) -> Perplexity:
@@ -93,15 +100,19 @@ def perplexity(
         model: transformers model on its device.
         prefix: path of indexed data without suffix.
         length: context length in tokens.
-        tokenizer: tokenizer of the data, to count the bytes of the text; None leaves them out.
+        tokenizer: folder or `.model` file of the data's tokenizer, which is compared with the
+            data, and counts the bytes of the text; None leaves both out.
         batch_size: windows per forward pass.
         max_tokens: number of tokens to read; None for all.
 
     Raises:
         LETError: the data has fewer than two tokens, or is of another tokenizer.
     """
-    if tokenizer is not None and getattr(tokenizer, "is_fast", False):
-        check_same_fingerprint(prefix, HuggingFaceText(tokenizer))
+    text = None
+    if tokenizer is not None:
+        kind = SENTENCE_PIECE[0] if tokenizer.is_file() else HUGGING_FACE
+        text = load_text_tokenizer(kind, tokenizer)
+        check_same_fingerprint(prefix, text)
     loss, tokens = 0.0, 0
     vocab_size = model.config.vocab_size
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):
@@ -117,8 +128,8 @@ def perplexity(
     if not tokens:
         raise LETError(f"The data {prefix} has fewer than two tokens; there is nothing to predict.")
     # By document, because a window may begin inside a character.
-    texts = documents(prefix, max_tokens)
-    num_bytes = sum(_num_bytes(tokenizer, ids) for ids in texts) if tokenizer else None
+    read = documents(prefix, max_tokens)
+    num_bytes = sum(_num_bytes(text, ids) for ids in read) if text else None
     return Perplexity(prefix.name, tokens, num_bytes, loss)
 
 
@@ -134,13 +145,12 @@ def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(held)
 
 
-def _num_bytes(tokenizer: Any, ids: np.ndarray) -> int:
-    if hasattr(tokenizer, "eos_id"):  # SentencePiece
-        return len(tokenizer.decode(ids[ids != tokenizer.eos_id()].tolist()).encode())
-    text: str = tokenizer.decode(
-        ids[ids != tokenizer.eos_token_id].tolist(), clean_up_tokenization_spaces=False
-    )
-    return len(text.encode())
+def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
+    kept = ids[ids != tokenizer.eod].tolist()
+    if isinstance(tokenizer, SentencePieceText):
+        return len(tokenizer.processor.decode(kept).encode())
+    assert isinstance(tokenizer, HuggingFaceText)
+    return len(tokenizer.backend.decode(kept, skip_special_tokens=False).encode())
 
 
 def total(parts: list[Perplexity]) -> Perplexity:

@@ -1,7 +1,8 @@
-"""Check that student and teacher share a tokenizer."""
+"""Read a folder's tokenizer, and check that student and teacher share one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -12,19 +13,33 @@ from megatron_let.teacher.inspect import TeacherFolder
 # Merges, spaces, digits and bytes: two tokenizers of one vocabulary can split these differently.
 PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
 
+# What tokenizers of unlike kinds split unlike: whitespace, accents, scripts, code, emoji, digits.
+PROBE_TEXTS = (
+    PROBE_TEXT, "", " ", "Hello world", "  two  spaces  ", "\n\n \ta\r\n b\n", "12345 3.14e-10",
+    "naïve café, e\u0301, ﬁ ①, Größe, Łódź", "東京タワー 한국어 עברית हिन्दी ไทย ελληνικά русский",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u00a0\u2003\ufeff\u200b x", "▁a ▁",
+    "ALLCAPS camelCase it's ISN'T 'quoted'", "for (int i=0; i<n; ++i) { a[i] += 0x1F; } // ok",
+    "    return f'{x!r:>10}'\n\n\ndef g(*a, **k): ...", "http://example.org/?a=b&c=%20d",
+)  # fmt: skip
 
-def load_teacher_tokenizer(folder: TeacherFolder) -> Any:
-    """Load the teacher's tokenizer with transformers.
+
+def read_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder with transformers, without running code of the folder.
 
     Raises:
-        LETError: the folder has none, or a damaged one.
+        LETError: the folder has none, a damaged one, or one that is code.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing or damaged tokenizer raises many types
+        if "trust_remote_code" in str(error):
+            raise LETError(
+                f"The tokenizer {folder} is Python code (auto_map in tokenizer_config.json), which"
+                " is never run; give the folder of a tokenizer with a tokenizer.json."
+            ) from error
         raise LETError(
-            f"The teacher {folder.path} has no tokenizer to compare with the student's"
-            f" ({first_line(error)}); copy its tokenizer files to the model's folder."
+            f"The tokenizer {folder} cannot be read ({first_line(error)}); copy its tokenizer"
+            " files again."
         ) from error
 
 
@@ -38,7 +53,7 @@ def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
     Raises:
         LETError: the teacher has no tokenizer, or the two differ; names the first token that does.
     """
-    teacher = load_teacher_tokenizer(folder)
+    teacher = read_tokenizer(folder.path)
     teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
     check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
     teacher_ids = teacher(PROBE_TEXT, add_special_tokens=False).input_ids
