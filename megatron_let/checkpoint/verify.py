@@ -20,11 +20,12 @@ class TensorAudit:
     """Tensor-by-tensor comparison of two models.
 
     Attributes:
-        num_tensors: Hugging Face tensors of the architecture, each read from both models.
+        num_tensors: tensors that were read from both models: the Hugging Face tensors of the
+            architecture, and others that both have.
         num_bitwise: number of tensors that are equal bit by bit.
         largest_difference: largest difference over all elements, in fp32.
         different: names of the tensors that are not equal.
-        unused: stored tensors of either model that are not part of the architecture.
+        unused: tensors of one of the models that are not part of the architecture.
     """
 
     num_tensors: int
@@ -58,15 +59,17 @@ def audit(first: Weights, second: Weights) -> TensorAudit:
     """
     _check_same_architecture(first, second)
     names = [name for mapping in parameter_mappings(first.llama) for name in mapping.names]
+    left_over = set(first.unused()), set(second.unused())
+    names += sorted(left_over[0] & left_over[1])
     different, largest = [], 0.0
     for name in names:
         a, b = first.read(name), second.read(name)
         if a.dtype != b.dtype or not torch.equal(a, b):
             different.append(name)
             # A NaN makes the difference NaN, which no tolerance accepts.
-            gap = float((a.float() - b.float()).abs().max())
+            gap = float((a.float() - b.float()).abs().max()) if a.shape == b.shape else np.inf
             largest = gap if np.isnan(gap) else max(largest, gap)
-    unused = (*first.unused(), *second.unused())
+    unused = tuple(sorted(left_over[0] ^ left_over[1]))
     return TensorAudit(len(names), len(names) - len(different), largest, tuple(different), unused)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ class MegatronWeights:
         self._parts: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor by its Hugging Face name."""
+        """Read one tensor by its Hugging Face name, or one of `unused` by its own."""
+        if name not in self._mapping_of:
+            return self.checkpoint.read(name, None)
         if name not in self._parts:
             # Freed first, so that two of Megatron's tensors are never held at once.
             self._parts = {}
@@ -200,6 +203,8 @@ class HuggingFaceWeights:
         config = _read_config(folder)
         self.llama = from_hugging_face(config)
         self._files = SafetensorsFolder(folder)
+        if self.llama.tied and not self._is_tied():
+            self.llama = replace(self.llama, tied=False)
         self._shapes = dict(t for m in parameter_mappings(self.llama) for t in m.tensors)
         self.tokenizer = tokenizer or _tokenizer_in(folder)
         self._check_shapes()
@@ -208,8 +213,18 @@ class HuggingFaceWeights:
             _check_tokenizer(self.tokenizer, self.llama.vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor by its Hugging Face name."""
+        """Read one tensor by its name."""
         return self._files.read(name)
+
+    def _is_tied(self) -> bool:
+        """Return whether the files have no output layer of their own.
+
+        transformers 5 also believes the files instead of `tie_word_embeddings`.
+        """
+        head = "lm_head.weight"
+        if head not in self._files.names():
+            return True
+        return torch.equal(self.read(head), self.read("model.embed_tokens.weight"))
 
     def unused(self) -> list[str]:
         """Return the names of stored tensors that are not part of the model."""

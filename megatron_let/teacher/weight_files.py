@@ -25,19 +25,17 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         if index.is_file():
             return [folder / shard for shard in _shards(index)]
-    return sorted(folder.glob("*.safetensors"))
+    return []
 
 
 def has_all_weights(folder: Path) -> bool:
-    """Whether every file that transformers would load exists; shards need their index.
+    """Return whether there are weight files and all exist.
 
     Raises:
         LETError: the index of a sharded model is damaged.
     """
     files = weight_files(folder)
-    indexed = any((folder / f"{name}.index.json").is_file() for name in WEIGHT_NAMES)
-    sharded = any("-of-" in file.name for file in files)
-    return bool(files) and all(file.is_file() for file in files) and (indexed or not sharded)
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def check_weight_files(folder: Path) -> None:
@@ -50,14 +48,17 @@ def check_weight_files(folder: Path) -> None:
     """
     files = weight_files(folder)
     if not files:
-        raise LETError(f"The teacher {folder} has no weight file (*.safetensors or *.bin).")
+        raise LETError(
+            f"The model {folder} has none of the weight files that transformers loads:"
+            f" {' or '.join(WEIGHT_NAMES)}, or NAME.index.json with its shards."
+        )
     for file in files:
         if not file.is_file():
-            raise LETError(f"The teacher's weight file {file} is missing; copy the folder again.")
+            raise LETError(f"The weight file {file} is missing; copy the folder again.")
         is_whole = _is_whole_safetensors if file.suffix == ".safetensors" else _is_whole_torch
         if not is_whole(file):
             raise LETError(
-                f"The teacher's weight file {file} is cut short or damaged at "
+                f"The weight file {file} is cut short or damaged at "
                 f"{file.stat().st_size} bytes; copy it again."
             )
 
@@ -67,7 +68,7 @@ def _shards(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LETError(
-            f"The teacher's weight index {index} is damaged ({first_line(error)}); copy it again."
+            f"The weight index {index} is damaged ({first_line(error)}); copy it again."
         ) from error
 
 
