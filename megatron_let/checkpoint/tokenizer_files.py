@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.teacher.hub import TOKENIZER_FILES
-from megatron_let.teacher.tokenizer import PROBE_TEXTS, read_tokenizer
-
-Encode = Callable[[str], list[int]]
+from megatron_let.teacher.tokenizer import Encode, first_different_text, read_tokenizer
 
 
 def write_tokenizer(tokenizer: Path, folder: Path) -> Any:
@@ -77,11 +74,6 @@ def encoder(tokenizer: Path) -> Encode:
         return read_sentence_piece(tokenizer).encode  # type: ignore[no-any-return]
     loaded = read_tokenizer(tokenizer)
     return lambda text: list(loaded(text, add_special_tokens=False).input_ids)
-
-
-def first_different_text(first: Encode, second: Encode) -> str | None:
-    """Return the first probe text whose ids differ; None if there is none."""
-    return next((text for text in PROBE_TEXTS if first(text) != second(text)), None)
 
 
 def _checked(folder: Path, tokenizer: Path, encode: Encode) -> Any:

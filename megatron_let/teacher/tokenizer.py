@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from megatron_let.errors import LETError, first_line
-from megatron_let.teacher.inspect import TeacherFolder
 
 # Merges, spaces, digits and bytes: two tokenizers of one vocabulary can split these differently.
 PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
+
+Encode = Callable[[str], list[int]]
 
 # What tokenizers of unlike kinds split unlike: whitespace, accents, scripts, code, emoji, digits.
 PROBE_TEXTS = (
@@ -21,6 +23,11 @@ PROBE_TEXTS = (
     "ALLCAPS camelCase it's ISN'T 'quoted'", "for (int i=0; i<n; ++i) { a[i] += 0x1F; } // ok",
     "    return f'{x!r:>10}'\n\n\ndef g(*a, **k): ...", "http://example.org/?a=b&c=%20d",
 )  # fmt: skip
+
+
+def first_different_text(first: Encode, second: Encode) -> str | None:
+    """Return the first probe text whose ids differ; None if there is none."""
+    return next((text for text in PROBE_TEXTS if first(text) != second(text)), None)
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -43,17 +50,17 @@ def read_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
+def check_same_tokenizer(student: Any, folder: Path) -> None:
     """Check that the student's tokenizer is the teacher's.
 
     Args:
         student: Megatron's tokenizer (`megatron.core.tokenizers`).
-        folder: folder of the teacher.
+        folder: the teacher's.
 
     Raises:
         LETError: the teacher has no tokenizer, or the two differ; names the first token that does.
     """
-    teacher = read_tokenizer(folder.path)
+    teacher = read_tokenizer(folder)
     teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
     check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
     teacher_ids = teacher(PROBE_TEXT, add_special_tokens=False).input_ids
