@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,34 @@ def write_tokenizer(tokenizer: Path, folder: Path) -> Any:
         # The files alone may mean another tokenizer beside this config.json.
         read_tokenizer(tokenizer).save_pretrained(folder)
         return _checked(folder, tokenizer, encoder(tokenizer))
+
+
+def hugging_face_tokenizer(tokenizer: Path) -> Any:
+    """Load a folder or SentencePiece `.model` file as a tokenizer of transformers.
+
+    Raises:
+        LETError: transformers gives other ids than the `.model` file.
+    """
+    if tokenizer.is_dir():
+        return read_tokenizer(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text("{}")
+        return write_tokenizer(tokenizer, Path(folder))
+
+
+def tokenizer_hash(tokenizer: Path | None) -> str:
+    """Return a hash of a tokenizer's files, and of the config that selects its class."""
+    digest = hashlib.sha256()
+    files: list[Path] = []
+    if tokenizer is not None and tokenizer.is_file():
+        files = [tokenizer]
+    elif tokenizer is not None:
+        patterns = (*TOKENIZER_FILES, "config.json")
+        files = sorted({file for pattern in patterns for file in tokenizer.glob(pattern)})
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def special_token_ids(tokenizer: Path, loaded: Any) -> dict[str, Any]:

@@ -205,11 +205,11 @@ class HuggingFaceWeights:
         if self.llama.tied and not self._is_tied():
             self.llama = replace(self.llama, tied=False)
         self._shapes = dict(t for m in parameter_mappings(self.llama) for t in m.tensors)
-        self.tokenizer = tokenizer or _tokenizer_in(folder)
+        self.tokenizer = tokenizer or tokenizer_in(folder)
         self._check_shapes()
         self.dtype = DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
         if self.tokenizer is not None:
-            _check_tokenizer(self.tokenizer, self.llama.vocab_size)
+            check_tokenizer_size(self.tokenizer, self.llama.vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its name."""
@@ -261,12 +261,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tokenizer_in(folder: Path) -> Path | None:
+def tokenizer_in(folder: Path) -> Path | None:
+    """Return the folder itself if it has a tokenizer."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     return folder if any((folder / name).is_file() for name in names) else None
 
 
-def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
+def check_tokenizer_size(tokenizer: Path, vocab_size: int) -> None:
+    """Check that a model's embedding has a row for each token.
+
+    Raises:
+        LETError: names both sizes.
+    """
     size = len(load_tokenizer(tokenizer))
     if size > vocab_size:
         raise LETError(

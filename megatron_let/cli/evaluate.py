@@ -6,6 +6,7 @@ A model is a Megatron checkpoint, a run (its last checkpoint) or a Hugging Face 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -136,11 +137,12 @@ def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
 
 def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row:
     from megatron_let.checkpoint.describe import consumed_tokens
-    from megatron_let.checkpoint.weights import MegatronWeights, open_weights
+    from megatron_let.checkpoint.weights import MegatronWeights
     from megatron_let.evaluation.harness import Settings, evaluate
+    from megatron_let.evaluation.models import open_model
     from megatron_let.evaluation.table import Row
 
-    weights = open_weights(model, given.tokenizer)
+    weights = open_model(model, given.tokenizer)
     device = _device(given)
     results = evaluate(
         weights,
@@ -174,7 +176,7 @@ def _write_table(
 
 
 def _perplexity(given: argparse.Namespace, console: Console) -> int:
-    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.evaluation.models import open_model
     from megatron_let.evaluation.perplexity import blend_of
 
     items = given.data_path
@@ -185,9 +187,13 @@ def _perplexity(given: argparse.Namespace, console: Console) -> int:
     prefixes = blend_of(items)
     found = {}
     for model in given.models:
-        parts = _parts(given, open_weights(model, given.tokenizer), prefixes)
+        parts = _parts(given, open_model(model, given.tokenizer), prefixes)
         found[str(model)] = [_values(part) for part in parts]
         output_console().print(_perplexity_table(str(model), parts))
+        for part in parts:
+            if not math.isfinite(part.per_token):
+                text = f"the loss of {part.name} exceeds 709, so its perplexity is infinite"
+                say(console, text, "yellow")
     if given.json is not None:
         write_json(given.json, provenance(command_line()) | {"models": found})
         say(console, f"written: {given.json}")
@@ -218,8 +224,9 @@ def _values(part: Perplexity) -> dict[str, Any]:
         "tokens": part.tokens,
         "bytes": part.bytes,
         "loss": part.loss / part.tokens,
-        "perplexity_per_token": part.per_token,
-        "perplexity_per_byte": part.per_byte,
+        # JSON has no infinity.
+        "perplexity_per_token": part.per_token if math.isfinite(part.per_token) else None,
+        "perplexity_per_byte": part.per_byte if math.isfinite(part.per_byte or 0) else None,
         "bits_per_byte": part.bits_per_byte,
     }
 

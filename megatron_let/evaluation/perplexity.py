@@ -24,6 +24,7 @@ from megatron_let.data.text_tokenizer import (
     load_text_tokenizer,
 )
 from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import max_positions
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,25 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """Return the exponential of the mean loss per token."""
-        return math.exp(self.loss / self.tokens)
+        """Return the exponential of the mean loss per token; infinity above a loss of 709."""
+        return _exp(self.loss / self.tokens)
 
     @property
     def per_byte(self) -> float | None:
         """Return the exponential of the mean loss per byte, comparable across tokenizers."""
-        return math.exp(self.loss / self.bytes) if self.bytes else None
+        return _exp(self.loss / self.bytes) if self.bytes else None
 
     @property
     def bits_per_byte(self) -> float | None:
         """Return log2 of `per_byte`."""
         return self.loss / self.bytes / math.log(2) if self.bytes else None
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def documents(prefix: Path, max_tokens: int | None) -> Iterator[np.ndarray]:
@@ -106,7 +114,8 @@ def perplexity(
         max_tokens: number of tokens to read; None for all.
 
     Raises:
-        LETError: the data has fewer than two tokens, or is of another tokenizer.
+        LETError: the data has fewer than two tokens, is of another tokenizer, or its windows are
+            too long for the model.
     """
     text = None
     if tokenizer is not None:
@@ -114,15 +123,17 @@ def perplexity(
         text = load_text_tokenizer(kind, tokenizer)
         check_same_fingerprint(prefix, text)
     loss, tokens = 0.0, 0
-    vocab_size = model.config.vocab_size
+    config = model.config.get_text_config(decoder=True)
+    vocab_size = config.vocab_size
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):
         if int(batch.max()) >= vocab_size:
             raise LETError(
                 f"The data {prefix} has token {int(batch.max())} but the model has a vocabulary of"
                 f" {vocab_size}; it was made with another tokenizer."
             )
+        _check_length(config, batch.shape[1] - 1)
         ids = torch.from_numpy(batch).to(model.device)
-        logits = model(ids[:, :-1]).logits.float()
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
         loss += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
         tokens += ids[:, 1:].numel()
     if not tokens:
@@ -131,6 +142,17 @@ def perplexity(
     read = documents(prefix, max_tokens)
     num_bytes = sum(_num_bytes(text, ids) for ids in read) if text else None
     return Perplexity(prefix.name, tokens, num_bytes, loss)
+
+
+def _check_length(config: Any, length: int) -> None:
+    """Check that a model without RoPE, whose positions are a table, has as many as a window."""
+    limit = max_positions(config)
+    has_rope = getattr(config, "rope_parameters", None) is not None
+    if limit is not None and length > limit and not has_rope:
+        raise LETError(
+            f"The windows have {length} tokens but the model was built for {limit} positions; give"
+            f" --seq-length {limit}."
+        )
 
 
 def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from megatron_let.errors import LETError, first_line
 
@@ -61,6 +63,29 @@ def check_weight_files(folder: Path) -> None:
                 f"The weight file {file} is cut short or damaged at "
                 f"{file.stat().st_size} bytes; copy it again."
             )
+
+
+def check_all_loaded(folder: Path, report: dict[str, Any], allowed: Container[str] = ()) -> None:
+    """Check transformers' report (`output_loading_info`) of a loaded folder.
+
+    Args:
+        allowed: names of tensors that the model may leave out.
+
+    Raises:
+        LETError: names weights that are not in the files, or that the model does not have.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise LETError(
+            f"The model {folder} has no weight for {missing[0]} and {len(missing) - 1} more; its"
+            " files are of another model."
+        )
+    unread = sorted(name for name in report["unexpected_keys"] if name not in allowed)
+    if unread:
+        raise LETError(
+            f"The model {folder} has {unread[0]} and {len(unread) - 1} more weights that its"
+            " config.json has no place for; its config is of another model."
+        )
 
 
 def _shards(index: Path) -> list[str]:
