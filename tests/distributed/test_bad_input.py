@@ -122,7 +122,7 @@ REFUSED: dict[str, Case] = {
     ),
     # The output
     "folder of another seed": (
-        ("--save", "{let_run}", "--load", "{let_run}", "--seed", 7),
+        ("--save", "{let_run}", "--load", "{let_run}", "--train-iters", 5, "--seed", 7),
         ("{let_run}", "--seed is 1234 there and 7 here"),
     ),
     "folder started over": (("--save", "{let_run}"), ("iteration 5", "--load {let_run}")),
