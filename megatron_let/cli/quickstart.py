@@ -21,9 +21,9 @@ from rich.console import Console
 from megatron_let.cli.common import output_console, run_command, say
 from megatron_let.cli.compare import report
 from megatron_let.cli.local_run import ROOT, run_environment, train_locally
-from megatron_let.data.environment_text import environment_text
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.compare import ComparedRun, load_run
 from megatron_let.metrics.sweep import load_sweep, runs_of
 

@@ -31,9 +31,9 @@ class Selection:
     append_eod: bool = True
 
     @property
-    def filters(self) -> bool:
-        """Return whether any subset may be excluded."""
-        return bool(self.include_subsets or self.exclude_subsets)
+    def needs_subset(self) -> bool:
+        """Return whether a document without a subset is unusable."""
+        return bool(self.include_subsets or self.exclude_subsets or self.per_subset)
 
     def writes(self, subset: str) -> bool:
         """Return whether documents of a subset are written."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_let.data.pre_token_cache import PreTokenCache, split_pattern
 from megatron_let.errors import LETError, first_line
 
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -18,25 +13,81 @@ HUGGING_FACE = "HuggingFaceTokenizer"
 SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (HUGGING_FACE, *SENTENCE_PIECE)
 
-TokenIds = npt.NDArray[np.integer[Any]]
 
-
-class TextTokenizer(Protocol):
-    """A tokenizer as preprocessing uses it.
+class HuggingFaceText:
+    """A fast tokenizer, called without the Python layer of transformers.
 
     Attributes:
         vocab_size: number of ids, special and added tokens included, as Megatron counts them.
+        largest_id: largest id that can occur; above the number of ids in a vocabulary with gaps.
         eod: id that ends a document, equal to that of Megatron's tokenizer of the same files.
     """
 
-    vocab_size: int
-    eod: int
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise LETError(
+                f"The tokenizer {tokenizer.name_or_path} has no fast form (tokenizer.json); convert"
+                " it with transformers, or give its SentencePiece .model file."
+            )
+        # Like Megatron: the separator, if there is no end-of-text token.
+        eod = tokenizer.eos_token_id
+        eod = tokenizer.sep_token_id if eod is None else eod
+        if eod is None:
+            raise LETError(
+                f"The tokenizer {tokenizer.name_or_path} has no end-of-text token; set eos_token"
+                " in its tokenizer_config.json."
+            )
+        self.eod = int(eod)
+        self.vocab_size = len(tokenizer)
+        self._tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+        self.largest_id = max(self._tokens)
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_padding()
+        self.backend.no_truncation()
 
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def vocabulary(self) -> dict[int, str]:
         """Return the token of every id."""
+        return self._tokens
+
+
+class SentencePieceText:
+    """A SentencePiece model, with the attributes of `HuggingFaceText`."""
+
+    def __init__(self, model: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self.processor = SentencePieceProcessor(model_file=str(model))
+        except (OSError, RuntimeError) as error:
+            raise LETError(
+                f"The tokenizer {model} is not a SentencePiece model; give a .model file, or"
+                " --tokenizer-type HuggingFaceTokenizer for a Hugging Face folder."
+            ) from error
+        self.eod = self.processor.eos_id()
+        if self.eod < 0:
+            raise LETError(
+                f"The SentencePiece model {model} has no end-of-sentence piece to end documents"
+                " with; train it with --eos_id."
+            )
+        self.vocab_size = self.processor.get_piece_size()
+        self.largest_id = self.vocab_size - 1
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens."""
+        ids: list[list[int]] = self.processor.encode(texts)
+        return ids
+
+    def vocabulary(self) -> dict[int, str]:
+        """Return the token of every id."""
+        return {index: self.processor.id_to_piece(index) for index in range(self.vocab_size)}
+
+
+TextTokenizer = HuggingFaceText | SentencePieceText
 
 
 def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
@@ -57,77 +108,6 @@ def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
     if tokenizer_type == HUGGING_FACE:
         return HuggingFaceText(load_hugging_face(model))
     return SentencePieceText(model)
-
-
-class HuggingFaceText:
-    """A fast tokenizer of transformers, called without its Python layer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise LETError(
-                f"The tokenizer {tokenizer.name_or_path} has no fast form (tokenizer.json); convert"
-                " it with transformers, or give its SentencePiece .model file."
-            )
-        # Like Megatron: the separator, if there is no end-of-text token.
-        eod = tokenizer.eos_token_id
-        eod = tokenizer.sep_token_id if eod is None else eod
-        if eod is None:
-            raise LETError(
-                f"The tokenizer {tokenizer.name_or_path} has no end-of-text token; set eos_token"
-                " in its tokenizer_config.json."
-            )
-        self.eod = int(eod)
-        self.vocab_size = len(tokenizer)
-        self._tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-        self.backend = tokenizer.backend_tokenizer
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        plain = split_pattern(json.loads(self.backend.to_str())) is not None
-        self._cache = PreTokenCache(self.backend) if plain else None
-
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of each text, without special tokens."""
-        ids = [self._cache.encode(text) if self._cache is not None else None for text in texts]
-        rest = [text for text, found in zip(texts, ids, strict=True) if found is None]
-        encodings = iter(self.backend.encode_batch_fast(rest, add_special_tokens=False))
-        return [
-            np.array(next(encodings).ids, dtype=np.int32) if found is None else found
-            for found in ids
-        ]
-
-    def vocabulary(self) -> dict[int, str]:
-        """Return the token of every id."""
-        return self._tokens
-
-
-class SentencePieceText:
-    """A SentencePiece model."""
-
-    def __init__(self, model: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self.processor = SentencePieceProcessor(model_file=str(model))
-        except (OSError, RuntimeError) as error:
-            raise LETError(
-                f"The tokenizer {model} is not a SentencePiece model; give a .model file, or"
-                " --tokenizer-type HuggingFaceTokenizer for a Hugging Face folder."
-            ) from error
-        self.eod = self.processor.eos_id()
-        if self.eod < 0:
-            raise LETError(
-                f"The SentencePiece model {model} has no end-of-sentence piece to end documents"
-                " with; train it with --eos_id."
-            )
-        self.vocab_size = self.processor.get_piece_size()
-
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of each text, without special tokens."""
-        return [self.processor.encode_as_numpy(text) for text in texts]
-
-    def vocabulary(self) -> dict[int, str]:
-        """Return the token of every id."""
-        return {index: self.processor.id_to_piece(index) for index in range(self.vocab_size)}
 
 
 def load_hugging_face(model: Path) -> Any:

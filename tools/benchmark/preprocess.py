@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS_FOLDER, source
+from megatron_let.data.preprocess import BLOCK_BYTES, PreprocessOptions, preprocess
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.data.environment_text import environment_text
-from megatron_let.data.preprocess import BLOCK_BYTES, PreprocessOptions, preprocess
 from megatron_let.data.text_tokenizer import HUGGING_FACE
+from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.provenance import write_csv
 
 RESULTS = RESULTS_FOLDER / "preprocess.csv"

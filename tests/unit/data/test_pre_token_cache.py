@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron_let.data.pre_token_cache import PreTokenCache, split_pattern
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from megatron_let.data.environment_text import environment_text
-from megatron_let.data.pre_token_cache import PreTokenCache, split_pattern
+from megatron_let.files.environment_text import environment_text
 from tests.helpers.text_data import real_texts
 
 pytestmark = pytest.mark.medium

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
+from megatron_let.data.blend import blend_weights
+from megatron_let.data.inputs import gather, group_sources
+from megatron_let.data.merge import StreamedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_let.cli.preprocess import main
-from megatron_let.data.blend import blend_weights
-from megatron_let.data.inputs import gather, group_sources
-from megatron_let.data.merge import StreamedDatasetBuilder
 from megatron_let.data.selection import draw_split
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
