@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import logging
 import multiprocessing
@@ -13,10 +14,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -24,7 +27,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from rich.console import Console
 
-from megatron_let.data.shards import Job, TokenizeFiles
+from megatron_let.cli.preprocess_job import Job
+from megatron_let.data.shards import TokenizeFiles
 from megatron_let.errors import LETError
 
 _SITE = Path(__file__).resolve().parents[2] / "launch" / "site.sh"
@@ -32,6 +36,31 @@ _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_LINES = 30.0
 # A document of 16 MiB takes 2 GiB to encode.
 _GIB_PER_TASK = 4
+
+
+class _Tokenize(TokenizeFiles):
+    """Notes why a task failed, for the command, which runs in another process."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(
+            job.work,
+            job.tasks,
+            job.tokenizer,
+            job.selection,
+            job.strict,
+            job.max_document_bytes,
+        )
+        self._job = job
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Write the shard of `rank`; note an error before raising it."""
+        try:
+            yield from super().run(data, rank, world_size)
+        except (LETError, OSError) as error:
+            message = self._job.explain(error) if isinstance(error, OSError) else error
+            with contextlib.suppress(OSError):
+                (self._job.work / "failure").write_text(str(message))
+            raise
 
 
 class _Processes(LocalPipelineExecutor):
@@ -106,7 +135,7 @@ class _Progress:
         for path in self._job.work.glob("*.bin*"):
             with contextlib.suppress(FileNotFoundError):
                 num_bytes += path.stat().st_size
-        return num_bytes // self._job.token_bytes
+        return num_bytes // self._job.tokenizer.token_bytes
 
 
 def run_tasks(job: Job, executor: str, workers: int | None, console: Console) -> None:
@@ -124,14 +153,14 @@ def run_tasks(job: Job, executor: str, workers: int | None, console: Console) ->
             _run_on_ray(job, workers, options)
         else:
             workers = workers or len(os.sched_getaffinity(0))
-            _Processes([TokenizeFiles(job)], workers=workers, **options).run(
-                _Progress(job, console)
-            )
+            _Processes([_Tokenize(job)], workers=workers, **options).run(_Progress(job, console))
     finally:
         failure = job.work / "failure"
         if failure.is_file():
-            raise LETError(failure.read_text())
-    missing = [r for r in range(len(job.tasks)) if not job.record(r).is_file()]
+            # The file is empty if there was no space for the message.
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise LETError(failure.read_text() or str(job.explain(full)))
+    missing = job.missing()
     if missing:
         raise LETError(
             f"{len(missing)} of {len(job.tasks)} tasks did not finish; read"
@@ -148,7 +177,7 @@ def _run_on_ray(job: Job, workers: int | None, options: dict[str, Any]) -> None:
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         RayPipelineExecutor(
-            [TokenizeFiles(job)], workers=workers or -1, mem_per_cpu_gb=_GIB_PER_TASK, **options
+            [_Tokenize(job)], workers=workers or -1, mem_per_cpu_gb=_GIB_PER_TASK, **options
         ).run()
     finally:
         ray.shutdown()
@@ -177,13 +206,11 @@ def submit_to_slurm(job: Job, workers: int | None) -> str:
     Raises:
         LETError: Slurm is missing or refuses the job, or no partition is given.
     """
-    from megatron_let.cli.preprocess_merge import MergeShards
-
     logger.remove()
     os.environ.update(_site_variables())
     name = _job_name(job)
-    tokenize = _slurm(job, TokenizeFiles(job), len(job.tasks), name, workers=workers or -1)
-    merge = _slurm(job, MergeShards(job), 1, f"{name}-merge", depends=tokenize)
+    tokenize = _slurm(job, _Tokenize(job), len(job.tasks), name, workers=workers or -1)
+    merge = _slurm(job, _MergeShards(job), 1, f"{name}-merge", depends=tokenize)
     try:
         merge.run()
     except subprocess.CalledProcessError as error:
@@ -228,6 +255,25 @@ def _slurm(
         skip_completed=not name.endswith("-merge"),
         **options,
     )
+
+
+class _MergeShards(PipelineStep):
+    """datatrove's step that ends a job, for a cluster's executor."""
+
+    name = "Megatron data sets"
+    type = "MERGER"
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job = job
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Merge the shards."""
+        # It imports torch.
+        from megatron_let.cli.preprocess_merge import merge
+
+        merge(self.job)
+        yield from ()
 
 
 class _Slurm(SlurmPipelineExecutor):

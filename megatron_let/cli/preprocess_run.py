@@ -19,9 +19,9 @@ from rich.console import Console
 from megatron_let.cli.common import say
 from megatron_let.cli.preprocess_executors import queued_on_slurm, run_tasks, submit_to_slurm
 from megatron_let.cli.preprocess_inputs import divide, find_inputs, signature
+from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.fingerprint import fingerprint
 from megatron_let.data.selection import Selection
-from megatron_let.data.shards import Job
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json

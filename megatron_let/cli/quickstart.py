@@ -140,7 +140,7 @@ def _prepare_data(options: argparse.Namespace, tokenizer: Path, console: Console
         held_out, training = _split(list(_documents(options)))
         counts = {}
         for name, documents in (("valid", held_out), ("train", training)):
-            counts[name] = vars(write_indexed(folder / name, documents, hf_tokenizer))
+            counts[name] = write_indexed(folder / name, documents, hf_tokenizer)
         for name, count in counts.items():
             if count["tokens"] <= _TOKENS_PER_STEP:
                 raise LETError(

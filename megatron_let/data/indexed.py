@@ -1,22 +1,14 @@
-"""Megatron's indexed format: build a data set from memory or from parts, and open one."""
+"""Megatron's indexed format: write documents from memory, open a data set."""
 
 from __future__ import annotations
 
-import shutil
-import struct
 from collections.abc import Iterable
 from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import (
-    DType,
-    IndexedDataset,
-    IndexedDatasetBuilder,
-    _IndexReader,
-    _IndexWriter,
-)
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_let.data.fingerprint import fingerprint, write_sidecar_file
 from megatron_let.data.text_tokenizer import HuggingFaceText
@@ -24,38 +16,6 @@ from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file
 
 _BATCH = 64
-
-
-class DatasetBuilder(IndexedDatasetBuilder):
-    """Megatron's builder for one sequence per document, with arrays in place of its lists.
-
-    It takes 4 bytes of memory per document, and 28 while it writes the index; the lists take 110.
-    """
-
-    def add_index(self, path_prefix: str) -> None:
-        """Add a whole data set."""
-        index = _IndexReader(path_prefix + ".idx", multimodal=False)
-        assert index.dtype == self.dtype
-        self.sequence_lengths.append(np.array(index.sequence_lengths))
-        with open(path_prefix + ".bin", "rb") as file:
-            shutil.copyfileobj(file, self.data_file)
-
-    def add_tokens(self, ids: list[int]) -> None:
-        """Add one document."""
-        self.data_file.write(np.array(ids, dtype=self.dtype).data)
-        self.sequence_lengths.append(np.array([len(ids)], dtype=np.int32))
-
-    def finalize(self, idx_path: str) -> None:
-        """Write the index, the same bytes as Megatron's."""
-        self.data_file.close()
-        lengths = np.concatenate(self.sequence_lengths)
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        with _IndexWriter(idx_path, self.dtype) as writer:
-            file = writer.idx_writer
-            file.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
-            file.write(lengths.data)
-            file.write((starts * np.dtype(self.dtype).itemsize).data)
-            file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
 
 
 def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dict[str, int]:
@@ -78,13 +38,14 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dic
     counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
     with atomic_file(idx_path) as idx_partial, atomic_file(bin_path) as bin_partial:
         dtype = DType.optimal_dtype(text_tokenizer.largest_id + 1)
-        builder = DatasetBuilder(str(bin_partial), dtype=dtype)
+        builder = IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
         for texts in batched(documents, _BATCH):
             for text, ids in zip(texts, text_tokenizer.encode(texts), strict=True):
                 if ids:
-                    builder.add_tokens([*ids, text_tokenizer.eod])
+                    ids.append(text_tokenizer.eod)
+                    builder.add_document(torch.tensor(ids), [len(ids)])
                     counts["documents"] += 1
-                    counts["tokens"] += len(ids) + 1
+                    counts["tokens"] += len(ids)
                     counts["text_bytes"] += len(text.encode())
         if not counts["documents"]:
             raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")

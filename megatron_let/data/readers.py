@@ -22,9 +22,9 @@ from pyarrow import parquet
 from megatron_let.errors import first_line
 
 if sys.version_info >= (3, 14):
-    from compression import zstd
+    from compression import zstd as zstd
 else:
-    from backports import zstd
+    from backports import zstd as zstd
 
 _COMPRESSED = r"(\.(gz|bz2|xz|zst|zstd))?$"
 _KINDS = {

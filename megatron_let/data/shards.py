@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
@@ -27,122 +23,82 @@ NO_SUBSET = "(none)"
 # Enough text per call to amortise it, little enough that the encodings stay small.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 512 * 1024, 1000
 _MAX_OUTPUTS = 500
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Megatron's DType.optimal_dtype takes uint16 below it; importing that would import torch.
-_UINT16_IDS = 65_500
+
 
 # Numbers of documents, tokens and bytes; the last part of a key is the unit or the reason.
 Counts = Counter[tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the tasks of a run and its merge need, on any node.
-
-    Attributes:
-        prefix: data sets are named `PREFIX_KEY[_SPLIT][_SUBSET]_document`.
-        tasks: input files of each task.
-        subset_weights: factor of each subset's share in the blend.
-        strict: raise an error at the first unusable document.
-        max_document_bytes: longer documents are rejected.
-        plan: everything that determines the bytes of the result.
-        ignored: why each file that is not read is ignored.
-    """
-
-    prefix: Path
-    tasks: list[list[str]]
-    tokenizer: TextTokenizer
-    selection: Selection
-    subset_weights: dict[str, float]
-    strict: bool
-    max_document_bytes: int
-    plan: dict[str, Any] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def work(self) -> Path:
-        """Folder of the shards and logs."""
-        return self.path(".work")
-
-    @property
-    def token_bytes(self) -> int:
-        """Size of a token id: 2 (uint16) or 4 (int32), by the largest that can occur."""
-        return 2 if self.tokenizer.largest_id + 1 < _UINT16_IDS else 4
-
-    def path(self, suffix: str) -> Path:
-        """Return the path of a file next to the data sets."""
-        return self.prefix.with_name(self.prefix.name + suffix)
-
-    def record(self, rank: int) -> Path:
-        """Return the record of a shard, which is complete once it exists."""
-        return self.work / f"{rank:05d}.json"
-
-    def explain(self, error: OSError) -> LETError:
-        """Return a failure to read or write as a sentence for the user."""
-        if error.errno in _DISK_FULL:
-            return LETError(
-                f"The disk of {self.prefix.parent} is full ({error.strerror}); free some space and"
-                " run the same command again, which continues where it stopped."
-            )
-        return LETError(f"{error}; correct this and run the same command again to continue.")
+def record_of(folder: Path, rank: int) -> Path:
+    """Return the record of a shard, which is complete once it exists."""
+    return folder / f"{rank:05d}.json"
 
 
 class TokenizeFiles(PipelineStep):
     """Writes the shard of each rank; the same files give the same bytes in any process.
 
     A shard is one indexed data set per name (`Selection.output`), by datatrove's writer, the list
-    of rejected documents, and a record of the counts of each file.
+    of rejected documents, and a record of the counts of each file, which is written last.
+
+    Args:
+        folder: folder of the shards.
+        tasks: input files of each rank, as paths or URLs.
+        strict: raise an error at the first unusable document.
+        max_bytes: longer documents are rejected.
     """
 
     name = "Megatron shards"
     type = "TOKENIZER"
 
-    def __init__(self, job: Job) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tasks: list[list[str]],
+        tokenizer: TextTokenizer,
+        selection: Selection,
+        strict: bool,
+        max_bytes: int,
+    ) -> None:
         super().__init__()
-        self.job = job
+        self.folder, self.tasks, self.tokenizer = folder, tasks, tokenizer
+        self.selection, self.strict, self.max_bytes = selection, strict, max_bytes
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write the shard of `rank`, if it is not complete.
 
         Raises:
             LETError: a document is unusable, under `--strict`.
-            OSError: the disk is full.
+            OSError: the disk is full, or a file cannot be read.
         """
-        if not self.job.record(rank).is_file():
-            try:
-                with (self.job.work / f"{rank:05d}{REJECTED}").open("w") as rejected:
-                    shard = _Shard(self.job, rank, rejected)
-                    for url in self.job.tasks[rank]:
-                        shard.add_file(url)
-                    shard.close()
-            except (LETError, OSError) as error:
-                # For the command, which runs in another process.
-                message = self.job.explain(error) if isinstance(error, OSError) else error
-                with contextlib.suppress(OSError):
-                    (self.job.work / "failure").write_text(str(message))
-                raise
+        if not record_of(self.folder, rank).is_file():
+            shard = _Shard(self, rank)
+            for url in self.tasks[rank]:
+                shard.add_file(url)
+            shard.close()
         yield from ()
 
 
 class _Shard:
-    def __init__(self, job: Job, rank: int, rejected: IO[str]) -> None:
-        self._job, self._rank, self._rejected = job, rank, rejected
-        self._end = [job.tokenizer.eod] if job.selection.append_eod else []
+    def __init__(self, step: TokenizeFiles, rank: int) -> None:
+        self._step, self._prefix = step, f"{rank:05d}"
+        self._record = record_of(step.folder, rank)
+        self._rejected = (step.folder / (self._prefix + REJECTED)).open("w")
+        self._end = [step.tokenizer.eod] if step.selection.append_eod else []
         self._outputs: dict[str, MegatronTokenizedFile] = {}
         self._counts: dict[str, Counts] = {}
         self._damage: dict[str, str] = {}
 
     def add_file(self, url: str) -> None:
         """Write the usable documents of a file; count every document once."""
-        job, selection = self._job, self._job.selection
+        step, selection = self._step, self._step.selection
         folder, _, name = url.rpartition("/")
         counts = self._counts[url] = Counter()
         reader = RecordReader(
-            folder or "/", selection.json_keys, selection.subset_key, job.max_document_bytes
+            folder or "/", selection.json_keys, selection.subset_key, step.max_bytes
         )
         for batch in _batches(map(self._select, reader.read_file(name))):
             usable = [doc for doc in batch if not doc.metadata.keys() & {"rejection", "filtered"}]
-            encoded = iter(job.tokenizer.encode([document.text for document in usable]))
+            encoded = iter(step.tokenizer.encode([document.text for document in usable]))
             for document in batch:
                 values = document.metadata
                 counts["documents_in",] += 1
@@ -155,13 +111,13 @@ class _Shard:
                 else:
                     self._reject(url, values["line"], Rejection("empty", "it has no tokens"))
         if reader.damage:
-            if job.strict:
+            if step.strict:
                 raise LETError(f"{url}: {reader.damage}; copy the file again.")
             self._damage[url] = reader.damage
 
     def _select(self, document: Document) -> Document:
         """Mark a document that is not written because of its subset."""
-        selection, values = self._job.selection, document.metadata
+        selection, values = self._step.selection, document.metadata
         if values["subset"] is None:
             values["subset"] = NO_SUBSET
             if selection.needs_subset:
@@ -173,7 +129,7 @@ class _Shard:
 
     def _write(self, counts: Counts, document: Document, ids: list[int]) -> None:
         values = document.metadata
-        output = self._job.selection.output(values["key"], values["subset"], document.text)
+        output = self._step.selection.output(values["key"], values["subset"], document.text)
         self._file(output).write(ids)
         for group in (("outputs", output), ("subsets", values["subset"])):
             counts[*group, "documents"] += 1
@@ -184,16 +140,19 @@ class _Shard:
         if output not in self._outputs:
             if len(self._outputs) == _MAX_OUTPUTS:
                 raise LETError(
-                    f"{self._job.selection.subset_key} has more than {_MAX_OUTPUTS} values, each of"
-                    " which would be a data set; omit --per-subset, or give another --subset-key."
+                    f"{self._step.selection.subset_key} has more than {_MAX_OUTPUTS} values, each"
+                    " of which would be a data set; omit --per-subset, or give another"
+                    " --subset-key."
                 )
             self._outputs[output] = MegatronTokenizedFile(
-                str(self._job.work), f"{self._rank:05d}_{output}", token_size=self._job.token_bytes
+                str(self._step.folder),
+                f"{self._prefix}_{output}",
+                token_size=self._step.tokenizer.token_bytes,
             )
         return self._outputs[output]
 
     def _reject(self, url: str, line: int, rejection: Rejection) -> None:
-        if self._job.strict:
+        if self._step.strict:
             raise LETError(
                 f"{url}, line {line}: {rejection.detail} ({rejection.reason}); correct it, or omit"
                 " --strict to report such documents and continue."
@@ -210,7 +169,7 @@ class _Shard:
         counts = {
             url: [[*key, n] for key, n in counts.items()] for url, counts in self._counts.items()
         }
-        write_json(self._job.record(self._rank), {"files": counts, "damage": self._damage})
+        write_json(self._record, {"files": counts, "damage": self._damage})
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

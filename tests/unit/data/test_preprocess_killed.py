@@ -23,7 +23,7 @@ from tests.helpers.text_data import (
 pytestmark = pytest.mark.medium
 
 SUBSETS = ("Github", "Books3", "Wikipedia (en)")
-OPTIONS: dict[str, Any] = {"block_bytes": 5_000, "per_subset": True, "split": (8, 1, 1)}
+OPTIONS: dict[str, Any] = {"per_subset": True, "split": (8, 1, 1)}
 
 
 @pytest.fixture(scope="module")
