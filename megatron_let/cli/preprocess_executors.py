@@ -29,6 +29,7 @@ from rich.console import Console
 
 from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.shards import TokenizeFiles
+from megatron_let.data.text_tokenizer import token_bytes
 from megatron_let.errors import LETError
 
 _SITE = Path(__file__).resolve().parents[2] / "launch" / "site.sh"
@@ -135,7 +136,7 @@ class _Progress:
         for path in self._job.work.glob("*.bin*"):
             with contextlib.suppress(FileNotFoundError):
                 num_bytes += path.stat().st_size
-        return num_bytes // self._job.tokenizer.token_bytes
+        return num_bytes // token_bytes(self._job.tokenizer)
 
 
 def run_tasks(job: Job, executor: str, workers: int | None, console: Console) -> None:

@@ -22,6 +22,7 @@ from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.fingerprint import fingerprint, write_sidecar_file
 from megatron_let.data.selection import SPLITS
 from megatron_let.data.shards import REJECTED, Counts, record_of
+from megatron_let.data.text_tokenizer import token_bytes
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file, write_json
 
@@ -136,7 +137,7 @@ def _data_set(job: Job, name: str) -> Path:
 
 
 def _dtype(job: Job) -> Any:
-    return np.uint16 if job.tokenizer.token_bytes == 2 else np.int32
+    return np.uint16 if token_bytes(job.tokenizer) == 2 else np.int32
 
 
 def _write_data_set(job: Job, name: str, prefix: Path) -> None:

@@ -35,7 +35,9 @@ _KINDS = {
 SUFFIXES = ".jsonl, .ndjson, .json, .txt (also with .gz, .bz2, .xz, .zst, .zstd) or .parquet"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ROWS_PER_BATCH = 256
-_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstd.ZstdError)
+_DAMAGE = (
+    EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstd.ZstdError, pyarrow.ArrowException
+)  # fmt: skip
 
 
 def kind_of(name: str) -> str | None:
@@ -106,12 +108,7 @@ class RecordReader(BaseDiskReader):
                     for key in self._keys:
                         yield self._document(f"{filepath}/{line}", line, key, record)
             except (*_DAMAGE, OSError) as error:
-                # bz2 raises a plain OSError for damage; others are failures to read.
-                if not isinstance(error, _DAMAGE) and (type(error) is not OSError or error.errno):
-                    raise
-                cut = isinstance(error, EOFError)
-                what = "cut short" if cut else f"damaged ({first_line(error)})"
-                self.damage = f"the compressed file is {what}"
+                self.damage = _damage(error)
 
     def _document(self, name: str, line: int, key: str, record: Record) -> Document:
         values: dict[str, Any] = {"line": line, "key": key, "subset": None, "num_bytes": 0}
@@ -149,16 +146,10 @@ class RecordReader(BaseDiskReader):
             yield {self._keys[0]: content.removeprefix(_BYTE_ORDER_MARK)}
 
     def _rows(self, file: IO[bytes]) -> Iterator[Record]:
-        try:
-            reader = parquet.ParquetFile(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            self.damage = f"the Parquet file is damaged ({first_line(error)})"
-            return
-        names = reader.schema_arrow.names
-        wanted = {
-            part for key in (*self._keys, self._subset_key) for part in (key, key.split(".")[0])
-        }
-        columns = [name for name in names if name in wanted]
+        reader = parquet.ParquetFile(file)
+        keys = (*self._keys, self._subset_key)
+        wanted = {*keys, *(key.split(".")[0] for key in keys)}
+        columns = [name for name in reader.schema_arrow.names if name in wanted]
         for group in range(reader.num_row_groups):
             left = reader.metadata.row_group(group).num_rows
             try:
@@ -168,8 +159,17 @@ class RecordReader(BaseDiskReader):
                     yield from _decoded(batch)
                     left -= len(batch)
             except (pyarrow.ArrowException, OSError) as error:
-                detail = f"the Parquet data is damaged ({first_line(error)})"
-                yield from itertools.repeat(Rejection("unreadable", detail), left)
+                yield from itertools.repeat(Rejection("unreadable", _damage(error)), left)
+
+
+def _damage(error: Exception) -> str:
+    """Return what is wrong with a file's contents; raise an error that says nothing about them."""
+    # bz2 and Parquet raise a plain OSError for damage; others are failures to read.
+    if not isinstance(error, _DAMAGE) and (type(error) is not OSError or error.errno):
+        raise error
+    if isinstance(error, EOFError):
+        return "the compressed file is cut short"
+    return f"the file is damaged ({first_line(error)})"
 
 
 def lookup(fields: Any, path: str) -> Any:

@@ -13,7 +13,7 @@ from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
 from megatron_let.data.readers import RecordReader, Rejection
 from megatron_let.data.selection import Selection
-from megatron_let.data.text_tokenizer import TextTokenizer
+from megatron_let.data.text_tokenizer import TextTokenizer, token_bytes
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 
@@ -147,7 +147,7 @@ class _Shard:
             self._outputs[output] = MegatronTokenizedFile(
                 str(self._step.folder),
                 f"{self._prefix}_{output}",
-                token_size=self._step.tokenizer.token_bytes,
+                token_size=token_bytes(self._step.tokenizer),
             )
         return self._outputs[output]
 

@@ -12,39 +12,16 @@ HUGGING_FACE = "HuggingFaceTokenizer"
 # Megatron reads a .model file under any of these names.
 SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (HUGGING_FACE, *SENTENCE_PIECE)
-# Megatron's DType.optimal_dtype takes uint16 below it; importing that would import torch.
-_UINT16_IDS = 65_500
 
 
-class TextTokenizer:
-    """A tokenizer as preprocessing uses it; pickled without transformers and torch.
+class HuggingFaceText:
+    """A fast tokenizer, called and pickled without the Python layer of transformers.
 
     Attributes:
         vocab_size: number of ids, special and added tokens included, as Megatron counts them.
         largest_id: largest id that can occur; above the number of ids in a vocabulary with gaps.
         eod: id that ends a document, equal to that of Megatron's tokenizer of the same files.
     """
-
-    vocab_size: int
-    largest_id: int
-    eod: int
-
-    @property
-    def token_bytes(self) -> int:
-        """Size of a token id in a data set: 2 (uint16) or 4 (int32)."""
-        return 2 if self.largest_id + 1 < _UINT16_IDS else 4
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens."""
-        raise NotImplementedError
-
-    def vocabulary(self) -> dict[int, str]:
-        """Return the token of every id."""
-        raise NotImplementedError
-
-
-class HuggingFaceText(TextTokenizer):
-    """A fast tokenizer, called without the Python layer of transformers."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -69,15 +46,17 @@ class HuggingFaceText(TextTokenizer):
         self.backend.no_truncation()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def vocabulary(self) -> dict[int, str]:
+        """Return the token of every id."""
         return self._tokens
 
 
-class SentencePieceText(TextTokenizer):
-    """A SentencePiece model."""
+class SentencePieceText:
+    """A SentencePiece model, with the attributes of `HuggingFaceText`."""
 
     def __init__(self, model: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -99,11 +78,22 @@ class SentencePieceText(TextTokenizer):
         self.largest_id = self.vocab_size - 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens."""
         ids: list[list[int]] = self.processor.encode(texts)
         return ids
 
     def vocabulary(self) -> dict[int, str]:
+        """Return the token of every id."""
         return {index: self.processor.id_to_piece(index) for index in range(self.vocab_size)}
+
+
+TextTokenizer = HuggingFaceText | SentencePieceText
+
+
+def token_bytes(tokenizer: TextTokenizer) -> int:
+    """Return the size of a token id in a data set: 2 (uint16) or 4 (int32)."""
+    # Megatron's DType.optimal_dtype has this limit; importing it would import torch.
+    return 2 if tokenizer.largest_id + 1 < 65_500 else 4
 
 
 def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:

@@ -36,8 +36,11 @@ class Preprocessing:
         self._cluster = cluster
         self.prefix, self.work = prefix, prefix.with_name("out.work")
         self.site = tokenizer.with_name("site.sh")
-        # Two tasks fill a node.
-        self.site.write_text("SBATCH_PARTITION=main SBATCH_TIMELIMIT=10 SBATCH_MEM_PER_CPU=2000\n")
+        # One task per node at a time.
+        self.site.write_text(
+            "SBATCH_PARTITION=main SBATCH_TIMELIMIT=10\n"
+            "SBATCH_EXCLUSIVE=exclusive SBATCH_MEM_PER_CPU=50\n"
+        )
         self._environment = {
             **cluster.environment,
             "LET_SITE": str(self.site),
