@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.cli.common import run_command, say
-from megatron_let.data.selection import Selection
+from megatron_let.data.shards import Selection
 from megatron_let.data.text_tokenizer import HUGGING_FACE, TOKENIZER_TYPES
 from megatron_let.errors import LETError
 

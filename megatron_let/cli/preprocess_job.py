@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.data.selection import Selection
-from megatron_let.data.shards import record_of
+from megatron_let.data.shards import Selection, record_of
 from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
 

@@ -19,9 +19,8 @@ from megatron.core.datasets.indexed_dataset import (
 )
 
 from megatron_let.cli.preprocess_job import Job
-from megatron_let.data.fingerprint import fingerprint, write_sidecar_file
-from megatron_let.data.selection import SPLITS
-from megatron_let.data.shards import REJECTED, Counts, record_of
+from megatron_let.data.fingerprint import write_sidecar_file
+from megatron_let.data.shards import REJECTED, SPLITS, Counts, record_of
 from megatron_let.data.text_tokenizer import token_bytes
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file, write_json
@@ -149,7 +148,7 @@ def _write_data_set(job: Job, name: str, prefix: Path) -> None:
             if shard.with_name(shard.name + ".idx").is_file():
                 builder.add_index(str(shard))
         builder.finalize(str(idx_partial))
-    write_sidecar_file(prefix, fingerprint(job.tokenizer), job.plan["tokenizer name"])
+    write_sidecar_file(prefix, job.tokenizer, job.plan["tokenizer name"])
 
 
 def _concatenate_rejected(job: Job) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from megatron_let.cli.preprocess_executors import queued_on_slurm, run_tasks, su
 from megatron_let.cli.preprocess_inputs import divide, find_inputs, signature
 from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.fingerprint import fingerprint
-from megatron_let.data.selection import Selection
+from megatron_let.data.shards import Selection
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
@@ -137,7 +137,7 @@ def _plan(options: PreprocessOptions) -> Job:
         "input files": len(files),
         "input": hashlib.sha256(signatures.encode()).hexdigest(),
         "tasks": len(tasks),
-        "tokenizer": asdict(fingerprint(tokenizer)),
+        "tokenizer": fingerprint(tokenizer),
         "tokenizer name": options.tokenizer_model.name,
         "selection": json.loads(json.dumps(asdict(options.selection))),
         "max_document_bytes": options.max_document_bytes,

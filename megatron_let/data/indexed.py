@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_let.data.fingerprint import fingerprint, write_sidecar_file
+from megatron_let.data.fingerprint import write_sidecar_file
 from megatron_let.data.text_tokenizer import HuggingFaceText
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file
@@ -50,7 +50,7 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dic
         if not counts["documents"]:
             raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
         builder.finalize(str(idx_partial))
-    write_sidecar_file(prefix, fingerprint(text_tokenizer), Path(tokenizer.name_or_path).name)
+    write_sidecar_file(prefix, text_tokenizer, Path(tokenizer.name_or_path).name)
     return counts
 
 
@@ -65,11 +65,9 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
     """
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             raise LETError(
-                f"The data file {path} does not exist; give the prefix of an indexed data set,"
-                " without .bin or .idx."
+                f"The data file {path} does not exist or is empty; give the prefix of an indexed"
+                " data set, without .bin or .idx."
             )
-        if not path.stat().st_size:
-            raise LETError(f"The data file {path} is empty; prepare the data from text again.")
     return IndexedDataset(str(prefix))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import itertools
 import json
 import lzma
-import posixpath
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import pyarrow
 from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseDiskReader
+from fsspec.compression import register_compression
 from pyarrow import parquet
 
 from megatron_let.errors import first_line
@@ -61,18 +60,13 @@ class Rejection(NamedTuple):
 Record = dict[str, Any] | Rejection
 
 
-def _open_zstd(file: Any) -> zstd.ZstdFile:
+def _open_zstd(file: Any, **_: str) -> zstd.ZstdFile:
     # The largest window of the format; the default refuses files of `zstd --long`.
     return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
 
 
-_OPENERS: dict[str, Callable[[Any], Any]] = {
-    ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": _open_zstd,
-    ".zstd": _open_zstd,
-}
+# fsspec chooses a codec by the suffix; it has those of .gz, .bz2 and .xz.
+register_compression("zstd", _open_zstd, ["zst", "zstd"], force=True)
 
 
 class RecordReader(BaseDiskReader):
@@ -101,10 +95,9 @@ class RecordReader(BaseDiskReader):
         """Yield the documents of a file; what precedes damage is kept."""
         self.damage = None
         read = {"lines": self._lines, "rows": self._rows, "text": self._text}
-        opener = _OPENERS.get(posixpath.splitext(filepath)[1].lower(), lambda file: file)
-        with self.data_folder.open(filepath, "rb") as file:
+        with self.data_folder.open(filepath, "rb", compression="infer") as file:
             try:
-                for line, record in enumerate(read[kind_of(filepath) or "text"](opener(file)), 1):
+                for line, record in enumerate(read[kind_of(filepath) or "text"](file), 1):
                     for key in self._keys:
                         yield self._document(f"{filepath}/{line}", line, key, record)
             except (*_DAMAGE, OSError) as error:

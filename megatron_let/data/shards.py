@@ -1,10 +1,12 @@
-"""datatrove's step that tokenizes the files of one task, and the job that the task is part of."""
+"""Select documents, and tokenize the files of one task into a shard: a step of datatrove."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from datatrove.data import Document
@@ -12,7 +14,6 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
 from megatron_let.data.readers import RecordReader, Rejection
-from megatron_let.data.selection import Selection
 from megatron_let.data.text_tokenizer import TextTokenizer, token_bytes
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
@@ -23,10 +24,70 @@ NO_SUBSET = "(none)"
 # Enough text per call to amortise it, little enough that the encodings stay small.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 512 * 1024, 1000
 _MAX_OUTPUTS = 500
-
+SPLITS = ("train", "valid", "test")
 
 # Numbers of documents, tokens and bytes; the last part of a key is the unit or the reason.
 Counts = Counter[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents to write, and their data sets.
+
+    Attributes:
+        json_keys: fields that hold text; each gets its own data sets.
+        subset_key: field that names a document's subset, dotted if nested.
+        include_subsets: subsets to write; empty for all.
+        exclude_subsets: subsets not to write.
+        split: weights of training, validation and test, or None for no split.
+        per_subset: write one data set per subset.
+        append_eod: end each document with the end-of-document token.
+    """
+
+    json_keys: tuple[str, ...] = ("text",)
+    subset_key: str = "meta.pile_set_name"
+    include_subsets: tuple[str, ...] = ()
+    exclude_subsets: tuple[str, ...] = ()
+    split: tuple[float, float, float] | None = None
+    per_subset: bool = False
+    append_eod: bool = True
+
+    @property
+    def needs_subset(self) -> bool:
+        """Return whether a document without a subset is unusable."""
+        return bool(self.include_subsets or self.exclude_subsets or self.per_subset)
+
+    def writes(self, subset: str) -> bool:
+        """Return whether documents of a subset are written."""
+        included = not self.include_subsets or subset in self.include_subsets
+        return included and subset not in self.exclude_subsets
+
+    def output(self, key: str, subset: str, text: str) -> str:
+        """Return the name of a document's data set: its key, split and subset.
+
+        The split is drawn from a hash of the text, so equal documents share one and the order of
+        the input does not matter.
+        """
+        split = None if self.split is None else draw_split(text, self.split)
+        return self.output_name(key, split, subset)
+
+    def output_name(self, key: str, split: str | None, subset: str) -> str:
+        """Return the name of the data set of a key, a split and a subset."""
+        parts = [key] if split is None else [key, split]
+        if self.per_subset:
+            parts.append("".join(c if c.isalnum() or c in "-." else "_" for c in subset).strip("_"))
+        return "_".join(parts)
+
+
+def draw_split(text: str, weights: tuple[float, float, float]) -> str:
+    """Return the split of a document, drawn from a hash of its text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    place = int.from_bytes(digest) / 2**64 * sum(weights)
+    for name, weight in zip(SPLITS, weights, strict=True):
+        place -= weight
+        if place < 0:
+            return name
+    return next(n for n, w in zip(reversed(SPLITS), reversed(weights), strict=True) if w > 0)
 
 
 def record_of(folder: Path, rank: int) -> Path:
@@ -34,34 +95,32 @@ def record_of(folder: Path, rank: int) -> Path:
     return folder / f"{rank:05d}.json"
 
 
+@dataclass
 class TokenizeFiles(PipelineStep):
     """Writes the shard of each rank; the same files give the same bytes in any process.
 
     A shard is one indexed data set per name (`Selection.output`), by datatrove's writer, the list
     of rejected documents, and a record of the counts of each file, which is written last.
 
-    Args:
+    Attributes:
         folder: folder of the shards.
         tasks: input files of each rank, as paths or URLs.
         strict: raise an error at the first unusable document.
         max_bytes: longer documents are rejected.
     """
 
+    folder: Path
+    tasks: list[list[str]]
+    tokenizer: TextTokenizer
+    selection: Selection
+    strict: bool
+    max_bytes: int
+
     name = "Megatron shards"
     type = "TOKENIZER"
 
-    def __init__(
-        self,
-        folder: Path,
-        tasks: list[list[str]],
-        tokenizer: TextTokenizer,
-        selection: Selection,
-        strict: bool,
-        max_bytes: int,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self.folder, self.tasks, self.tokenizer = folder, tasks, tokenizer
-        self.selection, self.strict, self.max_bytes = selection, strict, max_bytes
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Write the shard of `rank`, if it is not complete.
@@ -93,9 +152,8 @@ class _Shard:
         step, selection = self._step, self._step.selection
         folder, _, name = url.rpartition("/")
         counts = self._counts[url] = Counter()
-        reader = RecordReader(
-            folder or "/", selection.json_keys, selection.subset_key, step.max_bytes
-        )
+        keys = (selection.json_keys, selection.subset_key)
+        reader = RecordReader(folder or "/", *keys, step.max_bytes)
         for batch in _batches(map(self._select, reader.read_file(name))):
             usable = [doc for doc in batch if not doc.metadata.keys() & {"rejection", "filtered"}]
             encoded = iter(step.tokenizer.encode([document.text for document in usable]))

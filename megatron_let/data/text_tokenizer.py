@@ -130,7 +130,7 @@ def load_hugging_face(model: Path) -> Any:
             " tokenizer.json, and SentencePieceTokenizer takes a .model file."
         )
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for a damaged folder
         raise LETError(
             f"The tokenizer {model} cannot be read ({first_line(error)}); copy its"

@@ -84,7 +84,7 @@ def _hugging_face_bytes(tokenizer: HuggingFaceText) -> tuple[list[bytes], bool]:
     byte_of = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
     byte_level = '"ByteLevel"' in decoder
     added = tokenizer.backend.get_added_tokens_decoder()
-    pieces = [b""] * tokenizer.vocab_size
+    pieces = [b""] * (tokenizer.largest_id + 1)
     for index, token in tokenizer.vocabulary().items():
         if index in added:
             pieces[index] = b"" if added[index].special else token.encode()

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_let.cli.preprocess_run import PreprocessOptions, preprocess
 from megatron_let.data.readers import zstd
-from megatron_let.data.selection import Selection
+from megatron_let.data.shards import Selection
 from megatron_let.files.environment_text import environment_text
 
 END_OF_TEXT = "<|endoftext|>"

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from megatron_let.cli.preprocess import main
 from megatron_let.cli.preprocess_merge import blend_weights
-from megatron_let.data.selection import draw_split
+from megatron_let.data.shards import draw_split
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
 from tests.helpers.text_data import (
