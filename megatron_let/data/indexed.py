@@ -35,7 +35,7 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dic
     prefix.parent.mkdir(parents=True, exist_ok=True)
     text_tokenizer = HuggingFaceText(tokenizer)
     bin_path, idx_path = (prefix.with_name(prefix.name + s) for s in (".bin", ".idx"))
-    counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
+    text_bytes = 0
     with atomic_file(idx_path) as idx_partial, atomic_file(bin_path) as bin_partial:
         dtype = DType.optimal_dtype(text_tokenizer.largest_id + 1)
         builder = IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
@@ -44,14 +44,13 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dic
                 if ids:
                     ids.append(text_tokenizer.eod)
                     builder.add_document(torch.tensor(ids), [len(ids)])
-                    counts["documents"] += 1
-                    counts["tokens"] += len(ids)
-                    counts["text_bytes"] += len(text.encode())
-        if not counts["documents"]:
+                    text_bytes += len(text.encode())
+        lengths = builder.sequence_lengths
+        if not lengths:
             raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
         builder.finalize(str(idx_partial))
     write_sidecar_file(prefix, text_tokenizer, Path(tokenizer.name_or_path).name)
-    return counts
+    return {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": text_bytes}
 
 
 def open_indexed(prefix: str | Path) -> IndexedDataset:

@@ -121,15 +121,13 @@ class RecordReader(BaseDiskReader):
         return Document(text, name, metadata=values)
 
     def _lines(self, file: IO[bytes]) -> Iterator[Record]:
-        prefix = _BYTE_ORDER_MARK
         while line := file.readline(self._max_bytes + 1):
             if len(line) > self._max_bytes and not line.endswith(b"\n"):
                 while (rest := file.readline(self._max_bytes)) and not rest.endswith(b"\n"):
                     pass
                 yield self._too_long
             else:
-                yield _parse(line.removeprefix(prefix))
-            prefix = b""
+                yield _parse(line.removeprefix(_BYTE_ORDER_MARK))
 
     def _text(self, file: IO[bytes]) -> Iterator[Record]:
         content = file.read(self._max_bytes + 1)

@@ -52,11 +52,6 @@ class Selection:
     per_subset: bool = False
     append_eod: bool = True
 
-    @property
-    def needs_subset(self) -> bool:
-        """Return whether a document without a subset is unusable."""
-        return bool(self.include_subsets or self.exclude_subsets or self.per_subset)
-
     def writes(self, subset: str) -> bool:
         """Return whether documents of a subset are written."""
         included = not self.include_subsets or subset in self.include_subsets
@@ -178,7 +173,7 @@ class _Shard:
         selection, values = self._step.selection, document.metadata
         if values["subset"] is None:
             values["subset"] = NO_SUBSET
-            if selection.needs_subset:
+            if selection.include_subsets or selection.exclude_subsets or selection.per_subset:
                 missing = Rejection("missing_key", f"no string at {selection.subset_key}")
                 values.setdefault("rejection", missing)
         elif not selection.writes(values["subset"]):

@@ -106,11 +106,6 @@ def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
     Raises:
         LETError: the files are missing, of another kind, or define no end of document.
     """
-    if not model.exists():
-        raise LETError(
-            f"The tokenizer {model} does not exist; give --tokenizer-model the folder of a Hugging"
-            " Face tokenizer or a SentencePiece .model file."
-        )
     if tokenizer_type == HUGGING_FACE:
         return HuggingFaceText(load_hugging_face(model))
     return SentencePieceText(model)
@@ -126,8 +121,9 @@ def load_hugging_face(model: Path) -> Any:
 
     if not model.is_dir():
         raise LETError(
-            f"The tokenizer {model} is a file; HuggingFaceTokenizer takes the folder that holds"
-            " tokenizer.json, and SentencePieceTokenizer takes a .model file."
+            f"The tokenizer {model} {'is a file' if model.exists() else 'does not exist'};"
+            " HuggingFaceTokenizer takes the folder that holds tokenizer.json, and"
+            " SentencePieceTokenizer takes a .model file."
         )
     try:
         return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)

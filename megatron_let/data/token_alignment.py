@@ -64,7 +64,6 @@ def load_token_bytes(tokenizer_type: str, model: Path) -> TokenBytes:
     if isinstance(tokenizer, SentencePieceText):
         pieces, adds_space = _sentence_piece_bytes(tokenizer)
     else:
-        assert isinstance(tokenizer, HuggingFaceText)
         pieces, adds_space = _hugging_face_bytes(tokenizer)
     text = b"".join(pieces[index] for index in tokenizer.encode([PROBE_TEXT])[0])
     spelled = text.removeprefix(b" ") if adds_space else text
