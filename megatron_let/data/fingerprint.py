@@ -73,8 +73,7 @@ def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
     if not made:
         return
     if args.tokenizer_type == "NullTokenizer":
-        _check_ids_fit(made, args.vocab_size)
-        return
+        return _check_ids_fit(made, args.vocab_size)
     ours = _of_megatron(tokenizer)
     for prefix, values in made.items():
         _check_equal(

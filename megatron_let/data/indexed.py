@@ -15,8 +15,6 @@ from megatron_let.data.text_tokenizer import HuggingFaceText
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file
 
-_BATCH = 64
-
 
 def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dict[str, int]:
     """Tokenize documents into `prefix`.bin and `prefix`.idx, each ended by the EOS token.
@@ -39,7 +37,7 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dic
     with atomic_file(idx_path) as idx_partial, atomic_file(bin_path) as bin_partial:
         dtype = DType.optimal_dtype(text_tokenizer.largest_id + 1)
         builder = IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
-        for texts in batched(documents, _BATCH):
+        for texts in batched(documents, 64):
             for text, ids in zip(texts, text_tokenizer.encode(texts), strict=True):
                 if ids:
                     ids.append(text_tokenizer.eod)

@@ -193,10 +193,9 @@ def _parse(line: bytes) -> Record:
         return Rejection("blank_line", "the line is blank")
     try:
         fields = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return Rejection("invalid_utf8", first_line(error))
     except (ValueError, RecursionError) as error:
-        return Rejection("malformed", f"not JSON: {error}")
+        reason = "invalid_utf8" if isinstance(error, UnicodeError) else "malformed"
+        return Rejection(reason, first_line(error))
     if not isinstance(fields, dict):
         return Rejection("malformed", f"a {type(fields).__name__}, not an object")
     return fields

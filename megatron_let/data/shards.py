@@ -20,7 +20,6 @@ from megatron_let.files.atomic import write_json
 
 # Suffix of the lists of unusable documents.
 REJECTED = ".rejected.jsonl"
-NO_SUBSET = "(none)"
 # Enough text per call to amortise it, little enough that the encodings stay small.
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 512 * 1024, 1000
 _MAX_OUTPUTS = 500
@@ -134,8 +133,7 @@ class TokenizeFiles(PipelineStep):
 
 class _Shard:
     def __init__(self, step: TokenizeFiles, rank: int) -> None:
-        self._step, self._prefix = step, f"{rank:05d}"
-        self._record = record_of(step.folder, rank)
+        self._step, self._rank, self._prefix = step, rank, f"{rank:05d}"
         self._rejected = (step.folder / (self._prefix + REJECTED)).open("w")
         self._end = [step.tokenizer.eod] if step.selection.append_eod else []
         self._outputs: dict[str, MegatronTokenizedFile] = {}
@@ -147,8 +145,9 @@ class _Shard:
         step, selection = self._step, self._step.selection
         folder, _, name = url.rpartition("/")
         counts = self._counts[url] = Counter()
-        keys = (selection.json_keys, selection.subset_key)
-        reader = RecordReader(folder or "/", *keys, step.max_bytes)
+        reader = RecordReader(
+            folder or "/", selection.json_keys, selection.subset_key, step.max_bytes
+        )
         for batch in _batches(map(self._select, reader.read_file(name))):
             usable = [doc for doc in batch if not doc.metadata.keys() & {"rejection", "filtered"}]
             encoded = iter(step.tokenizer.encode([document.text for document in usable]))
@@ -172,7 +171,7 @@ class _Shard:
         """Mark a document that is not written because of its subset."""
         selection, values = self._step.selection, document.metadata
         if values["subset"] is None:
-            values["subset"] = NO_SUBSET
+            values["subset"] = "(none)"
             if selection.include_subsets or selection.exclude_subsets or selection.per_subset:
                 missing = Rejection("missing_key", f"no string at {selection.subset_key}")
                 values.setdefault("rejection", missing)
@@ -211,18 +210,16 @@ class _Shard:
                 " --strict to report such documents and continue."
             )
         self._counts[url]["rejected", rejection.reason] += 1
-        row = {"file": url, "line": line, **rejection._asdict()}
-        self._rejected.write(json.dumps(row) + "\n")
+        print(json.dumps({"file": url, "line": line, **rejection._asdict()}), file=self._rejected)
 
     def close(self) -> None:
         """Write the indices, and the record last."""
         for file in self._outputs.values():
             file.close()
         self._rejected.close()
-        counts = {
-            url: [[*key, n] for key, n in counts.items()] for url, counts in self._counts.items()
-        }
-        write_json(self._record, {"files": counts, "damage": self._damage})
+        counts = {url: [[*key, n] for key, n in c.items()] for url, c in self._counts.items()}
+        record = {"files": counts, "damage": self._damage}
+        write_json(record_of(self._step.folder, self._rank), record)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

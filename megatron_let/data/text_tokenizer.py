@@ -9,9 +9,9 @@ from typing import Any
 from megatron_let.errors import LETError, first_line
 
 HUGGING_FACE = "HuggingFaceTokenizer"
-# Megatron reads a .model file under any of these names.
-SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-TOKENIZER_TYPES = (HUGGING_FACE, *SENTENCE_PIECE)
+# Megatron reads a .model file under the other names.
+_MODEL_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = (HUGGING_FACE, *_MODEL_FILE)
 
 
 class HuggingFaceText:
@@ -30,8 +30,8 @@ class HuggingFaceText:
                 " it with transformers, or give its SentencePiece .model file."
             )
         # Like Megatron: the separator, if there is no end-of-text token.
-        eod = tokenizer.eos_token_id
-        eod = tokenizer.sep_token_id if eod is None else eod
+        has_end = tokenizer.eos_token_id is not None
+        eod = tokenizer.eos_token_id if has_end else tokenizer.sep_token_id
         if eod is None:
             raise LETError(
                 f"The tokenizer {tokenizer.name_or_path} has no end-of-text token; set eos_token"
@@ -79,8 +79,7 @@ class SentencePieceText:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
-        ids: list[list[int]] = self.processor.encode(texts)
-        return ids
+        return list(self.processor.encode(texts))
 
     def vocabulary(self) -> dict[int, str]:
         """Return the token of every id."""

@@ -58,6 +58,7 @@ def in_pieces(data: bytes) -> bytes:
         ("a.jsonl", LINES.replace(b"{", b'{"meta": ["x"], ')),
         ("a.jsonl", LINES.replace(b"{", b'{"score": NaN, ')),
     ],
+    ids=range(16),
 )  # fmt: skip
 def test_two_documents_are_read(
     name: str, content: bytes, hugging_face: Path, tmp_path: Path
