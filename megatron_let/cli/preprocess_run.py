@@ -178,10 +178,11 @@ def _has_written(job: Job) -> bool:
 def _remove_run(job: Job, report_path: Path) -> None:
     """Delete the data sets of the run that the report describes, and the unfinished shards."""
     if report_path.is_file():
-        for prefix in json.loads(report_path.read_text())["data_sets"].values():
-            for suffix in (".bin", ".idx", ".tokenizer.json"):
-                Path(prefix + suffix).unlink(missing_ok=True)
-        report_path.unlink()
+        report = json.loads(report_path.read_text())
+        suffixes = (".bin", ".idx", ".tokenizer.json")
+        files = [prefix + suffix for prefix in report["data_sets"].values() for suffix in suffixes]
+        for file in filter(None, (*files, report["data_args"], report_path)):
+            Path(file).unlink(missing_ok=True)
     for path in job.work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -185,5 +185,4 @@ def test_another_run_is_refused_and_overwritten_on_request(
     assert (tmp_path / "out_text_Books3_document.bin").is_file()
     run(inputs, tmp_path / "out", hugging_face, overwrite=True, **OPTIONS)
     assert not (tmp_path / "out_text_Books3_document.bin").exists()
-    (tmp_path / "out.data_args.txt").unlink(missing_ok=True)
     assert files_of(tmp_path) == expected
