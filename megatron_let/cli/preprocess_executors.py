@@ -177,8 +177,9 @@ def _run_on_ray(job: Job, workers: int | None, options: dict[str, Any]) -> None:
     # Uses RAY_ADDRESS or a running cluster of this machine, or else starts one.
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
+        # Ray does not enforce memory; a larger request would never start on a small machine.
         RayPipelineExecutor(
-            [_Tokenize(job)], workers=workers or -1, mem_per_cpu_gb=_GIB_PER_TASK, **options
+            [_Tokenize(job)], workers=workers or -1, mem_per_cpu_gb=1, **options
         ).run()
     finally:
         ray.shutdown()
