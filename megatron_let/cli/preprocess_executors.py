@@ -30,7 +30,7 @@ from rich.console import Console
 from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.shards import TokenizeFiles
 from megatron_let.data.text_tokenizer import token_bytes
-from megatron_let.errors import LETError
+from megatron_let.errors import LETError, first_line
 
 _SITE = Path(__file__).resolve().parents[2] / "launch" / "site.sh"
 _PR_SET_PDEATHSIG = 1
@@ -175,7 +175,10 @@ def _run_on_ray(job: Job, workers: int | None, options: dict[str, Any]) -> None:
     except ImportError as error:
         raise LETError("--executor ray needs the package ray; install it with pip.") from error
     # Uses RAY_ADDRESS or a running cluster of this machine, or else starts one.
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # a cluster that does not answer raises several types
+        raise LETError(f"Ray did not start ({first_line(error)}); check RAY_ADDRESS.") from error
     try:
         # Ray does not enforce memory; a larger request would never start on a small machine.
         RayPipelineExecutor(

@@ -110,8 +110,12 @@ def test_merged_parts_are_megatrons_bytes(dtype: type, tmp_path: Path) -> None:
         assert (tmp_path / f"ours{suffix}").read_bytes() == whole
 
 
-def test_ray_with_two_workers_writes_a_local_runs_bytes(hugging_face: Path, tmp_path: Path) -> None:
+def test_ray_with_two_workers_writes_a_local_runs_bytes(
+    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
+    # Other tests use the cores too.
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     inputs = [write_input(tmp_path / f"{i}.jsonl", real_texts()[i::3], "ab") for i in range(3)]
     for executor in ("local", "ray"):
         run(
