@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from megatron_let.cli.preprocess_merge import DatasetBuilder
 from megatron_let.data.indexed import write_indexed
 from megatron_let.data.text_tokenizer import load_text_tokenizer, token_bytes
+from megatron_let.errors import LETError
 from tests.helpers.text_data import (
     documents_of,
     files_of,
@@ -110,16 +111,21 @@ def test_merged_parts_are_megatrons_bytes(dtype: type, tmp_path: Path) -> None:
         assert (tmp_path / f"ours{suffix}").read_bytes() == whole
 
 
-def test_ray_with_two_workers_writes_a_local_runs_bytes(
-    hugging_face: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_with_two_workers_writes_a_local_runs_bytes(hugging_face: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    # Other tests use the cores too.
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     inputs = [write_input(tmp_path / f"{i}.jsonl", real_texts()[i::3], "ab") for i in range(3)]
-    for executor in ("local", "ray"):
+
+    def on(executor: str) -> None:
         run(
             inputs, tmp_path / executor / "out", hugging_face, executor=executor, workers=2,
             split=(8, 1, 1),
         )  # fmt: skip
+
+    on("local")
+    try:
+        on("ray")
+    except LETError as error:
+        # On a busy machine Ray may give up after its 30 s to start; repeating continues.
+        assert "Ray did not start" in str(error)
+        on("ray")
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
