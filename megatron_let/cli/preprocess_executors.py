@@ -86,8 +86,9 @@ class _Processes(LocalPipelineExecutor):
             running: dict[Any, Any] = {process.sentinel: process for process in processes}
             while running:
                 for sentinel in wait(list(running), _SECONDS_BETWEEN_LINES):
-                    code = running.pop(sentinel).exitcode
-                    if code:
+                    process = running.pop(sentinel)
+                    process.join()  # its sentinel is closed a moment before its code is there
+                    if code := process.exitcode:
                         raise LETError(
                             f"A worker ended with exit code {code}; -9 usually means that memory"
                             f" is full: give fewer --workers, or read {self.logging_dir.path}."
