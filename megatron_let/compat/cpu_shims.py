@@ -142,6 +142,7 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         "torch.cuda:Stream": _replace_by(_Stream),
         "torch.cuda:current_stream": _replace_by(lambda device=None: _Stream()),
         "torch.cuda:stream": _replace_by(_stream_context),
+        "torch.cuda:is_current_stream_capturing": _replace_by(lambda: False),
         "torch.accelerator:is_available": _replace_by(lambda: False),
         "torch:Tensor.cuda": _replace_by(lambda self, *args, **kwargs: self),
         "torch:Tensor.type": _tensor_type,

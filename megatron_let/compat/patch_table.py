@@ -72,6 +72,7 @@ _CPU_ROWS = (
     _cpu("torch.cuda:Stream", "DDP is built on a side stream"),
     _cpu("torch.cuda:current_stream", "collectives wait for the current stream"),
     _cpu("torch.cuda:stream", "DDP is built on a side stream"),
+    _cpu("torch.cuda:is_current_stream_capturing", "torch's Adam asks it before torch 2.13"),
     _cpu("torch.accelerator:is_available", "DataLoader would pin memory for a GPU"),
     _cpu("torch:Tensor.cuda", "batches and models are moved to the GPU"),
     _cpu("torch:Tensor.type", "optimizers accept parameters of type torch.cuda.*Tensor only"),
