@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,23 @@ def test_loading_preserves_random_state(name: str, folders: dict[str, Path]) -> 
     before = torch.get_rng_state()
     load(folders[name])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tap", ["1", "middle", "last"])
+def test_dropped_teacher_is_freed_without_garbage_collection(
+    tap: str, norm: bool, folders: dict[str, Path], tokens: torch.Tensor
+) -> None:
+    teacher = load(folders["llama"], teacher_layer=tap, teacher_final_norm=norm)
+    gc.disable()
+    try:
+        state = teacher.hidden_state(tokens)
+        weights = [weakref.ref(parameter) for parameter in teacher._model.parameters()]
+        del teacher
+        assert all(weight() is None for weight in weights)
+    finally:
+        gc.enable()
+    assert state.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
