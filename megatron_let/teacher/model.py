@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,8 @@ from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.attention import use_unmasked_attention, uses_unmasked_attention
 from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import TeacherFolder
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROBE_TOKENS = 8
@@ -82,7 +85,8 @@ class Teacher:
             tap: 1-based layer to return.
             final_norm: return the last layer after the final norm; only for the last layer.
         """
-        self._model = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
+        self._compiled: Any = None
         self._unmasked = uses_unmasked_attention(model)
         layers = _layer_list(model, num_layers)
         self._tap = None if tap == num_layers and final_norm else _Tap()
@@ -96,15 +100,30 @@ class Teacher:
         )
 
     def compile(self) -> None:
-        """Compile the model with `torch.compile`; the first call per shape builds the kernels."""
-        self._model.compile()
+        """Use `torch.compile` from the next call on; the model runs as it is if that fails."""
+        # Shapes are those of a microbatch. A second one is compiled anew instead of dynamically.
+        self._compiled = torch.compile(self._model, dynamic=False)
 
     @torch.no_grad()
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tapped state `[b, s, d_T]` of tokens `[b, s]` (int64)."""
         mask = torch.ones_like(tokens) if self._unmasked else None
-        output = self._model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        output = self._run(input_ids=tokens, attention_mask=mask, use_cache=False)
         return output.last_hidden_state if self._tap is None else self._tap.take()
+
+    def _run(self, **inputs: Any) -> Any:
+        if self._compiled is None:
+            return self._model(**inputs)
+        try:
+            return self._compiled(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler and its tools raise many types
+            self._compiled = None
+            # A backend's error is wrapped, and the wrapper's first line is without the reason.
+            reason = first_line(getattr(error, "inner_exception", error))
+            logger.warning("LET: the teacher runs without torch.compile, which failed: %s", reason)
+            return self._model(**inputs)
 
     @staticmethod
     def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -196,7 +215,8 @@ def load_teacher(
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
     model = model.to(device) if sharding is None else sharding.shard(model)
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
-    if config.teacher_compile:
+    by_default = device.type == "cuda" and sharding is None
+    if config.teacher_compile or (config.teacher_compile is None and by_default):
         teacher.compile()
     return teacher if teacher_length is None else TokenAlignedTeacher(teacher, teacher_length)
 
