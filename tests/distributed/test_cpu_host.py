@@ -20,9 +20,6 @@ SILENT = {
         "torch would queue the call until CUDA starts, and tensor-parallel ranks share a mask"
     ),
     "torch.cuda:get_device_properties": "called with sequence or context parallelism only",
-    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop": (
-        "used with --async-save only"
-    ),
 }
 
 if TorchVersion(torch.__version__) >= (2, 13):
