@@ -6,7 +6,12 @@ import argparse
 import os
 import sys
 
-from megatron_let.compat.device import Host, detect_host, prepare_process
+from megatron_let.compat.device import (
+    Host,
+    detect_host,
+    prepare_process,
+    set_hardware_queues,
+)
 from megatron_let.errors import LETError, print_error
 
 USAGE_ERROR = 2
@@ -94,6 +99,8 @@ def train(argv: list[str], host: Host) -> None:
 def prepare_arguments(args: argparse.Namespace) -> None:
     """Check that LET, this entry and the engine support every flag; locate teacher and tokenizer.
 
+    Also sets the environment that CUDA reads when it starts.
+
     Raises:
         LETError: names the flag and what to do.
     """
@@ -103,6 +110,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
 
+    set_hardware_queues(args)
     check_supported(args)
     check_entry_supports(args)
     load_engine(args.engine).check_arguments(args)

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.compat import PatchSet, local_layers
 from megatron_let.compat.cpu_shims import CudaDeviceAsCpu, cpu_shims
-from megatron_let.compat.device import Host, detect_host, prepare_process
+from megatron_let.compat.device import Host, detect_host, prepare_process, set_hardware_queues
 from megatron_let.compat.local_layers import (
     RMSNorm,
     SDPAttention,
@@ -108,7 +108,19 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatc
 def test_wandb_mode_without_key_is_offline(clean_process: pytest.MonkeyPatch) -> None:
     prepare_process(CPU_HOST, rank=0)
     assert os.environ["WANDB_MODE"] == "offline"
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "given", "expected"),
+    [(1, 1, None, None), (2, 1, None, "1"), (1, 2, None, "1"), (2, 1, "8", "8")],
+)
+def test_one_hardware_queue_is_set_for_tensor_and_context_parallelism_only(
+    tp: int, cp: int, given: str | None, expected: str | None, clean_process: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        clean_process.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    set_hardware_queues(argparse.Namespace(tensor_model_parallel_size=tp, context_parallel_size=cp))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 @pytest.mark.parametrize(
