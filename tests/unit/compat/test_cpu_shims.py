@@ -63,13 +63,18 @@ def test_cpu_host_selects_gloo_and_torch_layers() -> None:
         assert expected in flags
 
 
-def test_gpu_with_all_packages_needs_no_flags() -> None:
-    assert HOSTS["GPU with everything"].argv() == []
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+def test_no_host_makes_attention_masks(host: Host) -> None:
+    assert "--no-create-attention-mask-in-dataloader" in host.argv()
+
+
+def test_gpu_with_all_packages_needs_no_other_flags() -> None:
+    assert HOSTS["GPU with everything"].argv() == ["--no-create-attention-mask-in-dataloader"]
 
 
 def test_gpu_without_transformer_engine_selects_local_layers() -> None:
     flags = HOSTS["GPU with torch"].argv()
-    assert flags[:2] == ["--transformer-impl", "local"]
+    assert flags[1:3] == ["--transformer-impl", "local"]
     assert "gloo" not in flags and "--use-cpu-initialization" not in flags
     assert "--no-gradient-accumulation-fusion" in flags
     assert "--no-gradient-accumulation-fusion" not in HOSTS["GPU with Apex"].argv()
