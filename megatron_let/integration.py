@@ -98,6 +98,8 @@ def _metrics_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, 
         if args.let_guard:
             raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")
         return {}
+    if args.skip_train:
+        return {}  # the steps of the loaded checkpoint have their rows
     observe = {}
     if args.let_guard and config.traits.learns_from is not None:
         guard = load_guard(args.let_metrics_path, args.let_guard_baseline, _warn)
