@@ -11,12 +11,15 @@ export SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-my-account}"
 # Data and folders, on a file system shared by all nodes.
 : "${DATA:=/data/pile_text_document}" # indexed data, without .bin and .idx
 : "${LET_MODELS:=/models}"            # folder of SmolLM2-135M and SmolLM2-1.7B; TEACHER=DIR wins
-: "${LET_RUNS:=/scratch/$USER/runs}"  # one folder per run, named after the job
+: "${LET_RUNS:=/scratch/$(id -un)/runs}" # one folder per run, named after the job
 
 # The network: a file of launch/env/, and the interface between the nodes (see `ip address`).
 : "${LET_FABRIC:=infiniband}"
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-ib0}"
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-ib0}"
+# The adapters of the compute network, if a node has others too, such as storage ports (`ibstat`).
+# Without =, names match by prefix: mlx5 is every adapter.
+# export NCCL_IB_HCA="=mlx5_0,mlx5_1,mlx5_4,mlx5_5"
 
 # Optional; the values here are the defaults.
 # module load cuda                    # commands that a job needs before Python starts

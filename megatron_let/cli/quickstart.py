@@ -21,9 +21,9 @@ from rich.console import Console
 from megatron_let.cli.common import output_console, run_command, say
 from megatron_let.cli.compare import report
 from megatron_let.cli.local_run import ROOT, run_environment, train_locally
-from megatron_let.data.environment_text import environment_text
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.compare import ComparedRun, load_run
 from megatron_let.metrics.sweep import load_sweep, runs_of
 
@@ -140,7 +140,7 @@ def _prepare_data(options: argparse.Namespace, tokenizer: Path, console: Console
         held_out, training = _split(list(_documents(options)))
         counts = {}
         for name, documents in (("valid", held_out), ("train", training)):
-            counts[name] = vars(write_indexed(folder / name, documents, hf_tokenizer))
+            counts[name] = write_indexed(folder / name, documents, hf_tokenizer)
         for name, count in counts.items():
             if count["tokens"] <= _TOKENS_PER_STEP:
                 raise LETError(
