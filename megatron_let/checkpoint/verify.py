@@ -13,6 +13,7 @@ from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.reference_models import logits
 from megatron_let.checkpoint.weights import Weights
 from megatron_let.errors import LETError
+from megatron_let.teacher.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,9 @@ def _from_data(prefix: Path, needed: int) -> torch.Tensor:
 
 
 def _from_text(tokenizer: Path, needed: int) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
     from megatron_let.files.environment_text import environment_text
 
-    encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    encode = read_tokenizer(tokenizer)
     ids: list[int] = []
     for text in environment_text(16 * needed):
         ids += encode(text, add_special_tokens=False).input_ids

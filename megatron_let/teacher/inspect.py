@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ class TeacherFolder:
     hidden_size: int
     vocab_size: int
     max_positions: int | None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = field(default=None, compare=False)
 
 
 def resolve_teacher(teacher: str | Path) -> Path:
@@ -80,7 +80,7 @@ def inspect_teacher(teacher: str | Path) -> TeacherFolder:
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         max_positions=max_positions(text_config),
-        dtype=config.dtype,
+        dtype=config.dtype if isinstance(config.dtype, torch.dtype) else None,
     )
 
 

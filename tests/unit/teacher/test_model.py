@@ -434,3 +434,14 @@ def test_non_finite_weights_are_not_reported_as_another_error(copy: Path, value:
         load(copy)
     except LETError as error:
         assert "NaN or Inf" in str(error), error
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "layers.3.a.weight"])
+def test_weight_that_the_model_has_not_raises(name: str, copy: Path) -> None:
+    change_weights(copy, lambda weights: weights.update({name: torch.ones(48)}))
+    assert_refused(copy, "q_proj.bias" if "q_proj" in name else name)
+
+
+def test_weights_of_other_output_layers_are_accepted(copy: Path) -> None:
+    change_weights(copy, lambda weights: weights.update({"v_head.weight": torch.ones(48)}))
+    assert load(copy).width == 48
