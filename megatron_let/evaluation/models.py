@@ -113,7 +113,7 @@ def _load_folder(weights: ModelFolder, dtype: torch.dtype | None) -> Any:
 
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 weights.folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -125,6 +125,7 @@ def _load_folder(weights: ModelFolder, dtype: torch.dtype | None) -> Any:
             f"The model {weights.folder} cannot be loaded ({first_line(error)}); check that"
             " config.json and the weight files are of one model."
         ) from error
+    model, report = loaded
     check_all_loaded(weights.folder, report)
     return model.eval()
 

@@ -15,16 +15,10 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_let.data.fingerprint import check_same_fingerprint
 from megatron_let.data.indexed import open_indexed
-from megatron_let.data.text_tokenizer import (
-    HUGGING_FACE,
-    SENTENCE_PIECE,
-    HuggingFaceText,
-    SentencePieceText,
-    TextTokenizer,
-    load_text_tokenizer,
-)
+from megatron_let.data.text_tokenizer import HuggingFaceText, SentencePieceText, TextTokenizer
 from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import max_positions
+from megatron_let.teacher.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -117,10 +111,12 @@ def perplexity(
         LETError: the data has fewer than two tokens, is of another tokenizer, or its windows are
             too long for the model.
     """
-    text = None
+    text: TextTokenizer | None = None
     if tokenizer is not None:
-        kind = SENTENCE_PIECE[0] if tokenizer.is_file() else HUGGING_FACE
-        text = load_text_tokenizer(kind, tokenizer)
+        is_file = tokenizer.is_file()
+        text = (
+            SentencePieceText(tokenizer) if is_file else HuggingFaceText(read_tokenizer(tokenizer))
+        )
         check_same_fingerprint(prefix, text)
     loss, tokens = 0.0, 0
     config = model.config.get_text_config(decoder=True)
@@ -171,7 +167,6 @@ def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
     kept = ids[ids != tokenizer.eod].tolist()
     if isinstance(tokenizer, SentencePieceText):
         return len(tokenizer.processor.decode(kept).encode())
-    assert isinstance(tokenizer, HuggingFaceText)
     return len(tokenizer.backend.decode(kept, skip_special_tokens=False).encode())
 
 
