@@ -97,9 +97,11 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     Raises:
         LETError: names the flag and what to do.
     """
+    from megatron.training import print_rank_0
+
     from megatron_let.config.validation import check_entry_supports, check_supported
     from megatron_let.engines import load_engine
-    from megatron_let.run.output_folder import pin_hub_ids
+    from megatron_let.run.output_folder import pin_hub_ids, resolve_teacher_dtype
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
 
@@ -107,6 +109,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     check_entry_supports(args)
     load_engine(args.engine).check_arguments(args)
     pin_hub_ids(args)
+    if choice := resolve_teacher_dtype(args):
+        print_rank_0(f"LET: {choice}")
     # Megatron's tokenizer loads neither a revision of a hub id nor a .gguf file.
     if args.tokenizer_model in args.let_hub_ids.values():
         hub_id = parse_hub_id(args.tokenizer_model)
