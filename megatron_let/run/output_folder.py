@@ -15,7 +15,6 @@ from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.files.names import RUN, TRACKER
 from megatron_let.teacher.hub import parse_hub_id, resolve_commit, snapshot_id
-from megatron_let.teacher.precision import default_dtype
 
 _METRICS = "let_metrics_path"
 _SETTINGS = "settings"
@@ -95,7 +94,10 @@ def resolve_teacher_dtype(args: argparse.Namespace) -> str | None:
     given = args.let_teacher_dtype not in (None, "auto")
     if given or METHODS[args.let_method or "none"].learns_from is None:
         return None
-    dtype, reason = default_dtype()
+    # torch takes seconds to import, which readers of a run's settings need not wait for.
+    from megatron_let.teacher import precision
+
+    dtype, reason = precision.default_dtype()
     stored = _stored_identity(args).get("let_teacher_dtype")
     if stored is not None:
         dtype, reason = stored, "the run began with it"

@@ -19,6 +19,7 @@ from megatron_let.run.output_folder import (
     pin_hub_ids,
     resolve_teacher_dtype,
 )
+from megatron_let.teacher import precision
 
 LET = LETConfig("let", Path("/models/small"))
 OLD, NEW = "0" * 40, "1" * 40
@@ -324,10 +325,10 @@ def start_with_dtype(save: Path | None, dtype: str | None, method: str = "let") 
 def test_resume_on_another_machine_keeps_the_teachers_dtype(
     auto: str | None, first: str, moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_folder, "default_dtype", lambda: (first, "here"))
+    monkeypatch.setattr(precision, "default_dtype", lambda: (first, "here"))
     assert start_with_dtype(tmp_path, auto) == first
     assert json.loads((tmp_path / RUN).read_text())["let_teacher_dtype"] == first
-    monkeypatch.setattr(output_folder, "default_dtype", lambda: (moved, "there"))
+    monkeypatch.setattr(precision, "default_dtype", lambda: (moved, "there"))
     assert start_with_dtype(tmp_path, auto) == first
     assert start_with_dtype(tmp_path, first) == first
     with pytest.raises(LETError, match=f"--let-teacher-dtype is {first} there and {moved} here"):
