@@ -175,6 +175,8 @@ class _Quickstart:
         held_out, training = _split(list(self._documents()))
         if self.trains_teacher:
             _train_tokenizer(training, tokenizer)
+        # An interrupted stage starts over.
+        shutil.rmtree(self.data, ignore_errors=True)
         for name, documents in (("valid", held_out), ("train", training)):
             lines, prefix = self.data / f"{name}.jsonl", self.data / name
             lines.parent.mkdir(exist_ok=True)

@@ -9,7 +9,8 @@ import torch
 
 def default_dtype() -> tuple[Literal["bf16", "fp32"], str]:
     """Return the precision that `--let-teacher-dtype auto` selects here, and the reason."""
-    if torch.cuda.is_available():
+    # The CPU shims make torch.cuda claim a GPU.
+    if torch.accelerator.is_available():
         return "bf16", "the device is a GPU"
     if cpu_has_bf16():
         return "bf16", "this CPU computes bf16 natively"

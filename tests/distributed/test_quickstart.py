@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_let.teacher.precision import default_dtype
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.text_data import real_texts
 
@@ -35,7 +36,9 @@ def test_quickstart_trains_all_three_models_quietly_and_does_nothing_twice(tmp_p
     assert second.stdout.count("already done") == 5
     # What the screen did not show.
     assert "documents in" in (output / "quickstart.log").read_text()
-    assert "LET: the teacher computes in" in (output / "let" / "train.log").read_text()
+    said = re.findall("LET: the teacher computes in (.*)", (output / "let/train.log").read_text())
+    dtype, reason = default_dtype()
+    assert said[0] == f"{dtype}: {reason}", "shims claim a GPU on a CPU"
     assert json.loads((output / "teacher/config.json").read_text())["num_hidden_layers"] == 3
     steps = {"teacher_training": 80, "baseline": 20, "let": 20}
     for name, number in steps.items():

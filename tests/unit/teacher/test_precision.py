@@ -14,7 +14,7 @@ from megatron_let.teacher import precision
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     return monkeypatch
 
 
@@ -42,8 +42,16 @@ def test_dtype_of_cpu_follows_its_instructions_and_onednn(
 
 def test_dtype_on_gpu_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert precision.default_dtype()[0] == "bf16"
+
+
+def test_shims_that_claim_a_gpu_do_not_change_the_cpus_dtype(
+    without_gpu: pytest.MonkeyPatch,
+) -> None:
+    without_gpu.setattr(torch.cuda, "is_available", lambda: True)
+    without_gpu.setattr(precision, "cpu_has_bf16", lambda: False)
+    assert precision.default_dtype()[0] == "fp32"
 
 
 def test_dtype_without_onednn_is_fp32(without_gpu: pytest.MonkeyPatch) -> None:
