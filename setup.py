@@ -27,7 +27,10 @@ setup(
     packages=[*find_packages(include=["megatron_let", "megatron_let.*"]), "megatron_let.recipes"],
     # The recipes are edited in configs/; `--config NAME` finds them in an installed package too.
     package_dir={"megatron_let.recipes": "configs"},
-    package_data={"megatron_let.recipes": ["*.yaml", "deepspeed/*.json"]},
+    package_data={
+        "megatron_let.config": ["*.yaml"],
+        "megatron_let.recipes": ["*.yaml", "deepspeed/*.json"],
+    },
     entry_points={"console_scripts": ["megatron-let = megatron_let.cli.__main__:main"]},
     python_requires=">=3.12",
     install_requires=[

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+# Everything that Megatron's `train` calls happens once training has begun.
+_TRAINING_LOOP = os.path.join("megatron", "training", "training.py")
 
 
 class LETError(ValueError):
@@ -19,8 +25,44 @@ class LETError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another package's message, to quote it in one of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of another package's message, to quote it in one of ours.
+
+    An assertion without a message is quoted by its source.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines and isinstance(error, AssertionError) and error.__traceback__:
+        lines = [traceback.extract_tb(error.__traceback__)[-1].line or ""]
+    return next(filter(None, lines), type(error).__name__)
+
+
+def refusal_by_another_package(error: Exception) -> LETError | None:
+    """Return what another package raised before the first step as one sentence.
+
+    The traceback goes to a file that the sentence names, in `$OUTPUT`, the folder of the recipes'
+    files, or else in the temporary folder.
+
+    Returns:
+        None once Megatron's training loop has begun, when the traceback matters.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(f.name == "train" and f.filename.endswith(_TRAINING_LOOP) for f in frames):
+        return None
+    last = frames[-1]
+    path = _traceback_file()
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return LETError(
+        f"The run cannot start: {first_line(error).rstrip('.')} ({type(error).__name__} in"
+        f" {last.name}, {Path(last.filename).name}:{last.lineno}; the traceback is in {path})."
+    )
+
+
+def _traceback_file() -> Path:
+    folder = Path(os.environ.get("OUTPUT") or tempfile.gettempdir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir())
+    return folder / f"error-rank{os.environ.get('RANK', '0')}.log"
 
 
 def print_error(error: LETError) -> None:

@@ -59,7 +59,7 @@ def enable(args: argparse.Namespace) -> PatchSet:
         )
     pin_hub_ids(args)
     if choice := resolve_teacher_dtype(args):
-        print_rank_0(f"LET: {choice}")
+        print_rank_0(f"megatron_let: {choice}")
     return enable_on_engine(args, let_config_from_args(args))
 
 
@@ -67,7 +67,8 @@ def enable_on_engine(args: argparse.Namespace, config: LETConfig) -> PatchSet:
     """Apply `enable` for any engine, once `Engine.enable` has set it up; see `enable`."""
     wrappers = _metrics_wrappers(args, config) | _method_wrappers(args, config)
     patches = PatchSet().apply_all(wrappers)
-    agreed = {f"commits of {hub_id}": pinned for hub_id, pinned in args.let_hub_ids.items()}
+    hub_ids = getattr(args, "let_hub_ids", None) or {}
+    agreed = {f"commits of {hub_id}": pinned for hub_id, pinned in hub_ids.items()}
     if config.enabled:
         agreed["precisions of the teacher (--let-teacher-dtype)"] = config.teacher_dtype
     if agreed:
@@ -104,6 +105,8 @@ def _metrics_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, 
         if args.let_guard:
             raise LETError("--let-guard watches the metrics file; give --let-metrics-path.")
         return {}
+    if args.skip_train:
+        return {}  # the steps of the loaded checkpoint have their rows
     observe = {}
     if args.let_guard and config.traits.learns_from is not None:
         guard = load_guard(args.let_metrics_path, args.let_guard_baseline, _warn)

@@ -7,7 +7,7 @@ import os
 import sys
 
 from megatron_let.compat.device import Host, detect_host, prepare_process
-from megatron_let.errors import LETError, print_error
+from megatron_let.errors import LETError, print_error, refusal_by_another_package
 
 USAGE_ERROR = 2
 
@@ -25,6 +25,12 @@ def main(argv: list[str] | None = None) -> int:
         train(sys.argv[1:] if argv is None else argv, host)
     except LETError as error:
         print_error(error)
+        return USAGE_ERROR
+    except Exception as error:
+        refusal = refusal_by_another_package(error)
+        if refusal is None:
+            raise
+        print_error(refusal)
         return USAGE_ERROR
     return 0
 
@@ -48,7 +54,7 @@ def train(argv: list[str], host: Host) -> None:
     from megatron_let.config.arguments import let_config_from_args
     from megatron_let.config.command_line import parse_command_line
     from megatron_let.data.fingerprint import check_data_tokenizer
-    from megatron_let.data.gpt import check_data, datasets_provider
+    from megatron_let.data.gpt import check_data, check_token_ids, datasets_provider
     from megatron_let.engines import load_engine
     from megatron_let.methods.forward_step import make_forward_step
     from megatron_let.run import artifacts, control_files
@@ -56,13 +62,14 @@ def train(argv: list[str], host: Host) -> None:
 
     # Configuration
     host_patches = apply_host_patches(host)
-    args = parse_command_line(argv, host.argv(), prepare_arguments)
+    args = parse_command_line(argv, host.argv(), prepare_arguments, host.cuda)
     config = let_config_from_args(args)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
     if args.transformer_impl == "local":
         check_local_layers(args)
     check_data(args)
     check_data_tokenizer(args, get_tokenizer())
+    check_token_ids(args, get_tokenizer().vocab_size)
     check_loaded(args, get_tokenizer())
 
     # Build
@@ -91,26 +98,33 @@ def train(argv: list[str], host: Host) -> None:
         control_files.mark_done(args)
 
 
+def report_once(message: str) -> None:
+    """Print a sentence on the first rank, before torch.distributed is initialised."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megatron_let: {message}", flush=True)
+
+
 def prepare_arguments(args: argparse.Namespace) -> None:
-    """Check that LET, this entry and the engine support every flag; locate teacher and tokenizer.
+    """Check that LET and the engine support every flag; locate teacher and tokenizer.
 
     Raises:
         LETError: names the flag and what to do.
     """
-    from megatron.training import print_rank_0
-
-    from megatron_let.config.validation import check_entry_supports, check_supported
+    from megatron_let.config.run_settings import complete_run_settings
+    from megatron_let.config.validation import check_supported
     from megatron_let.engines import load_engine
     from megatron_let.run.output_folder import pin_hub_ids, resolve_teacher_dtype
+    from megatron_let.run.resume import check_loads_something
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
 
     check_supported(args)
-    check_entry_supports(args)
+    complete_run_settings(args, report_once)
+    check_loads_something(args)
     load_engine(args.engine).check_arguments(args)
     pin_hub_ids(args)
     if choice := resolve_teacher_dtype(args):
-        print_rank_0(f"LET: {choice}")
+        report_once(choice)
     # Megatron's tokenizer loads neither a revision of a hub id nor a .gguf file.
     if args.tokenizer_model in args.let_hub_ids.values():
         hub_id = parse_hub_id(args.tokenizer_model)

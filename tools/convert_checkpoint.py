@@ -1,8 +1,6 @@
 """Convert, verify and inspect checkpoints: `megatron-let convert` (cli/convert.py)."""
 
-import sys
-
 from megatron_let.cli.convert import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_let.errors import LETError
+from megatron_let.planner.sizes import TransformerSize
 
 
-@dataclass(frozen=True)
-class Llama:
-    """Sizes and constants of a Llama-family model.
+@dataclass(frozen=True, kw_only=True)
+class Llama(TransformerSize):
+    """Sizes and constants of a Llama-family model; `vocab_size` has no padding.
 
     Attributes:
-        ffn_size: width of the gate and up projections.
-        num_query_groups: number of key and value heads.
-        vocab_size: number of tokens, which is the embedding's rows without padding.
         max_positions: longest sequence.
-        tied: whether the output layer shares the embedding.
         rotary_base: theta of RoPE.
         rope_type: `default`, `linear` (positions divided by `rope_factor`) or `llama3` (Llama 3.1's
             scaling of the low frequencies by `rope_factor`, with Megatron's fixed bounds 1, 4
@@ -27,15 +24,8 @@ class Llama:
         init_std: standard deviation of the initial weights.
     """
 
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_query_groups: int
-    head_size: int
-    vocab_size: int
+    gated: bool = True
     max_positions: int
-    tied: bool
     norm_epsilon: float
     rotary_base: float = 10000.0
     rope_type: str = "default"
@@ -45,10 +35,8 @@ class Llama:
     @property
     def num_parameters(self) -> int:
         """Return the number of parameters without padding; a tied embedding counts once."""
-        attention = (self.num_heads + self.num_query_groups) * 2 * self.head_size
-        layer = self.hidden_size * (attention + 3 * self.ffn_size + 2)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        embeddings = self.embedding_params * (1 if self.tied else 2)
+        return self.num_layers * self.layer_params + embeddings + self.hidden_size
 
 
 # Constants of Megatron's `_apply_scaling`; only the factor is an argument.
@@ -107,13 +95,11 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
     return Llama(
         num_layers=int(args["num_layers"]),
         hidden_size=int(args["hidden_size"]),
-        ffn_size=int(args["ffn_hidden_size"]),
+        ffn_hidden_size=int(args["ffn_hidden_size"]),
         num_heads=heads,
         # Without group-query attention Megatron's parser leaves it at 1.
-        num_query_groups=int(args["num_query_groups"])
-        if args.get("group_query_attention")
-        else heads,
-        head_size=int(args.get("kv_channels") or args["hidden_size"] // heads),
+        num_kv_heads=int(args["num_query_groups"]) if args.get("group_query_attention") else heads,
+        head_dim=int(args.get("kv_channels") or args["hidden_size"] // heads),
         vocab_size=vocab_size,
         max_positions=int(args.get("max_position_embeddings") or args["seq_length"]),
         tied=not args.get("untie_embeddings_and_output_weights", False),
@@ -146,11 +132,11 @@ def to_megatron(llama: Llama) -> dict[str, Any]:
     return dict(_LLAMA_ARGUMENTS) | {
         "num_layers": llama.num_layers,
         "hidden_size": llama.hidden_size,
-        "ffn_hidden_size": llama.ffn_size,
+        "ffn_hidden_size": llama.ffn_hidden_size,
         "num_attention_heads": llama.num_heads,
-        "group_query_attention": llama.num_query_groups != llama.num_heads,
-        "num_query_groups": llama.num_query_groups,
-        "kv_channels": llama.head_size,
+        "group_query_attention": llama.num_kv_heads != llama.num_heads,
+        "num_query_groups": llama.num_kv_heads,
+        "kv_channels": llama.head_dim,
         "vocab_size": llama.vocab_size,
         "max_position_embeddings": llama.max_positions,
         "untie_embeddings_and_output_weights": not llama.tied,
@@ -171,13 +157,13 @@ def recipe_settings(llama: Llama) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "num-layers": llama.num_layers,
         "hidden-size": llama.hidden_size,
-        "ffn-hidden-size": llama.ffn_size,
+        "ffn-hidden-size": llama.ffn_hidden_size,
         "num-attention-heads": llama.num_heads,
     }
-    if llama.num_query_groups != llama.num_heads:
-        settings |= {"group-query-attention": True, "num-query-groups": llama.num_query_groups}
-    if llama.head_size * llama.num_heads != llama.hidden_size:
-        settings["kv-channels"] = llama.head_size
+    if llama.num_kv_heads != llama.num_heads:
+        settings |= {"group-query-attention": True, "num-query-groups": llama.num_kv_heads}
+    if llama.head_dim * llama.num_heads != llama.hidden_size:
+        settings["kv-channels"] = llama.head_dim
     settings |= {
         "max-position-embeddings": llama.max_positions,
         "normalization": "RMSNorm",
@@ -218,10 +204,10 @@ def from_hugging_face(config: Mapping[str, Any]) -> Llama:
     return Llama(
         num_layers=int(config["num_hidden_layers"]),
         hidden_size=int(config["hidden_size"]),
-        ffn_size=int(config["intermediate_size"]),
+        ffn_hidden_size=int(config["intermediate_size"]),
         num_heads=heads,
-        num_query_groups=int(config.get("num_key_value_heads") or heads),
-        head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
+        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocab_size=int(config["vocab_size"]),
         max_positions=int(config.get("max_position_embeddings", 2048)),
         tied=bool(config.get("tie_word_embeddings", False)),
@@ -268,11 +254,11 @@ def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
         "model_type": "llama",
         "vocab_size": llama.vocab_size,
         "hidden_size": llama.hidden_size,
-        "intermediate_size": llama.ffn_size,
+        "intermediate_size": llama.ffn_hidden_size,
         "num_hidden_layers": llama.num_layers,
         "num_attention_heads": llama.num_heads,
-        "num_key_value_heads": llama.num_query_groups,
-        "head_dim": llama.head_size,
+        "num_key_value_heads": llama.num_kv_heads,
+        "head_dim": llama.head_dim,
         "max_position_embeddings": llama.max_positions,
         "tie_word_embeddings": llama.tied,
         "rms_norm_eps": llama.norm_epsilon,
@@ -288,32 +274,6 @@ def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
     }
 
 
-def check_layout(llama: Llama, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Check that Megatron can train the model under a parallel layout.
-
-    Raises:
-        LETError: names the size that the layout does not divide.
-    """
-    sizes = (
-        ("attention heads", llama.num_heads, tensor_parallel, "tensor"),
-        ("query groups", llama.num_query_groups, tensor_parallel, "tensor"),
-        ("feed-forward units", llama.ffn_size, tensor_parallel, "tensor"),
-        ("layers", llama.num_layers, pipeline_parallel, "pipeline"),
-    )
-    for what, count, ranks, kind in sizes:
-        # Megatron replicates query groups if there are fewer groups than ranks.
-        divides = count % ranks == 0 or (what == "query groups" and ranks % count == 0)
-        if not divides:
-            raise LETError(
-                f"The model has {count} {what}, which --{kind}-model-parallel-size {ranks} does not"
-                f" divide; give one of {_divisors(count)}."
-            )
-
-
-def _divisors(count: int) -> str:
-    return ", ".join(str(n) for n in range(1, min(count, 64) + 1) if count % n == 0)
-
-
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) or isinstance(theirs, float):
         return math.isclose(float(ours), float(theirs), rel_tol=1e-5)
@@ -324,10 +284,10 @@ def _same(ours: Any, theirs: Any) -> bool:
 _CHECKED: tuple[tuple[str, str], ...] = (
     ("num_layers", "--num-layers"),
     ("hidden_size", "--hidden-size"),
-    ("ffn_size", "--ffn-hidden-size"),
+    ("ffn_hidden_size", "--ffn-hidden-size"),
     ("num_heads", "--num-attention-heads"),
-    ("num_query_groups", "--num-query-groups (with --group-query-attention)"),
-    ("head_size", "--kv-channels"),
+    ("num_kv_heads", "--num-query-groups (with --group-query-attention)"),
+    ("head_dim", "--kv-channels"),
     ("tied", "--untie-embeddings-and-output-weights"),
     ("norm_epsilon", "--norm-epsilon"),
     ("rotary_base", "--rotary-base"),

@@ -13,7 +13,6 @@ import torch
 
 from megatron_let.checkpoint.architecture import (
     Llama,
-    check_layout,
     to_hugging_face,
     to_megatron,
 )
@@ -31,6 +30,8 @@ from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_folder, write_json
 from megatron_let.files.names import TRACKER
+from megatron_let.planner.layouts import does_not_divide
+from megatron_let.planner.memory import Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json",
@@ -129,7 +130,10 @@ def to_megatron_checkpoint(
     Raises:
         LETError: the layout does not fit the model, or `output` exists; nothing is written.
     """
-    check_layout(weights.llama, layout.tensor_parallel, layout.pipeline_parallel)
+    parallel = Layout(layout.tensor_parallel, layout.pipeline_parallel, 1, 1, 1, 1, 1)
+    problem = does_not_divide(parallel, weights.llama)
+    if problem is not None:
+        raise LETError(problem)
     _check_all_used(weights)
     dtype = dtype or weights.dtype
     args = _release_arguments(weights, dtype, layout)

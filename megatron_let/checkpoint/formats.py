@@ -6,102 +6,53 @@ may be a Hugging Face folder, which `weights.open_weights` opens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import torch
-
-from megatron_let.checkpoint.legacy import LegacyCheckpoint, is_legacy
 from megatron_let.checkpoint.torch_dist import TorchDist, has_index, is_torch_dist
 from megatron_let.engines.deepspeed.checkpoint_reader import ZeroCheckpoint, is_zero_checkpoint
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 
-
-class Checkpoint(Protocol):
-    """A checkpoint with tensors under Megatron's names; layers of one name may be stacked.
-
-    Attributes:
-        folder: folder of the checkpoint.
-        state: arguments, counters and everything else that is not a tensor.
-    """
-
-    folder: Path
-
-    @property
-    def state(self) -> Mapping[str, Any]: ...
-
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Return name -> a tensor of the same shape and type, which may be without values."""
-        ...
-
-    def entries(self) -> list[str]:
-        """Return the names of everything saved, without the optimizer."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """Return what `inspect` prints about this format."""
-        ...
-
-    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """Read one tensor, or one layer of it."""
-        ...
+# A checkpoint with tensors under Megatron's names.
+Checkpoint = TorchDist | ZeroCheckpoint
 
 
-@dataclass(frozen=True)
-class Format:
-    """A checkpoint format.
-
-    Attributes:
-        matches: whether a folder looks like the format, complete or not.
-        open: opens a folder; raises `LETError` if it is not complete.
-        is_complete: whether such a folder has been saved to the end.
-        runs_code: whether reading its pickles can run code.
-    """
-
-    matches: Callable[[Path], bool]
-    open: Callable[[Path], Checkpoint]
-    is_complete: Callable[[Path], bool]
-    runs_code: bool = False
+def is_legacy(folder: Path) -> bool:
+    """Return whether a folder is in Megatron's old `torch` format, one pickle per rank."""
+    return any(folder.glob("mp_rank_*/*.pt"))
 
 
-# In the order of detection.
-FORMATS = (
-    # The engine renames a folder to its final name once it is complete.
-    Format(is_zero_checkpoint, ZeroCheckpoint, is_zero_checkpoint),
-    Format(is_legacy, LegacyCheckpoint, is_legacy, runs_code=True),
-    Format(is_torch_dist, TorchDist, has_index),
-)
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder looks like a checkpoint of some format, complete or not."""
+    return is_zero_checkpoint(folder) or is_legacy(folder) or is_torch_dist(folder)
 
 
-def find_format(folder: Path) -> Format | None:
-    """Return the format of a checkpoint folder; None if it is of no known format."""
-    return next((found for found in FORMATS if found.matches(folder)), None)
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint that can be opened and was saved to the end."""
+    # The DeepSpeed engine renames a folder to its final name once it is complete.
+    return is_zero_checkpoint(folder) or has_index(folder)
 
 
-def open_checkpoint(folder: Path, trust: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Open an `iter_*` folder of either engine; reads no tensor.
 
-    Args:
-        trust: also read the old format, whose pickles can run code.
-
     Raises:
-        LETError: not a checkpoint, not complete, or not trusted.
+        LETError: not a checkpoint, not complete, or in Megatron's old format.
     """
-    found = find_format(folder)
-    if found is None:
-        raise LETError(
-            f"The folder {folder} is not a Megatron checkpoint; give a run's checkpoint folder or"
-            " one of its iter_* folders."
-        )
-    if found.runs_code and not trust:
+    if is_zero_checkpoint(folder):
+        return ZeroCheckpoint(folder)
+    if is_legacy(folder):
         raise LETError(
             f"The checkpoint {folder} is in Megatron's old format, pickles that can run code when"
-            " they are opened; if you trust its author, add --trust."
+            " they are opened; if you trust its author, let Megatron convert it: --load it in its"
+            " layout with --ckpt-convert-format torch_dist --ckpt-convert-save DIR."
         )
-    return found.open(folder)
+    if is_torch_dist(folder):
+        return TorchDist(folder)
+    raise LETError(
+        f"The folder {folder} is not a Megatron checkpoint; give a run's checkpoint folder or one"
+        " of its iter_* folders."
+    )
 
 
 def iteration_folder(path: Path) -> Path:

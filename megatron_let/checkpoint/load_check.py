@@ -1,23 +1,65 @@
-"""Check a run's recipe against the checkpoint that it loads."""
+"""Check a run's settings against the checkpoint that it loads.
+
+Megatron compares layers, width, heads and the shapes of most tensors. Other settings would
+silently change the model, or fail in the optimizer without naming a flag.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-from megatron_let.checkpoint.architecture import first_difference, from_megatron
-from megatron_let.checkpoint.formats import find_format, iteration_folder, open_checkpoint
+from megatron_let.checkpoint.architecture import norm_epsilon
+from megatron_let.checkpoint.formats import (
+    is_checkpoint,
+    is_legacy,
+    iteration_folder,
+    open_checkpoint,
+)
 from megatron_let.checkpoint.torch_dist import FORMAT, is_torch_dist
+from megatron_let.config.arguments import flag
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 
+# Arguments that change what the weights compute, whatever the architecture is.
+_ARCHITECTURE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias"),
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
+    *("no_rope_freq", "swiglu", "squared_relu", "quick_geglu", "glu_linear_offset"),
+    *("activation_func_clamp_value", "qk_layernorm", "qk_l2_norm", "attention_output_gate"),
+    *("layernorm_zero_centered_gamma", "untie_embeddings_and_output_weights", "window_size"),
+    *("window_attn_skip_freq", "softmax_type", "multi_latent_attention", "q_lora_rank"),
+    *("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rotary_scaling_factor"),
+    *("mscale", "mscale_all_dim", "experimental_attention_variant", "linear_attention_freq"),
+    *("use_mup", "mup_embedding_mult", "mup_output_mult", "num_experts", "moe_layer_freq"),
+    *("moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function"),
+    *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
+    *("moe_shared_expert_gate", "mtp_num_layers", "hybrid_layer_pattern"),
+)
+_FLAGS = {
+    "layernorm_epsilon": "--norm-epsilon",
+    "add_bias_linear": "--disable-bias-linear",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "num_query_groups": "--num-query-groups (with --group-query-attention)",
+    "lr_decay_iters": "--train-iters",
+    "lr_decay_samples": "--train-samples",
+    "start_weight_decay": "--weight-decay",
+}
+# What Megatron's schedule is made of, in iterations and in samples.
+_SCHEDULE = (
+    *("global_batch_size", "lr_decay_iters", "lr_decay_samples", "lr_warmup_iters"),
+    *("lr_warmup_samples", "lr_warmup_fraction", "lr_decay_style", "start_weight_decay"),
+    *("end_weight_decay", "weight_decay_incr_style"),
+)
+
 
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
-    """Check that model flags match the loaded checkpoint.
-
-    Megatron compares layers, width, heads and the shapes of most tensors; another RoPE base, norm
-    epsilon or smaller vocabulary would silently change the model.
+    """Check that the settings fit the checkpoint of `--load` or `--pretrained-checkpoint`.
 
     Args:
         args: Megatron's arguments.
@@ -26,38 +68,80 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     Raises:
         LETError: names the flag, its value and the checkpoint's; or the checkpoint is not complete.
     """
-    folder = _folder_to_load(args)
-    if folder is None:
+    source, resumes = args.load, not (args.finetune or args.no_load_optim)
+    if source is None or not (Path(source) / TRACKER).is_file():
+        source, resumes = args.pretrained_checkpoint, False
+    folder = _folder_to_load(source, args.ckpt_step)
+    saved = None if folder is None else open_checkpoint(folder).state.get("args")
+    if folder is None or saved is None:
         return
-    saved = open_checkpoint(folder).state.get("args")
-    if saved is None:
-        return
-    try:
-        theirs = from_megatron(vars(saved), vocab_size=0)
-        ours = from_megatron(vars(args), vocab_size=0)
-    except LETError:
-        return  # not a Llama: only Megatron's checks apply
-    difference = first_difference(ours, theirs)
-    if difference is not None:
-        flag, ours_value, theirs_value = difference
-        raise LETError(
-            f"{flag} is {ours_value} in this run and {theirs_value} in the checkpoint {folder};"
-            " use the checkpoint's value, or train without --load."
-        )
+    for name in _ARCHITECTURE:
+        ours, theirs = _value(args, name), _value(saved, name)
+        if hasattr(saved, name) and not _same(ours, theirs):
+            raise LETError(
+                f"{_FLAGS.get(name, flag(name))} is {ours} in this run and {theirs} in the"
+                f" checkpoint {folder}; use the checkpoint's value, or train without it."
+            )
+    if resumes:
+        _check_schedule(args, saved, folder)
     _check_vocabulary(saved, tokenizer, folder)
 
 
-def _folder_to_load(args: argparse.Namespace) -> Path | None:
+def _value(args: argparse.Namespace, name: str) -> Any:
+    if name == "layernorm_epsilon":
+        return norm_epsilon(vars(args))
+    # Without group-query attention Megatron's parser leaves it at 1.
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
+        return args.num_attention_heads
+    value = getattr(args, name, None)
+    if name == "kv_channels" and value is None:
+        return args.hidden_size // args.num_attention_heads
+    # Megatron sets it to the run's length only while it builds the optimizer.
+    if name in ("lr_decay_iters", "lr_decay_samples") and value is None:
+        return getattr(args, name.replace("lr_decay", "train"), None)
+    return value
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return math.isclose(ours, theirs, rel_tol=1e-5)
+    # A switch that one version stores as None and another as False is off.
+    return bool((ours or None) == (theirs or None))
+
+
+def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
+    """Check what Megatron compares with the loaded scheduler and parameter groups."""
+    for name in ("lr", "min_lr"):
+        ours, theirs = getattr(args, name), getattr(saved, name, None)
+        if theirs is not None and not _same(ours, theirs):
+            raise LETError(
+                f"{flag(name)} is {ours} in this run and {theirs} in the checkpoint {folder};"
+                " Megatron finds the optimizer's state by this value, so keep it, or add"
+                " --no-load-optim to restart the optimizer and the schedule."
+            )
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    for name in _SCHEDULE:
+        ours, theirs = _value(args, name), _value(saved, name)
+        if hasattr(saved, name) and not _same(ours, theirs):
+            raise LETError(
+                f"{_FLAGS.get(name, flag(name))} is {ours} in this run and {theirs} in the"
+                f" checkpoint {folder}; add --override-opt-param-scheduler to change the schedule,"
+                " or --use-checkpoint-opt-param-scheduler to keep the checkpoint's."
+            )
+
+
+def _folder_to_load(source: str | None, step: int | None) -> Path | None:
     """Return the checkpoint that Megatron will load; None if there is none that can be checked."""
-    if args.load is None or not (Path(args.load) / TRACKER).is_file():
+    if source is None or not (Path(source) / TRACKER).is_file():
         return None
-    folder = iteration_folder(Path(args.load))
-    if args.ckpt_step is not None:
-        folder = Path(args.load) / checkpoint_name(args.ckpt_step)
-    found = find_format(folder)
+    folder = iteration_folder(Path(source))
+    if step is not None:
+        folder = Path(source) / checkpoint_name(step)
     # Only dist_checkpointing writes FORMAT; torch_dcp has an index of the same name.
     is_other = is_torch_dist(folder) and not (folder / FORMAT).is_file()
-    return None if found is None or found.runs_code or is_other else folder
+    can_check = is_checkpoint(folder) and not is_legacy(folder) and not is_other
+    return folder if can_check else None
 
 
 def _check_vocabulary(saved: argparse.Namespace, tokenizer: Any, folder: Path) -> None:

@@ -63,9 +63,9 @@ def parameter_mappings(llama: Llama) -> list[ParameterMapping]:
 
 
 def _layer_mappings(llama: Llama, index: int) -> list[ParameterMapping]:
-    hidden, ffn = llama.hidden_size, llama.ffn_size
-    queries = llama.num_heads * llama.head_size
-    keys = llama.num_query_groups * llama.head_size
+    hidden, ffn = llama.hidden_size, llama.ffn_hidden_size
+    queries = llama.num_heads * llama.head_dim
+    keys = llama.num_kv_heads * llama.head_dim
     theirs, ours = f"model.layers.{index}.", "decoder.layers."
 
     def mapping(
@@ -153,13 +153,13 @@ def _split_qkv(tensor: torch.Tensor, llama: Llama) -> tuple[torch.Tensor, ...]:
 
     Megatron stores, for each query group, its q query heads, its key head and its value head.
     """
-    per_group = llama.num_heads // llama.num_query_groups
-    grouped = tensor.view(llama.num_query_groups, per_group + 2, llama.head_size, -1)
+    per_group = llama.num_heads // llama.num_kv_heads
+    grouped = tensor.view(llama.num_kv_heads, per_group + 2, llama.head_dim, -1)
     parts = (grouped[:, :per_group], grouped[:, per_group], grouped[:, per_group + 1])
     return tuple(part.reshape(-1, tensor.shape[1]) for part in parts)
 
 
 def _merge_qkv(tensors: tuple[torch.Tensor, ...], llama: Llama) -> torch.Tensor:
     hidden = tensors[0].shape[1]
-    shape = (llama.num_query_groups, -1, llama.head_size, hidden)
+    shape = (llama.num_kv_heads, -1, llama.head_dim, hidden)
     return torch.cat([part.view(shape) for part in tensors], dim=1).reshape(-1, hidden)

@@ -17,7 +17,6 @@ import torch
 
 from megatron_let.checkpoint.architecture import Llama
 from megatron_let.checkpoint.formats import Checkpoint
-from megatron_let.checkpoint.legacy import LegacyCheckpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
 from megatron_let.compat.device import Host, prepare_process
@@ -33,9 +32,6 @@ def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
 
     Returns:
         [b, s, vocab_size], without padded rows.
-
-    Raises:
-        LETError: the checkpoint is in Megatron's old format.
     """
     if isinstance(weights, MegatronWeights):
         return _megatron_logits(weights, tokens)
@@ -53,8 +49,6 @@ def _hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _megatron_logits(weights: MegatronWeights, tokens: torch.Tensor) -> torch.Tensor:
-    if isinstance(weights.checkpoint, LegacyCheckpoint):
-        raise LETError(f"The checkpoint {weights.folder} is in the old format; convert it first.")
     with _megatron_on_cpu():
         rows = int(weights.checkpoint.tensors()["embedding.word_embeddings.weight"].shape[0])
         model = _build(weights.llama, rows, weights.dtype)
@@ -102,10 +96,10 @@ def _build(llama: Llama, rows: int, dtype: torch.dtype) -> Any:
     config = TransformerConfig(
         num_layers=llama.num_layers,
         hidden_size=llama.hidden_size,
-        ffn_hidden_size=llama.ffn_size,
+        ffn_hidden_size=llama.ffn_hidden_size,
         num_attention_heads=llama.num_heads,
-        num_query_groups=llama.num_query_groups,
-        kv_channels=llama.head_size,
+        num_query_groups=llama.num_kv_heads,
+        kv_channels=llama.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=llama.norm_epsilon,
         gated_linear_unit=True,

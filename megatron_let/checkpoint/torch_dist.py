@@ -289,16 +289,11 @@ class Shard:
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
-    @property
-    def _chunk(self) -> ChunkStorageMetadata:
-        size, zeros = self.size, [0] * (len(self.size) - 1)
-        part = size if self.layer is None else (1, *size[1:])
-        start = [self.layer or 0, *zeros]
-        return ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(part))
-
     def write_item(self) -> WriteItem:
         """Return the part as an item of torch's writer."""
-        chunk = self._chunk
+        part = self.size if self.layer is None else (1, *self.size[1:])
+        start = (self.layer or 0, *[0] * (len(part) - 1))
+        chunk = ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(part))
         return WriteItem(
             index=MetadataIndex(self.name, chunk.offsets),
             type=WriteItemType.SHARD,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megatron_let.checkpoint.architecture import (
-    Llama,
     from_hugging_face,
     from_megatron,
 )
 from megatron_let.checkpoint.formats import (
     Checkpoint,
-    find_format,
+    is_checkpoint,
     iteration_folder,
     open_checkpoint,
 )
@@ -26,38 +25,13 @@ from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
 
 
-class Weights(Protocol):
-    """The weights of one model.
-
-    Attributes:
-        folder: folder of the model or checkpoint.
-        llama: the architecture.
-        dtype: type of the stored weights.
-        tokenizer: folder or file of the tokenizer; None if unknown.
-    """
-
-    folder: Path
-    llama: Llama
-    dtype: torch.dtype
-    tokenizer: Path | None
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor by its Hugging Face name."""
-        ...
-
-    def unused(self) -> list[str]:
-        """Return the names of stored tensors that are not part of the model."""
-        ...
-
-
-def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False) -> Weights:
+def open_weights(path: Path, tokenizer: Path | None = None) -> Weights:
     """Open a checkpoint of either engine, a run's folder (its last one) or a Hugging Face folder.
 
     Reads no weight.
 
     Args:
         tokenizer: folder or file, instead of the one that the checkpoint names.
-        trust: also read Megatron's old format, whose pickles can run code.
 
     Raises:
         LETError: not a model, not complete, or not a Llama.
@@ -67,15 +41,19 @@ def open_weights(path: Path, tokenizer: Path | None = None, trust: bool = False)
     if not path.is_dir():
         raise LETError(f"The model {path} is a file; give the folder that contains it.")
     folder = iteration_folder(path)
-    if find_format(folder) is None:
+    if not is_checkpoint(folder):
         return HuggingFaceWeights(path, tokenizer)
-    return MegatronWeights(open_checkpoint(folder, trust), tokenizer)
+    return MegatronWeights(open_checkpoint(folder), tokenizer)
 
 
 class MegatronWeights:
-    """Weights in a Megatron checkpoint; see `Weights`.
+    """Weights in a Megatron checkpoint, under their Hugging Face names.
 
     Attributes:
+        folder: folder of the checkpoint.
+        llama: the architecture.
+        dtype: type of the stored weights.
+        tokenizer: folder or file of the tokenizer; None if unknown.
         checkpoint: the checkpoint.
         args: the run's arguments.
     """
@@ -195,7 +173,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 class HuggingFaceWeights:
-    """Weights in a Hugging Face folder; see `Weights`."""
+    """Weights in a Hugging Face folder; attributes as of `MegatronWeights`."""
 
     def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
         self.folder = folder
@@ -230,6 +208,9 @@ class HuggingFaceWeights:
                     f"The tensor {name} in {self.folder} is {shape} of {dtype}, and config.json"
                     f" asks for {wanted} of {', '.join(DTYPES)}."
                 )
+
+
+Weights = MegatronWeights | HuggingFaceWeights
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

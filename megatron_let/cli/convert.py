@@ -61,8 +61,6 @@ def _add_export(commands: Any) -> None:
     _add_conversion_flags(parser)
     add = parser.add_argument
     add("--max-shard-size", type=_size, default="5GB", help="size of a weight file (default: 5GB)")
-    add("--trust", action="store_true",
-        help="read Megatron's old format, pickles that can run code of their author")  # fmt: skip
 
 
 def _add_import(commands: Any) -> None:
@@ -94,7 +92,6 @@ def _add_verify(commands: Any) -> None:
         help="largest difference of fp32 logits (default: 1e-4)",
     )
     add("--weights-only", action="store_true", help="compare tensors without running the models")
-    add("--trust", action="store_true", help="read Megatron's old format")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -126,7 +123,7 @@ def _export(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.checkpoint.convert import to_hugging_face_folder
     from megatron_let.checkpoint.weights import open_weights
 
-    weights = open_weights(given.input, given.tokenizer, given.trust)
+    weights = open_weights(given.input, given.tokenizer)
     to_hugging_face_folder(weights, given.output, _dtype(given), given.max_shard_size, given.force)
     say(console, f"{_describe(weights)} -> {given.output}")
     if weights.tokenizer is None:
@@ -162,8 +159,8 @@ def _verify(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.checkpoint.verify import audit, compare_logits, sample_tokens
     from megatron_let.checkpoint.weights import open_weights
 
-    first = open_weights(given.first, given.tokenizer, given.trust)
-    second = open_weights(given.second, given.tokenizer, given.trust)
+    first = open_weights(given.first, given.tokenizer)
+    second = open_weights(given.second, given.tokenizer)
     tensors = audit(first, second)
     say(
         console,

@@ -3,8 +3,8 @@
     megatron-let plan --config let_7b --gpus 32 --gpu a100-80g [--pp 4 ...]
 
 It prints memory per rank and a discrete-event simulation of Megatron's schedule with the teacher in
-it. `--sweep` ranks the layouts that fit. With `--engine deepspeed` it prints GPU and host memory by
-ZeRO stage, and a step time from FLOPs and communication. All other flags are Megatron's and LET's.
+it. `--sweep` ranks the layouts that fit. With `--engine deepspeed` it prints GPU and host memory
+under ZeRO, and the time of the passes. All other flags are Megatron's and LET's.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _WIDTH = 110
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; return 0 if it fits, 1 if not, 2 if the request is invalid."""
-    options, rest = _parse(argv)
-    return run_command("plan", lambda _: _plan(options, rest))
+    options, flags = _parse(argv)
+    return run_command("plan", lambda _: _plan(options, flags))
 
 
 def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
@@ -50,13 +50,14 @@ def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
     Raises:
         LETError: the request is invalid.
     """
-    options, rest = _parse(argv)
-    args = _megatron_arguments(options, rest)
+    options, flags = _parse(argv)
+    args = megatron_arguments(options.config, flags)
     found = _estimate(_request(args, options), args, options)
     return found.request, found
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return this command's options, and the flags of Megatron and LET."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,17 +77,21 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--sweep", action="store_true", help="rank all layouts that fit")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--plot", type=Path, help="draw the stages' timeline (.png, .svg)")
-    return parser.parse_known_args(argv)
+    options, flags = parser.parse_known_args(argv)
+    for name, megatron_flag in _SHORT_FLAGS.items():
+        if getattr(options, name) is not None:
+            flags += [megatron_flag, str(getattr(options, name))]
+    return options, flags
 
 
-def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+def _plan(options: argparse.Namespace, flags: list[str]) -> int:
     from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), 0)
     from megatron_let.planner import display
     from megatron_let.planner.layouts import sweep
 
-    args = _megatron_arguments(options, rest)
+    args = megatron_arguments(options.config, flags)
     _check_engine(args, options)
     request = _request(args, options)
     console, titles = output_console(_WIDTH), (options.config.stem, options.gpu)
@@ -106,20 +111,17 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     return 0 if found and found[0].fits else 1
 
 
-def _megatron_arguments(options: argparse.Namespace, rest: list[str]) -> argparse.Namespace:
-    """Return the recipe and the flags after it as Megatron parses them, not validated."""
+def megatron_arguments(config: Path, flags: list[str]) -> argparse.Namespace:
+    """Return a recipe and the flags after it as Megatron parses them, not validated."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_let.config.arguments import add_arguments
     from megatron_let.config.recipes import load_recipe, recipe_argv
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    for name, megatron_flag in _SHORT_FLAGS.items():
-        if getattr(options, name) is not None:
-            rest = [*rest, megatron_flag, str(getattr(options, name))]
     # The plan reads none of these folders.
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
-    return parser.parse_args(recipe_argv(load_recipe(options.config), parser, rest, variables))
+    return parser.parse_args(recipe_argv(load_recipe(config), parser, flags, variables))
 
 
 def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:

@@ -7,6 +7,7 @@ its attention, and materialises [b, heads, s, s] scores. The two modules here li
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import GPTModelConfig
 
 from megatron_let.config.arguments import flag
+from megatron_let.config.megatron_arguments import read_lists
 from megatron_let.errors import LETError
 
 
@@ -152,14 +154,12 @@ class SDPAttention(MegatronModule):
         return gather_from_sequence_parallel_region(tensor, group=self.cp_group)
 
 
-# Setting of the model -> the only value that the torch layers support.
-_LOCAL_LAYERS: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "num_moe_experts": None,
-    "num_experts": None,
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "reset_attention_mask": False,
+# Setting of the model -> the values that the torch layers support.
+_LOCAL_LAYERS: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "position_embedding_type": ("rope", "learned_absolute", "none"),
+    "num_moe_experts": (None,),
+    "reset_attention_mask": (False,),
 }
 
 
@@ -173,13 +173,28 @@ def check_local_layers(settings: Any) -> None:
         LETError: names the flag, its value and the supported value.
     """
     for name, possible in _LOCAL_LAYERS.items():
-        value = getattr(settings, name, possible)
-        if value != possible:
+        value = getattr(settings, name, possible[0])
+        if value not in possible:
             given = flag(name.replace("_moe", ""))
-            remedy = f"give {given} {possible}" if possible else f"drop {given}"
+            remedy = f"give {given} {possible[0]}" if possible[0] else f"drop {given}"
             raise LETError(
                 f"{given} {value} needs Transformer Engine, which is not installed; {remedy}, or"
                 " install Transformer Engine."
+            )
+
+    if dataclasses.is_dataclass(settings):
+        _check_fields(settings)
+
+
+def _check_fields(config: Any) -> None:
+    """Check that no field of a `TransformerConfig` that needs Transformer Engine is set."""
+    needs_te = read_lists()["transformer_engine"]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in needs_te and value and value != field.default:
+            raise LETError(
+                f"{flag(field.name)} {value} needs Transformer Engine, which is not installed; drop"
+                " it or install it."
             )
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 from megatron_let.config.arguments import add_arguments
+from megatron_let.config.megatron_arguments import check_known, check_layers
 from megatron_let.config.recipes import load_recipe, recipe_argv
+from megatron_let.errors import LETError
 
 
 def parse_command_line(
-    argv: list[str], host_flags: list[str], check: Callable[[argparse.Namespace], None]
+    argv: list[str],
+    host_flags: list[str],
+    check: Callable[[argparse.Namespace], None],
+    cuda: bool = True,
 ) -> argparse.Namespace:
     """Parse `[--config RECIPE] [flags]` into Megatron's validated, global arguments.
 
@@ -21,10 +29,11 @@ def parse_command_line(
         argv: arguments after the program's name; they override the recipe's.
         host_flags: Megatron flags that this host needs; the recipe and `argv` override them.
         check: called with the parsed arguments before Megatron validates them.
+        cuda: whether the host has a GPU.
 
     Raises:
         RecipeError: the recipe cannot be expanded.
-        LETError: from `check`.
+        LETError: from `check`, or a flag of Megatron has no effect in this run.
     """
     from megatron.training.arguments import parse_and_validate_args
 
@@ -33,16 +42,31 @@ def parse_command_line(
     known, flags = entry.parse_known_args(argv)
     recipe = {} if known.config is None else load_recipe(known.config)
 
+    actions: list[argparse.Action] = []
+
     def parse(parser: argparse.ArgumentParser) -> SimpleNamespace:
+        actions.extend(parser._actions)
         add_arguments(parser)
         _escape_percent_signs(parser)
+        # Instead of a usage of eight hundred flags.
+        parser.error = functools.partial(_refuse, parser)  # type: ignore[method-assign]
         args = parser.parse_args([*host_flags, *recipe_argv(recipe, parser, flags)])
         # Before Megatron's validation, whose assertions would name unrelated flags. Megatron takes
         # the arguments from parse_args() of what this returns, so the flags are parsed once.
         check(args)
+        check_known(args, actions, cuda)
         return SimpleNamespace(parse_args=lambda: args)
 
-    return parse_and_validate_args(extra_args_provider=parse)
+    args: argparse.Namespace = parse_and_validate_args(extra_args_provider=parse)
+    # Again, because --use-checkpoint-args takes the model from the checkpoint.
+    check_layers(args, actions)
+    return args
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    near = difflib.get_close_matches(message.split()[2], parser._option_string_actions, 1, 0.75)
+    hint = f"did you mean {near[0]}?" if near and "unrecognized" in message else "see --help."
+    raise LETError(f"The command line has {message}; {hint}")
 
 
 def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:

@@ -22,18 +22,17 @@ class RecipeError(LETError):
     """A recipe that cannot be expanded."""
 
 
-class _DuplicateKeyError(Exception):
-    """A key occurs twice in one mapping; the message is the key."""
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise _DuplicateKeyError(key)
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in keys:
+                problem = f"sets {key} twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            keys.add(key)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -48,13 +47,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         RecipeError: the file does not exist, is not YAML, or has a setting twice.
     """
     path = find_recipe(path)
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except _DuplicateKeyError as error:
-        raise RecipeError(f"The recipe {path} sets {error} twice.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"The recipe {path} is not valid YAML: {reason}.") from error
+    document = load_yaml(path)
     if not isinstance(document, Mapping) or not all(
         isinstance(section, Mapping) for section in document.values()
     ):
@@ -66,6 +59,34 @@ def load_recipe(path: Path) -> dict[str, Any]:
                 raise RecipeError(f"The recipe {path} sets {name} twice.")
             settings[str(name)] = _in_folder(value, path.parent)
     return settings
+
+
+def load_yaml(path: Path) -> Any:
+    """Load a YAML file.
+
+    Raises:
+        RecipeError: it is not valid YAML, or sets a key twice; gives the line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}, line {line}: {error.problem}; give valid YAML.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path} is not valid YAML: {reason}.") from error
+
+
+def line_of(path: Path, *keys: Any) -> str:
+    """Return the place of a nested key of a valid YAML file, as `PATH, line N`."""
+    line, node = 1, yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next(((k, v) for k, v in pairs if k.value == str(key)), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return f"{path}, line {line}"
 
 
 def find_recipe(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Megatron flags that LET or this entry does not support, refused before training starts."""
+"""Megatron flags that LET does not support, refused before training starts."""
 
 from __future__ import annotations
 
@@ -39,21 +39,6 @@ REFUSED_WITH_PROJECTION: Table = {
 # Flags that are not named like their argument.
 _FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
-# Flags that the entry's forward step does not implement; a custom script may.
-NOT_IN_THE_ENTRY = (
-    "yaml_cfg",
-    "sft",
-    "fim_data",
-    "mtp_num_layers",
-    "hybrid_layer_pattern",
-    "dataloader_inter_document_masking",
-    "hybrid_context_parallel",
-    "perform_rl_step",
-    "logits_load_dir",
-    "heterogeneous_layers_config_path",
-    "vision_pretraining",
-)
-
 
 def check_supported(args: argparse.Namespace) -> None:
     """Check that no Megatron flag bypasses the teacher or changes its input.
@@ -79,20 +64,6 @@ def _refuse(args: argparse.Namespace, table: Table, user: str) -> None:
             given = _FLAGS.get(name, flag(name))
             remedy = f"give {given} {supported}" if isinstance(supported, str) else f"drop {given}"
             raise LETError(f"{user} cannot be used with {given} {value}: {reason}; {remedy}.")
-
-
-def check_entry_supports(args: argparse.Namespace) -> None:
-    """Check that the entry acts on every flag that was given.
-
-    Raises:
-        LETError: names the flag.
-    """
-    for name in NOT_IN_THE_ENTRY:
-        if getattr(args, name, None):
-            raise LETError(
-                f"{flag(name)} is not supported by this entry; use it in a custom training script"
-                " with the three lines of megatron_let.integration."
-            )
 
 
 def check_teacher_shard(args: argparse.Namespace) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from megatron_let.data.indexed import open_indexed
 from megatron_let.data.token_alignment import TokenAlignedDataset, TokenAligner
 from megatron_let.errors import LETError
 
+_CHECKED_TOKENS = 2**20
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -43,10 +46,20 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        object_storage_cache_path=args.object_storage_cache_path,
+        sequences_per_dataset=_sequences_per_dataset(args),
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
+
+
+def _sequences_per_dataset(args: argparse.Namespace) -> dict[str, Any] | None:
+    path = args.per_dataset_sequences_path
+    return None if path is None else json.loads(Path(path).read_text())
 
 
 def datasets_provider(
@@ -78,9 +91,18 @@ def datasets_provider(
 
 
 def get_batch(
-    data_iterator: Any, args: argparse.Namespace, vp_stage: int | None
+    data_iterator: Any,
+    args: argparse.Namespace,
+    vp_stage: int | None,
+    micro_batch_size: int,
 ) -> dict[str, torch.Tensor | None]:
     """Return this rank's share of the next microbatch.
+
+    Args:
+        data_iterator: used on the first rank of each tensor-parallel group.
+        args: Megatron's arguments.
+        vp_stage: stage of an interleaved pipeline.
+        micro_batch_size: samples of the microbatch, which evaluation may set on its own.
 
     Returns:
         `tokens`, `labels`, `loss_mask`, `position_ids` [b, s / cp] and `attention_mask`; all None
@@ -91,6 +113,8 @@ def get_batch(
     batch: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         microbatch = next(data_iterator)
+        largest = max(int(microbatch[key].max()) for key in ("tokens", "labels"))
+        _check_ids(largest, get_tokenizer().vocab_size, "The next microbatch")
         for key in _BATCH_KEYS:
             value = microbatch.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
@@ -103,7 +127,7 @@ def get_batch(
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -140,6 +164,32 @@ def check_data(args: argparse.Namespace) -> None:
         for prefix in part[0] if part is not None else ():
             whole = [1.0 if i == index else 0.0 for i in range(3)]
             _check_prefix(prefix, whole, {**samples, name: True}, args.seq_length)
+
+
+def check_token_ids(args: argparse.Namespace, vocab_size: int) -> None:
+    """Check the ids at the beginning of each data set; `get_batch` checks the others.
+
+    Beyond the vocabulary Megatron fails in the embedding, or takes a zero vector under TP.
+
+    Raises:
+        LETError: an id is not in the vocabulary.
+    """
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    parts = [blend] if blend is not None else [part for part in per_split if part is not None]
+    for prefix in {prefix for part in parts for prefix in part[0]}:
+        dtype = open_indexed(prefix).index.dtype
+        tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_CHECKED_TOKENS)
+        _check_ids(int(tokens.max(initial=0)), vocab_size, prefix)
+
+
+def _check_ids(largest: int, vocab_size: int, data: str) -> None:
+    if largest >= vocab_size:
+        raise LETError(
+            f"{data} has token {largest}, and the run's tokenizer has {vocab_size} tokens; give the"
+            " --tokenizer-model (or --vocab-size) that the data was made with."
+        )
 
 
 def _check_prefix(

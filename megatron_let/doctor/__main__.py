@@ -19,9 +19,6 @@ def main(argv: list[str] | None = None) -> int:
     """Check this machine and print the findings; return 0 if a run would start."""
     parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--build", action="store_true", help="compile DeepSpeed's kernels now instead of in a run"
-    )
     arguments = parser.parse_args(argv)
     # Packages that print when imported must not print into the JSON, nor between the findings.
     warnings.filterwarnings("ignore")
@@ -29,13 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         # These import torch and Megatron, for which --help need not wait.
         from megatron_let.compat.device import detect_host, prepare_process
-        from megatron_let.doctor.kernels import build_kernels
         from megatron_let.doctor.machine import as_json, check_machine
 
         host = detect_host()
         prepare_process(host, 0)
-        if arguments.build:
-            build_kernels(lambda line: print(line, file=sys.stderr))
         checks = check_machine(host)
     if arguments.json:
         print(json.dumps(as_json(checks), indent=2))

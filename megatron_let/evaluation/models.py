@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_let.checkpoint.architecture import to_hugging_face
-from megatron_let.checkpoint.formats import find_format, iteration_folder
+from megatron_let.checkpoint.formats import is_checkpoint, is_complete, iteration_folder
 from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.torch_dist import INDEX
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
@@ -69,7 +69,7 @@ def checkpoint_hash(path: Path) -> str:
         digest.update(repr(sizes).encode())
         return digest.hexdigest()[:16]
     files = [folder / "config.json", *folder.glob("*.safetensors")]
-    if find_format(folder) is not None:
+    if is_checkpoint(folder):
         files = list(folder.rglob("*.pt"))
     for file in sorted(files):
         with file.open("rb") as stream:
@@ -79,9 +79,7 @@ def checkpoint_hash(path: Path) -> str:
 
 def finished_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints in the folder of a run, oldest first."""
-    folders = [path for path in run.iterdir() if _ITERATION.fullmatch(path.name)]
-    formats = {path: find_format(path) for path in folders}
-    whole = [p for p, f in formats.items() if f and f.is_complete(p) and not f.runs_code]
+    whole = [p for p in run.iterdir() if _ITERATION.fullmatch(p.name) and is_complete(p)]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("iter_")))
 
 

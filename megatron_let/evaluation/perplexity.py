@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_let.data.fingerprint import check_same_fingerprint
 from megatron_let.data.indexed import open_indexed
@@ -159,19 +160,10 @@ def blend_of(items: list[str]) -> list[Path]:
     Raises:
         LETError: only some of the prefixes have a weight.
     """
-    numbers = [_is_number(item) for item in items]
-    if not any(numbers):
-        return [Path(item) for item in items]
-    if len(items) % 2 or not all(numbers[::2]) or any(numbers[1::2]):
+    try:
+        prefixes, _ = get_blend_from_list(items)
+    except AssertionError as error:
         raise LETError(
             f"--data-path is {' '.join(items)!r}; give prefixes, or WEIGHT PREFIX pairs."
-        )
-    return [Path(item) for item in items[1::2]]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        ) from error
+    return [Path(prefix) for prefix in prefixes]

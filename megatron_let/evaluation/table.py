@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,13 @@ def csv_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> list[dict[str, Any]]
     """Return one line per model, task and metric, and one per model for the average."""
     lines = []
     for row in rows:
-        lines += [line for result in row.results for line in _lines(row, result)]
-        average, error = row.average(tasks)
-        lines.append(_line(row, "average", "", average, error))
+        for result in row.results:
+            about = {"items": result.items, "task_version": result.task_version}
+            for metric in filter(result.scores.__contains__, ACCURACIES):
+                percent, error = (100 * result.scores[k] for k in (metric, f"{metric}_stderr"))
+                lines.append(_line(row, result.task, metric, percent, error) | about)
+        lines.append(_line(row, "average", "", *row.average(tasks)))
     return lines
-
-
-def _lines(row: Row, result: Result) -> Iterator[dict[str, Any]]:
-    for metric in ACCURACIES:
-        if metric in result.scores:
-            percent, error = (100 * result.scores[k] for k in (metric, f"{metric}_stderr"))
-            line = _line(row, result.task, metric, percent, error)
-            yield line | {"items": result.items, "task_version": result.task_version}
 
 
 def _line(row: Row, task: str, metric: str, percent: float, error: float) -> dict[str, Any]:

@@ -22,7 +22,9 @@ def make_forward_step(args: argparse.Namespace) -> Callable[..., Any]:
     """Return Megatron's `forward_step_func` for these arguments."""
 
     def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = get_batch(data_iterator, args, get_attr_wrapped_model(model, "vp_stage"))
+        samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, args, stage, samples)
         output = model(
             batch["tokens"],
             batch["position_ids"],

@@ -11,6 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_let.errors import LETError
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.read import RunMetrics, load_metrics
@@ -51,17 +53,30 @@ class ComparedRun:
         return (self.settings or {}).get("seed")
 
     def seconds(self) -> Curve:
-        """Return the training time up to each step, without evaluations and checkpoints."""
+        """Return the training time up to each step, without evaluations and checkpoints.
+
+        A step without a row takes what its neighbours take; without a row of the first step the
+        time of every step is unknown, and the curve is empty.
+        """
         return self._cumulative(lambda row: row["step_seconds"])
 
     def tokens(self) -> Curve:
-        """Return the number of tokens trained on up to each step."""
+        """Return the number of tokens trained on up to each step, like `seconds`."""
         return self._cumulative(lambda row: row["tokens_per_second"] * row["step_seconds"])
 
     def _cumulative(self, amount: Callable[[dict[str, Any]], float]) -> Curve:
-        steps = sorted(self.metrics.steps)
-        amounts = accumulate(amount(self.metrics.steps[step]) for step in steps)
-        return dict(zip(steps, amounts, strict=True))
+        rows = self.metrics.steps
+        if 1 not in rows:
+            return {}
+        steps, known = range(1, max(rows) + 1), sorted(rows)
+        amounts = np.interp(steps, known, [amount(rows[step]) for step in known])
+        return dict(zip(steps, accumulate(amounts.tolist()), strict=True))
+
+    @property
+    def missing_steps(self) -> list[int]:
+        """Return the steps up to the last one that have no row."""
+        rows = self.metrics.steps
+        return [step for step in range(1, self.metrics.last_step) if step not in rows]
 
     @property
     def peak_memory_bytes(self) -> int | None:
@@ -147,12 +162,14 @@ class Variant:
         runs: one run per seed.
         figures: spread of each key of `run_figures`; None if no run has the figure.
         notes: reasons why the comparison is incomplete or unfair.
+        has_target: whether the baseline has a last held-out loss to reach.
     """
 
     name: str
     runs: list[ComparedRun]
     figures: dict[str, Spread | None]
     notes: list[str]
+    has_target: bool = True
 
     @property
     def num_reached(self) -> int:
@@ -186,17 +203,25 @@ def _variant(name: str, runs: list[ComparedRun], baselines: list[ComparedRun]) -
         runs=runs,
         figures={key: Spread.of(figures[key] for figures in found) for key in found[0]},
         notes=[note for run, partner in pairs for note in _notes(run, partner)],
+        has_target=any(_target(partner) is not None for partner in partners),
     )
+
+
+def _target(baseline: ComparedRun) -> float | None:
+    """Return the baseline's last held-out loss, None if there is none or it is not finite."""
+    loss = baseline.metrics.final_valid_loss
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | None]:
     """Return the figures of a run.
 
     The target is the baseline's last held-out loss; `steps_to_target` and `seconds_to_target`
-    are None if the run never reached it. `speed_up` and `time_speed_up` are the baseline's steps
-    and training seconds at its last evaluation over those of the run at the target.
+    are None if the run never reached it or its time is unknown. `speed_up` and `time_speed_up`
+    are the baseline's steps and training seconds at its last evaluation over those of the run at
+    the target.
     """
-    target = baseline.metrics.final_valid_loss
+    target = _target(baseline)
     steps = None if target is None else steps_to_reach(run.metrics.valid_loss, target)
     seconds = _at(run.seconds(), steps)
     last = max(baseline.metrics.valid_loss, default=None)
@@ -224,6 +249,8 @@ def steps_to_reach(valid_loss: Curve, target: float) -> float | None:
     previous: tuple[int, float] | None = None
     for step in sorted(valid_loss):
         loss = valid_loss[step]
+        if math.isnan(loss):
+            continue
         if loss <= target:
             if previous is None or previous[1] <= loss:
                 return float(step)
@@ -246,9 +273,9 @@ def _at(curve: Curve, step: float | None) -> float | None:
     """Interpolate a cumulative curve at a step; None beyond the last step of the run."""
     if step is None or not curve or step > max(curve):
         return None
-    below, above = math.floor(step), math.ceil(step)
-    low, high = curve.get(below, 0.0), curve.get(above)
-    return None if high is None else low + (step - below) * (high - low)
+    below = math.floor(step)
+    low = curve.get(below, 0.0)
+    return low + (step - below) * (curve[math.ceil(step)] - low)
 
 
 def _ratio(baseline: float | None, run: float | None) -> float | None:
@@ -262,11 +289,25 @@ def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
         notes.append("unfinished, no step was taken")
     elif steps < wanted:
         notes.append(f"unfinished, {steps} of {wanted} steps")
+    if run.metrics.diverged_at is not None:
+        notes.append(f"diverged at step {run.metrics.diverged_at}, its loss is not finite")
     if not run.metrics.valid_loss:
         notes.append("never evaluated")
+    if missing := run.missing_steps:
+        fate = "their time is interpolated" if missing[0] > 1 else "so its time is unknown"
+        notes.append(f"no metrics of {_ranges(missing)}, {fate}")
     if run is not baseline:
         notes += differences(run, baseline)
     return [f"{run.path.name}: {note}" for note in notes]
+
+
+def _ranges(steps: list[int]) -> str:
+    """Return ascending steps as text, such as `steps 3, 13 to 14`."""
+    given = set(steps)
+    starts = [step for step in steps if step - 1 not in given]
+    ends = [step for step in steps if step + 1 not in given]
+    pairs = zip(starts, ends, strict=True)
+    return "steps " + ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in pairs)
 
 
 def differences(run: ComparedRun, baseline: ComparedRun) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 @dataclass(frozen=True)
 class RunMetrics:
     """One run's metrics; of several rows of one iteration, the last one.
+
+    A loss that was not finite, which a metrics file has as null, is NaN.
 
     Attributes:
         steps: training rows by iteration.
@@ -29,6 +32,13 @@ class RunMetrics:
     def final_valid_loss(self) -> float | None:
         """Return the validation loss of the last evaluation; None if there was none."""
         return self.valid_loss[max(self.valid_loss)] if self.valid_loss else None
+
+    @property
+    def diverged_at(self) -> int | None:
+        """Return the first step since which no loss was finite; None for a finite last loss."""
+        losses = {step: row["lm_loss"] for step, row in self.steps.items()} or self.valid_loss
+        finite = [step for step, loss in losses.items() if math.isfinite(loss)]
+        return min((step for step in losses if step > max(finite, default=0)), default=None)
 
     def step_seconds(self, aligned: bool | None = None) -> list[float]:
         """Return the step times, only of steps with or without a teacher if `aligned` is given.
@@ -53,7 +63,11 @@ def load_metrics(path: Path) -> RunMetrics:
         except json.JSONDecodeError:
             continue
         if "lm_loss" in row:
-            run.steps[row["iteration"]] = row
+            run.steps[row["iteration"]] = row | {"lm_loss": _number(row["lm_loss"])}
         elif "valid_loss" in row:
-            run.valid_loss[row["iteration"]] = row["valid_loss"]
+            run.valid_loss[row["iteration"]] = _number(row["valid_loss"])
     return run
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,21 @@ def table_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
 def _cell(variant: Variant, key: str, form: str, unit: int) -> str:
     """Format the mean, and the range over several seeds."""
     spread = variant.figures[key]
+    missing = len(variant.runs) - (0 if spread is None else spread.count)
+    absence = _absence(variant, key) if missing else None
     if spread is None:
-        return "never" if key == "steps_to_target" else "–"
+        return absence or "–"
     mean, low, high = (form.format(v / unit) for v in (spread.mean, spread.low, spread.high))
     cell = mean if spread.count == 1 else f"{mean} ({low}–{high})"
-    missing = len(variant.runs) - spread.count
-    return f"{cell}, {missing} never" if key == "steps_to_target" and missing else cell
+    return f"{cell}, {missing} {absence}" if absence else cell
+
+
+def _absence(variant: Variant, key: str) -> str | None:
+    """Return the word for runs without a figure, if the reason is known."""
+    if key == "steps_to_target" and variant.has_target:
+        return "never"
+    diverged = any(run.metrics.diverged_at is not None for run in variant.runs)
+    return "diverged" if key == "final_loss" and diverged else None
 
 
 def two_runs(variants: list[Variant]) -> tuple[ComparedRun, ComparedRun] | None:
@@ -99,15 +109,17 @@ def _speed_up(baseline: ComparedRun, run: ComparedRun) -> Iterator[str]:
     """Yield when a run reached the baseline's last held-out loss, in steps and seconds."""
     figures, target = run_figures(run, baseline), baseline.metrics.final_valid_loss
     steps, seconds = figures["steps_to_target"], figures["seconds_to_target"]
-    if target is None:
+    if target is None or math.isnan(target):
         return
     if steps is None:
         yield f"{run.name} did not reach the baseline's final held-out loss of {target:.4f}."
-    elif seconds is not None:
+    else:
+        ratio = figures["time_speed_up"]
         yield (
             f"{run.name} reached the baseline's final held-out loss of {target:.4f} at step"
             f" {steps:.0f} of {run.metrics.last_step} ({figures['speed_up']:.2f}x), after"
-            f" {seconds:.0f} s of training ({figures['time_speed_up']:.2f}x)."
+            f" {'an unknown time' if seconds is None else f'{seconds:.0f} s'} of training"
+            f" ({'ratio unknown' if ratio is None else f'{ratio:.2f}x'})."
         )
 
 
@@ -168,6 +180,7 @@ def _curves(
             axes.plot(x, y, f"C{index % 10}", marker=marker, markersize=3, lw=1, label=label)
             values += y
             label = None
+    values = [value for value in values if math.isfinite(value)]
     if values:
         axes.legend()
     if values and y_label == "held-out loss":

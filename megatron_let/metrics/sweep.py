@@ -10,9 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_let.config.recipes import RecipeError, find_recipe, load_recipe
+from megatron_let.config.recipes import (
+    RecipeError,
+    find_recipe,
+    line_of,
+    load_recipe,
+    load_yaml,
+)
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
 
@@ -88,13 +92,10 @@ def load_sweep(path: Path) -> Sweep:
         raise RecipeError(
             f"The sweep {path} does not exist; give a file, or a name such as sweep_methods."
         ) from None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"The sweep {path} is not valid YAML: {reason}.") from error
+    values = load_yaml(path)
     if not isinstance(values, dict) or values.keys() != _KEYS:
         raise RecipeError(f"The sweep {path} must have exactly {', '.join(sorted(_KEYS))}.")
+    _check_types(path, values)
     sweep = Sweep(
         title=str(values["title"]),
         baseline=str(values["baseline"]),
@@ -112,21 +113,40 @@ def _recipe(sweep: Path, file: str) -> Path:
     return next((path for path in candidates if path.is_file()), Path(file))
 
 
+def _check_types(path: Path, values: dict[str, Any]) -> None:
+    """Check each part of a sweep file before anything is built from it."""
+    seeds, recipes, variants = values["seeds"], values["recipes"], values["variants"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise _error(path, f"is {seeds!r}; give a list of whole numbers, such as [1, 2]", "seeds")
+    if len(set(seeds)) < len(seeds):
+        raise _error(path, f"is {seeds!r}; give each seed once", "seeds")
+    if not isinstance(recipes, dict) or not all(isinstance(r, str) for r in recipes.values()):
+        raise _error(path, f"is {recipes!r}; give NAME: FILE for each recipe", "recipes")
+    if not isinstance(variants, dict):
+        raise _error(path, "is not a mapping; give NAME: {recipe: RECIPE}", "variants")
+    for name, flags in variants.items():
+        if not isinstance(flags, dict):
+            problem = f"is {flags!r}; give `recipe: RECIPE` and flags without their dashes"
+            raise _error(path, problem, "variants", name)
+
+
 def _check(path: Path, sweep: Sweep) -> None:
     if sweep.baseline not in sweep.variants:
-        raise RecipeError(f"The sweep {path} has no variant named {sweep.baseline}, its baseline.")
-    if not sweep.seeds or not all(isinstance(seed, int) for seed in sweep.seeds):
-        raise RecipeError(f"The sweep {path} has seeds {list(sweep.seeds)}; give whole numbers.")
+        raise _error(path, f"is {sweep.baseline}, which is not one of the variants", "baseline")
     for name, flags in sweep.variants.items():
-        if flags.get("recipe") not in sweep.recipes:
-            raise RecipeError(
-                f"The variant {name} of {path} has recipe {flags.get('recipe')!r}; choose one of"
-                f" {', '.join(sweep.recipes)}."
-            )
+        recipe, names = flags.get("recipe"), ", ".join(sweep.recipes)
+        if recipe not in sweep.recipes:
+            raise _error(path, f"has recipe {recipe!r}; choose one of {names}", "variants", name)
         if not re.fullmatch(r"[\w.-]+", name):
-            raise RecipeError(
-                f"The variant {name!r} of {path} names a folder; use letters, digits and ._-"
-            )
+            raise _error(path, "names a folder; use letters, digits and ._-", "variants", name)
+        for flag, value in flags.items():
+            items = value if isinstance(value, list) else [value]
+            if not all(isinstance(item, str | int | float) for item in items):
+                raise _error(path, f"is {value!r}; give a value", "variants", name, flag)
+
+
+def _error(path: Path, problem: str, *keys: Any) -> RecipeError:
+    return RecipeError(f"{line_of(path, *keys)}: {'.'.join(map(str, keys))} {problem}.")
 
 
 def runs_of(sweep: Sweep, seeds: Sequence[int] = (), more: Sequence[str] = ()) -> list[SweepRun]:
@@ -155,7 +175,7 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{name}")
         elif name != "recipe":
-            flags += [f"--{name}", str(value)]
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 

@@ -68,7 +68,8 @@ class MetricsFile:
     once the weight is 0), `let_logsum` or `let_cca` if that is the loss, `kd_loss` under `rkd` and
     `salt`, `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
     `max_memory_bytes`. An evaluation row has `iteration` and `valid_loss` or `test_loss` (with
-    `_1`, `_2` for further validation sets). A step that a killed run lost and repeated has two
+    `_1`, `_2` for further validation sets). A row with `changed` has the settings with which a
+    run was continued on purpose. A step that a killed run lost and repeated has two
     rows; the later one counts.
     """
 

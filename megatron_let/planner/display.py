@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_let.errors import LETError
 from megatron_let.placement.plan import steady_timeline
@@ -54,12 +54,7 @@ def print_estimate(console: Console, found: Estimate, recipe: str, gpu: str) -> 
         console.print(f"and {found.peak.host / _GIB:.0f} GiB of host memory per rank")
     _print_times(console, found)
     if found.details:
-        parts = found.details["parts_seconds"]
-        console.print(
-            f"ZeRO-{found.details['zero']['stage']}; step without teacher: passes"
-            f" {parts['passes']:.2f} s, ZeRO's communication {parts['data_parallel']:.2f} s,"
-            f" offload {parts['offload']:.2f} s"
-        )
+        console.print(f"ZeRO-{found.details['zero']['stage']}")
         for line in found.details["assumptions"]:
             console.print(f"- {line}", highlight=False)
 
@@ -98,10 +93,7 @@ def print_sweep(console: Console, found: list[Estimate], recipe: str, gpu: str) 
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+    return Table(*(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def _name(layout: Layout) -> str:

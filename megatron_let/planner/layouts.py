@@ -44,7 +44,7 @@ def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> La
         sequence_parallel=args.sequence_parallel or tp == 1,
         distributed_optimizer=args.use_distributed_optimizer,
     )
-    problem = _does_not_divide(layout, student_size(args, 1, 1))
+    problem = does_not_divide(layout, student_size(args, 1, 1))
     if problem is not None:
         raise LETError(problem)
     return layout
@@ -54,7 +54,7 @@ def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimat
     """Estimate all layouts that fit, and return them with the fastest first."""
     found = []
     for layout in _layouts(args, gpus):
-        if _does_not_divide(layout, request.student) is not None:
+        if does_not_divide(layout, request.student) is not None:
             continue
         # Memory first: the simulation is much slower.
         if request.fits(memory_of_stages(request, layout, "aligned-stage")):
@@ -75,16 +75,20 @@ def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
         yield Layout(tp, pp, cp, dp, vpp, b, n, recompute)  # type: ignore[arg-type]
 
 
-def _does_not_divide(layout: Layout, student: TransformerSize) -> str | None:
+def does_not_divide(layout: Layout, student: TransformerSize) -> str | None:
     """Return a sentence about the first size that does not divide; None if all do."""
-    chunks = layout.pp * layout.num_chunks
-    for count, name, parts, over in (
-        (student.num_layers, "layers", chunks, f"PP {layout.pp} x {layout.num_chunks} chunks"),
-        (student.num_heads, "attention heads", layout.tp, f"TP {layout.tp}"),
-        (student.ffn_hidden_size, "MLP units (--ffn-hidden-size)", layout.tp, f"TP {layout.tp}"),
+    tp, groups = layout.tp, student.num_kv_heads
+    if student.num_layers % (layout.pp * layout.num_chunks):
+        over = f"--pipeline-model-parallel-size: PP {layout.pp} x {layout.num_chunks} chunks"
+        return f"{student.num_layers} layers do not divide over {over}."
+    for count, name in (
+        (student.num_heads, "attention heads"),
+        # Megatron replicates query groups if there are fewer groups than ranks.
+        (0 if tp % groups == 0 else groups, "query groups"),
+        (student.ffn_hidden_size, "MLP units (--ffn-hidden-size)"),
     ):
-        if count % parts:
-            return f"{count} {name} do not divide over {over}."
+        if count % tp:
+            return f"{count} {name} do not divide over --tensor-model-parallel-size: TP {tp}."
     if layout.num_chunks > 1 and (layout.pp == 1 or layout.num_microbatches % layout.pp):
         return (
             f"{layout.num_microbatches} microbatches do not divide over PP {layout.pp}, which"

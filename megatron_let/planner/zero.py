@@ -1,4 +1,4 @@
-"""Memory and step time of one rank under DeepSpeed's ZeRO, from its config, without DeepSpeed.
+"""Memory of one rank under DeepSpeed's ZeRO, from its config, without DeepSpeed.
 
 It counts what DeepSpeed 0.19.8 allocates for bf16 parameters and fp32 master weights. From stage 1
 on, gradients are accumulated and reduced in fp32, as the engine's configs set it.
@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_let.config.let_config import Placement
 from megatron_let.errors import LETError
 from megatron_let.placement.plan import samples_split
-from megatron_let.placement.simulate import AlignedLayer, Costs
-from megatron_let.planner.estimate import Estimate, Request, stage_costs
+from megatron_let.planner.estimate import Estimate, Request, estimate
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -24,21 +22,18 @@ from megatron_let.planner.memory import (
     teacher_weights,
     teacher_work,
 )
-from megatron_let.planner.sizes import Gpu, TransformerSize
+from megatron_let.planner.sizes import TransformerSize
 
 _BF16 = 2
 _FP32 = 4
 _MOMENTS = 2 * _FP32
-_GPUS_PER_NODE = 8
 # Parameters per optimizer step of ZeRO-3, DeepSpeed's `sub_group_size`.
 _SUB_GROUP = 1_000_000_000
-# Bytes per parameter of DeepSpeed's CPU Adam: it reads four fp32, writes three fp32 and a bf16.
-_ADAM_TRAFFIC = 7 * _FP32 + _BF16
 
 
 @dataclass(frozen=True)
 class Zero:
-    """The settings of a DeepSpeed config that memory and time depend on; names are DeepSpeed's.
+    """The settings of a DeepSpeed config that memory depends on; names are DeepSpeed's.
 
     Attributes:
         stage: 0 to 3.
@@ -181,130 +176,25 @@ def _teacher(
     return {"teacher_weights": weights, "teacher_buffers": buffers}
 
 
-@dataclass(frozen=True)
-class StepSeconds:
-    """Parts of a step without a teacher, in seconds.
-
-    Attributes:
-        passes: forward and backward of all microbatches, with tensor-parallel communication.
-        data_parallel: ZeRO's gathers and reductions.
-        offload: copies over PCIe, and Adam on the host.
-    """
-
-    passes: float
-    data_parallel: float
-    offload: float
-
-    def total(self, overlaps: bool) -> float:
-        """Return the step's time; overlapped communication costs what exceeds the passes."""
-        if overlaps:
-            return max(self.passes, self.data_parallel) + self.offload
-        return self.passes + self.data_parallel + self.offload
-
-
-def step_seconds(request: Request, layout: Layout, zero: Zero) -> StepSeconds:
-    """Predict one step without a teacher."""
-    costs = stage_costs(request, layout)
-    params = stage_params(request.student, layout, 0)
-    passes = layout.num_microbatches * (costs.forward[0] + costs.backward[0])
-    moved = data_parallel_bytes(params, layout.dp, layout.num_microbatches, zero)
-    return StepSeconds(
-        passes,
-        moved / collective_bandwidth(request.gpu, layout),
-        _offload_seconds(request.gpu, params // layout.dp, layout.num_microbatches, zero),
-    )
-
-
-def data_parallel_bytes(params: int, dp: int, num_microbatches: int, zero: Zero) -> int:
-    """Return the bytes that one rank sends per step in ring collectives.
-
-    One pass over n bytes sends n (1 - 1/dp); an all-reduce is two passes. ZeRO-0 and 1 reduce once
-    per step, 2 and 3 after each microbatch. ZeRO-3 makes three passes (ZeRO paper, section 7): it
-    gathers the bf16 parameters for the forward and for the backward, and scatters the gradients,
-    here in fp32.
-    """
-    reduced, gathered = {
-        0: (2 * _BF16, 0),
-        1: (2 * _FP32, _BF16),
-        2: (2 * _FP32 * num_microbatches, _BF16),
-        3: (_FP32 * num_microbatches, 2 * _BF16 * num_microbatches),
-    }[zero.stage]
-    return (reduced + gathered) * params * (dp - 1) // dp
-
-
-def collective_bandwidth(gpu: Gpu, layout: Layout) -> float:
-    """Return one rank's bytes/s in a ring; across nodes, the rings of a node's GPUs run at once."""
-    across_nodes = layout.tp * layout.dp > _GPUS_PER_NODE
-    return min(gpu.link, _GPUS_PER_NODE * gpu.network) if across_nodes else gpu.link
-
-
-def _offload_seconds(gpu: Gpu, sharded: int, num_microbatches: int, zero: Zero) -> float:
-    """Return the time to copy gradients and weights; ZeRO-3 re-reads its gradient sum each time."""
-    copied = 0.0
-    if zero.offload_optimizer:
-        additions = num_microbatches - 1 if zero.stage == 3 else 0
-        copied += (_FP32 + _BF16 + 2 * _FP32 * additions) * sharded
-    if zero.offload_param:
-        copied += 2 * _BF16 * num_microbatches * sharded
-    adam = _ADAM_TRAFFIC * sharded / gpu.host_memory if zero.offload_optimizer else 0.0
-    return copied / gpu.pcie + adam
-
-
 def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
-    """Predict memory and times of a layout without pipeline parallelism."""
-    costs = stage_costs(request, layout)
-    parts = step_seconds(request, layout, zero)
-    baseline = parts.total(zero.overlap_comm)
-    seconds: dict[Placement, float] = {}
-    if request.teacher is not None:
-        teacher = _teacher_seconds(request, request.teacher, layout, zero, costs)
-        seconds["aligned-stage"] = baseline + teacher
-    return Estimate(
-        request=request,
-        layout=layout,
+    """Predict memory of a layout without pipeline parallelism, and the time of its passes.
+
+    The time of ZeRO's communication and of offload is not predicted.
+    """
+    passes = estimate(request, layout)
+    has_teacher = request.teacher is not None
+    return replace(
+        passes,
         memory=(zero_memory(request, layout, zero),),
-        baseline_seconds=baseline,
-        seconds=seconds,
-        placement="aligned-stage" if seconds else None,
-        costs=costs,
-        aligned=AlignedLayer(0, 0),
-        details={
-            "zero": asdict(zero),
-            "parts_seconds": asdict(parts),
-            "assumptions": _assumptions(request, layout, zero),
-        },
+        seconds={"aligned-stage": passes.best_seconds} if has_teacher else {},
+        placement="aligned-stage" if has_teacher else None,
+        details={"zero": asdict(zero), "assumptions": _assumptions(zero)},
     )
 
 
-def _teacher_seconds(
-    request: Request, teacher: TransformerSize, layout: Layout, zero: Zero, costs: Costs
-) -> float:
-    """Return the teacher's time per step; a sharded teacher is gathered for each microbatch."""
-    forward = costs.teacher
-    if zero.shard_teacher:
-        sent = teacher_weights(teacher) * (layout.dp - 1) // layout.dp
-        forward = max(forward, sent / collective_bandwidth(request.gpu, layout))
-    return layout.num_microbatches * forward
-
-
-def _assumptions(request: Request, layout: Layout, zero: Zero) -> list[str]:
-    """Return the assumptions behind this run's step time, one phrase each."""
-    gpu = request.gpu
-    bandwidth = collective_bandwidth(gpu, layout) / 1e9
-    traffic = {
-        0: "an all-reduce of bf16 gradients per step",
-        1: "an all-reduce of fp32 gradients and a gather of bf16 parameters per step",
-        2: "an all-reduce of fp32 gradients per microbatch, a gather of parameters per step",
-        3: "two gathers of bf16 parameters and a scatter of fp32 gradients per microbatch",
-    }[zero.stage]
-    overlap = "overlapped with the passes" if zero.overlap_comm else "after the passes"
-    found = [f"matrix products reach {request.efficiency:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s"]
-    if layout.dp > 1:
-        found.append(f"ZeRO-{zero.stage}: {traffic}, {overlap}, at {bandwidth:.0f} GB/s per rank")
-    if zero.offload_optimizer or zero.offload_param:
-        found.append(f"PCIe carries {gpu.pcie / 1e9:.0f} GB/s each way, without overlap")
-    if zero.offload_optimizer:
-        found.append(f"Adam on the host is bound by {gpu.host_memory / 1e9:.0f} GB/s per rank")
+def _assumptions(zero: Zero) -> list[str]:
+    """Return what the estimate assumes, one phrase each."""
+    found = ["the step time is that of the passes, without ZeRO's communication and offload"]
     if zero.pin_memory and zero.offload_optimizer:
         found.append("torch's allocator rounds pinned host buffers up to powers of two")
     return found

@@ -37,8 +37,8 @@ def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., 
 
 
 def mark_done(args: argparse.Namespace) -> None:
-    """Write `DONE`; call it on one rank, after the last save."""
-    if args.save is not None:
+    """Write `DONE`, unless the run only evaluated; call it on one rank, after the last save."""
+    if args.save is not None and not args.skip_train:
         (Path(args.save) / DONE).write_text(f"{args.train_iters}\n")
 
 

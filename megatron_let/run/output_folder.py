@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,13 +15,18 @@ from megatron_let.config.let_config import METHODS, LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.files.names import RUN, TRACKER
+from megatron_let.run.resume import resumed_step
 from megatron_let.teacher.hub import parse_hub_id, resolve_commit, snapshot_id
 
 _METRICS = "let_metrics_path"
 _SETTINGS = "settings"
 # {hub id as given: `owner/name@commit` that the run uses}
 _HUB_IDS = "let_hub_ids"
-_NOT_IDENTITY = (_METRICS, _SETTINGS, _HUB_IDS)
+# Where and how the teacher runs changes no number.
+_HOW = ("let_placement", "let_max_prefetch", "let_teacher_compile")
+_NOT_IDENTITY = (_METRICS, _SETTINGS, _HUB_IDS, *_HOW)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+_DIGESTED_BYTES = 2**20
 
 # Settings that distinguish two runs; steps, batch size and layout may change on resume.
 _IDENTITY = (
@@ -132,10 +138,30 @@ def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     """Return the settings that distinguish this run from another."""
     values = {name: getattr(args, name, None) for name in _IDENTITY}
     values["tokenizer_model"] = _tokenizer_id(values["tokenizer_model"])
+    for name in ("data_path", "train_data_path"):
+        items = values[name]
+        values[name] = items and [_data_id(item) for item in items]
     if config.method == "none":
         return values | {"let_method": "none"}
     let = {f"let_{name}": value for name, value in dataclasses.asdict(config).items()}
+    let = {name: value for name, value in let.items() if name not in _HOW}
     return values | let | {"let_teacher": _teacher_id(str(config.teacher))}
+
+
+def _data_id(item: str) -> str:
+    """Return the name and digest of an indexed data set; a weight of a blend as it is."""
+    tokens = Path(f"{item}.bin")
+    return _content_id(Path(item).name, [tokens]) if tokens.is_file() else item
+
+
+def _content_id(name: str, files: list[Path]) -> str:
+    """Return `NAME#DIGEST` of the sizes and the first MiB of the files, wherever they are."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            digest.update(stream.read(_DIGESTED_BYTES))
+    return f"{name}#{digest.hexdigest()[:12]}"
 
 
 def _teacher_id(teacher: str) -> str:
@@ -145,10 +171,13 @@ def _teacher_id(teacher: str) -> str:
 
 
 def _tokenizer_id(model: str | None) -> str | None:
-    """Return `owner/name@commit` of a snapshot from the hub, the real path of another path."""
+    """Return `owner/name@commit` of a snapshot from the hub, name and digest of another path."""
     if model is None or not (os.path.isabs(model) or Path(model).exists()):
         return model
-    return snapshot_id(model) or os.path.realpath(model)
+    path = Path(model).resolve()
+    files = [path / name for name in _TOKENIZER_FILES] if path.is_dir() else [path]
+    found = [file for file in files if file.is_file()]
+    return snapshot_id(model) or (_content_id(path.name, found) if found else str(path))
 
 
 def claim(args: argparse.Namespace, config: LETConfig) -> None:
@@ -167,11 +196,25 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
         if stored is not None and _has_begun(save, stored):
             _check_same(save, stored, ours)
         _check_not_started_over(save, args, known=stored is not None)
-    _check_metrics(metrics, stored)
+    _check_metrics(metrics, save, stored)
     if save is not None:
         settings = {name: getattr(args, name, None) for name in _COMPARED}
+        if stored is not None and metrics is not None and _not_empty(metrics):
+            _record_changes(metrics, resumed_step(args), stored.get(_SETTINGS, {}), settings)
         save.mkdir(parents=True, exist_ok=True)
-        write_json(save / RUN, ours | {_METRICS: str(metrics), _SETTINGS: settings})
+        place = metrics and os.path.relpath(metrics, save.resolve())
+        write_json(save / RUN, ours | {_METRICS: place, _SETTINGS: settings})
+
+
+def _record_changes(metrics: Path, step: int, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Append a row `changed` to the metrics file: {setting: [before, since this step]}."""
+    new = json.loads(json.dumps(new))
+    changed = {
+        name: [old[name], new[name]] for name in new if old.get(name, new[name]) != new[name]
+    }
+    if changed:
+        with metrics.open("a") as stream:
+            stream.write(json.dumps({"iteration": step, "changed": changed}) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -196,37 +239,52 @@ def _not_empty(path: Path) -> bool:
 
 def _has_begun(save: Path, stored: dict[str, Any]) -> bool:
     """Return whether the stored run took a step; one without a step may be corrected."""
-    return (save / TRACKER).is_file() or _not_empty(Path(stored[_METRICS]))
+    metrics = stored[_METRICS]
+    return (save / TRACKER).is_file() or (bool(metrics) and _not_empty(save.resolve() / metrics))
 
 
 def _check_same(save: Path, stored: dict[str, Any], ours: dict[str, Any]) -> None:
-    for name in ours | stored:
-        if name in _NOT_IDENTITY or _is_same(name, stored, ours):
-            continue
-        found = f"{flag(name)} is {stored.get(name)} there"
-        remedy = f"give another --save (and --load {save} to start from it)"
-        if name not in ours:
-            raise LETError(
-                f"The output folder {save} holds a run of another version: {found} and this version"
-                f" has no such flag; continue it with the version that began it, or {remedy}."
+    for name in sorted(stored.keys() - ours.keys() - set(_NOT_IDENTITY)):
+        if stored[name]:
+            print(
+                f"megatron_let: the run in {save} was begun with {flag(name)} {stored[name]}, which"
+                " this version does not have; it is ignored",
+                flush=True,
             )
-        raise LETError(
-            f"The output folder {save} holds another run: {found} and {ours[name]} here; {remedy}."
-        )
+    for name in ours:
+        if name not in _NOT_IDENTITY and not _is_same(name, stored, ours):
+            raise LETError(
+                f"The output folder {save} holds another run: {flag(name)} is {stored.get(name)}"
+                f" there and {ours[name]} here; give another --save (and --load {save} to start"
+                " from it)."
+            )
 
 
 def _is_same(name: str, stored: dict[str, Any], ours: dict[str, Any]) -> bool:
+    if name not in stored:
+        # An older version had no such flag, and did what its default does.
+        default = getattr(LETConfig(), name.removeprefix("let_"), None)
+        return ours[name] in (default, None, False)
     # False equals absent: a switch that one of two versions does not have is off there.
     theirs, here = stored.get(name) or None, ours.get(name) or None
     if name == "tokenizer_model" and theirs and here:
-        # Older versions stored a hub id without its commit.
-        theirs = ours.get(_HUB_IDS, {}).get(f"{theirs}@main", _tokenizer_id(theirs))
+        # Older versions stored a path, or a hub id without its commit.
+        pinned = ours.get(_HUB_IDS, {}).get(f"{theirs}@main")
+        return here in (theirs, pinned, snapshot_id(theirs)) or _is_old_path(theirs, here)
+    if name.endswith("data_path") and theirs and here:
+        pairs = zip(theirs, here, strict=False)
+        return len(theirs) == len(here) and all(a == b or _is_old_path(a, b) for a, b in pairs)
     if name == "let_teacher" and theirs and here and "/" not in theirs:
         # Older versions stored the last part of a hub id only.
         given = [Path(i).name for i, pinned in ours.get(_HUB_IDS, {}).items() if pinned == here]
         names = [here, here.rpartition("@")[2], *given]
         return theirs in names or f"{theirs}@main" in names
     return bool(theirs == here)
+
+
+def _is_old_path(stored: str, ours: str) -> bool:
+    """Return whether an older version stored the path of what is now `NAME#DIGEST`."""
+    return "#" in ours and "#" not in stored and Path(stored).name == ours.rpartition("#")[0]
 
 
 def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -> None:
@@ -243,10 +301,20 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
     )
 
 
-def _check_metrics(path: Path | None, stored: dict[str, Any] | None) -> None:
-    continues = stored is not None and stored[_METRICS] == str(path)
-    if path is not None and not continues and _not_empty(path):
+def _check_metrics(path: Path | None, save: Path | None, stored: dict[str, Any] | None) -> None:
+    if path is None or not _not_empty(path):
+        return
+    if save is None or not _is_its_metrics(path, save.resolve(), (stored or {}).get(_METRICS)):
         raise LETError(
             f"The metrics file {path} holds another run; give another --let-metrics-path or move"
             " it away."
         )
+
+
+def _is_its_metrics(path: Path, save: Path, stored: str | None) -> bool:
+    """Return whether `path` is the metrics file that the run in `save` recorded."""
+    if not stored:
+        return False
+    # Older versions stored an absolute path, which is wrong once the run's folder is moved.
+    moved = os.path.isabs(stored) and save.parent == path.parent
+    return moved or (save / stored).resolve() == path

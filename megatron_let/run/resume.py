@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 
 
@@ -17,6 +18,24 @@ def resumed_step(args: argparse.Namespace) -> int:
     tracker = Path(args.load) / TRACKER
     content = tracker.read_text().strip() if tracker.is_file() else ""
     return int(content) if content.isdecimal() else 0
+
+
+def check_loads_something(args: argparse.Namespace) -> None:
+    """Check that `--load` names a checkpoint, unless it is where the run itself will save.
+
+    Without one Megatron trains from random weights.
+
+    Raises:
+        LETError: there is no checkpoint.
+    """
+    if args.load is None or args.non_persistent_ckpt_type or args.pretrained_checkpoint:
+        return
+    own = args.save is not None and Path(args.load).resolve() == Path(args.save).resolve()
+    if (args.finetune or not own) and not (Path(args.load) / TRACKER).is_file():
+        raise LETError(
+            f"--load {args.load} has no checkpoint, because it lacks {TRACKER}; give the folder of"
+            " a run's checkpoints, or drop it to start from random weights."
+        )
 
 
 def loaded_checkpoint(args: argparse.Namespace) -> Path | None:

@@ -76,7 +76,7 @@ def test_recipe_of_another_model_is_refused(tmp_path: Path, data: Path) -> None:
         "--load", tmp_path / "converted", check=False, TEACHER="-",
     )  # fmt: skip
     assert run.returncode != 0
-    assert "--rotary-base is 20000.0 in this run and 10000.0 in the checkpoint" in run.error
+    assert "--rotary-base is 20000 in this run and 10000 in the checkpoint" in run.error
 
 
 def test_trained_student_is_the_same_model_in_transformers(tmp_path: Path, weights: Path) -> None:

@@ -36,7 +36,7 @@ def test_quickstart_trains_all_three_models_quietly_and_does_nothing_twice(tmp_p
     assert second.stdout.count("already done") == 5
     # What the screen did not show.
     assert "documents in" in (output / "quickstart.log").read_text()
-    said = re.findall("LET: the teacher computes in (.*)", (output / "let/train.log").read_text())
+    said = re.findall("the teacher computes in (.*)", (output / "let/train.log").read_text())
     dtype, reason = default_dtype()
     assert said[0] == f"{dtype}: {reason}", "shims claim a GPU on a CPU"
     assert json.loads((output / "teacher/config.json").read_text())["num_hidden_layers"] == 3

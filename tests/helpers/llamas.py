@@ -8,16 +8,16 @@ from typing import Any
 from megatron_let.checkpoint.architecture import Llama
 
 LLAMA = Llama(
-    num_layers=2, hidden_size=24, ffn_size=20, num_heads=6, num_query_groups=3, head_size=4,
+    num_layers=2, hidden_size=24, ffn_hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=4,
     vocab_size=40, max_positions=64, tied=False, norm_epsilon=1e-5,
 )  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
-    "mha": {"num_query_groups": 6},
-    "mqa": {"num_query_groups": 1},
+    "mha": {"num_kv_heads": 6},
+    "mqa": {"num_kv_heads": 1},
     "tied": {"tied": True},
-    "wide heads": {"head_size": 8},
-    "odd ffn": {"ffn_size": 5461},
+    "wide heads": {"head_dim": 8},
+    "odd ffn": {"ffn_hidden_size": 5461},
     "llama3 rope": {"rotary_base": 500000.0, "rope_type": "llama3", "rope_factor": 32.0},
     "linear rope": {"rope_type": "linear", "rope_factor": 4.0},
     "epsilon": {"norm_epsilon": 1e-6},

@@ -1,11 +1,15 @@
-"""Which ranks print an error."""
+"""Which ranks print an error, and how another package's exception becomes one."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_let.errors import LETError, print_error
+from megatron_let.errors import LETError, print_error, refusal_by_another_package
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,64 @@ def test_error_is_printed_once_per_node_at_start_and_once_per_job_if_collective(
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     print_error(LETError("No.", collective))
     assert capsys.readouterr().err == (f"megatron_let: error (rank {rank}): No.\n" * prints)
+
+
+def fail_with(message: str) -> None:
+    raise ValueError(message)
+
+
+def fail_an_assertion() -> None:
+    steps = 3
+    assert steps > 4
+
+
+def refusal(fail: Callable[[], None]) -> LETError | None:
+    try:
+        fail()
+    except Exception as error:
+        return refusal_by_another_package(error)
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize(
+    ("fail", "quoted"),
+    [
+        (lambda: fail_with("5 layers cannot be split.\nMore text"), "5 layers cannot be split ("),
+        (lambda: fail_with(""), "ValueError"),
+    ],
+)
+def test_exception_before_training_is_one_sentence_naming_the_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None], quoted: str
+) -> None:
+    monkeypatch.setenv("OUTPUT", str(tmp_path / "run"))
+    monkeypatch.setenv("RANK", "3")
+    error = refusal(fail)
+    assert quoted in str(error) and "\n" not in str(error)
+    named = re.search(r"the traceback is in (\S+)\)", str(error))
+    assert named and named[1] == str(tmp_path / "run" / "error-rank3.log")
+    assert "Traceback (most recent call last)" in Path(named[1]).read_text()
+
+
+def test_assertion_without_a_message_is_quoted_by_its_source(tmp_path: Path) -> None:
+    # In a file of its own, because pytest rewrites the assertions of tests.
+    source = tmp_path / "checks.py"
+    source.write_text("steps = 3\nassert steps > 4\n")
+    found = refusal(lambda: exec(compile(source.read_text(), source, "exec"), {}))
+    assert "assert steps > 4" in str(found) and "checks.py:2" in str(found)
+
+
+def test_traceback_goes_to_the_temporary_folder_without_a_writable_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OUTPUT", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert f"{tmp_path}/error-rank" in str(refusal(fail_an_assertion))
+
+
+def test_exception_of_the_training_loop_keeps_its_traceback() -> None:
+    # Code that looks like Megatron's loop to a traceback.
+    source = "def train(step):\n    step()\n"
+    scope: dict[str, Callable[[Callable[[], None]], None]] = {}
+    exec(compile(source, "/site-packages/megatron/training/training.py", "exec"), scope)
+    assert refusal(lambda: scope["train"](fail_an_assertion)) is None

@@ -11,10 +11,10 @@ import argparse
 import contextlib
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,8 +26,11 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_let.cli.plan import megatron_arguments
 from megatron_let.compat.device import Host, prepare_process
-from megatron_let.placement.plan import Plan
+from megatron_let.placement.pipeline import Pipeline
+from megatron_let.placement.plan import plan
+from megatron_let.planner.estimate import Estimate, Request
 from megatron_let.planner.sizes import TransformerSize
 
 # The run has a GPU's flags: Megatron's fused activations determine what a layer keeps.
@@ -36,70 +39,48 @@ GPU = Host(cuda=True, transformer_engine=False, fused_gradients=False)
 
 @dataclass(frozen=True)
 class FakeRun:
-    """One rank of a run.
+    """One rank of a planned run.
 
     Attributes:
         config: the recipe.
         flags: Megatron flags that override the recipe.
-        world_size: ranks of the run.
         stage: pipeline stage; the rank is the first of this stage.
-        num_microbatches: microbatches per global batch and replica; enough to fill the pipeline.
-        vocab_size: rows of the embedding, already padded.
-        teacher: its sizes; None for no teacher.
-        plan: where the teacher runs on which microbatch.
-        aligned_stage: pipeline stage of layer k.
+        request, planned: the planner's, whose layout and placement the run has.
     """
 
     config: Path
     flags: tuple[str, ...]
-    world_size: int
     stage: int
-    num_microbatches: int
-    vocab_size: int
-    teacher: TransformerSize | None = None
-    plan: Plan | None = None
-    aligned_stage: int = 0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Bytes of one rank at the peak of a step.
-
-    Attributes:
-        params, grads, optimizer, teacher_weights: bytes of these tensors.
-        activations: everything else, including the teacher's states and activations.
-    """
-
-    params: int
-    grads: int
-    optimizer: int
-    teacher_weights: int
-    activations: int
+    request: Request
+    planned: Estimate
 
     @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.params + self.grads + self.optimizer + self.teacher_weights + self.activations
+    def pipeline(self) -> Pipeline:
+        """Return the pipeline with only as many microbatches as fill it."""
+        whole = self.planned.layout.pipeline
+        return replace(whole, num_microbatches=min(whole.num_microbatches, 2 * whole.num_stages))
 
 
-def measure(run: FakeRun) -> Measured:
+def measure(run: FakeRun) -> dict[str, int]:
     """Build the rank, run the forward and backward passes of a step, and count bytes.
 
     Changes torch for the rest of the process, so call it in a separate process.
+
+    Returns:
+        Bytes at the peak: params, grads, optimizer, teacher_weights and their total;
+        activations is everything else, including the teacher's states and activations.
     """
-    prepare_megatron()
+    # Before any import of Megatron.
+    prepare_process(CPU, 0)
+    from megatron_let.compat.apply import apply_host_patches
+
+    apply_host_patches(CPU)
     args = _arguments(run)
-    join(
-        args.rank,
-        run.world_size,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-    )
+    _join_groups(args)
     with _shims(), FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         model, optimizer = _model_and_optimizer(args)
-        teacher = None if run.teacher is None else _teacher(run.teacher, args)
+        size = run.request.teacher
+        teacher = None if size is None else _teacher(size, args)
         # Set-up peaks above training: DDP copies the parameters into its buffer.
         gc.collect()
         memory.reset_peak()
@@ -111,53 +92,43 @@ def measure(run: FakeRun) -> Measured:
             "optimizer": _bytes(_optimizer_tensors(optimizer)),
             "teacher_weights": 0 if teacher is None else teacher.num_bytes,
         }
-    return Measured(**held, activations=memory.peak - sum(held.values()))
+    return held | {"activations": memory.peak - sum(held.values()), "total": memory.peak}
 
 
 def _arguments(run: FakeRun) -> argparse.Namespace:
     """Return Megatron's validated arguments of a run on GPUs without Transformer Engine."""
-    from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+    from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_let.config.arguments import add_arguments
-    from megatron_let.config.recipes import load_recipe, recipe_argv
-
-    rank = run.stage * run.world_size // _flag(run.flags, "--pipeline-model-parallel-size")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(run.world_size), LOCAL_RANK="0")
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    layout = run.planned.layout
+    ranks_per_stage = layout.tp * layout.cp * layout.dp
+    os.environ.update(RANK=str(run.stage * ranks_per_stage), LOCAL_RANK="0")
+    os.environ["WORLD_SIZE"] = str(layout.pp * ranks_per_stage)
     # Fake tensors have no values to initialise or to check.
-    flags = ["--use-cpu-initialization", "--no-initialization"]
-    flags += ["--no-check-for-nan-in-loss-and-grad"]
-    variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
-    argv = recipe_argv(
-        load_recipe(run.config), parser, [*GPU.argv(), *flags, *run.flags], variables
-    )
-    with mock.patch.object(sys, "argv", [sys.argv[0], *argv]):
-        args = parse_args(add_arguments)
+    flags = [*GPU.argv(), "--use-cpu-initialization", "--no-initialization"]
+    flags += ["--no-check-for-nan-in-loss-and-grad", *run.flags]
+    if layout.num_chunks > 1:
+        flags += ["--num-virtual-stages-per-pipeline-rank", str(layout.num_chunks)]
+    parsed = megatron_arguments(run.config, flags)
+    args = parse_args(lambda parser: SimpleNamespace(parse_args=lambda: parsed))
     validate_args(args)
-    args.padded_vocab_size = run.vocab_size
+    args.padded_vocab_size = run.request.student.vocab_size
     return args
 
 
-def _flag(flags: tuple[str, ...], name: str) -> int:
-    return int(flags[flags.index(name) + 1]) if name in flags else 1
-
-
-def prepare_megatron() -> None:
-    """Make Megatron run on a CPU, as the entry does; call it before importing Megatron."""
-    prepare_process(CPU, 0)
-    from megatron_let.compat.apply import apply_host_patches
-
-    apply_host_patches(CPU)
-
-
-def join(rank: int, world_size: int, **sizes: int) -> None:
+def _join_groups(args: argparse.Namespace) -> None:
     """Create fake process groups, of which this process is one rank."""
     from megatron.core import parallel_state, tensor_parallel
 
     torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=world_size
+        "fake", store=FakeStore(), rank=args.rank, world_size=args.world_size
     )
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
@@ -307,7 +278,7 @@ def _step(args: argparse.Namespace, run: FakeRun, model: list[Any], teacher: Any
             forward_step_func=forward_step,
             data_iterator=data[0] if one else data,
             model=model,
-            num_microbatches=run.num_microbatches,
+            num_microbatches=run.pipeline.num_microbatches,
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch_size,
             forward_only=False,
@@ -365,13 +336,19 @@ def _state_buffer(args: argparse.Namespace, run: FakeRun, teacher: Any) -> Any:
     from megatron_let.placement.state_buffer import TeacherStateBuffer
     from megatron_let.placement.transfer import Transfer
 
-    assert run.plan is not None, "a teacher needs a plan"
+    planned, pipeline = run.planned, run.pipeline
+    assert planned.placement is not None, "a teacher needs a placement"
+    prefetch = min(run.request.prefetch(planned.layout), pipeline.num_microbatches)
+    work = plan(
+        planned.placement, pipeline, planned.costs, planned.aligned,
+        max_prefetch=prefetch, look_ahead=False,
+    )  # fmt: skip
     device, b, s = torch.device("cpu"), args.micro_batch_size, args.seq_length
     shard = local_shard(args.sequence_parallel)
     samples = SampleSharing(teacher, shard, samples_group(b, True))
     like = torch.empty((shard.num_local(s), b, teacher.width), dtype=torch.bfloat16, device="meta")
-    transfer = Transfer(run.aligned_stage, device) if len(run.plan.stages) > 1 else None
-    states = TeacherStateBuffer(samples, transfer, run.stage, run.aligned_stage, like, device)
-    tokens = torch.zeros(run.num_microbatches, b, s, dtype=torch.int64)
-    states.begin(tokens, run.plan, None)
+    aligned = planned.aligned.stage
+    transfer = Transfer(aligned, device) if len(work.stages) > 1 else None
+    states = TeacherStateBuffer(samples, transfer, run.stage, aligned, like, device)
+    states.begin(torch.zeros(pipeline.num_microbatches, b, s, dtype=torch.int64), work, None)
     return states

@@ -16,19 +16,16 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import CPU, RESULTS_FOLDER, ROOT, source
+from common import CPU, RESULTS_FOLDER, source
 from fake_training import FakeRun, measure
-from rich.console import Console
-from rich.table import Table
 
 from megatron_let.cli.plan import plan_one
 from megatron_let.compat.device import prepare_process
 from megatron_let.metrics.provenance import write_csv
-from megatron_let.placement.plan import plan
 from megatron_let.planner.estimate import Estimate, Request
 from megatron_let.planner.memory import StageMemory
 
@@ -91,7 +88,7 @@ def cases() -> Iterator[Case]:
 
 
 def main() -> int:
-    """Measure, print a table, write the CSV; return the exit code."""
+    """Measure, print a line per rank, write the CSV; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipes", nargs="+", help="recipes to measure, by name or path")
     parser.add_argument("--jobs", type=int, default=1, help="measurements at a time")
@@ -104,7 +101,6 @@ def main() -> int:
     # One fork per measurement, which changes torch for the rest of its process.
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         rows = list(pool.imap(_row, tasks, chunksize=1))
-    _print(rows)
     write_csv(options.csv, rows, source())
     return 0
 
@@ -119,7 +115,7 @@ def _chosen(recipes: list[str] | None) -> list[Case]:
 def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
     """Return the row of one stage: the case, and each part as measured and as planned."""
     case, request, planned, stage = task
-    measured = _measure(_fake_run(case, request, planned, stage))
+    measured = _measure(FakeRun(Path(case.recipe), case.flags, stage, request, planned))
     predicted = predicted_parts(planned.memory[stage])
     row: dict[str, Any] = {
         "recipe": Path(case.recipe).stem,
@@ -130,13 +126,9 @@ def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
     for part in PARTS:
         row[f"measured_{part}_gib"] = round(measured[part] / GIB, 4)
         row[f"planned_{part}_gib"] = round(predicted[part] / GIB, 4)
-        row[f"{part}_ratio"] = _ratio(predicted[part], measured[part])
+        row[f"{part}_ratio"] = round(predicted[part] / measured[part], 4) if measured[part] else 1.0
     print(*list(row.values())[:4], row["activations_ratio"], row["total_ratio"], flush=True)
     return row
-
-
-def _ratio(predicted: int, measured: int) -> float:
-    return round(predicted / measured, 4) if measured else 1.0
 
 
 def predicted_parts(stage: StageMemory) -> dict[str, int]:
@@ -146,38 +138,10 @@ def predicted_parts(stage: StageMemory) -> dict[str, int]:
     return parts
 
 
-def _config(case: Case) -> Path:
-    named = case.recipe.endswith(".yaml")
-    return Path(case.recipe) if named else ROOT / "configs" / f"{case.recipe}.yaml"
-
-
 def planned_run(case: Case) -> tuple[Request, Estimate]:
     """Return the request and the estimate of `tools/plan_run.py` for a case."""
-    argv = ["--config", str(_config(case)), "--gpus", str(GPUS), "--gpu", "a100-80g"]
+    argv = ["--config", case.recipe, "--gpus", str(GPUS), "--gpu", "a100-80g"]
     return plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
-
-
-def _fake_run(case: Case, request: Request, planned: Estimate, stage: int) -> FakeRun:
-    """Return the run of the estimate, with only as many microbatches as fill its pipeline."""
-    layout = planned.layout
-    virtual = ("--num-virtual-stages-per-pipeline-rank", str(case.chunks))
-    run = FakeRun(
-        config=_config(case),
-        flags=case.flags + (virtual if case.chunks > 1 else ()),
-        world_size=GPUS,
-        stage=stage,
-        num_microbatches=min(layout.num_microbatches, 2 * layout.pp),
-        vocab_size=request.student.vocab_size,
-    )
-    if planned.placement is None:
-        return run
-    pipeline = replace(layout.pipeline, num_microbatches=run.num_microbatches)
-    prefetch = min(request.prefetch(layout), run.num_microbatches)
-    work = plan(
-        planned.placement, pipeline, planned.costs, planned.aligned,
-        max_prefetch=prefetch, look_ahead=False,
-    )  # fmt: skip
-    return replace(run, teacher=request.teacher, plan=work, aligned_stage=planned.aligned.stage)
 
 
 def _measure(run: FakeRun) -> dict[str, int]:
@@ -185,22 +149,7 @@ def _measure(run: FakeRun) -> dict[str, int]:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     with contextlib.redirect_stdout(None):
-        measured = measure(run)
-    return {part: getattr(measured, part) for part in PARTS}
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="GiB of one rank: measured under fake tensors, planned")
-    for heading in ("recipe", "flags", "stage", "activations", "", "total", "", "ratio"):
-        table.add_column(heading, justify="left" if heading in ("recipe", "flags") else "right")
-    for row in rows:
-        figures = [f"{row[f'{side}_{part}_gib']:.2f}" for part in ("activations", "total")
-                   for side in ("measured", "planned")]  # fmt: skip
-        flags = row["flags"] + (f" x{row['chunks']}" if row["chunks"] > 1 else "")
-        table.add_row(
-            row["recipe"], flags, str(row["stage"]), *figures, f"{row['total_ratio']:.3f}"
-        )
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+        return measure(run)
 
 
 if __name__ == "__main__":

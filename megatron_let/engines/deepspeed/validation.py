@@ -9,75 +9,54 @@ from typing import Any
 from megatron_let.config.arguments import flag
 from megatron_let.errors import LETError
 
-_MEGATRON = "use --engine megatron, which supports it"
+_NO_PIPELINES = "DeepSpeed's ZeRO has no pipelines"
+_FIXED_BATCH = "DeepSpeed's batch size is fixed when its engine is built"
+_ONLY_RESUMES = "the engine only resumes its own checkpoints"
 
-# Megatron's argument -> its supported values, and why no other or what to do.
+# Megatron's argument -> its supported values, and why no other; what to do after a semicolon, else
+# Megatron's engine.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pipeline_model_parallel_size": ((1,), f"DeepSpeed's ZeRO has no pipelines; {_MEGATRON}"),
-    "virtual_pipeline_model_parallel_size": (
-        (None,),
-        f"DeepSpeed's ZeRO has no pipelines; {_MEGATRON}",
-    ),
-    "context_parallel_size": (
-        (1,),
-        f"DeepSpeed averages gradients over data-parallel ranks only; {_MEGATRON}",
-    ),
-    "expert_model_parallel_size": ((1,), f"experts need a separate gradient average; {_MEGATRON}"),
-    "num_experts": ((None,), f"mixtures of experts are untested; {_MEGATRON}"),
-    "rampup_batch_size": (
-        (None,),
-        f"DeepSpeed's batch size is fixed when its engine is built; {_MEGATRON}",
-    ),
-    "step_batch_size_schedule": (
-        (None,),
-        f"DeepSpeed's batch size is fixed when its engine is built; {_MEGATRON}",
-    ),
-    "decrease_batch_size_if_needed": (
-        (False,),
-        f"DeepSpeed's batch size is fixed when its engine is built; {_MEGATRON}",
-    ),
-    "calculate_per_token_loss": (
-        (False,),
-        f"DeepSpeed averages over microbatches, not over tokens; {_MEGATRON}",
-    ),
+    "pipeline_model_parallel_size": ((1,), _NO_PIPELINES),
+    "virtual_pipeline_model_parallel_size": ((None,), _NO_PIPELINES),
+    "context_parallel_size": ((1,), "DeepSpeed averages gradients over data-parallel ranks only"),
+    "expert_model_parallel_size": ((1,), "experts need a separate gradient average"),
+    "num_experts": ((None,), "mixtures of experts are untested"),
+    "rampup_batch_size": ((None,), _FIXED_BATCH),
+    "step_batch_size_schedule": ((None,), _FIXED_BATCH),
+    "decrease_batch_size_if_needed": ((False,), _FIXED_BATCH),
+    "calculate_per_token_loss": ((False,), "DeepSpeed averages over microbatches, not over tokens"),
     "let_projection": (
         (None, "interpolate"),
-        f"its linear layer is trained by Megatron's optimizer step; {_MEGATRON}",
+        "its linear layer is trained by Megatron's optimizer step",
     ),
     "fp16": ((False,), "it is untested; use --bf16"),
-    "optimizer": (("adam",), "give --optimizer adam"),
-    "decoupled_weight_decay": ((True,), f"only AdamW is supported; {_MEGATRON}"),
+    "optimizer": (("adam",), "only AdamW is supported; give --optimizer adam"),
+    "decoupled_weight_decay": ((True,), "only AdamW is supported"),
     "optimizer_cpu_offload": (
         (False,),
-        "set zero_optimization.offload_optimizer in --deepspeed-config instead",
+        "DeepSpeed offloads; set zero_optimization.offload_optimizer in --deepspeed-config",
     ),
-    "use_precision_aware_optimizer": (
-        (False,),
-        f"DeepSpeed's master weights are fp32; {_MEGATRON}",
-    ),
-    "use_megatron_fsdp": ((False,), "shard by ZeRO-3 or by FSDP, not by both"),
-    "use_torch_fsdp2": ((False,), "shard by ZeRO-3 or by FSDP, not by both"),
-    "log_params_norm": ((False,), f"each rank has only shards under ZeRO; {_MEGATRON}"),
-    "log_num_zeros_in_grad": ((False,), f"DeepSpeed does not count them; {_MEGATRON}"),
+    "use_precision_aware_optimizer": ((False,), "DeepSpeed's master weights are fp32"),
+    "use_megatron_fsdp": ((False,), "ZeRO-3 shards already; drop it"),
+    "use_torch_fsdp2": ((False,), "ZeRO-3 shards already; drop it"),
+    "log_params_norm": ((False,), "each rank has only shards under ZeRO"),
+    "log_num_zeros_in_grad": ((False,), "DeepSpeed does not count them"),
     "check_weight_hash_across_dp_replicas_interval": (
         (None,),
-        f"ZeRO's replicas hold different shards; {_MEGATRON}",
+        "ZeRO's replicas hold different shards",
     ),
-    "save_wgrads_interval": ((None,), f"DeepSpeed keeps no main_grad; {_MEGATRON}"),
+    "save_wgrads_interval": ((None,), "DeepSpeed keeps no main_grad"),
     "rerun_mode": (
         ("validate_results", "disabled"),
         "DeepSpeed cannot repeat every step; give validate_results",
     ),
-    "non_persistent_save_interval": (
-        (None,),
-        f"DeepSpeed writes persistent checkpoints only; {_MEGATRON}",
-    ),
-    "data_parallel_random_init": ((False,), f"replicas start from the same weights; {_MEGATRON}"),
-    "finetune": ((False,), "the engine only resumes its own checkpoints; drop --finetune"),
-    "pretrained_checkpoint": ((None,), f"the engine only resumes its own checkpoints; {_MEGATRON}"),
-    "no_load_optim": ((None, False), f"it loads weights and moments together; {_MEGATRON}"),
-    "no_save_optim": ((None, False), f"it saves weights and moments together; {_MEGATRON}"),
-    "ckpt_convert_format": ((None,), _MEGATRON),
+    "non_persistent_save_interval": ((None,), "DeepSpeed writes persistent checkpoints only"),
+    "data_parallel_random_init": ((False,), "replicas start from the same weights"),
+    "finetune": ((False,), f"{_ONLY_RESUMES}; drop it"),
+    "pretrained_checkpoint": ((None,), _ONLY_RESUMES),
+    "no_load_optim": ((None, False), "it loads weights and moments together"),
+    "no_save_optim": ((None, False), "it saves weights and moments together"),
+    "ckpt_convert_format": ((None,), "DeepSpeed's checkpoints have one format"),
 }
 # Flags that are not named like their argument.
 _FLAGS = {
@@ -96,7 +75,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name, supported[0])
         if value not in supported:
             given = _FLAGS.get(name, flag(name))
-            raise LETError(f"--engine deepspeed cannot be used with {given} {value}: {reason}.")
+            remedy = "" if ";" in reason else "; use --engine megatron, which supports it"
+            raise LETError(
+                f"--engine deepspeed cannot be used with {given} {value}: {reason}{remedy}."
+            )
 
 
 # Switches of Megatron's data parallelism and checkpoints -> what replaces them.

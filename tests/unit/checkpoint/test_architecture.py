@@ -9,7 +9,6 @@ import pytest
 from transformers import LlamaConfig
 
 from megatron_let.checkpoint.architecture import (
-    check_layout,
     first_difference,
     from_hugging_face,
     from_megatron,
@@ -90,28 +89,13 @@ def test_megatron_model_that_is_not_a_llama_is_refused(change: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("tensor_parallel", "pipeline_parallel", "words"),
-    [(4, 1, "6 attention heads"), (1, 3, "2 layers"), (6, 1, "20 feed-forward units")],
-)
-def test_layout_that_does_not_divide_is_refused(
-    tensor_parallel: int, pipeline_parallel: int, words: str
-) -> None:
-    with pytest.raises(LETError, match=words):
-        check_layout(LLAMA, tensor_parallel, pipeline_parallel)
-
-
-def test_layout_with_replicated_groups_is_accepted() -> None:
-    check_layout(replace(LLAMA, num_query_groups=1), 2, 2)
-
-
-@pytest.mark.parametrize(
     ("change", "flag"),
     [
         ({"rotary_base": 20000.0}, "--rotary-base"),
         ({"norm_epsilon": 1e-6}, "--norm-epsilon"),
         ({"tied": True}, "--untie-embeddings-and-output-weights"),
         ({"rope_type": "llama3", "rope_factor": 8.0}, "--use-rope-scaling"),
-        ({"num_query_groups": 6}, "--num-query-groups"),
+        ({"num_kv_heads": 6}, "--num-query-groups"),
     ],
 )
 def test_first_difference_names_a_flag_that_keeps_shapes(change: dict[str, Any], flag: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import shutil
@@ -151,7 +150,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "file missing": (lambda f: (f / "__0_0.distcp").unlink(), "is missing; copy"),
     "index damaged": (lambda f: _cut(f / ".metadata"), "cannot be read"),
     "index of an attacker": (lambda f: _poison(f / ".metadata"), "posix.system is not allowed"),
-    "old format": (lambda f: _legacy(f), "add --trust"),
+    "old format": (lambda f: _legacy(f), "--ckpt-convert-format torch_dist"),
     "other format": (
         lambda f: (f / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
         "has the format 'zarr'",
@@ -214,10 +213,10 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[object, ...], str]] 
     "another width": (lambda f: _config(f, intermediate_size=99), (), "config.json asks for"),
     "smaller vocabulary": (lambda f: with_tokenizer(f, 700), (), "700 tokens"),
     "TP that does not divide": (
-        lambda f: None, ("--tensor-model-parallel-size", 3), "4 attention heads, which"
+        lambda f: None, ("--tensor-model-parallel-size", 3), "4 attention heads"
     ),
     "PP that does not divide": (
-        lambda f: None, ("--pipeline-model-parallel-size", 3), "4 layers, which"
+        lambda f: None, ("--pipeline-model-parallel-size", 3), "4 layers"
     ),
 }  # fmt: skip
 
@@ -300,39 +299,6 @@ def test_failed_write_leaves_no_folder(tmp_path: Path) -> None:
         (folder / "half").touch()
         raise RuntimeError
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["old"]
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_old_format_is_read_with_trust(
-    ranks: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    weights = open_weights(as_megatron(source, tmp_path / "new"))
-    state = _legacy_state(weights)
-    for rank in range(ranks):
-        folder = tmp_path / f"old/iter_0000007/mp_rank_{rank:02d}"
-        folder.mkdir(parents=True)
-        torch.save(state, folder / "model_optim_rng.pt")
-    (tmp_path / "old/latest_checkpointed_iteration.txt").write_text("7")
-    code, line = run(
-        capsys, "megatron-to-hf", "--input", tmp_path / "old", "--output", tmp_path / "out",
-        "--trust",
-    )  # fmt: skip
-    if ranks == 1:
-        assert code == 0 and equal(tensors_of(tmp_path / "out"), tensors_of(source))
-    else:
-        assert code == 2 and "split over 2 ranks" in line
-
-
-def _legacy_state(weights: Any) -> dict[str, Any]:
-    model = {}
-    for name in weights.checkpoint.tensors():
-        tensor = weights.checkpoint.read(name)
-        if not name.startswith("decoder.layers."):
-            model[name] = tensor
-            continue
-        for layer, part in enumerate(tensor):
-            model[name.replace("layers.", f"layers.{layer}.")] = part.clone()
-    return {"model": model, "args": argparse.Namespace(**weights.args), "iteration": 7}
 
 
 def test_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:

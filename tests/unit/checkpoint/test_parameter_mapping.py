@@ -55,18 +55,18 @@ def test_qkv_is_interleaved_by_query_group() -> None:
     number = {"q": 100, "k": 200, "v": 300}
     order = [("q", 0), ("q", 1), ("k", 0), ("v", 0), ("q", 2), ("q", 3), ("k", 1), ("v", 1),
              ("q", 4), ("q", 5), ("k", 2), ("v", 2)]  # fmt: skip
-    rows = [number[kind] + head for kind, head in order for _ in range(LLAMA.head_size)]
+    rows = [number[kind] + head for kind, head in order for _ in range(LLAMA.head_dim)]
     tensor = torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, LLAMA.hidden_size)
     parts = split(_mapping("linear_qkv.weight"), tensor, LLAMA)
     for part, (kind, heads) in zip(parts, kinds.items(), strict=True):
-        expected = [number[kind] + head for head in heads for _ in range(LLAMA.head_size)]
+        expected = [number[kind] + head for head in heads for _ in range(LLAMA.head_dim)]
         assert part[:, 0].tolist() == expected
 
 
 def test_gate_precedes_up() -> None:
-    tensor = torch.arange(2 * LLAMA.ffn_size)[:, None].float()
+    tensor = torch.arange(2 * LLAMA.ffn_hidden_size)[:, None].float()
     gate, up = split(_mapping("linear_fc1.weight"), tensor, LLAMA)
-    assert gate[0] == 0 and up[0] == LLAMA.ffn_size
+    assert gate[0] == 0 and up[0] == LLAMA.ffn_hidden_size
 
 
 def test_padded_rows_are_removed() -> None:

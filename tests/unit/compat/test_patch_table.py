@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_undo_restores_originals_of_cpu_shims() -> None:
 
 def attribute(target: str) -> Any:
     module_name, _, path = target.partition(":")
-    found: Any = sys.modules[module_name]
+    found: Any = importlib.import_module(module_name)
     for name in path.split("."):
         found = getattr(found, name)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import pytest
 from megatron.training import arguments
@@ -40,6 +39,10 @@ TINY = ["--config", str(ROOT / "configs/tiny.yaml"), "--let-teacher", "/t"]
         ("--let-projection learned --ckpt-format torch", "--ckpt-format torch"),
         ("--let-projection learned --engine deepspeed", "--engine deepspeed"),
         ("--let-method none --fim-data", "--fim-data"),
+        ("--rampup-batch-size 2 2 32", "--step-batch-size-schedule"),
+        ("--train-samples 80", "--train-iters 10 and --train-samples 80"),
+        ("--train-iters 2 --lr-warmup-iters 2", "--lr-warmup-iters 2"),
+        ("--load /nowhere", "--load /nowhere"),
         ("--let-method none --yaml-cfg some.yaml", "--yaml-cfg"),
     ],
 )
@@ -78,7 +81,18 @@ def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--let-method {none,let,rkd,salt}" in capsys.readouterr().out
 
 
-def test_unknown_flag_is_refused_by_the_parser(capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        parse_command_line(["--let-wieght", "1"], [], prepare_arguments)
-    assert "--let-wieght" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--let-wieght 1", "--let-wieght 1; did you mean --let-weight?"),
+        ("--num-layer 4", "--num-layer 4; did you mean --num-layers?"),
+        ("--xyzzy", "--xyzzy; see --help."),
+        ("--num-layers four", "--num-layers: invalid int value: 'four'"),
+        ("--let-method lett", "--let-method: invalid choice: 'lett'"),
+        ("--num-layers", "--num-layers: expected one argument"),
+    ],
+)
+def test_flag_that_cannot_be_parsed_is_one_sentence(flags: str, named: str) -> None:
+    with pytest.raises(LETError) as error:
+        parse_command_line(flags.split(), [], prepare_arguments)
+    assert named in str(error.value) and "\n" not in str(error.value)

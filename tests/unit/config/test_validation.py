@@ -1,4 +1,4 @@
-"""Flags of Megatron that LET or the entry does not support."""
+"""Flags of Megatron that LET does not support."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import re
 import pytest
 
 from megatron_let.config.validation import (
-    NOT_IN_THE_ENTRY,
     REFUSED,
     REFUSED_WITH_LOGITS,
     REFUSED_WITH_PROJECTION,
     Table,
-    check_entry_supports,
     check_supported,
 )
 from megatron_let.errors import LETError
@@ -29,7 +27,6 @@ def assert_sentence_of_flags(message: str, parser: argparse.ArgumentParser) -> N
 def test_megatrons_defaults_are_supported(method: str, parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args(["--let-method", method, "--let-projection", "learned"])
     check_supported(args)
-    check_entry_supports(args)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +58,3 @@ def test_unsupported_value_raises_error_naming_flags_that_exist(
 def test_flag_refused_with_a_learned_projection_is_supported_without(name: str) -> None:
     args = {"let_method": "let", "let_projection": "interpolate", name: "other"}
     check_supported(argparse.Namespace(**args))
-
-
-@pytest.mark.parametrize("name", NOT_IN_THE_ENTRY)
-def test_flag_that_the_entry_ignores_raises_error_naming_it(
-    name: str, parser: argparse.ArgumentParser
-) -> None:
-    with pytest.raises(LETError, match="--" + name.replace("_", "-")) as error:
-        check_entry_supports(argparse.Namespace(**{name: True}))
-    assert_sentence_of_flags(str(error.value), parser)

@@ -99,7 +99,7 @@ def test_blend_of_returns_prefixes(items: list[str], names: list[str]) -> None:
 
 def test_blend_with_missing_weight_raises() -> None:
     with pytest.raises(LETError, match="--data-path"):
-        blend_of(["0.3", "a", "b"])
+        blend_of(["a", "b", "0.3", "c"])
 
 
 def test_command_gives_equal_perplexity_for_every_checkpoint_format(

@@ -143,6 +143,60 @@ def test_unfinished_and_empty_runs_are_noted(tmp_path: Path) -> None:
     assert "empty: unfinished, no step was taken" in variants[2].notes
 
 
+def drop_steps(folder: Path, *dropped: int) -> Path:
+    """Remove the training rows of some steps from a run's metrics."""
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    kept = [row for row in rows if "lm_loss" not in row or row["iteration"] not in dropped]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return folder
+
+
+@pytest.mark.parametrize("dropped", [(13, 14), (33,), (20,), (24, 26, 28), (40,)])
+def test_missing_rows_leave_speed_up_as_it_was(tmp_path: Path, dropped: tuple[int, ...]) -> None:
+    whole = write_run(tmp_path / "let", LET, settings={"let_method": "let"})
+    gaps = drop_steps(write_run(tmp_path / "gaps", LET, settings={"let_method": "let"}), *dropped)
+    baseline = load_run("baseline", write_run(tmp_path / "a", BASE, settings={}))
+    _, expected, found = compare(
+        [baseline, load_run("let", whole), load_run("gaps", gaps)], "baseline"
+    )
+    for key in ("steps_to_target", "speed_up", "time_speed_up", "seconds_to_target"):
+        assert means(found)[key] == pytest.approx(means(expected)[key])
+    assert any(str(dropped[0]) in note for note in found.notes) or dropped == (40,)
+
+
+@pytest.mark.parametrize("first", [2, 11])
+@pytest.mark.parametrize("which", ["baseline", "let"])
+def test_time_is_unknown_without_the_first_rows(tmp_path: Path, first: int, which: str) -> None:
+    folders = {name: write_run(tmp_path / name, losses, settings={})
+               for name, losses in (("baseline", BASE), ("let", LET))}  # fmt: skip
+    drop_steps(folders[which], *range(1, first))
+    variants = compare([load_run(name, path) for name, path in folders.items()], "baseline")
+    figures = means(variants[1])
+    assert figures["time_speed_up"] is None and figures["speed_up"] == pytest.approx(40 / (85 / 3))
+    noted = variants[["baseline", "let"].index(which)].notes
+    assert len(noted) == 1 and "unknown" in noted[0]
+
+
+def test_diverged_run_is_marked_and_others_are_compared(tmp_path: Path) -> None:
+    baseline = load_run("baseline", write_run(tmp_path / "a", BASE, settings={}))
+    let = load_run("let", write_run(tmp_path / "b", LET, settings={"let_method": "let"}))
+    folder = write_run(tmp_path / "c", {20: 6.0}, settings={"let_method": "let"})
+    rows = [{"iteration": step, "lm_loss": None, "step_seconds": 2.0, "tokens_per_second": 50.0,
+             "max_memory_bytes": 1} for step in range(25, 41)]  # fmt: skip
+    with (folder / "metrics.jsonl").open("a") as stream:
+        for row in [*rows, {"iteration": 40, "valid_loss": None}]:
+            stream.write(json.dumps(row) + "\n")
+    diverged = load_run("high_rate", folder)
+    _, good, bad = compare([baseline, let, diverged], "baseline")
+    assert good.num_reached == 1 and good.notes == []
+    assert bad.num_reached == 0 and any("diverged at step 25" in note for note in bad.notes)
+    assert bad.figures["final_loss"] is None
+    # With a diverged baseline there is nothing to reach.
+    first, other = compare([diverged, let], "high_rate")
+    assert not first.has_target and other.figures["speed_up"] is None
+
+
 def test_different_settings_are_listed(tmp_path: Path) -> None:
     baseline = load_run("baseline", write_run(tmp_path / "a", BASE, settings={}))
     other = {"let_method": "let", "let_weight": 0.3, "lr": 3e-3, "settings": {"clip_grad": 1.0}}

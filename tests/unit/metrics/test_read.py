@@ -43,6 +43,27 @@ def test_missing_file_is_empty_run(tmp_path: Path) -> None:
     assert (empty.last_step, empty.final_valid_loss, empty.step_seconds()) == (0, None, [])
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([5.0, 4.0], None),
+        ([5.0, None, None], 2),
+        ([None, None], 1),
+        ([5.0, None, 4.0], None),
+        ([5.0, None, 4.0, None], 4),
+        ([], None),
+    ],
+)
+def test_diverged_run_has_no_finite_loss_from_that_step_on(
+    tmp_path: Path, losses: list[float | None], expected: int | None
+) -> None:
+    rows = [step(index, lm_loss=loss) for index, loss in enumerate(losses, 1)]
+    loaded = load_metrics(write(tmp_path / "m.jsonl", *rows))
+    assert loaded.diverged_at == expected
+    # A loss that is not finite can still be formatted.
+    assert all(f"{row['lm_loss']:.3f}" for row in loaded.steps.values())
+
+
 def test_step_seconds_exclude_first_step() -> None:
     metrics = RunMetrics({1: step(1, 100.0), 2: step(2, 3.0, let_weight=0.1), 3: step(3, 2.0)})
     assert metrics.step_seconds() == [3.0, 2.0]

@@ -81,6 +81,32 @@ def test_files_are_complete_and_self_contained(tmp_path: Path) -> None:
     assert {row["command"] for row in rows} == {"c"}
 
 
+def test_diverged_and_unknown_runs_are_reported(tmp_path: Path) -> None:
+    """NaN losses and a file that begins at step 11 leave a page with every run on it."""
+    nan, late = {20: 6.0, 40: float("nan")}, {20: 5.5, 40: 4.8}
+    runs = [
+        load_run("baseline", write_run(tmp_path / "a", BASE, settings={})),
+        load_run("diverged", write_run(tmp_path / "b", nan, settings={})),
+        load_run("late", write_run(tmp_path / "c", late, settings={})),
+    ]
+    for step in range(1, 11):
+        del runs[2].metrics.steps[step]
+    for step in range(30, 41):
+        runs[1].metrics.steps[step]["lm_loss"] = float("nan")
+    found = compare(runs, "baseline")
+    cells = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in table_rows(found)}
+    assert cells["diverged"]["held-out loss"] == "diverged"
+    assert cells["diverged"]["steps to the baseline's loss"] == "never"
+    assert cells["late"]["speed-up in time"] == "–"
+    assert cells["late"]["speed-up in steps"] != "–"
+    page = (write_comparison(tmp_path / "out", "title", found, {"command": "c"})[0]).read_text()
+    assert "diverged at step 30" in page and ">nan" not in page
+    # Two runs alone get a sentence of their own.
+    assert any("unknown" in note for note in notes(compare([runs[0], runs[2]], "baseline")))
+    against = compare([runs[1], runs[2]], "diverged")
+    assert table_rows(against)[1][COLUMNS.index("steps to the baseline's loss")] == "–"
+
+
 def test_runs_without_metrics_can_be_reported(tmp_path: Path) -> None:
     runs = [load_run(name, write_run(tmp_path / name, {}, steps=0)) for name in ("a", "b")]
     written = write_comparison(tmp_path / "out", "title", compare(runs, "a"), {"command": "c"})

@@ -68,10 +68,20 @@ def test_runs_are_ordered_by_seed_and_last_flag_wins() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"variants": {"let": {"recipe": "r"}}}, "no variant named base"),
-        ({"variants": {"base": {"recipe": "x"}}}, "has recipe 'x'; choose one of r"),
-        ({"variants": {"base": {"recipe": "r"}, "a/b": {"recipe": "r"}}}, "'a/b' of .* a folder"),
-        ({"seeds": []}, r"has seeds \[\]; give whole numbers"),
+        ({"variants": {"let": {"recipe": "r"}}}, "line 2: baseline is base"),
+        ({"variants": {"base": {"recipe": "x"}}}, "line 8: .*base has recipe 'x'; choose one of r"),
+        ({"variants": {"base": {"recipe": "r"}, "a/b": {"recipe": "r"}}}, "a/b names a folder"),
+        ({"seeds": []}, r"line 5: seeds is \[\]"),
+        ({"seeds": 3}, "line 5: seeds is 3"),
+        ({"seeds": [1, True]}, "line 5: seeds is"),
+        ({"seeds": [1, 2, 1]}, "line 5: seeds is"),
+        ({"recipes": ["configs/tiny.yaml"]}, "line 3: recipes is"),
+        ({"recipes": {"r": None}}, "line 3: recipes is"),
+        ({"variants": {"base": None}}, "line 8: variants.base is None"),
+        ({"variants": [{"base": {"recipe": "r"}}]}, "line 7: variants is"),
+        ({"variants": None}, "line 7: variants is"),
+        ({"variants": {"base": {"recipe": "r", "lr": None}}}, "line 10: variants.base.lr is None"),
+        ({"variants": {"base": {"recipe": "r", "lr": {"a": 1}}}}, "line 10: variants.base.lr is"),
         ({"more": 1}, "must have exactly baseline, recipes, seeds, title, variants"),
     ],
 )
@@ -81,11 +91,24 @@ def test_invalid_sweep_is_rejected(
     good = {"title": "t", "baseline": "base", "recipes": {"r": "configs/tiny.yaml"},
             "seeds": [1], "variants": {"base": {"recipe": "r"}}}  # fmt: skip
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(good | change))
+    path.write_text(yaml.safe_dump(good | change, sort_keys=False))
     with pytest.raises(RecipeError, match=expected):
         load_sweep(path)
     with pytest.raises(RecipeError, match="does not exist"):
         load_sweep(tmp_path / "nowhere.yaml")
+
+
+def test_variant_given_twice_is_rejected_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("variants:\n  a: {recipe: r}\n  a: {recipe: s}\n")
+    with pytest.raises(RecipeError, match="line 3: sets a twice"):
+        load_sweep(path)
+
+
+def test_list_of_values_follows_its_flag() -> None:
+    recipe = ROOT / "configs/tiny.yaml"
+    sweep = Sweep("t", "a", {"r": recipe}, (7,), {"a": {"recipe": "r", "data-path": [1, "x"]}})
+    assert runs_of(sweep)[0].flags[2:] == ("--data-path", "1", "x")
 
 
 def test_sbatch_line_names_run_and_script(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from megatron_let.cli import plan
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Request, aligned_layer, estimate
+from megatron_let.planner.layouts import does_not_divide
 from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
 from megatron_let.planner.sizes import GPUS, TEACHERS, TransformerSize, teacher_size
 from tests.helpers.runs import ROOT, environment
@@ -203,3 +204,21 @@ def test_measured_placements_rank_as_simulated() -> None:
         }
         assert ratios["bubble"] < ratios["spread"] < ratios["aligned-stage"]
         assert ratios["bubble"] - 1 <= (ratios["aligned-stage"] - 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "groups", "words"),
+    [
+        (4, 1, 2, "6 attention heads"),
+        (1, 3, 2, "2 layers"),
+        (6, 1, 2, "20 MLP units"),
+        (3, 1, 2, "2 query groups"),
+        (2, 2, 1, None),
+    ],
+)
+def test_size_that_does_not_divide_over_the_layout_is_named(
+    tp: int, pp: int, groups: int, words: str | None
+) -> None:
+    size = TransformerSize(2, 24, 20 if tp != 3 else 21, 6, groups, 4, True, 40)
+    found = does_not_divide(Layout(tp, pp, 1, 1, 1, 1, 1), size)
+    assert found is None if words is None else found is not None and words in found

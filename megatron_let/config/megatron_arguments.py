@@ -1,0 +1,102 @@
+"""Refuse Megatron arguments that nothing in a run honours.
+
+`megatron_arguments.yaml` lists every argument of the tested Megatron by who honours it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterable
+from importlib.resources import files
+
+import yaml
+
+from megatron_let.errors import LETError
+
+# Argument without effect -> the flag that has the effect.
+_INSTEAD = {
+    "rampup_batch_size": "--step-batch-size-schedule",
+    "use_flash_attn": "--attention-backend flash",
+}
+_NO_TRANSFORMER_ENGINE = "needs Transformer Engine, which is not installed; drop it or install it"
+_NO_GPU = "needs a GPU; drop it"
+_CUSTOM_SCRIPT = (
+    "is not supported by this entry; use it in a custom training script with the three lines of"
+    " megatron_let.integration"
+)
+_UNKNOWN = "is not known to this version of megatron_let, which may ignore it; drop it"
+
+
+@functools.cache
+def read_lists() -> dict[str, frozenset[str]]:
+    """Return {name of the list: arguments} of `megatron_arguments.yaml`."""
+    text = files(__package__).joinpath("megatron_arguments.yaml").read_text(encoding="utf-8")
+    return {name: frozenset(words.split()) for name, words in yaml.safe_load(text).items()}
+
+
+def check_known(
+    args: argparse.Namespace, actions: Iterable[argparse.Action], cuda: bool = True
+) -> None:
+    """Check that each argument that differs from its default is honoured.
+
+    Args:
+        args: the parsed arguments, before Megatron's validation, which derives others.
+        actions: those of Megatron's parser, which give the defaults and the flags.
+        cuda: whether the host has a GPU.
+
+    Raises:
+        LETError: names the flag and why it is refused.
+    """
+    lists = read_lists()
+    problems = {name: _no_effect(name) for name in lists["no_effect"]}
+    problems |= dict.fromkeys(lists["custom_script"], _CUSTOM_SCRIPT)
+    if not cuda:
+        problems |= dict.fromkeys(lists["gpu"], _NO_GPU)
+        if not args.use_pytorch_profiler:
+            problems["profile"] = f"{_NO_GPU}, or add --use-pytorch-profiler"
+    known = frozenset().union(*lists.values())
+    actions = list(actions)
+    problems |= {a.dest: _UNKNOWN for a in actions if a.dest not in known and a.dest != "help"}
+    _refuse(args, actions, problems)
+    check_layers(args, actions)
+
+
+def check_layers(args: argparse.Namespace, actions: Iterable[argparse.Action]) -> None:
+    """Check that the layers of this host honour the model's arguments.
+
+    Args:
+        args: the arguments, parsed or taken from a checkpoint.
+        actions: as for `check_known`.
+
+    Raises:
+        LETError: there is no Transformer Engine, and an argument needs it.
+    """
+    if args.transformer_impl == "local":
+        names = read_lists()["transformer_engine"]
+        _refuse(args, actions, dict.fromkeys(names, _NO_TRANSFORMER_ENGINE))
+
+
+def _refuse(
+    args: argparse.Namespace, actions: Iterable[argparse.Action], problems: dict[str, str]
+) -> None:
+    # Of several flags of one argument, argparse takes the default of the first.
+    by_name = {action.dest: action for action in reversed(list(actions))}
+    for name, action in by_name.items():
+        value = getattr(args, name, action.default)
+        if name in problems and value != action.default:
+            raise LETError(f"{_flag(action, value)} {problems[name]}.")
+
+
+def _no_effect(name: str) -> str:
+    remedy = f"use {_INSTEAD[name]}" if name in _INSTEAD else "drop it"
+    return f"has no effect in pretraining; {remedy}"
+
+
+def _flag(action: argparse.Action, value: object) -> str:
+    """Return the flag as a user writes it, with its value if it takes one."""
+    option = max(action.option_strings, key=len, default=action.dest)
+    if action.nargs == 0:
+        return option
+    texts = value if isinstance(value, list | tuple) else [value]
+    return " ".join([option, *(str(getattr(text, "name", text)) for text in texts)])

@@ -1,0 +1,95 @@
+"""Complete a run's length, schedule and evaluation, or refuse them in terms of their flags.
+
+Megatron asserts these late and without naming the flag, or fails at the first evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_let.config.arguments import flag
+from megatron_let.errors import LETError
+
+# More steps than any run has; Megatron multiplies it by the batch size.
+_NEVER = 2**31
+_DATA_BY_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
+
+
+def complete_run_settings(args: argparse.Namespace, report: Callable[[str], None]) -> None:
+    """Check the run's length and warm-up, and complete the settings of its data and evaluation.
+
+    Args:
+        args: Megatron's arguments before its validation.
+        report: called with a sentence for each setting that is changed.
+
+    Raises:
+        LETError: names the flags that contradict each other.
+    """
+    _check_length(args)
+    _check_warmup(args)
+    names = (*_DATA_BY_SPLIT, "per_split_data_args_path")
+    by_split = [name for name in names if _given(args, name)]
+    if by_split and args.split is not None:
+        report(f"--split {args.split} is ignored, because {flag(by_split[0])} is given")
+        args.split = None
+    if args.full_validation and not args.multiple_validation_sets:
+        # Megatron 0.19.2 reads the result of --full-validation as a list of sets.
+        report("--full-validation turns on --multiple-validation-sets, with one set")
+        args.multiple_validation_sets = True
+    _complete_evaluation(args, report)
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    return bool(getattr(args, name))
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    if args.train_iters and args.train_samples:
+        raise LETError(
+            f"--train-iters {args.train_iters} and --train-samples {args.train_samples} both give"
+            " the length; give one of them, with a recipe that does not set the other."
+        )
+    unit, other = ("samples", "iters") if args.train_samples else ("iters", "samples")
+    for name in (f"lr_warmup_{other}", f"lr_decay_{other}", f"lr_wsd_decay_{other}"):
+        if _given(args, name):
+            raise LETError(
+                f"{flag(name)} {getattr(args, name)} cannot be combined with --train-{unit}; give"
+                f" {flag(name.replace(other, unit))}."
+            )
+
+
+def _check_warmup(args: argparse.Namespace) -> None:
+    unit = "samples" if args.train_samples else "iters"
+    length = getattr(args, f"train_{unit}")
+    decay, warmup = getattr(args, f"lr_decay_{unit}") or length, getattr(args, f"lr_warmup_{unit}")
+    if length and warmup and warmup >= decay:
+        raise LETError(
+            f"--lr-warmup-{unit} {warmup} is not shorter than the schedule of {decay} {unit};"
+            f" give a smaller --lr-warmup-{unit}, or more --train-{unit}."
+        )
+
+
+def _complete_evaluation(args: argparse.Namespace, report: Callable[[str], None]) -> None:
+    if args.eval_iters and not _has_validation_data(args):
+        report("there is no validation data, so nothing is evaluated")
+        args.eval_iters = 0
+    if not args.eval_interval:
+        if args.eval_iters:
+            report("without --eval-interval, the run is evaluated after its last step only")
+        args.eval_interval = _NEVER
+
+
+def _has_validation_data(args: argparse.Namespace) -> bool:
+    if args.mock_data or args.valid_data_path:
+        return True
+    if args.per_split_data_args_path:
+        path = Path(args.per_split_data_args_path)
+        return not path.is_file() or bool(json.loads(path.read_text()).get("valid"))
+    weights = [float(weight) for weight in re.split("[,/]", args.split or "")[1:2] if weight]
+    # Without --split Megatron's default has a validation split.
+    has_split = args.split is None or any(weights)
+    return has_split and not any(_given(args, name) for name in _DATA_BY_SPLIT)

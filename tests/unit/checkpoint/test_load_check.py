@@ -1,0 +1,117 @@
+"""Settings of a run against those of the checkpoint that it loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_let.checkpoint import load_check
+from megatron_let.checkpoint.load_check import check_loaded
+from megatron_let.errors import LETError
+from megatron_let.files.names import TRACKER
+
+SAVED: dict[str, Any] = {
+    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
+    "group_query_attention": False, "num_query_groups": 1, "kv_channels": 16,
+    "layernorm_epsilon": 1e-5, "rotary_base": 10000, "qk_layernorm": True,
+    "use_rope_scaling": False, "multi_latent_attention": False, "vocab_size": 256,
+    "tokenizer_type": "NullTokenizer",
+    "lr": 1e-3, "min_lr": 1e-4, "global_batch_size": 8, "train_iters": 10, "lr_decay_iters": 10,
+    "lr_warmup_iters": 2, "lr_decay_style": "cosine", "start_weight_decay": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of a checkpoint with the arguments SAVED."""
+    (tmp_path / "iter_0000005").mkdir()
+    (tmp_path / TRACKER).write_text("5")
+    opened = SimpleNamespace(state={"args": argparse.Namespace(**SAVED)})
+    monkeypatch.setattr(load_check, "open_checkpoint", lambda folder: opened)
+    monkeypatch.setattr(load_check, "is_checkpoint", lambda folder: True)
+    return tmp_path
+
+
+def check(folder: Path, **changes: Any) -> None:
+    ours = {
+        "load": str(folder), "finetune": False, "no_load_optim": None, "ckpt_step": None,
+        "pretrained_checkpoint": None, "override_opt_param_scheduler": False,
+        "use_checkpoint_opt_param_scheduler": False, **SAVED,
+        # Set by Megatron only later.
+        "lr_decay_iters": None,
+    }  # fmt: skip
+    check_loaded(argparse.Namespace(**ours | changes), SimpleNamespace(vocab_size=256))
+
+
+MODEL_CHANGES = [
+    ({"rotary_base": 500000}, "--rotary-base is 500000 .* and 10000"),
+    ({"layernorm_epsilon": 1e-6}, "--norm-epsilon is 1e-06"),
+    ({"use_rope_scaling": True}, "--use-rope-scaling"),
+    ({"qk_layernorm": False}, "--qk-layernorm"),
+    ({"multi_latent_attention": True}, "--multi-latent-attention"),
+    ({"group_query_attention": True, "num_query_groups": 2}, "--num-query-groups"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), MODEL_CHANGES)
+@pytest.mark.parametrize("way", ["load", "finetune", "pretrained"])
+def test_other_model_is_refused_by_every_way_to_load(
+    folder: Path, changes: dict[str, Any], named: str, way: str
+) -> None:
+    load: dict[str, Any] = {"finetune": way == "finetune"}
+    if way == "pretrained":
+        load = {"load": str(folder / "new"), "pretrained_checkpoint": str(folder)}
+    with pytest.raises(LETError, match=named):
+        check(folder, **load, **changes)
+    check(folder, **load)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layernorm_epsilon": 9.999999747378752e-06}, {"kv_channels": None}]
+)
+def test_same_model_in_another_form_is_accepted(folder: Path, changes: dict[str, Any]) -> None:
+    check(folder, **changes)
+
+
+SCHEDULE_CHANGES = [
+    ({"train_iters": 20}, "--train-iters is 20 .* and 10"),
+    ({"global_batch_size": 16}, "--global-batch-size is 16"),
+    ({"lr_warmup_iters": 3}, "--lr-warmup-iters is 3"),
+    ({"start_weight_decay": 0.2}, "--weight-decay is 0.2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), SCHEDULE_CHANGES)
+def test_other_schedule_names_the_flags_that_allow_it(
+    folder: Path, changes: dict[str, Any], named: str
+) -> None:
+    remedies = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+    with pytest.raises(LETError, match=named) as error:
+        check(folder, **changes)
+    for remedy in remedies:
+        assert "--" + remedy.replace("_", "-") in str(error.value)
+        check(folder, **changes, **{remedy: True})
+    check(folder, **changes, finetune=True)
+
+
+def test_longer_run_with_a_schedule_of_its_own_length_is_accepted(folder: Path) -> None:
+    check(folder, train_iters=20, lr_decay_iters=10)
+
+
+@pytest.mark.parametrize("name", ["lr", "min_lr"])
+def test_other_rate_is_refused_while_the_optimizer_is_loaded(folder: Path, name: str) -> None:
+    with pytest.raises(LETError, match=f"--{name.replace('_', '-')} is 0.5 .*--no-load-optim"):
+        check(folder, **{name: 0.5, "override_opt_param_scheduler": True})
+    check(folder, **{name: 0.5, "no_load_optim": True})
+    check(folder, **{name: 0.5, "finetune": True})
+
+
+def test_larger_vocabulary_is_refused(folder: Path) -> None:
+    small = argparse.Namespace(**SAVED | {"vocab_size": 100})
+    load_check.open_checkpoint(folder).state["args"] = small
+    with pytest.raises(LETError, match=r"256 tokens and the checkpoint .* 100"):
+        check(folder)

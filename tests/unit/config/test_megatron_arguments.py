@@ -1,0 +1,106 @@
+"""Every argument of Megatron is honoured by someone, or refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+import pytest
+
+from megatron_let.config.megatron_arguments import check_known, check_layers, read_lists
+from megatron_let.errors import LETError
+
+
+def megatron_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the actions of Megatron's own arguments."""
+    ours = ("let_", "engine", "deepspeed_config")
+    return [a for a in parser._actions if not a.dest.startswith(ours) and a.dest != "help"]
+
+
+def defaults(parser: argparse.ArgumentParser, implementation: str) -> argparse.Namespace:
+    args = parser.parse_args([])
+    args.transformer_impl = implementation
+    return args
+
+
+def test_lists_hold_each_argument_of_megatron_once(parser: argparse.ArgumentParser) -> None:
+    """For a new Megatron: put each new argument into the list of who honours it."""
+    listed = [name for names in read_lists().values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {action.dest for action in megatron_actions(parser)}
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_defaults_are_accepted(parser: argparse.ArgumentParser, implementation: str) -> None:
+    check_known(defaults(parser, implementation), megatron_actions(parser))
+
+
+def test_argument_of_a_later_megatron_is_refused_once_it_is_set(
+    parser: argparse.ArgumentParser,
+) -> None:
+    parser = copy.deepcopy(parser)
+    parser.add_argument("--new-attention", type=int, default=4)
+    actions = megatron_actions(parser)
+    check_known(parser.parse_args(["--new-attention", "4"]), actions)
+    with pytest.raises(LETError, match="--new-attention 5 is not known"):
+        check_known(parser.parse_args(["--new-attention", "5"]), actions)
+
+
+@pytest.mark.parametrize("refused", ["transformer_engine", "custom_script", "no_effect"])
+def test_each_argument_outside_the_honoured_lists_is_refused_by_its_flag(
+    parser: argparse.ArgumentParser, refused: str
+) -> None:
+    actions = megatron_actions(parser)
+    for name in read_lists()[refused]:
+        args = defaults(parser, "local")
+        setattr(args, name, not getattr(args, name))
+        flags = [option for a in actions if a.dest == name for option in a.option_strings]
+        with pytest.raises(LETError) as error:
+            check_known(args, actions)
+        assert any(str(error.value).startswith(flag) for flag in flags), name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--multi-latent-attention"],
+        ["--qk-l2-norm"],
+        ["--apply-layernorm-1p"],
+        ["--experimental-attention-variant", "dsa"],
+        ["--window-size", "4,0"],
+        ["--softmax-type", "learnable"],
+        ["--attention-output-gate"],
+        ["--no-rope-freq", "2"],
+        ["--fp8-format", "e4m3"],
+        ["--num-experts", "4"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_model_that_local_layers_cannot_build_is_refused(
+    parser: argparse.ArgumentParser, given: list[str]
+) -> None:
+    args, actions = parser.parse_args(given), megatron_actions(parser)
+    args.transformer_impl = "local"
+    for check in (check_known, check_layers):
+        with pytest.raises(LETError, match=f"^{given[0]}.*Transformer Engine"):
+            check(args, actions)
+    args.transformer_impl = "transformer_engine"
+    check_known(args, actions)
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        (["--rampup-batch-size", "2", "2", "32"], "--step-batch-size-schedule"),
+        (["--use-flash-attn"], "--attention-backend"),
+        (["--bert-load", "x"], "drop it"),
+        (["--apply-residual-connection-post-layernorm"], "drop it"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flag_without_effect_is_refused_and_names_the_one_that_works(
+    parser: argparse.ArgumentParser, given: list[str], instead: Any
+) -> None:
+    with pytest.raises(LETError, match=f"^{' '.join(given)} has no effect.*{instead}"):
+        check_known(parser.parse_args(given), megatron_actions(parser))
