@@ -28,14 +28,14 @@ from megatron_let.cli.local_run import (
     run_command_line,
     run_environment,
 )
-from megatron_let.config.recipes import load_recipe
+from megatron_let.config.recipes import find_recipe, load_recipe
 from megatron_let.data.environment_text import environment_text
 from megatron_let.doctor.check import driver_versions
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.files.names import DONE, METRICS
 from megatron_let.metrics.compare import load_run
-from megatron_let.metrics.sweep import Sweep, SweepRun, load_sweep, runs_of
+from megatron_let.metrics.sweep import SweepRun, flags_of, load_sweep, runs_of
 from megatron_let.planner.sizes import TransformerSize, teacher_size
 
 SIGNATURE = "quickstart.json"
@@ -106,7 +106,8 @@ class _Quickstart:
         self.data = self.output / "data"
         self.log = self.output / "quickstart.log"
         self.gpu = _has_gpu()
-        self.steps = options.steps or (_GPU_STEPS if self.gpu else _STEPS)
+        self.steps: int = options.steps or (_GPU_STEPS if self.gpu else _STEPS)
+        self.teacher_steps = _TEACHER_STEPS_PER_STEP * self.steps
         # Ranks of the small model, and then students at a time.
         self.processes = 1 if self.gpu else min(2, len(os.sched_getaffinity(0)))
         self.trains_teacher = options.teacher is None
@@ -192,12 +193,9 @@ class _Quickstart:
         if self.options.text:
             yield from _text_files(self.options.text)
             return
-        student = self._student_settings()
-        tokens = self.steps * student["global-batch-size"] * student["seq-length"]
-        if self.trains_teacher:
-            small = self._teacher_settings()
-            steps = _TEACHER_STEPS_PER_STEP * self.steps
-            tokens = steps * small["global-batch-size"] * small["seq-length"]
+        settings = self._teacher_settings() if self.trains_teacher else self._student_settings()
+        steps = self.teacher_steps if self.trains_teacher else self.steps
+        tokens = steps * settings["global-batch-size"] * settings["seq-length"]
         yield from environment_text(max(tokens * _BYTES_PER_TOKEN, 1_000_000))
 
     def _student_settings(self) -> dict[str, Any]:
@@ -208,18 +206,14 @@ class _Quickstart:
 
     def _train_teacher(self) -> Path:
         """Train the small model, and return its Hugging Face folder."""
-        folder, steps = self.output / "teacher", _TEACHER_STEPS_PER_STEP * self.steps
+        folder = self.output / "teacher"
         size = _size(self._teacher_settings(), _VOCAB_SIZE)
-        self._say_stage(f"the small model, {_millions(size)} parameters: {steps} steps")
-        schedule = _schedule(steps) | (_GPU_TEACHER if self.gpu else {})
-        sweep = Sweep(
-            title="teacher",
-            baseline="teacher",
-            recipes={"teacher": _TEACHER_RECIPE},
-            seeds=(self.options.seed,),
-            variants={"teacher": {"recipe": "teacher", **schedule}},
+        self._say_stage(
+            f"the small model, {_millions(size)} parameters: {self.teacher_steps} steps"
         )
-        (run,) = runs_of(sweep)
+        settings = _schedule(self.teacher_steps) | (_GPU_TEACHER if self.gpu else {})
+        flags = ("--seed", str(self.options.seed), *flags_of(settings))
+        run = SweepRun("teacher", self.options.seed, find_recipe(_TEACHER_RECIPE), flags)
         self._train({self._teacher_run: run}, self.output / "tokenizer", 1, self.processes)
         self._say_stage("its checkpoint as a Hugging Face folder, about 10 seconds")
         if (folder / "config.json").is_file():
@@ -229,7 +223,7 @@ class _Quickstart:
             self._command(
                 "convert", "megatron-to-hf", "--input", str(checkpoints), "--output", str(folder)
             )
-        self._say_cost(size, _VOCAB_SIZE)
+        self._say_cost(size)
         return folder
 
     @property
@@ -246,13 +240,13 @@ class _Quickstart:
 
             folder = inspect_teacher(packaged_teacher() if given == SMOLLM2 else given).path
             size = teacher_size(str(folder))
-        self._say_cost(size, size.vocab_size)
+        self._say_cost(size)
         return folder
 
-    def _say_cost(self, teacher: TransformerSize, vocab_size: int) -> None:
+    def _say_cost(self, teacher: TransformerSize) -> None:
         """Say how an aligned step compares with a plain one, in arithmetic."""
         settings = self._student_settings()
-        student, length = _size(settings, vocab_size), settings["seq-length"]
+        student, length = _size(settings, teacher.vocab_size), settings["seq-length"]
         share = teacher.forward_flops(length, False) / (3 * student.forward_flops(length, True))
         text = f"      an aligned step has {1 + share:.2f} times the arithmetic of a plain one"
         if _parameters(teacher) > _parameters(student):

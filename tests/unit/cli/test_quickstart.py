@@ -103,7 +103,7 @@ def test_cost_of_a_teacher_larger_than_the_student_is_said(
     options = quickstart._parse(["--output", str(tmp_path)])
     run = quickstart._Quickstart(options, "")
     size = TEACHERS[name] if name else quickstart._size(run._teacher_settings(), 4096)
-    run._say_cost(size, size.vocab_size)
+    run._say_cost(size)
     said = " ".join(capsys.readouterr().out.split())
     assert ("is larger than the student" in said) == larger
     factor = float(said.partition("step has ")[2].split()[0])
