@@ -115,9 +115,9 @@ class Child:
         return errors[0].strip() if errors else (lines or ["it printed nothing"])[-1]
 
     def terminate(self) -> None:
-        """Ask the process to end, which for torchrun ends its ranks."""
+        """Ask the process and its workers to end; torchrun ends its ranks, of other sessions."""
         if self.running():
-            self._process.terminate()
+            os.killpg(self._process.pid, signal.SIGTERM)
 
     def wait(self) -> int:
         """Return the exit code, once the process ended."""
