@@ -210,7 +210,7 @@ class Trainer:
         environment = {**self.environment, "OUTPUT": str(folder)}
         child = Child(run.variant, command, environment, folder / LOG)
         task = progress.add_task(
-            label, total=run.num_steps, completed=done.last_step, status="starting", printed=0
+            label, total=run.num_steps, completed=done.last_step, status="starting", printed=2
         )
         self._running[task] = run, child
 
@@ -222,7 +222,8 @@ class Trainer:
         if self.verbose:
             child.show(self.console)
         metrics = load_metrics(child.log.with_name(METRICS))
-        if metrics.steps:
+        # The first step allocates memory and loads the teacher, and would mispredict the rest.
+        if metrics.last_step > 1:
             self._show(progress.tasks[task], metrics, progress)
         if not ended:
             return {}
@@ -238,7 +239,7 @@ class Trainer:
         steps, step = int(task.total or 0), metrics.last_step
         status = _status(metrics, steps)
         progress.update(task.id, completed=step, status=status)
-        # The first step and every tenth of the run.
+        # The second step and every tenth of the run.
         if not self.console.is_terminal and step >= task.fields["printed"]:
             say(self.console, f"      {task.description} step {step}/{steps} {status}")
             progress.update(task.id, printed=(step * 10 // steps + 1) * steps // 10)
@@ -262,7 +263,6 @@ def _status(metrics: RunMetrics, steps: int) -> str:
         parts.append(f"held-out {metrics.final_valid_loss:.3f}")
     if "let_cosine" in row:
         parts.append(f"cosine {row['let_cosine']:.3f}")
-    recent = [metrics.steps[step] for step in sorted(metrics.steps)[-_RECENT_STEPS:]]
-    seconds = statistics.median(row["step_seconds"] for row in recent)
+    seconds = statistics.median(metrics.step_seconds()[-_RECENT_STEPS:])
     minutes, left = divmod(round((steps - metrics.last_step) * seconds), 60)
     return " ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s {minutes}:{left:02} left"])
