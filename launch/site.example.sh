@@ -11,7 +11,7 @@ export SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-my-account}"
 # Data and folders, on a file system shared by all nodes.
 : "${DATA:=/data/pile_text_document}" # indexed data, without .bin and .idx
 : "${LET_MODELS:=/models}"            # folder of SmolLM2-135M and SmolLM2-1.7B; TEACHER=DIR wins
-: "${LET_RUNS:=/scratch/$USER/runs}"  # one folder per run, named after the job
+: "${LET_RUNS:=/scratch/$(id -un)/runs}" # one folder per run, named after the job
 
 # The network: a file of launch/env/, and the interface between the nodes (see `ip address`).
 : "${LET_FABRIC:=infiniband}"

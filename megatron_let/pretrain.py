@@ -69,12 +69,13 @@ def train(argv: list[str], host: Host) -> None:
         check_local_layers(args)
     check_data(args)
     check_data_tokenizer(args, get_tokenizer())
-    check_token_ids(args, get_tokenizer().vocab_size)
     check_loaded(args, get_tokenizer())
 
     # Build
     make_model = load_engine(args.engine).enable(args, host.cuda)
     integration.enable_on_engine(args, config)
+    # After the comparison with the teacher's tokenizer, which knows more.
+    check_token_ids(args, get_tokenizer().vocab_size)
     PatchSet().apply_all(control_files.wrappers(args) | artifacts.wrappers(args))
     token_aligner = integration.token_aligner(args, config)
     if args.rank == 0:

@@ -2,13 +2,20 @@
 # Load and check the settings of a cluster. Sourced by job.sh.
 
 # Source the site file and export its variables; $1 is the teacher's name under LET_MODELS.
+# A dry run names what is missing, and shows the rest.
 load_site() {
     local site="${LET_SITE:-$LET_ROOT/launch/site.sh}" name
-    [[ -r $site ]] || end "$EXIT_USAGE" "error: there is no site file $site:" \
-        "copy launch/site.example.sh to launch/site.sh and edit it, or set LET_SITE"
+    if [[ ! -r $site ]]; then
+        _missing "there is no site file $site: copy launch/site.example.sh to launch/site.sh and" \
+            "edit it, or set LET_SITE"
+        site="$LET_ROOT/launch/site.example.sh"
+    fi
     set -o allexport
+    # A user's file may read variables that are not set.
+    set +o nounset
     # shellcheck source=launch/site.example.sh
     . "$site"
+    set -o nounset
     # The baseline uses the teacher's tokenizer too, so that the runs can be compared.
     TEACHER="${TEACHER:-${LET_MODELS:+$LET_MODELS/$1}}"
     TOKENIZER="${TOKENIZER:-$TEACHER}"
@@ -16,16 +23,27 @@ load_site() {
     LET_GPUS_PER_NODE="${LET_GPUS_PER_NODE:-8}"
     LET_RANKS_PER_NODE="${LET_RANKS_PER_NODE:-$LET_GPUS_PER_NODE}"
     PYTHONPATH="$LET_ROOT${PYTHONPATH:+:$PYTHONPATH}"
-    set +o allexport
     for name in LET_RUNS DATA TEACHER LET_FABRIC ${LET_CONTAINER:+LET_IMAGE}; do
-        [[ -n ${!name:-} ]] || end "$EXIT_USAGE" "error: $name is not set: set it in $site"
+        if [[ -z ${!name:-} ]]; then
+            _missing "$name is not set: set it in $site"
+            printf -v "$name" '<%s>' "$name"
+        fi
     done
-    [[ -r $LET_ROOT/launch/env/$LET_FABRIC.sh ]] ||
-        end "$EXIT_USAGE" "error: LET_FABRIC is '$LET_FABRIC': set it to the name of a file in" \
-            "launch/env/, such as infiniband"
+    if [[ ! -r $LET_ROOT/launch/env/$LET_FABRIC.sh ]]; then
+        _missing "LET_FABRIC is '$LET_FABRIC': set it to the name of a file in launch/env/, such as" \
+            "infiniband"
+        LET_FABRIC=infiniband
+    fi
+    set +o allexport
     [[ -n ${LET_CONTAINER:-} || -x $LET_PYTHON ]] ||
-        end "$EXIT_USAGE" "error: there is no Python at $LET_PYTHON: create it on a login node with" \
+        _missing "there is no Python at $LET_PYTHON: create it on a login node with" \
             "bash launch/lib/environment.sh, or set LET_PYTHON in $site"
+}
+
+# End with an error, or note it in a dry run.
+_missing() {
+    [[ -n ${DRY_RUN:-} ]] || end "$EXIT_USAGE" "error: $*"
+    echo "# missing: $*"
 }
 
 # Print the default Python; the host's virtual environment does not run in a container.

@@ -143,7 +143,7 @@ def _from_data(prefix: Path, needed: int) -> torch.Tensor:
 def _from_text(tokenizer: Path, needed: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    from megatron_let.data.environment_text import environment_text
+    from megatron_let.files.environment_text import environment_text
 
     encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     ids: list[int] = []

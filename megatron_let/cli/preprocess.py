@@ -6,7 +6,6 @@ After an interruption the same command continues, and ends with the same bytes.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.cli.common import run_command, say
-from megatron_let.data.selection import Selection
+from megatron_let.data.shards import Selection
 from megatron_let.data.text_tokenizer import HUGGING_FACE, TOKENIZER_TYPES
 from megatron_let.errors import LETError
 
 if TYPE_CHECKING:
-    from megatron_let.data.preprocess import PreprocessOptions
+    from megatron_let.cli.preprocess_run import PreprocessOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _preprocess(given: argparse.Namespace, console: Console) -> int:
-    # The import loads torch and Megatron, which takes seconds.
-    from megatron_let.data.preprocess import preprocess
+    # The import loads datatrove, which takes a second.
+    from megatron_let.cli.preprocess_run import preprocess
 
-    _summarise(preprocess(_options(given), console), console)
+    report = preprocess(_options(given), console)
+    if report is not None:
+        _summarise(report, console)
     return 0
 
 
@@ -46,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH",
-        help="files, globs and folders: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt")  # fmt: skip
+        help="files, globs and folders, as paths or URLs (s3://, hf://datasets/): .jsonl, .ndjson,"
+        " .txt, also compressed, and .parquet")  # fmt: skip
     add("--output-prefix", type=Path, required=True,
         help="data sets are named PREFIX_KEY[_SPLIT][_SUBSET]_document")  # fmt: skip
     add("--tokenizer-type", choices=TOKENIZER_TYPES, default=HUGGING_FACE,
@@ -57,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         help="end each document with the end-of-document token (default: yes)")  # fmt: skip
     add("--json-keys", nargs="+", default=["text"], metavar="KEY",
         help="fields that hold text; each gets a data set (default: text)")  # fmt: skip
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)),
-        help="processes (default: one per core)")  # fmt: skip
+    add("--executor", choices=("local", "slurm", "ray"), default="local",
+        help="run on this machine (default), as jobs of Slurm, or on a Ray cluster")  # fmt: skip
+    add("--workers", type=int, metavar="N",
+        help="tasks at once (default: one per core; on a cluster, as many as fit)")  # fmt: skip
     add("--subset-key", default="meta.pile_set_name", metavar="KEY",
         help="field that names a document's subset (default: meta.pile_set_name)")  # fmt: skip
     add("--include-subsets", nargs="+", default=[], metavar="NAME",
@@ -74,11 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         " --per-split-data-args-path (default: leave it to training's --split)")  # fmt: skip
     add("--strict", action="store_true",
         help="stop at the first unusable document instead of reporting it")  # fmt: skip
+    add("--overwrite", action="store_true",
+        help="delete what another run left under the prefix, and start over")  # fmt: skip
     return parser
 
 
 def _options(given: argparse.Namespace) -> PreprocessOptions:
-    from megatron_let.data.preprocess import PreprocessOptions
+    from megatron_let.cli.preprocess_run import PreprocessOptions
 
     selection = Selection(
         json_keys=tuple(dict.fromkeys(given.json_keys)),
@@ -96,8 +102,10 @@ def _options(given: argparse.Namespace) -> PreprocessOptions:
         tokenizer_model=given.tokenizer_model,
         selection=selection,
         subset_weights=dict(_weight(text) for text in given.subset_weights),
+        executor=given.executor,
         workers=given.workers,
         strict=given.strict,
+        overwrite=given.overwrite,
     )
 
 

@@ -29,10 +29,10 @@ from megatron_let.cli.local_run import (
     run_environment,
 )
 from megatron_let.config.recipes import find_recipe, load_recipe
-from megatron_let.data.environment_text import environment_text
 from megatron_let.doctor.check import driver_versions
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.files.environment_text import environment_text
 from megatron_let.files.names import DONE, METRICS
 from megatron_let.metrics.compare import load_run
 from megatron_let.metrics.sweep import SweepRun, flags_of, load_sweep, runs_of

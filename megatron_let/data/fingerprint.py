@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +25,19 @@ _PROBE_TEXT = (
 )
 
 
-@dataclass(frozen=True)
-class TokenizerFingerprint:
-    """Identity of a tokenizer.
+def fingerprint(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Return the identity of a preprocessing tokenizer.
 
-    Attributes:
-        vocabulary: hash of every id and its token.
-        splitting: hash of the ids of a fixed text, without special tokens.
+    Returns:
+        `vocab_size`; `eod`; `vocabulary`, a hash of every id and its token; and `splitting`, a hash
+        of the ids of a fixed text, without special tokens.
     """
-
-    vocab_size: int
-    eod: int
-    vocabulary: str
-    splitting: str
-
-
-def fingerprint(tokenizer: TextTokenizer) -> TokenizerFingerprint:
-    """Return the fingerprint of a preprocessing tokenizer."""
-    return TokenizerFingerprint(
-        tokenizer.vocab_size,
-        tokenizer.eod,
-        _vocabulary_hash(tokenizer.vocabulary()),
-        _ids_hash(tokenizer.encode([_PROBE_TEXT])[0]),
-    )
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "vocabulary": _vocabulary_hash(tokenizer.vocabulary()),
+        "splitting": _ids_hash(tokenizer.encode([_PROBE_TEXT])[0]),
+    }
 
 
 def sidecar_file(prefix: str | Path) -> Path:
@@ -56,9 +45,9 @@ def sidecar_file(prefix: str | Path) -> Path:
     return Path(f"{prefix}.tokenizer.json")
 
 
-def write_sidecar_file(prefix: str | Path, made_with: TokenizerFingerprint, name: str) -> None:
-    """Write a data set's fingerprint and the tokenizer's readable `name` to its sidecar file."""
-    write_json(sidecar_file(prefix), {"tokenizer": name, **asdict(made_with)})
+def write_sidecar_file(prefix: str | Path, tokenizer: TextTokenizer, name: str) -> None:
+    """Write the fingerprint of a data set's tokenizer, and its readable `name`."""
+    write_json(sidecar_file(prefix), {"tokenizer": name, **fingerprint(tokenizer)})
 
 
 def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
@@ -78,12 +67,13 @@ def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
     prefixes = [p for b in (blend, *(per_split or ())) if b is not None for p in b[0]]
-    made = {p: _read_sidecar(p) for p in prefixes if sidecar_file(p).is_file()}
+    made = {
+        p: json.loads(sidecar_file(p).read_text()) for p in prefixes if sidecar_file(p).is_file()
+    }
     if not made:
         return
     if args.tokenizer_type == "NullTokenizer":
-        _check_ids_fit(made, args.vocab_size)
-        return
+        return _check_ids_fit(made, args.vocab_size)
     ours = _of_megatron(tokenizer)
     for prefix, values in made.items():
         _check_equal(
@@ -100,13 +90,10 @@ def check_same_fingerprint(prefix: str | Path, tokenizer: TextTokenizer) -> None
         LETError: another tokenizer made it.
     """
     if sidecar_file(prefix).is_file():
-        ours = asdict(fingerprint(tokenizer))
+        ours = fingerprint(tokenizer)
+        made = json.loads(sidecar_file(prefix).read_text())
         advice = "give data of the model's tokenizer"
-        _check_equal(prefix, _read_sidecar(prefix), ours, [ours["splitting"]], advice)
-
-
-def _read_sidecar(prefix: str | Path) -> dict[str, Any]:
-    return json.loads(sidecar_file(prefix).read_text())
+        _check_equal(prefix, made, ours, [ours["splitting"]], advice)
 
 
 def _check_ids_fit(made: dict[str, dict[str, Any]], vocab_size: int | None) -> None:
@@ -154,10 +141,8 @@ def _of_megatron(tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _vocabulary_hash(vocabulary: dict[int, str]) -> str:
-    digest = hashlib.sha256()
-    for index in sorted(vocabulary):
-        digest.update(f"{index} {vocabulary[index]!r}\n".encode())
-    return digest.hexdigest()
+    lines = (f"{index} {token!r}\n" for index, token in sorted(vocabulary.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _ids_hash(ids: Iterable[int]) -> str:

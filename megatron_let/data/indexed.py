@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_let.data.counts import Tally
-from megatron_let.data.fingerprint import fingerprint, write_sidecar_file
+from megatron_let.data.fingerprint import write_sidecar_file
 from megatron_let.data.text_tokenizer import HuggingFaceText
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file
 
 
-def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Tally:
+def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> dict[str, int]:
     """Tokenize documents into `prefix`.bin and `prefix`.idx, each ended by the EOS token.
 
     Args:
@@ -26,7 +25,7 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Tal
         tokenizer: fast Hugging Face tokenizer with an EOS token.
 
     Returns:
-        Number of documents, tokens (EOS included) and bytes of text.
+        Number of `documents`, `tokens` (EOS included) and `text_bytes` (UTF-8).
 
     Raises:
         LETError: there is no text; nothing is written.
@@ -34,22 +33,22 @@ def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> Tal
     prefix.parent.mkdir(parents=True, exist_ok=True)
     text_tokenizer = HuggingFaceText(tokenizer)
     bin_path, idx_path = (prefix.with_name(prefix.name + s) for s in (".bin", ".idx"))
-    dtype = DType.optimal_dtype(text_tokenizer.vocab_size)
-    counts = Tally()
+    text_bytes = 0
     with atomic_file(idx_path) as idx_partial, atomic_file(bin_path) as bin_partial:
+        dtype = DType.optimal_dtype(text_tokenizer.largest_id + 1)
         builder = IndexedDatasetBuilder(str(bin_partial), dtype=dtype)
-        for text in documents:
-            ids = text_tokenizer.encode([text])[0]
-            if not len(ids):
-                continue
-            ended = np.append(ids, text_tokenizer.eod).astype(dtype)
-            builder.add_document(torch.from_numpy(ended), [len(ended)])
-            counts.add(Tally(1, len(ended), len(text.encode())))
-        if not counts.documents:
+        for texts in batched(documents, 64):
+            for text, ids in zip(texts, text_tokenizer.encode(texts), strict=True):
+                if ids:
+                    ids.append(text_tokenizer.eod)
+                    builder.add_document(torch.tensor(ids), [len(ids)])
+                    text_bytes += len(text.encode())
+        lengths = builder.sequence_lengths
+        if not lengths:
             raise LETError(f"There is no text to write to {prefix}; give text that is not empty.")
         builder.finalize(str(idx_partial))
-    write_sidecar_file(prefix, fingerprint(text_tokenizer), Path(tokenizer.name_or_path).name)
-    return counts
+    write_sidecar_file(prefix, text_tokenizer, Path(tokenizer.name_or_path).name)
+    return {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": text_bytes}
 
 
 def open_indexed(prefix: str | Path) -> IndexedDataset:
@@ -63,11 +62,9 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
     """
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             raise LETError(
-                f"The data file {path} does not exist; give the prefix of an indexed data set,"
-                " without .bin or .idx."
+                f"The data file {path} does not exist or is empty; give the prefix of an indexed"
+                " data set, without .bin or .idx."
             )
-        if not path.stat().st_size:
-            raise LETError(f"The data file {path} is empty; prepare the data from text again.")
     return IndexedDataset(str(prefix))

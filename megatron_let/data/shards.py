@@ -1,229 +1,234 @@
-"""Write one unit of work as one shard: a small indexed data set and a record of its contents."""
+"""Select documents, and tokenize the files of one task into a shard: a step of datatrove."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
-from megatron_let.data.counts import NO_SUBSET, Counts, Tally
-from megatron_let.data.inputs import REJECTED, Source, Unit
-from megatron_let.data.records import Record, Rejection, decode_text, lookup, read_records
-from megatron_let.data.selection import Selection
-from megatron_let.data.text_tokenizer import TextTokenizer
+from megatron_let.data.readers import RecordReader, Rejection
+from megatron_let.data.text_tokenizer import TextTokenizer, token_bytes
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import atomic_file, write_json
+from megatron_let.files.atomic import write_json
 
+# Suffix of the lists of unusable documents.
+REJECTED = ".rejected.jsonl"
 # Enough text per call to amortise it, little enough that the encodings stay small.
-_BATCH_BYTES = 512 * 1024
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 512 * 1024, 1000
 _MAX_OUTPUTS = 500
+SPLITS = ("train", "valid", "test")
+
+# Numbers of documents, tokens and bytes; the last part of a key is the unit or the reason.
+Counts = Counter[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text and the data set it belongs to."""
-
-    origin: Rejection
-    output: str
-    subset: str
-    text: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The shards of a run, in one folder."""
-
-    folder: Path
-
-    def record(self, name: str) -> Path:
-        """Return the path of a shard's record; the shard is complete once it exists."""
-        return self.folder / f"{name}.json"
-
-    def prefix(self, name: str) -> Path:
-        """Return the path of a shard's `.bin` and `.idx`, without suffix."""
-        return self.folder / name
-
-    def outputs(self, name: str) -> Path:
-        """Return the path of the index of each document's data set among the record's names."""
-        return self.folder / f"{name}.outputs.npy"
-
-    def rejections(self, name: str) -> Path:
-        """Return the path of the rejected documents, as JSON lines."""
-        return self.folder / (name + REJECTED)
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Read a shard's record."""
-        return json.loads(self.record(name).read_text())
-
-
-@dataclass(frozen=True)
-class ShardWriter:
-    """Turns units into shards; the same unit gives the same bytes in any process.
+class Selection:
+    """Documents to write, and their data sets.
 
     Attributes:
-        max_document_bytes: longer documents are rejected.
-        strict: raise an error at the first unusable document.
+        json_keys: fields that hold text; each gets its own data sets.
+        subset_key: field that names a document's subset, dotted if nested.
+        include_subsets: subsets to write; empty for all.
+        exclude_subsets: subsets not to write.
+        split: weights of training, validation and test, or None for no split.
+        per_subset: write one data set per subset.
+        append_eod: end each document with the end-of-document token.
     """
 
-    shards: Shards
-    sources: list[Source]
+    json_keys: tuple[str, ...] = ("text",)
+    subset_key: str = "meta.pile_set_name"
+    include_subsets: tuple[str, ...] = ()
+    exclude_subsets: tuple[str, ...] = ()
+    split: tuple[float, float, float] | None = None
+    per_subset: bool = False
+    append_eod: bool = True
+
+    def writes(self, subset: str) -> bool:
+        """Return whether documents of a subset are written."""
+        included = not self.include_subsets or subset in self.include_subsets
+        return included and subset not in self.exclude_subsets
+
+    def output(self, key: str, subset: str, text: str) -> str:
+        """Return the name of a document's data set: its key, split and subset.
+
+        The split is drawn from a hash of the text, so equal documents share one and the order of
+        the input does not matter.
+        """
+        split = None if self.split is None else draw_split(text, self.split)
+        return self.output_name(key, split, subset)
+
+    def output_name(self, key: str, split: str | None, subset: str) -> str:
+        """Return the name of the data set of a key, a split and a subset."""
+        parts = [key] if split is None else [key, split]
+        if self.per_subset:
+            parts.append("".join(c if c.isalnum() or c in "-." else "_" for c in subset).strip("_"))
+        return "_".join(parts)
+
+
+def draw_split(text: str, weights: tuple[float, float, float]) -> str:
+    """Return the split of a document, drawn from a hash of its text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    place = int.from_bytes(digest) / 2**64 * sum(weights)
+    for name, weight in zip(SPLITS, weights, strict=True):
+        place -= weight
+        if place < 0:
+            return name
+    return next(n for n, w in zip(reversed(SPLITS), reversed(weights), strict=True) if w > 0)
+
+
+def record_of(folder: Path, rank: int) -> Path:
+    """Return the record of a shard, which is complete once it exists."""
+    return folder / f"{rank:05d}.json"
+
+
+@dataclass
+class TokenizeFiles(PipelineStep):
+    """Writes the shard of each rank; the same files give the same bytes in any process.
+
+    A shard is one indexed data set per name (`Selection.output`), by datatrove's writer, the list
+    of rejected documents, and a record of the counts of each file, which is written last.
+
+    Attributes:
+        folder: folder of the shards.
+        tasks: input files of each rank, as paths or URLs.
+        strict: raise an error at the first unusable document.
+        max_bytes: longer documents are rejected.
+    """
+
+    folder: Path
+    tasks: list[list[str]]
     tokenizer: TextTokenizer
     selection: Selection
-    max_document_bytes: int
     strict: bool
+    max_bytes: int
 
-    @property
-    def dtype(self) -> type[np.number[Any]]:
-        """Return the type of the token ids."""
-        return DType.optimal_dtype(self.tokenizer.vocab_size)
+    name = "Megatron shards"
+    type = "TOKENIZER"
 
-    def __call__(self, unit: Unit) -> tuple[Unit, Counts]:
-        """Write the shard of a unit; return the unit without its lines, and its counts.
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Write the shard of `rank`, if it is not complete.
 
         Raises:
             LETError: a document is unusable, under `--strict`.
-            OSError: the disk is full.
+            OSError: the disk is full, or a file cannot be read.
         """
-        prefix = self.shards.prefix(unit.name)
-        with (
-            atomic_file(self.shards.rejections(unit.name)) as rejected_partial,
-            atomic_file(prefix.with_suffix(".idx")) as idx_partial,
-            atomic_file(prefix.with_suffix(".bin")) as bin_partial,
-        ):
-            builder = IndexedDatasetBuilder(str(bin_partial), dtype=self.dtype)
-            counts, outputs, rejected = self._write_documents(unit, builder)
-            builder.finalize(str(idx_partial))
-            names = list(dict.fromkeys(outputs))
-            if len(names) > 1:
-                self._write_outputs(unit, names, outputs)
-            rejected_partial.write_text("".join(json.dumps(asdict(r)) + "\n" for r in rejected))
-        counts.check()
-        # The record comes last: it marks the shard as complete.
-        write_json(self.shards.record(unit.name), {"outputs": names, "counts": counts.to_json()})
-        return Unit(unit.source, unit.block, input_bytes=unit.input_bytes), counts
+        if not record_of(self.folder, rank).is_file():
+            shard = _Shard(self, rank)
+            for url in self.tasks[rank]:
+                shard.add_file(url)
+            shard.close()
+        yield from ()
 
-    def _write_documents(
-        self, unit: Unit, builder: IndexedDatasetBuilder
-    ) -> tuple[Counts, list[str], list[Rejection]]:
-        counts, outputs, rejected = Counts(), [], []
-        for item in self._encoded(self._batches(unit, counts)):
-            if isinstance(item, Rejection):
-                if self.strict:
-                    raise LETError(
-                        f"{item.file}, line {item.line}: {item.detail} ({item.reason}); correct"
-                        " it, or omit --strict to report such documents and continue."
-                    )
-                rejected.append(item)
-                counts.rejected[item.reason] += 1
-                continue
-            document, ids = item
-            builder.add_document(torch.from_numpy(ids), [len(ids)])
-            outputs.append(document.output)
-            counts.add_document(
-                document.output, document.subset, Tally(1, len(ids), document.num_bytes)
+
+class _Shard:
+    def __init__(self, step: TokenizeFiles, rank: int) -> None:
+        self._step, self._rank, self._prefix = step, rank, f"{rank:05d}"
+        self._rejected = (step.folder / (self._prefix + REJECTED)).open("w")
+        self._end = [step.tokenizer.eod] if step.selection.append_eod else []
+        self._outputs: dict[str, MegatronTokenizedFile] = {}
+        self._counts: dict[str, Counts] = {}
+        self._damage: dict[str, str] = {}
+
+    def add_file(self, url: str) -> None:
+        """Write the usable documents of a file; count every document once."""
+        step, selection = self._step, self._step.selection
+        folder, _, name = url.rpartition("/")
+        counts = self._counts[url] = Counter()
+        reader = RecordReader(
+            folder or "/", selection.json_keys, selection.subset_key, step.max_bytes
+        )
+        for batch in _batches(map(self._select, reader.read_file(name))):
+            usable = [doc for doc in batch if not doc.metadata.keys() & {"rejection", "filtered"}]
+            encoded = iter(step.tokenizer.encode([document.text for document in usable]))
+            for document in batch:
+                values = document.metadata
+                counts["documents_in",] += 1
+                if "filtered" in values:
+                    counts["filtered", values["subset"]] += 1
+                elif "rejection" in values:
+                    self._reject(url, values["line"], values["rejection"])
+                elif ids := next(encoded):
+                    self._write(counts, document, ids + self._end)
+                else:
+                    self._reject(url, values["line"], Rejection("empty", "it has no tokens"))
+        if reader.damage:
+            if step.strict:
+                raise LETError(f"{url}: {reader.damage}; copy the file again.")
+            self._damage[url] = reader.damage
+
+    def _select(self, document: Document) -> Document:
+        """Mark a document that is not written because of its subset."""
+        selection, values = self._step.selection, document.metadata
+        if values["subset"] is None:
+            values["subset"] = "(none)"
+            if selection.include_subsets or selection.exclude_subsets or selection.per_subset:
+                missing = Rejection("missing_key", f"no string at {selection.subset_key}")
+                values.setdefault("rejection", missing)
+        elif not selection.writes(values["subset"]):
+            values["filtered"] = True
+        return document
+
+    def _write(self, counts: Counts, document: Document, ids: list[int]) -> None:
+        values = document.metadata
+        output = self._step.selection.output(values["key"], values["subset"], document.text)
+        self._file(output).write(ids)
+        for group in (("outputs", output), ("subsets", values["subset"])):
+            counts[*group, "documents"] += 1
+            counts[*group, "tokens"] += len(ids)
+            counts[*group, "text_bytes"] += values["num_bytes"]
+
+    def _file(self, output: str) -> MegatronTokenizedFile:
+        if output not in self._outputs:
+            if len(self._outputs) == _MAX_OUTPUTS:
+                raise LETError(
+                    f"{self._step.selection.subset_key} has more than {_MAX_OUTPUTS} values, each"
+                    " of which would be a data set; omit --per-subset, or give another"
+                    " --subset-key."
+                )
+            self._outputs[output] = MegatronTokenizedFile(
+                str(self._step.folder),
+                f"{self._prefix}_{output}",
+                token_size=token_bytes(self._step.tokenizer),
             )
-        return counts, outputs, rejected
+        return self._outputs[output]
 
-    def _encoded(
-        self, batches: Iterator[list[Document | Rejection]]
-    ) -> Iterator[tuple[Document, np.ndarray[Any, Any]] | Rejection]:
-        end = [self.tokenizer.eod] if self.selection.append_eod else []
-        dtype = self.dtype
-        for batch in batches:
-            texts = [item.text for item in batch if isinstance(item, Document)]
-            encoded = iter(self.tokenizer.encode(texts))
-            for item in batch:
-                if isinstance(item, Rejection):
-                    yield item
-                    continue
-                ids = next(encoded)
-                if len(ids):
-                    yield item, np.append(ids, end).astype(dtype)
-                else:
-                    origin = item.origin
-                    yield Rejection(origin.file, origin.line, "empty", "the text has no tokens")
-
-    def _batches(self, unit: Unit, counts: Counts) -> Iterator[list[Document | Rejection]]:
-        batch: list[Document | Rejection] = []
-        size = 0
-        for item in self._documents(unit, counts):
-            num_bytes = item.num_bytes if isinstance(item, Document) else 0
-            if batch and size + num_bytes > _BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(item)
-            size += num_bytes
-        yield batch
-
-    def _documents(self, unit: Unit, counts: Counts) -> Iterator[Document | Rejection]:
-        """Yield the documents of a unit; filtered ones are only counted."""
-        selection, source = self.selection, self.sources[unit.source]
-        columns = (*selection.json_keys, selection.subset_key)
-        for record in read_records(source, unit, columns, self.max_document_bytes):
-            for key in selection.json_keys:
-                counts.documents_in += 1
-                if isinstance(record, Rejection):
-                    yield record
-                    continue
-                item = self._document(record, key)
-                if isinstance(item, str):
-                    counts.filtered[item] += 1
-                else:
-                    yield item
-
-    def _document(self, record: Record, key: str) -> Document | Rejection | str:
-        """Return a document, its rejection, or the subset for which it is filtered."""
-        selection = self.selection
-        subset = _subset(record, selection.subset_key)
-        if subset is None:
-            if selection.filters or selection.per_subset:
-                return _reject(record, "missing_key", f"no string at {selection.subset_key}")
-            subset = NO_SUBSET
-        if not selection.writes(subset):
-            return subset
-        value = lookup(record.fields, key)
-        if value is None:
-            return _reject(record, "missing_key", f"no value at {key}")
-        text, size = decode_text(value)
-        if isinstance(size, str):
-            return _reject(record, text, size)
-        if size > self.max_document_bytes:
-            limit = self.max_document_bytes
-            return _reject(record, "too_long", f"longer than {limit} bytes; split it")
-        if not text:
-            return _reject(record, "empty", "the text is empty")
-        output = selection.output(key, subset, text)
-        origin = Rejection(record.file, record.line, "", "")
-        return Document(origin, output, subset, text, size)
-
-    def _write_outputs(self, unit: Unit, names: list[str], outputs: list[str]) -> None:
-        if len(names) > _MAX_OUTPUTS:
+    def _reject(self, url: str, line: int, rejection: Rejection) -> None:
+        if self._step.strict:
             raise LETError(
-                f"{self.selection.subset_key} has more than {_MAX_OUTPUTS} values, each of which"
-                " would be a data set; omit --per-subset, or give another --subset-key."
+                f"{url}, line {line}: {rejection.detail} ({rejection.reason}); correct it, or omit"
+                " --strict to report such documents and continue."
             )
-        numbers = {name: number for number, name in enumerate(names)}
-        path = self.shards.outputs(unit.name)
-        with atomic_file(path) as partial, partial.open("wb") as file:
-            np.save(file, np.array([numbers[name] for name in outputs], dtype=np.uint16))
+        self._counts[url]["rejected", rejection.reason] += 1
+        print(json.dumps({"file": url, "line": line, **rejection._asdict()}), file=self._rejected)
+
+    def close(self) -> None:
+        """Write the indices, and the record last."""
+        for file in self._outputs.values():
+            file.close()
+        self._rejected.close()
+        counts = {url: [[*key, n] for key, n in c.items()] for url, c in self._counts.items()}
+        record = {"files": counts, "damage": self._damage}
+        write_json(record_of(self._step.folder, self._rank), record)
 
 
-def _subset(record: Record, key: str) -> str | None:
-    value = lookup(record.fields, key)
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if not isinstance(value, str) or not value:
-        return None
-    # A lone surrogate cannot be encoded in a report.
-    return value.encode(errors="replace").decode()
-
-
-def _reject(record: Record, reason: str, detail: str) -> Rejection:
-    return Rejection(record.file, record.line, reason, detail)
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    yield batch

@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_let.data.pre_token_cache import PreTokenCache, split_pattern
 from megatron_let.errors import LETError, first_line
 
 HUGGING_FACE = "HuggingFaceTokenizer"
-# Megatron reads a .model file under any of these names.
-SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-TOKENIZER_TYPES = (HUGGING_FACE, *SENTENCE_PIECE)
-
-TokenIds = npt.NDArray[np.integer[Any]]
-
-
-class TextTokenizer(Protocol):
-    """A tokenizer as preprocessing uses it.
-
-    Attributes:
-        vocab_size: number of ids, special and added tokens included, as Megatron counts them.
-        eod: id that ends a document, equal to that of Megatron's tokenizer of the same files.
-    """
-
-    vocab_size: int
-    eod: int
-
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of each text, without special tokens."""
-
-    def vocabulary(self) -> dict[int, str]:
-        """Return the token of every id."""
-
-
-def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
-    """Load a tokenizer from local files.
-
-    Args:
-        tokenizer_type: one of `TOKENIZER_TYPES`, Megatron's names.
-        model: folder of a Hugging Face tokenizer, or a SentencePiece `.model` file.
-
-    Raises:
-        LETError: the files are missing, of another kind, or define no end of document.
-    """
-    if not model.exists():
-        raise LETError(
-            f"The tokenizer {model} does not exist; give --tokenizer-model the folder of a Hugging"
-            " Face tokenizer or a SentencePiece .model file."
-        )
-    if tokenizer_type == HUGGING_FACE:
-        return HuggingFaceText(load_hugging_face(model))
-    return SentencePieceText(model)
+# Megatron reads a .model file under the other names.
+_MODEL_FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = (HUGGING_FACE, *_MODEL_FILE)
 
 
 class HuggingFaceText:
-    """A fast tokenizer of transformers, called without its Python layer."""
+    """A fast tokenizer, called and pickled without the Python layer of transformers.
+
+    Attributes:
+        vocab_size: number of ids, special and added tokens included, as Megatron counts them.
+        largest_id: largest id that can occur; above the number of ids in a vocabulary with gaps.
+        eod: id that ends a document, equal to that of Megatron's tokenizer of the same files.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -69,8 +30,8 @@ class HuggingFaceText:
                 " it with transformers, or give its SentencePiece .model file."
             )
         # Like Megatron: the separator, if there is no end-of-text token.
-        eod = tokenizer.eos_token_id
-        eod = tokenizer.sep_token_id if eod is None else eod
+        has_end = tokenizer.eos_token_id is not None
+        eod = tokenizer.eos_token_id if has_end else tokenizer.sep_token_id
         if eod is None:
             raise LETError(
                 f"The tokenizer {tokenizer.name_or_path} has no end-of-text token; set eos_token"
@@ -79,21 +40,15 @@ class HuggingFaceText:
         self.eod = int(eod)
         self.vocab_size = len(tokenizer)
         self._tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+        self.largest_id = max(self._tokens)
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_padding()
         self.backend.no_truncation()
-        plain = split_pattern(json.loads(self.backend.to_str())) is not None
-        self._cache = PreTokenCache(self.backend) if plain else None
 
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
-        ids = [self._cache.encode(text) if self._cache is not None else None for text in texts]
-        rest = [text for text, found in zip(texts, ids, strict=True) if found is None]
-        encodings = iter(self.backend.encode_batch_fast(rest, add_special_tokens=False))
-        return [
-            np.array(next(encodings).ids, dtype=np.int32) if found is None else found
-            for found in ids
-        ]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def vocabulary(self) -> dict[int, str]:
         """Return the token of every id."""
@@ -101,7 +56,7 @@ class HuggingFaceText:
 
 
 class SentencePieceText:
-    """A SentencePiece model."""
+    """A SentencePiece model, with the attributes of `HuggingFaceText`."""
 
     def __init__(self, model: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -120,14 +75,39 @@ class SentencePieceText:
                 " with; train it with --eos_id."
             )
         self.vocab_size = self.processor.get_piece_size()
+        self.largest_id = self.vocab_size - 1
 
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
-        return [self.processor.encode_as_numpy(text) for text in texts]
+        return list(self.processor.encode(texts))
 
     def vocabulary(self) -> dict[int, str]:
         """Return the token of every id."""
         return {index: self.processor.id_to_piece(index) for index in range(self.vocab_size)}
+
+
+TextTokenizer = HuggingFaceText | SentencePieceText
+
+
+def token_bytes(tokenizer: TextTokenizer) -> int:
+    """Return the size of a token id in a data set: 2 (uint16) or 4 (int32)."""
+    # Megatron's DType.optimal_dtype has this limit; importing it would import torch.
+    return 2 if tokenizer.largest_id + 1 < 65_500 else 4
+
+
+def load_text_tokenizer(tokenizer_type: str, model: Path) -> TextTokenizer:
+    """Load a tokenizer from local files.
+
+    Args:
+        tokenizer_type: one of `TOKENIZER_TYPES`, Megatron's names.
+        model: folder of a Hugging Face tokenizer, or a SentencePiece `.model` file.
+
+    Raises:
+        LETError: the files are missing, of another kind, or define no end of document.
+    """
+    if tokenizer_type == HUGGING_FACE:
+        return HuggingFaceText(load_hugging_face(model))
+    return SentencePieceText(model)
 
 
 def load_hugging_face(model: Path) -> Any:
@@ -140,11 +120,12 @@ def load_hugging_face(model: Path) -> Any:
 
     if not model.is_dir():
         raise LETError(
-            f"The tokenizer {model} is a file; HuggingFaceTokenizer takes the folder that holds"
-            " tokenizer.json, and SentencePieceTokenizer takes a .model file."
+            f"The tokenizer {model} {'is a file' if model.exists() else 'does not exist'};"
+            " HuggingFaceTokenizer takes the folder that holds tokenizer.json, and"
+            " SentencePieceTokenizer takes a .model file."
         )
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen kinds for a damaged folder
         raise LETError(
             f"The tokenizer {model} cannot be read ({first_line(error)}); copy its"

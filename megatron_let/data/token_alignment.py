@@ -64,7 +64,6 @@ def load_token_bytes(tokenizer_type: str, model: Path) -> TokenBytes:
     if isinstance(tokenizer, SentencePieceText):
         pieces, adds_space = _sentence_piece_bytes(tokenizer)
     else:
-        assert isinstance(tokenizer, HuggingFaceText)
         pieces, adds_space = _hugging_face_bytes(tokenizer)
     text = b"".join(pieces[index] for index in tokenizer.encode([PROBE_TEXT])[0])
     spelled = text.removeprefix(b" ") if adds_space else text
@@ -84,7 +83,7 @@ def _hugging_face_bytes(tokenizer: HuggingFaceText) -> tuple[list[bytes], bool]:
     byte_of = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
     byte_level = '"ByteLevel"' in decoder
     added = tokenizer.backend.get_added_tokens_decoder()
-    pieces = [b""] * tokenizer.vocab_size
+    pieces = [b""] * (tokenizer.largest_id + 1)
     for index, token in tokenizer.vocabulary().items():
         if index in added:
             pieces[index] = b"" if added[index].special else token.encode()

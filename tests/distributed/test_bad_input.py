@@ -81,6 +81,24 @@ REFUSED: dict[str, Case] = {
         ("--cuda-graph-impl full_iteration",),
     ),
     "LayerNorm": (("--normalization", "LayerNorm"), ("--normalization LayerNorm",)),
+    "flag without effect": (
+        ("--rampup-batch-size", 2, 2, 32),
+        ("--rampup-batch-size 2 2 32", "--step-batch-size-schedule"),
+    ),
+    "model of other layers": (("--multi-latent-attention",), ("--multi-latent-attention needs",)),
+    "nothing to load": (("--load", "{nowhere}", "--finetune"), ("--load {nowhere}",)),
+    "more steps without saying how": (
+        ("--save", "{let_run}", "--load", "{let_run}", "--train-iters", 20),
+        ("--train-iters is 20", "--override-opt-param-scheduler"),
+    ),
+    "other model in the checkpoint": (
+        ("--pretrained-checkpoint", "{let_run}", "--rotary-base", 500000),
+        ("--rotary-base is 500000", "10000"),
+    ),
+    "what Megatron asserts": (
+        ("--num-layers", 5, "--num-layers-per-virtual-pipeline-stage", 2),
+        ("The run cannot start: ", "error-rank0.log"),
+    ),
     "unknown setting": (("--config", "{misspelt}"), ("let-wieght", "let-weight?")),
     "guard without metrics of a baseline": (
         ("--let-guard", "--let-guard-baseline", "{nowhere}"),
@@ -104,7 +122,7 @@ REFUSED: dict[str, Case] = {
     ),
     # The output
     "folder of another seed": (
-        ("--save", "{let_run}", "--load", "{let_run}", "--seed", 7),
+        ("--save", "{let_run}", "--load", "{let_run}", "--train-iters", 5, "--seed", 7),
         ("{let_run}", "--seed is 1234 there and 7 here"),
     ),
     "folder started over": (("--save", "{let_run}"), ("iteration 5", "--load {let_run}")),
@@ -277,7 +295,9 @@ def outcomes(
         cases[name] = {"argv": argv, "folder": str(folder), "ranks": ranks}
     (root / "cases.json").write_text(json.dumps({"cases": cases, "others": others(broken)}))
     # A fork cannot use CUDA; these errors do not depend on the device.
-    variables = {"TEACHER": str(broken["teacher"]), "CUDA_VISIBLE_DEVICES": ""}
+    variables = {
+        "TEACHER": str(broken["teacher"]), "OUTPUT": str(root / "out"), "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
     subprocess.run(
         [sys.executable, "-m", "tests.distributed.test_bad_input", str(root / "cases.json")],
         env=environment(**variables),

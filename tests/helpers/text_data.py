@@ -12,16 +12,16 @@ from typing import Any
 
 import pyarrow
 import sentencepiece
-import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_let.data.environment_text import environment_text
-from megatron_let.data.preprocess import PreprocessOptions, preprocess
-from megatron_let.data.selection import Selection
+from megatron_let.cli.preprocess_run import PreprocessOptions, preprocess
+from megatron_let.data.readers import zstd
+from megatron_let.data.shards import Selection
+from megatron_let.files.environment_text import environment_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -79,7 +79,7 @@ def write_input(path: Path, texts: Sequence[str], subsets: Sequence[str] = ()) -
     """Write documents in the format of the file's suffix."""
     lines = json_lines(texts, subsets)
     if path.suffix == ".zst":
-        path.write_bytes(zstandard.compress(lines))
+        path.write_bytes(zstd.compress(lines))
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines))
     elif path.suffix == ".parquet":
@@ -97,7 +97,9 @@ def run(inputs: Sequence[Path], prefix: Path, tokenizer: Path, **options: Any) -
     rest = {k: v for k, v in options.items() if k not in names}
     kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "SentencePieceTokenizer"
     given = PreprocessOptions(tuple(map(str, inputs)), prefix, kind, tokenizer, selection, **rest)
-    return preprocess(given, Console(file=io.StringIO()))
+    report = preprocess(given, Console(file=io.StringIO()))
+    assert report is not None
+    return report
 
 
 def documents_of(prefix: Path | str) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""Compare the speed of preprocessing with datatrove's tokenizer step, on the same files.
+"""Compare the speed of preprocessing with datatrove's own reader and tokenizer step.
 
-Needs datatrove and orjson (pip install datatrove orjson). Both read JSON lines, end each document
-with the same token, and write uint16 to the same disk; this package also merges its shards. Each
-measurement is a forked process with the tokenizer already loaded; the two alternate, so that other
-load on the machine affects both. Per-core measurements are restricted to one core, reader included.
+Both read the same JSON lines, end each document with the same token, and write uint16 to the same
+disk; this package also hashes, counts, merges and syncs. Each measurement is a forked process with
+the tokenizer already loaded; the two alternate, so that other load on the machine affects both.
+Per-core measurements are restricted to one core. Needs orjson, for datatrove's reader.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from common import RESULTS_FOLDER, source
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.data.environment_text import environment_text
-from megatron_let.data.preprocess import BLOCK_BYTES, PreprocessOptions, preprocess
+from megatron_let.cli import preprocess_merge  # noqa: F401  imports torch before the clock starts
+from megatron_let.cli.preprocess_run import PreprocessOptions, preprocess
 from megatron_let.data.text_tokenizer import HUGGING_FACE
+from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.provenance import write_csv
 
 RESULTS = RESULTS_FOLDER / "preprocess.csv"
 LIBRARIES = ("tokenizers", "sentencepiece", "datatrove", "numpy")
+TASKS = 16
 Job = Callable[[Path], None]
 
 
@@ -46,7 +48,6 @@ def main() -> int:
         folder = Path(name)
         num_bytes = _write_corpus(folder / "corpus", options.megabytes * 1_000_000)
         jobs = _jobs(options, folder / "corpus")
-        per_core = {name for name in jobs if not name.endswith("workers")}
         samples: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
         cores = sorted(os.sched_getaffinity(0))
         for repeat in range(options.repeats):
@@ -54,11 +55,10 @@ def main() -> int:
             single = {cores[repeat % len(cores)]}
             names = list(jobs) if repeat % 2 == 0 else list(jobs)[::-1]
             for job in names:
-                samples[job].append(
-                    _measure(jobs[job], folder / "out", single if job in per_core else set(cores))
-                )
+                allowed = set(cores) if job.endswith("workers") else single
+                samples[job].append(_measure(jobs[job], folder / "out", allowed))
                 shutil.rmtree(folder / "out", ignore_errors=True)
-    rows = _rows(samples, num_bytes)
+    rows = [_row(name, samples, num_bytes) for name in samples]
     _print(rows)
     tokenizers = [path.name for path in (options.hugging_face, options.sentence_piece) if path]
     columns = {
@@ -83,33 +83,28 @@ def _parse() -> argparse.Namespace:
 
 
 def _write_corpus(folder: Path, num_bytes: int) -> int:
-    """Write real text to as many files as there are cores; return its size in UTF-8 bytes."""
+    """Write real text to one file per task; return its size in UTF-8 bytes."""
     folder.mkdir()
     texts = list(environment_text(num_bytes))
-    cores = len(os.sched_getaffinity(0))
-    for part in range(cores):
-        lines = (json.dumps({"text": text, "meta": {}}) + "\n" for text in texts[part::cores])
-        (folder / f"{part}.jsonl").write_text("".join(lines))
+    for part in range(TASKS):
+        lines = (json.dumps({"text": text, "meta": {}}) + "\n" for text in texts[part::TASKS])
+        (folder / f"{part:02d}.jsonl").write_text("".join(lines))
     return sum(len(text.encode()) for text in texts)
 
 
 def _jobs(options: argparse.Namespace, corpus: Path) -> dict[str, Job]:
     cores = len(os.sched_getaffinity(0))
-    hugging_face = options.hugging_face
-    # Enough blocks per core to balance the end of the run.
-    block_bytes = min(BLOCK_BYTES, options.megabytes * 1_000_000 // (cores * 8))
+    folder = options.hugging_face
     jobs: dict[str, Job] = {
-        "ours, Hugging Face": _ours(corpus, HUGGING_FACE, hugging_face, 1, block_bytes),
-        "datatrove, Hugging Face": _datatrove(corpus, hugging_face),
-        f"ours, Hugging Face, {cores} workers": _ours(
-            corpus, HUGGING_FACE, hugging_face, cores, block_bytes
-        ),
+        "ours, Hugging Face": _ours(corpus, HUGGING_FACE, folder, 1),
+        "datatrove, Hugging Face": _datatrove(corpus, folder),
+        f"ours, Hugging Face, {cores} workers": _ours(corpus, HUGGING_FACE, folder, cores),
     }
     if options.sentence_piece:
         model = options.sentence_piece
         converted = corpus.parent / "converted"
         _convert_sentence_piece(model, converted)
-        jobs["ours, SentencePiece"] = _ours(corpus, "SentencePieceTokenizer", model, 1, block_bytes)
+        jobs["ours, SentencePiece"] = _ours(corpus, "SentencePieceTokenizer", model, 1)
         jobs["datatrove, SentencePiece"] = _datatrove(corpus, converted)
     return jobs
 
@@ -121,14 +116,10 @@ def _baseline(name: str) -> str | None:
     return name.replace("ours", "datatrove") if name.startswith("ours") else None
 
 
-def _ours(corpus: Path, kind: str, model: Path, workers: int, block_bytes: int) -> Job:
+def _ours(corpus: Path, kind: str, model: Path, workers: int) -> Job:
     def job(out: Path) -> None:
-        preprocess(
-            PreprocessOptions(
-                (str(corpus),), out / "ours", kind, model, workers=workers, block_bytes=block_bytes
-            ),
-            Console(file=io.StringIO()),
-        )
+        options = PreprocessOptions((str(corpus),), out / "ours", kind, model, workers=workers)
+        preprocess(options, Console(file=io.StringIO()))
 
     return job
 
@@ -143,11 +134,11 @@ def _datatrove(corpus: Path, tokenizer: Path) -> Job:
     end = AutoTokenizer.from_pretrained(tokenizer).eos_token
 
     def job(out: Path) -> None:
-        reader = JsonlReader(str(corpus))
         step = DocumentTokenizer(
             str(out), str(tokenizer / "tokenizer.json"), eos_token=end, shuffle_documents=False
         )
-        step.run(reader.run(), rank=0, world_size=1)
+        for rank in range(TASKS):
+            step.run(JsonlReader(str(corpus)).run(rank=rank, world_size=TASKS), rank, TASKS)
 
     return job
 
@@ -185,29 +176,23 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _rows(samples: dict[str, list[dict[str, float]]], num_bytes: int) -> list[dict[str, Any]]:
-    rows = []
-    for name, found in samples.items():
-        row: dict[str, Any] = {"what": name, "text_bytes": num_bytes, "samples": len(found)}
+def _row(name: str, samples: dict[str, list[dict[str, float]]], num_bytes: int) -> dict[str, Any]:
+    """Return speeds, and ratios to the baseline's time, as median, minimum and maximum."""
+    found, base = samples[name], _baseline(name)
+    row: dict[str, Any] = {"what": name, "text_bytes": num_bytes, "samples": len(found)}
+    for key in ("seconds", "cpu"):
+        row |= _spread(f"mb_per_{key}", [num_bytes / 1e6 / sample[key] for sample in found])
+    if base:
+        row["baseline"] = base
         for key in ("seconds", "cpu"):
-            speeds = sorted(num_bytes / 1e6 / sample[key] for sample in found)
-            row[f"mb_per_{key}"] = round(statistics.median(speeds), 3)
-            row[f"mb_per_{key}_min"], row[f"mb_per_{key}_max"] = (
-                round(speeds[0], 3),
-                round(speeds[-1], 3),
-            )
-        if base := _baseline(name):
-            row["baseline"] = base
-            for key in ("seconds", "cpu"):
-                pairs = zip(samples[base], found, strict=True)
-                ratios = sorted(theirs[key] / ours[key] for theirs, ours in pairs)
-                row[f"ratio_{key}"] = round(statistics.median(ratios), 3)
-                row[f"ratio_{key}_min"], row[f"ratio_{key}_max"] = (
-                    round(ratios[0], 3),
-                    round(ratios[-1], 3),
-                )
-        rows.append(row)
-    return rows
+            pairs = zip(samples[base], found, strict=True)
+            row |= _spread(f"ratio_{key}", [theirs[key] / ours[key] for theirs, ours in pairs])
+    return row
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    statistic = {"": statistics.median(values), "_min": min(values), "_max": max(values)}
+    return {name + suffix: round(value, 3) for suffix, value in statistic.items()}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

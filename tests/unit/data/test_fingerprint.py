@@ -141,6 +141,6 @@ def test_write_indexed_writes_sidecar_file(tokenizers: dict[str, Path], tmp_path
     counts = write_indexed(tmp_path / "data", ["one two", "", "three"], tokenizer)
     expected = [[*tokenizer(t).input_ids, tokenizer.eos_token_id] for t in ("one two", "three")]
     assert documents_of(tmp_path / "data") == expected
-    assert vars(counts) == {"documents": 2, "tokens": sum(map(len, expected)), "text_bytes": 12}
+    assert counts == {"documents": 2, "tokens": sum(map(len, expected)), "text_bytes": 12}
     theirs = megatron_tokenizer(tokenizers["hugging face"])
     check_data_tokenizer(arguments(tmp_path / "data"), theirs)

@@ -38,9 +38,9 @@ def test_written_documents_read_back_unchanged(
     found = documents_of(prefix)
     assert [tokenizer.decode(tokens[:-1]) for tokens in found] == written
     assert all(tokens[-1] == 0 and 0 not in tokens[:-1] for tokens in found)
-    assert counts.documents == len(written)
-    assert counts.tokens == sum(map(len, found))
-    assert counts.text_bytes == sum(len(text.encode()) for text in written)
+    assert counts["documents"] == len(written)
+    assert counts["tokens"] == sum(map(len, found))
+    assert counts["text_bytes"] == sum(len(text.encode()) for text in written)
 
 
 def test_each_text_is_one_megatron_document(tmp_path: Path, tokenizer: Any) -> None:

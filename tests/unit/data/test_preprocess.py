@@ -12,16 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_let.cli.preprocess import main
-from megatron_let.data.blend import blend_weights
-from megatron_let.data.inputs import gather, group_sources
-from megatron_let.data.merge import StreamedDatasetBuilder
-from megatron_let.data.selection import draw_split
+from megatron_let.cli.preprocess_merge import blend_weights
+from megatron_let.data.shards import draw_split
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
 from tests.helpers.text_data import (
@@ -60,7 +57,7 @@ def test_documents_have_the_tokenizers_ids(
 ) -> None:
     tokenizer = request.getfixturevalue(kind)
     source = write_input(tmp_path / f"in.{suffix}", texts)
-    report = run([source], tmp_path / "out", tokenizer, block_bytes=20_000)
+    report = run([source], tmp_path / "out", tokenizer)
     documents = documents_of(tmp_path / "out_text_document")
     assert documents == [direct_ids(tokenizer, text) for text in texts]
     assert report["documents_in"] == report["written"]["documents"] == len(texts)
@@ -75,12 +72,10 @@ def test_documents_have_the_tokenizers_ids(
 @given(
     texts=st.lists(st.text(max_size=60), min_size=1, max_size=12),
     suffix=st.sampled_from(FORMATS),
-    block_bytes=st.integers(1, 300),
 )
 def test_any_documents_are_written_once_and_in_order(
     texts: list[str],
     suffix: str,
-    block_bytes: int,
     hugging_face: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -91,9 +86,9 @@ def test_any_documents_are_written_once_and_in_order(
     source = write_input(folder / f"in.{suffix}", texts)
     if not expected:
         with pytest.raises(LETError, match="No document was written"):
-            run([source], folder / "out", hugging_face, block_bytes=block_bytes)
+            run([source], folder / "out", hugging_face)
         return
-    report = run([source], folder / "out", hugging_face, block_bytes=block_bytes)
+    report = run([source], folder / "out", hugging_face)
     assert documents_of(folder / "out_text_document") == expected
     assert report["documents_in"] == len(texts)
     assert report["rejected"].get("empty", 0) == len(texts) - len(expected)
@@ -108,7 +103,7 @@ def test_sentence_piece_ids_equal_the_library_on_any_text(
 ) -> None:
     ours = load_text_tokenizer("SentencePieceTokenizer", sentence_piece).encode(texts)
     processor = SentencePieceProcessor(model_file=str(sentence_piece))
-    assert [ids.tolist() for ids in ours] == [processor.encode(text) for text in texts]
+    assert ours == [processor.encode(text) for text in texts]
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(
@@ -120,7 +115,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     results = []
     for workers in (1, 3):
         folder = tmp_path / f"w{workers}"
-        run(inputs, folder / "out", hugging_face, workers=workers, block_bytes=9_000)
+        run(inputs, folder / "out", hugging_face, workers=workers)
         results.append(files_of(folder))
     assert results[0] == results[1]
     assert len(documents_of(tmp_path / "w1/out_text_document")) == 4 * len(texts) + 1
@@ -185,7 +180,7 @@ def test_subset_blend_is_read_by_megatron(
 ) -> None:
     source = write_input(tmp_path / "in.jsonl", texts, SUBSETS)
     report = run(
-        [source], tmp_path / "out", hugging_face, per_subset=True, block_bytes=5_000,
+        [source], tmp_path / "out", hugging_face, per_subset=True,
         subset_weights={"Github": 3.0, "Books3": 0.0},
     )  # fmt: skip
     for index, name in enumerate(("Github", "Books3", "Wikipedia__en")):
@@ -220,7 +215,6 @@ def test_splits_are_disjoint_and_read_by_megatron(
     source = write_input(tmp_path / "in.jsonl", texts, SUBSETS)
     report = run(
         [source], tmp_path / "out", hugging_face, split=(6, 2, 2), per_subset=True,
-        block_bytes=5_000,
     )  # fmt: skip
     per_split = megatron_blend(per_split_data_args_path=report["data_args"])[1]
     found = []
@@ -250,28 +244,6 @@ def test_finished_run_is_kept_and_changed_options_raise(hugging_face: Path, tmp_
         run([source], prefix, hugging_face)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_streamed_builder_writes_megatrons_bytes(dtype: Any, tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    documents = [generator.integers(0, 60_000, size=n) for n in (1, 7, 3, 500)]
-    stock = IndexedDatasetBuilder(str(tmp_path / "stock.bin"), dtype=dtype)
-    ours = StreamedDatasetBuilder(tmp_path / "ours", dtype)
-    for document in documents:
-        tokens = document.astype(dtype)
-        stock.add_document(tokens, [len(tokens)])
-        ours.add_tokens(tokens, np.array([len(tokens)], dtype=np.int32))
-    stock.finalize(str(tmp_path / "stock.idx"))
-    ours.finish()
-    for suffix in (".bin", ".idx"):
-        stock_bytes = (tmp_path / f"stock{suffix}").read_bytes()
-        assert (tmp_path / f"ours{suffix}").read_bytes() == stock_bytes
-
-
-def test_streamed_index_in_several_pieces_is_megatrons(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("megatron_let.data.merge._DOCUMENTS_AT_A_TIME", 3)
-    test_streamed_builder_writes_megatrons_bytes(np.uint16, tmp_path)
-
-
 def test_eod_and_vocabulary_size_are_megatrons(hugging_face: Path, sentence_piece: Path) -> None:
     for library, kind, path in (
         ("huggingface", "HuggingFaceTokenizer", hugging_face),
@@ -282,28 +254,6 @@ def test_eod_and_vocabulary_size_are_megatrons(hugging_face: Path, sentence_piec
         )
         ours = load_text_tokenizer(kind, path)
         assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eos_id)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "limit", "runs"),
-    [
-        ([], 5, []),
-        ([2, 2, 2], 4, [(0, 1), (2,)]),
-        ([9, 1, 9], 4, [(0,), (1,), (2,)]),
-        ([1, 1], 9, [(0, 1)]),
-    ],
-)
-def test_gather_groups_up_to_limit(
-    sizes: list[int], limit: int, runs: list[tuple[int, ...]]
-) -> None:
-    assert list(gather(sizes, limit)) == runs
-
-
-def test_small_text_files_share_a_source() -> None:
-    files = [(Path(n), 4) for n in ("a.txt", "b.txt", "c.jsonl", "d.txt", "e.txt", "f.txt")]
-    sources = group_sources(files, 8)
-    names = [[p.name for p in s.paths] for s in sources]
-    assert names == [["a.txt", "b.txt"], ["c.jsonl"], ["d.txt", "e.txt"], ["f.txt"]]
 
 
 @settings(max_examples=200, deadline=None)

@@ -23,7 +23,7 @@ from tests.helpers.text_data import (
 pytestmark = pytest.mark.medium
 
 SUBSETS = ("Github", "Books3", "Wikipedia (en)")
-OPTIONS: dict[str, Any] = {"block_bytes": 5_000, "per_subset": True, "split": (8, 1, 1)}
+OPTIONS: dict[str, Any] = {"per_subset": True, "split": (8, 1, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,9 @@ def test_run_killed_at_random_moments_ends_with_the_same_bytes(
         assert not (folder / "out.work").exists()
 
 
-@pytest.mark.parametrize("stage", ["replace_from_partial", "write_sidecar_file", "rmtree"])
+@pytest.mark.parametrize(
+    "stage", ["merge.DatasetBuilder.finalize", "merge.write_sidecar_file", "run.shutil.rmtree"]
+)
 def test_run_killed_while_merging_ends_with_the_same_bytes(
     stage: str,
     inputs: list[Path],
@@ -104,13 +106,8 @@ def test_run_killed_while_merging_ends_with_the_same_bytes(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    target = (
-        "megatron_let.data.merge."
-        if stage == "replace_from_partial"
-        else "megatron_let.data.preprocess."
-    )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(target + ("shutil." if stage == "rmtree" else "") + stage, killed)
+        patch.setattr(f"megatron_let.cli.preprocess_{stage}", killed)
         run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
     run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
     assert files_of(tmp_path) == expected
@@ -136,7 +133,7 @@ def test_dead_worker_is_reported_with_its_exit_code(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch, pytest.raises(LETError, match="exit code -9"):
-        patch.setattr("megatron_let.data.shards.ShardWriter.__call__", die)
+        patch.setattr("megatron_let.data.shards._Shard.add_file", die)
         run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
 
 
@@ -147,10 +144,45 @@ def test_second_run_of_one_output_raises(
     while not list(tmp_path.glob("out.work/*.bin")) and process.exitcode is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
-    monkeypatch.setattr("megatron_let.data.preprocess._LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_let.cli.preprocess_run._LOCK_SECONDS", 0.2)
     try:
         with pytest.raises(LETError, match="Another run is writing"):
             run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
+
+
+def test_another_run_starts_over_if_nothing_was_written(
+    inputs: list[Path], hugging_face: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(LETError, match="--json-keys"):
+        run(inputs, tmp_path / "out", hugging_face, json_keys=("content",), **OPTIONS)
+    assert list((tmp_path / "out.work").glob("0*.json"))
+    run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
+    assert files_of(tmp_path) == expected
+
+
+def test_another_run_is_refused_and_overwritten_on_request(
+    inputs: list[Path],
+    hugging_face: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = {**OPTIONS, "split": None, "append_eod": False}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_let.cli.preprocess_merge.merge", killed)
+        run(inputs, tmp_path / "out", hugging_face, **options)
+    # Unfinished, then finished: both are another run's.
+    for _ in range(2):
+        with pytest.raises(LETError, match="--overwrite"):
+            run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
+        run(inputs, tmp_path / "out", hugging_face, **options)
+    assert (tmp_path / "out_text_Books3_document.bin").is_file()
+    run(inputs, tmp_path / "out", hugging_face, overwrite=True, **OPTIONS)
+    assert not (tmp_path / "out_text_Books3_document.bin").exists()
+    assert files_of(tmp_path) == expected

@@ -20,7 +20,7 @@ SCRIPTS = sorted(set((ROOT / "launch").glob("pretrain_*.sh")) - {DEEPSPEED})
 def site(tmp_path: Path) -> Path:
     path = tmp_path / "site.sh"
     path.write_text(
-        f"LET_RUNS={tmp_path}/runs LET_PYTHON=/bin/true\n"
+        f'LET_RUNS={tmp_path}/runs; : "${{LET_PYTHON:=/bin/true}}"\n'
         ': "${DATA=/d/pile}" "${LET_MODELS:=/models}" "${LET_FABRIC:=infiniband}"\n'
     )
     return path
@@ -132,8 +132,7 @@ def test_baseline_and_let_differ_only_in_the_method(size: str) -> None:
     ],
 )
 def test_container_runs_the_same_inner_script(container: str, expected: str, site: Path) -> None:
-    text = site.read_text().replace("LET_PYTHON=/bin/true", "LET_PYTHON=")
-    site.write_text(text)
+    site.write_text(site.read_text().replace(":=/bin/true", ":="))
     code, shown = launch(
         SCRIPTS[0], site, "--dry-run",
         LET_CONTAINER=container, LET_IMAGE="image.sqsh", LET_MOUNTS="/a:/b",
@@ -159,21 +158,52 @@ def test_job_name_is_the_run_name(option: list[str], site: Path) -> None:
     assert code == 0 and f"# run folder: {site.parent}/runs/two\n" in shown
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"DATA": ""}, "error: DATA is not set"),
-        ({"LET_FABRIC": "carrier-pigeon"}, "LET_FABRIC is 'carrier-pigeon'"),
-        ({"LET_CONTAINER": "docker", "LET_IMAGE": "x"}, "LET_CONTAINER is 'docker'"),
-        ({"LET_CONTAINER": "pyxis"}, "error: LET_IMAGE is not set"),
-        ({"LET_SITE": "/nowhere"}, "no site file /nowhere"),
-    ],
-)
-def test_invalid_setting_ends_with_one_error_line(
+MISSING: list[tuple[dict[str, str], str]] = [
+    ({"DATA": ""}, "DATA is not set"),
+    ({"LET_FABRIC": "carrier-pigeon"}, "LET_FABRIC is 'carrier-pigeon'"),
+    ({"LET_CONTAINER": "pyxis"}, "LET_IMAGE is not set"),
+    ({"LET_SITE": "/nowhere"}, "no site file /nowhere"),
+    ({"LET_PYTHON": "/nowhere/python"}, "no Python at /nowhere/python"),
+]
+
+
+@pytest.mark.parametrize(("variables", "expected"), MISSING)
+def test_missing_setting_ends_a_submission_with_one_error_line(
+    variables: dict[str, str], expected: str, site: Path
+) -> None:
+    code, shown = launch(SCRIPTS[0], site, **variables)
+    assert (
+        code == 2
+        and shown.count("error:") == 1
+        and f"error: {expected}" in shown.replace("there is ", "")
+    )
+
+
+@pytest.mark.parametrize(("variables", "expected"), MISSING)
+def test_dry_run_names_what_is_missing_and_shows_the_rest(
     variables: dict[str, str], expected: str, site: Path
 ) -> None:
     code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
-    assert code == 2 and expected in shown and shown.count("error:") == 1
+    assert code == 0, shown
+    missing = [line for line in shown.splitlines() if line.startswith("# missing: ")]
+    assert any(expected in line for line in missing)
+    assert "#SBATCH --nodes=4" in shown and "torch.distributed.run" in shown
+
+
+def test_unknown_container_ends_with_one_error_line(site: Path) -> None:
+    variables = {"LET_CONTAINER": "docker", "LET_IMAGE": "x"}
+    code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
+    assert code == 2 and "LET_CONTAINER is 'docker'" in shown and shown.count("error:") == 1
+
+
+def test_site_file_may_read_variables_that_are_not_set(site: Path) -> None:
+    # As $USER is in a container or a cron job.
+    with site.open("a") as stream:
+        stream.write('LET_RUNS="/scratch/$LET_NOT_SET/runs"\n')
+    code, shown = launch(SCRIPTS[0], site, "--dry-run")
+    assert code == 0 and "# run folder: /scratch//runs/" in shown
+    code, shown = launch(SCRIPTS[0], ROOT / "launch/site.example.sh", "--dry-run")
+    assert code == 0 and "unbound" not in shown
 
 
 def test_scripts_have_no_site_paths_and_a_reason_per_setting() -> None:

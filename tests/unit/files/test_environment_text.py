@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.data import environment_text
+from megatron_let.files import environment_text
 
 
 @pytest.fixture
