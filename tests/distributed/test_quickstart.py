@@ -46,5 +46,5 @@ def test_quickstart_trains_all_three_models_quietly_and_does_nothing_twice(tmp_p
         assert max(row["iteration"] for row in rows) == number, name
     page = (output / "comparison" / "index.html").read_text()
     assert "The small model&#x27;s own held-out loss is" in page
-    assert "step with teacher / without" in page and "seconds of training" in page
+    assert "step with teacher / without" in page and "seconds in all" in page
     assert (output / "comparison" / "loss_seconds.png").is_file()
