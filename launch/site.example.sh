@@ -17,6 +17,9 @@ export SBATCH_ACCOUNT="${SBATCH_ACCOUNT:-my-account}"
 : "${LET_FABRIC:=infiniband}"
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-ib0}"
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-ib0}"
+# The adapters of the compute network, if a node has others too, such as storage ports (`ibstat`).
+# Without =, names match by prefix: mlx5 is every adapter.
+# export NCCL_IB_HCA="=mlx5_0,mlx5_1,mlx5_4,mlx5_5"
 
 # Optional; the values here are the defaults.
 # module load cuda                    # commands that a job needs before Python starts

@@ -6,7 +6,12 @@ import argparse
 import os
 import sys
 
-from megatron_let.compat.device import Host, detect_host, prepare_process
+from megatron_let.compat.device import (
+    Host,
+    detect_host,
+    prepare_process,
+    set_hardware_queues,
+)
 from megatron_let.errors import LETError, print_error, refusal_by_another_package
 
 USAGE_ERROR = 2
@@ -108,6 +113,8 @@ def report_once(message: str) -> None:
 def prepare_arguments(args: argparse.Namespace) -> None:
     """Check that LET and the engine support every flag; locate teacher and tokenizer.
 
+    Also sets the environment that CUDA reads when it starts.
+
     Raises:
         LETError: names the flag and what to do.
     """
@@ -119,6 +126,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
 
+    set_hardware_queues(args)
     check_supported(args)
     complete_run_settings(args, report_once)
     check_loads_something(args)

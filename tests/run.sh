@@ -48,7 +48,7 @@ phase ruff ruff check .
 if [[ -z $fast ]]; then
     phase mypy mypy megatron_let tools
     phase shellcheck shellcheck --external-sources \
-        launch/*.sh launch/*/*.sh tests/run.sh tests/*/*.sh .ci/run
+        launch/*.sh launch/*/*.sh tests/*.sh tests/*/*.sh tools/*/*.sh .ci/run
     arguments=(--durations=15)
 else
     arguments=(-m "not slow and not medium" tests/unit)

@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # Environment of every rank, on any fabric; a comment gives the reason of each setting.
-# Megatron's overlap of tensor-parallel communication needs one hardware queue.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 # The ranks of a node share its cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-# Expandable segments reduce fragmentation by activations of changing sizes.
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 # Hundreds of ranks that compile into a shared home wait for each other's locks: use the local disk.
 export TRITON_CACHE_DIR="${LET_LOCAL_DISK:-/tmp}/let-$UID/triton"
 # As for Triton, for torch.compile.

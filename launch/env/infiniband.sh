@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
 # NCCL over InfiniBand (mlx5 adapters); a comment gives the reason of each setting.
-# Only the adapters of the compute network; a storage or management port would limit the bandwidth.
-export NCCL_IB_HCA="${NCCL_IB_HCA:-mlx5}"
 # With the default of 2^20 x 4 us per retry a short link flap ends the run; this waits 4x as long.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"

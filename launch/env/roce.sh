@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # NCCL over RoCE v2 (RDMA on Ethernet); a comment gives the reason of each setting.
-# Only the adapters of the compute network; a storage or management port would limit the bandwidth.
-export NCCL_IB_HCA="${NCCL_IB_HCA:-mlx5}"
 # On most hosts GID index 3 is RoCE v2 over IPv4; `show_gids` prints the table.
 export NCCL_IB_GID_INDEX="${NCCL_IB_GID_INDEX:-3}"
 # The traffic class of the switches' lossless queue; ask the network's administrators.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from megatron_let.compat import PatchSet, torch_adam
+from megatron_let.compat import PatchSet, checkpoint_writer, torch_adam
 from megatron_let.compat.cpu_shims import CudaDeviceAsCpu, cpu_shims
 from megatron_let.compat.device import Host
 
@@ -24,6 +24,7 @@ def apply_host_patches(host: Host) -> PatchSet:
     # Imported after the shims, which Megatron's modules see when they are imported.
     from megatron.core.optimizer import distrib_optimizer
 
+    patches.apply_all(checkpoint_writer.wrappers())
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         patches.apply_all(torch_adam.wrappers())
     return patches

@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 
-_WRITER = "megatron.core.dist_checkpointing.strategies.async_utils:"
-
 
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
@@ -114,15 +112,6 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
     return tensor_type
 
 
-def write_checkpoints(*args: Any, **kwargs: Any) -> None:
-    """Run the loop of the asynchronous checkpoint writer, in whose process nothing is patched."""
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    for name in ("device_count", "set_device", "synchronize"):
-        setattr(torch.cuda, name, cpu_shims()[f"torch.cuda:{name}"](None))
-    PersistentAsyncCaller.async_loop(*args, **kwargs)
-
-
 def _replace_by(function: Any) -> Callable[[Any], Any]:
     return lambda original: function
 
@@ -142,6 +131,7 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         "torch.cuda:Stream": _replace_by(_Stream),
         "torch.cuda:current_stream": _replace_by(lambda device=None: _Stream()),
         "torch.cuda:stream": _replace_by(_stream_context),
+        "torch.cuda:is_current_stream_capturing": _replace_by(lambda: False),
         "torch.accelerator:is_available": _replace_by(lambda: False),
         "torch:Tensor.cuda": _replace_by(lambda self, *args, **kwargs: self),
         "torch:Tensor.type": _tensor_type,
@@ -151,6 +141,4 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         rng + "_set_cuda_rng_state": _replace_by(
             lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
         ),
-        # A module-level function, because the writer's process imports it by name.
-        _WRITER + "PersistentAsyncCaller.async_loop": _replace_by(staticmethod(write_checkpoints)),
     }

@@ -72,6 +72,7 @@ _CPU_ROWS = (
     _cpu("torch.cuda:Stream", "DDP is built on a side stream"),
     _cpu("torch.cuda:current_stream", "collectives wait for the current stream"),
     _cpu("torch.cuda:stream", "DDP is built on a side stream"),
+    _cpu("torch.cuda:is_current_stream_capturing", "torch's Adam asks it before torch 2.13"),
     _cpu("torch.accelerator:is_available", "DataLoader would pin memory for a GPU"),
     _cpu("torch:Tensor.cuda", "batches and models are moved to the GPU"),
     _cpu("torch:Tensor.type", "optimizers accept parameters of type torch.cuda.*Tensor only"),
@@ -82,10 +83,6 @@ _CPU_ROWS = (
     _cpu(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         "the RNG tracker writes a CUDA generator",
-    ),
-    _cpu(
-        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
-        "the asynchronous checkpoint writer fails to select a GPU, and training waits for it",
     ),
 )
 
@@ -99,6 +96,36 @@ _PIP_ROWS = (
         parameters=(),
         unnecessary_when="the wheel ships core/datasets/Makefile or start-up does not call make",
         test="tests/unit/compat/test_patch_table.py::test_compile_helpers_is_replaced_without_a_makefile",
+    ),
+)
+
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies."
+_WRITER_TESTS = "tests/distributed/test_checkpoint_writer.py"
+
+_WRITER_ROWS = (
+    Patch(
+        target=_STRATEGIES + "async_utils:PersistentAsyncCaller.async_loop",
+        kind="replace",
+        reason="the asynchronous checkpoint writer dies of a signal that its trainer handles; on a"
+        " CPU it fails to select a GPU",
+        parameters=("rank", "queue", "preload_q", "comp_q"),
+        unnecessary_when="the writer ignores the trainer's exit signal",
+        test=_WRITER_TESTS + "::test_sigterm_to_torchrun_saves_and_the_run_resumes",
+    ),
+    Patch(
+        target=_STRATEGIES + "async_utils:PersistentAsyncCaller._get_process",
+        reason="the trainer waits indefinitely for a writer that has died",
+        parameters=("rank", "mp_mode"),
+        unnecessary_when="the trainer checks the writer's exit code while it waits",
+        test=_WRITER_TESTS + "::test_killed_writer_ends_the_run_and_keeps_the_checkpoint",
+    ),
+    Patch(
+        target=_STRATEGIES + "filesystem_async:get_write_results_queue",
+        kind="replace",
+        reason="the process of the queue of results dies of a signal that its trainer handles",
+        parameters=("mp_mode",),
+        unnecessary_when="that process ignores the trainer's exit signal",
+        test=_WRITER_TESTS + "::test_sigterm_to_torchrun_saves_and_the_run_resumes",
     ),
 )
 
@@ -253,6 +280,7 @@ _WANDB_ROWS = (
 ROWS: tuple[Patch, ...] = (
     *_CPU_ROWS,
     *_PIP_ROWS,
+    *_WRITER_ROWS,
     *_TORCH_OPTIMIZER_ROWS,
     *_LET_ROWS,
     *_PROJECTION_ROWS,

@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add(
         "teacher-compile",
         "compile the teacher with torch.compile; no effect on a CPU",
-        "no",
-        action="store_true",
+        "yes, if it is not sharded",
+        action=argparse.BooleanOptionalAction,
     )
     add(
         "placement",

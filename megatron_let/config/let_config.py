@@ -68,7 +68,8 @@ class LETConfig:
         teacher_final_norm: whether the teacher's final norm is applied to its last layer.
         teacher_dtype: precision of the teacher's weights, forward pass and exchanged states;
             `run.output_folder.resolve_teacher_dtype` replaces the flag's `auto`.
-        teacher_compile: whether to compile the teacher with `torch.compile`.
+        teacher_compile: whether to compile the teacher with `torch.compile`; None compiles it on a
+            GPU, unless it is sharded.
         placement: where in the pipeline the teacher runs; `auto` measures the first steps and
             takes the fastest. It does not change the numbers.
         max_prefetch: microbatches whose teacher states the stage of layer k may hold before their
@@ -93,7 +94,7 @@ class LETConfig:
     teacher_layer: str = "last"
     teacher_final_norm: bool = True
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
-    teacher_compile: bool = False
+    teacher_compile: bool | None = None
     placement: Placement = "auto"
     max_prefetch: int | None = None
     loss: str = "cosine"

@@ -31,7 +31,7 @@ class LossFunction(Protocol):
         Args:
             hidden: student's hidden state, `[..., d_M]`; `[s, b, h]` in Megatron.
             teacher: teacher's hidden state, `[..., d_T]` with the same leading dimensions.
-            scale: 0-dim tensor, on hidden's device or on the CPU; never copied to the host.
+            scale: 0-dim tensor on hidden's device, fp32 or fp64; never copied to the host.
             grad_hidden: incoming gradient, `[..., d_M]`; not modified.
 
         Returns:

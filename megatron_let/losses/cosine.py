@@ -1,7 +1,7 @@
 """Cosine loss (equations 4, 6 and 7): reference in torch, operator, and loss function.
 
 The gradient is one opaque operator (`torch.library.custom_op`, not `triton_op`): torch.compile
-calls it as it is. The dispatcher selects the Triton kernels on CUDA and the reference elsewhere.
+calls it as it is. The dispatcher selects a Triton kernel on CUDA and the reference elsewhere.
 """
 
 import torch
@@ -54,7 +54,7 @@ def token_cosine(hidden: Tensor, teacher: Tensor) -> Tensor:
     if student.is_cuda:
         from megatron_let.losses import cosine_triton
 
-        return cosine_triton.cosine_forward(student, target)[0].view(hidden.shape[:-1])
+        return cosine_triton.cosine(student, target).view(hidden.shape[:-1])
     interpolation, dtype = Interpolation(student, target), work_dtype(student)
     cosine = torch.empty(student.shape[0], dtype=dtype, device=student.device)
     for c in chunks(student, target):
@@ -110,9 +110,7 @@ def _cosine_alignment_cuda(
 ) -> tuple[Tensor, Tensor]:
     from megatron_let.losses import cosine_triton
 
-    cosine, coefficients = cosine_triton.cosine_forward(student, teacher)
-    gradient = cosine_triton.cosine_backward(student, teacher, coefficients * -scale, grad_hidden)
-    return gradient, cosine
+    return cosine_triton.cosine_alignment(student, teacher, scale, grad_hidden)
 
 
 @_cosine_alignment.register_fake

@@ -1,12 +1,13 @@
-"""Triton kernels of the cosine loss and their launch: one pass forward and one pass backward.
+"""Triton kernels of the cosine loss and their launch: one pass over a token's row.
 
 Notation: `h` is a token's student row `[d_M]`, `t` its teacher row `[d_T]`, `W` the interpolation
 of equation 6 (target column j reads sources `floor u_j` and `floor u_j + 1`), `p = W h`.
 
-    forward    cos = p.t / (|p| |t|),  a = 1 / (|p| |t|),  b = cos / |p|^2
-    backward   out = grad + W^T (a t - b p)
+    cos = p.t / (|p| |t|),  a = 1 / (|p| |t|),  b = cos / |p|^2
+    out = grad - scale W^T (a t - b p)
 
-There are two pairs, one for each structure of `W`:
+A program reads its rows once for the three sums and, from its cache, again for the gradient. There
+are two kernels, one for each structure of `W`:
 
 * block: `d_M = r d_T` with `r` 1, 2 or 4, where target j reads sources `r j .. r j + r - 1` only. A
   thread holds all that it needs, and every access is a wide, aligned stream.
@@ -28,9 +29,9 @@ from torch import Tensor
 
 from megatron_let.losses.interpolation import work_dtype
 
-# One warp per program: sums end in shuffles, and many small programs hide each other's latency.
-NUM_WARPS = 1
-_LANES = 32
+# Four warps share a row, so that the rows of a multiprocessor's programs stay in its L1 cache.
+NUM_WARPS = 4
+_LANES = 32 * NUM_WARPS
 _TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -56,24 +57,21 @@ def _load(pointer, in_row, MASKED: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _store_cosine(
-    cosine_ptr, coefficient_ptr, tokens, num_tokens, dot, student_sq, teacher_sq
-):  # fmt: skip
-    """Sum the lanes' parts; store the cosine and the backward's a and b.
-
-    All three are zero where a vector is zero.
-    """
+def _coefficients(dot, student_sq, teacher_sq):
+    """Sum the lanes' parts; return the cosine, a and b, `[TOKENS]`, 0 where a vector is zero."""
     dot = tl.sum(tl.sum(dot, 2), 1)
     student_sq = tl.sum(tl.sum(student_sq, 2), 1)
     norms = tl.sqrt(student_sq) * tl.sqrt(tl.sum(tl.sum(teacher_sq, 2), 1))
-    exists = tokens < num_tokens
     is_zero = norms == 0  # not the negation of `norms > 0`: a NaN must propagate to the cosine
     a = tl.where(is_zero, 0.0, 1.0 / tl.where(is_zero, 1.0, norms))
     cosine = tl.where(is_zero, 0.0, dot * a)
-    b = cosine / tl.where(is_zero, 1.0, student_sq)
-    tl.store(cosine_ptr + tokens, cosine, mask=exists)
-    tl.store(coefficient_ptr + tokens, a, mask=exists)
-    tl.store(coefficient_ptr + num_tokens + tokens, b, mask=exists)
+    return cosine, a, cosine / tl.where(is_zero, 1.0, student_sq)
+
+
+@triton.jit
+def _scaled(coefficient, scale_ptr):
+    """Return `-scale` times a coefficient, `[TOKENS, 1, 1]`."""
+    return (coefficient * -tl.load(scale_ptr).to(coefficient.dtype))[:, None, None]
 
 
 @triton.jit
@@ -88,14 +86,6 @@ def _store_gradient(
     if MASKED:
         in_tensor &= source < D_M
     tl.store(_rows(out_ptr, tokens, num_tokens, D_M) + source, gradient, mask=in_tensor)
-
-
-@triton.jit
-def _load_coefficients(coefficient_ptr, tokens, num_tokens):
-    tokens = tl.minimum(tokens, num_tokens - 1)
-    a = tl.load(coefficient_ptr + tokens)
-    b = tl.load(coefficient_ptr + num_tokens + tokens)
-    return a[:, None, None], b[:, None, None]
 
 
 @triton.jit
@@ -119,16 +109,20 @@ def _interpolate_block(
 
 
 @triton.jit
-def cosine_forward_block(
+def cosine_block(
     student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
     teacher_ptr,  # [num_tokens, D_T], likewise
+    scale_ptr,  # 0-dim, fp32 | fp64
+    grad_ptr,  # [num_tokens, D_M]
     cosine_ptr,  # [num_tokens], DTYPE
-    coefficient_ptr,  # [2, num_tokens], DTYPE
+    out_ptr,  # [num_tokens, D_M], contiguous
     num_tokens,
     student_stride,
     teacher_stride,
+    grad_stride,
     D_M: tl.constexpr,
     D_T: tl.constexpr,
+    GRADIENT: tl.constexpr,  # without it only the cosine is computed
     TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -140,92 +134,29 @@ def cosine_forward_block(
     dot = tl.zeros([TOKENS, LANES, VECTOR // (D_M // D_T)], DTYPE)
     student_sq = tl.zeros_like(dot)
     teacher_sq = tl.zeros_like(dot)
-    for start in tl.range(0, (D_M + VECTOR - 1) // VECTOR, LANES, loop_unroll_factor=2):
+    for start in range(0, (D_M + VECTOR - 1) // VECTOR, LANES):
         p, t, _ = _interpolate_block(
             student_row, teacher_row, start, D_M, D_T, TOKENS, LANES, VECTOR, DTYPE
         )
         dot += p * t
         student_sq += p * p
         teacher_sq += t * t
-    _store_cosine(cosine_ptr, coefficient_ptr, tokens, num_tokens, dot, student_sq, teacher_sq)
-
-
-@triton.jit
-def cosine_backward_block(
-    student_ptr,  # [num_tokens, D_M]
-    teacher_ptr,  # [num_tokens, D_T]
-    coefficient_ptr,  # [2, num_tokens], DTYPE, already scaled
-    grad_ptr,  # [num_tokens, D_M]
-    out_ptr,  # [num_tokens, D_M], contiguous
-    num_tokens,
-    student_stride,
-    teacher_stride,
-    grad_stride,
-    D_M: tl.constexpr,
-    D_T: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    TILES: tl.constexpr = (D_M + LANES * VECTOR - 1) // (LANES * VECTOR)
-    program = tl.program_id(0)
-    tokens = (program // TILES) * TOKENS + tl.arange(0, TOKENS)
-    start = (program % TILES) * LANES
-    student_row = _rows(student_ptr, tokens, num_tokens, student_stride)
-    teacher_row = _rows(teacher_ptr, tokens, num_tokens, teacher_stride)
-    p, t, weights = _interpolate_block(
-        student_row, teacher_row, start, D_M, D_T, TOKENS, LANES, VECTOR, DTYPE
-    )
-    a, b = _load_coefficients(coefficient_ptr, tokens, num_tokens)
-    gradient = tl.reshape((a * t - b * p)[:, :, :, None] * weights, [TOKENS, LANES, VECTOR])
-    source = (start + tl.arange(0, LANES))[None, :, None] * VECTOR
-    source += tl.arange(0, VECTOR)[None, None, :]
-    _store_gradient(
-        out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
-        D_M, D_M % (LANES * VECTOR) != 0, DTYPE,
-    )  # fmt: skip
-
-
-@triton.jit
-def cosine_forward_gather(
-    student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
-    teacher_ptr,  # [num_tokens, D_T], likewise
-    cosine_ptr,  # [num_tokens], DTYPE
-    coefficient_ptr,  # [2, num_tokens], DTYPE
-    num_tokens,
-    student_stride,
-    teacher_stride,
-    D_M: tl.constexpr,
-    D_T: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    MASKED: tl.constexpr = D_T % (LANES * VECTOR) != 0
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    student_row = _rows(student_ptr, tokens, num_tokens, student_stride)
-    teacher_row = _rows(teacher_ptr, tokens, num_tokens, teacher_stride)
-    dot = tl.zeros([TOKENS, LANES, VECTOR], DTYPE)
-    student_sq = tl.zeros_like(dot)
-    teacher_sq = tl.zeros_like(dot)
-    for start in range(0, D_T, LANES * VECTOR):
-        lanes = tl.arange(0, LANES)[None, :, None]
-        target = start + lanes * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-        in_row = target < D_T
-        # At the row's end: one column lower, with weight 1 above it, so that `upper` is in the row.
-        lower = tl.maximum(tl.minimum(target * (D_M - 1) // (D_T - 1), D_M - 2), 0)
-        upper = lower + min(D_M - 1, 1)
-        fraction = _weight((lower + 1) * (D_T - 1) - target * (D_M - 1), D_T, DTYPE)
-        t = _load(teacher_row + target, in_row, MASKED, DTYPE)
-        h_lower = _load(student_row + lower, in_row, MASKED, DTYPE)
-        h_upper = _load(student_row + upper, in_row, MASKED, DTYPE)
-        p = h_lower + fraction * (h_upper - h_lower)
-        dot += p * t
-        student_sq += p * p
-        teacher_sq += t * t
-    _store_cosine(cosine_ptr, coefficient_ptr, tokens, num_tokens, dot, student_sq, teacher_sq)
+    cosine, a, b = _coefficients(dot, student_sq, teacher_sq)
+    tl.store(cosine_ptr + tokens, cosine, mask=tokens < num_tokens)
+    if GRADIENT:
+        a = _scaled(a, scale_ptr)
+        b = _scaled(b, scale_ptr)
+        for start in range(0, (D_M + VECTOR - 1) // VECTOR, LANES):
+            p, t, weights = _interpolate_block(
+                student_row, teacher_row, start, D_M, D_T, TOKENS, LANES, VECTOR, DTYPE
+            )
+            gradient = tl.reshape((a * t - b * p)[:, :, :, None] * weights, [TOKENS, LANES, VECTOR])
+            source = (start + tl.arange(0, LANES))[None, :, None] * VECTOR
+            source += tl.arange(0, VECTOR)[None, None, :]
+            _store_gradient(
+                out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
+                D_M, D_M % (LANES * VECTOR) != 0, DTYPE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -251,44 +182,25 @@ def _shift_left(x, edge, TOKENS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def cosine_backward_gather(
-    student_ptr,  # [num_tokens, D_M]
-    teacher_ptr,  # [num_tokens, D_T]
-    coefficient_ptr,  # [2, num_tokens], DTYPE, already scaled
-    grad_ptr,  # [num_tokens, D_M]
-    out_ptr,  # [num_tokens, D_M], contiguous
-    num_tokens,
-    student_stride,
-    teacher_stride,
-    grad_stride,
-    D_M: tl.constexpr,
-    D_T: tl.constexpr,
-    TARGETS: tl.constexpr,  # upper bound of the target columns that read one source column
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Add `W^T (a t - b p)` to the incoming gradient, with `W^T p = (W^T W) h`.
+def _gather_gradient(
+    student_row, teacher_row, edge, a, b,
+    D_M: tl.constexpr, D_T: tl.constexpr, TARGETS: tl.constexpr, UNROLL: tl.constexpr,
+    TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return `W^T (a t - b p)` of the columns from `edge` on, with `W^T p = (W^T W) h`.
 
     `W^T W` is tridiagonal, so a tile reads one column past each edge.
     """
     MASKED: tl.constexpr = D_M % (LANES * VECTOR) != 0
-    TILES: tl.constexpr = (D_M + LANES * VECTOR - 1) // (LANES * VECTOR)
-    program = tl.program_id(0)
-    tokens = (program // TILES) * TOKENS + tl.arange(0, TOKENS)
-    teacher_row = _rows(teacher_ptr, tokens, num_tokens, teacher_stride)
-    edge = (program % TILES * LANES + tl.arange(0, LANES))[None, :, None] * VECTOR
     source = edge + tl.arange(0, VECTOR)[None, None, :]
     in_row = source < D_M
-
     # Targets with |u_j - i| < 1 are consecutive; the first is floor((i-1)(d_T-1)/(d_M-1)) + 1.
     first_target = tl.maximum((source - 1) * (D_T - 1) + (D_M - 1), 0) // max(D_M - 1, 1)
     diagonal = tl.zeros([1, LANES, VECTOR], DTYPE)
     to_left = tl.zeros_like(diagonal)
     to_right = tl.zeros_like(diagonal)
     towards_teacher = tl.zeros([TOKENS, LANES, VECTOR], DTYPE)
-    for k in tl.range(0, TARGETS, loop_unroll_factor=min(TARGETS, 2)):
+    for k in tl.range(0, TARGETS, loop_unroll_factor=UNROLL):
         target = first_target + k
         distance = target * (D_M - 1) - source * (D_T - 1)
         weight = tl.where(target < D_T, _weight(distance, D_T, DTYPE), 0.0)
@@ -299,30 +211,87 @@ def cosine_backward_gather(
         to_left += tl.where(distance < 0, mixed, 0.0)
         to_right += tl.where(distance < 0, 0.0, mixed)
 
-    student_row = _rows(student_ptr, tokens, num_tokens, student_stride)
     h = _load(student_row + source, in_row, MASKED, DTYPE)
     before = _load(student_row + edge - 1, (edge > 0) & (edge <= D_M), True, DTYPE)
     after = _load(student_row + edge + VECTOR, edge + VECTOR < D_M, True, DTYPE)
     from_student = diagonal * h
     from_student += to_left * _shift_right(h, before, TOKENS, LANES, VECTOR)
     from_student += to_right * _shift_left(h, after, TOKENS, LANES, VECTOR)
-    a, b = _load_coefficients(coefficient_ptr, tokens, num_tokens)
-    _store_gradient(
-        out_ptr, grad_ptr, a * towards_teacher - b * from_student, tokens, num_tokens,
-        grad_stride, source, D_M, MASKED, DTYPE,
-    )  # fmt: skip
+    return a * towards_teacher - b * from_student
+
+
+@triton.jit
+def cosine_gather(
+    student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
+    teacher_ptr,  # [num_tokens, D_T], likewise
+    scale_ptr,  # 0-dim, fp32 | fp64
+    grad_ptr,  # [num_tokens, D_M]
+    cosine_ptr,  # [num_tokens], DTYPE
+    out_ptr,  # [num_tokens, D_M], contiguous
+    num_tokens,
+    student_stride,
+    teacher_stride,
+    grad_stride,
+    D_M: tl.constexpr,
+    D_T: tl.constexpr,
+    GRADIENT: tl.constexpr,  # without it only the cosine is computed
+    TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,  # source columns per thread
+    DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,  # target columns per thread
+    TARGETS: tl.constexpr,  # upper bound of the target columns that read one source column
+    UNROLL: tl.constexpr,
+):
+    MASKED: tl.constexpr = D_T % (LANES * COLUMNS) != 0
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    student_row = _rows(student_ptr, tokens, num_tokens, student_stride)
+    teacher_row = _rows(teacher_ptr, tokens, num_tokens, teacher_stride)
+    dot = tl.zeros([TOKENS, LANES, COLUMNS], DTYPE)
+    student_sq = tl.zeros_like(dot)
+    teacher_sq = tl.zeros_like(dot)
+    for start in range(0, D_T, LANES * COLUMNS):
+        lanes = tl.arange(0, LANES)[None, :, None]
+        target = start + lanes * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+        in_row = target < D_T
+        # At the row's end: one column lower, with weight 1 above it, so that `upper` is in the row.
+        lower = tl.maximum(tl.minimum(target * (D_M - 1) // (D_T - 1), D_M - 2), 0)
+        upper = lower + min(D_M - 1, 1)
+        fraction = _weight((lower + 1) * (D_T - 1) - target * (D_M - 1), D_T, DTYPE)
+        t = _load(teacher_row + target, in_row, MASKED, DTYPE)
+        h_lower = _load(student_row + lower, in_row, MASKED, DTYPE)
+        h_upper = _load(student_row + upper, in_row, MASKED, DTYPE)
+        p = h_lower + fraction * (h_upper - h_lower)
+        dot += p * t
+        student_sq += p * p
+        teacher_sq += t * t
+    cosine, a, b = _coefficients(dot, student_sq, teacher_sq)
+    tl.store(cosine_ptr + tokens, cosine, mask=tokens < num_tokens)
+    if GRADIENT:
+        a = _scaled(a, scale_ptr)
+        b = _scaled(b, scale_ptr)
+        for start in range(0, (D_M + VECTOR - 1) // VECTOR, LANES):
+            edge = (start + tl.arange(0, LANES))[None, :, None] * VECTOR
+            gradient = _gather_gradient(
+                student_row, teacher_row, edge, a, b,
+                D_M, D_T, TARGETS, UNROLL, TOKENS, LANES, VECTOR, DTYPE,
+            )  # fmt: skip
+            source = edge + tl.arange(0, VECTOR)[None, None, :]
+            _store_gradient(
+                out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
+                D_M, D_M % (LANES * VECTOR) != 0, DTYPE,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """A kernel, its compile-time constants, and the number of tiles per row of columns."""
+    """A kernel and its compile-time constants; a program handles the rows of some tokens."""
 
     kernel: Any
     constants: dict[str, Any]
-    tiles_per_row: int
 
     def grid(self, num_tokens: int) -> tuple[int]:
-        return (triton.cdiv(num_tokens, self.constants["TOKENS"]) * self.tiles_per_row,)
+        return (triton.cdiv(num_tokens, self.constants["TOKENS"]),)
 
 
 def is_block_diagonal(num_source: int, num_target: int) -> bool:
@@ -340,58 +309,45 @@ def max_targets_per_source(num_source: int, num_target: int) -> int:
     return min(triton.cdiv(2 * (num_target - 1), num_source - 1), num_target)
 
 
-def _widest_vector(student: Tensor) -> int:
-    """Return the elements of a 16-byte access; at least 4, which a block of 4 columns needs."""
-    return max(16 // student.element_size(), 4)
+def plan(student: Tensor, num_target: int, gradient: bool = True) -> KernelPlan:
+    """Select the kernel for `student [N, d_M]` and teacher width `d_T`.
 
+    Args:
+        student: its width and dtype are used.
+        num_target: d_T.
+        gradient: whether the gradient is computed besides the cosine.
 
-def _constants(student: Tensor, num_target: int, tokens: int, vector: int) -> dict[str, Any]:
+    Raises:
+        ValueError: the product of the widths overflows the kernel's column arithmetic.
+    """
     num_source = student.shape[1]
+    # A 16-byte access per thread; at least 4 columns, which a block of 4 needs.
+    vector = max(16 // student.element_size(), 4)
     if (num_source + _LANES * vector) * (num_target + _LANES * vector) >= 2**31:
         raise ValueError(
             f"widths {num_source} and {num_target} overflow the kernel's 32-bit column arithmetic: "
             "keep their product below 2**31"
         )
-    return {
-        "D_M": num_source,
-        "D_T": num_target,
-        "TOKENS": tokens,
-        "LANES": _LANES,
-        "VECTOR": vector,
-        "DTYPE": _TL_DTYPE[work_dtype(student)],
-    }
-
-
-def plan_forward(student: Tensor, num_target: int) -> KernelPlan:
-    """Select the forward kernel for `student [N, d_M]` and teacher width `d_T`.
-
-    A program handles all columns of some tokens.
-
-    Raises:
-        ValueError: the product of the widths overflows the kernel's column arithmetic.
-    """
-    if is_block_diagonal(student.shape[1], num_target):
-        constants = _constants(student, num_target, tokens=2, vector=_widest_vector(student))
-        return KernelPlan(cosine_forward_block, constants, 1)
-    # A lane reads `d_M / d_T` source columns per target column: two targets per lane keep a warp's
-    # gathered load within few cache lines, while its 16-bit teacher load is one whole line.
-    constants = _constants(student, num_target, tokens=4, vector=2)
-    return KernelPlan(cosine_forward_gather, constants, 1)
-
-
-def plan_backward(student: Tensor, num_target: int) -> KernelPlan:
-    """Select the backward kernel: a program handles some tokens and one tile of their columns."""
-    width, vector = student.shape[1], _widest_vector(student)
-    if is_block_diagonal(width, num_target):
-        kernel = cosine_backward_block
-        constants = _constants(student, num_target, tokens=2, vector=vector)
-    else:
-        kernel = cosine_backward_gather
-        # Lanes hold source columns here: the wider the teacher, the further their reads spread.
-        vector = vector if width > num_target else 2
-        constants = _constants(student, num_target, tokens=4, vector=vector)
-        constants["TARGETS"] = max_targets_per_source(width, num_target)
-    return KernelPlan(kernel, constants, triton.cdiv(width, _LANES * constants["VECTOR"]))
+    constants = {
+        "D_M": num_source, "D_T": num_target, "GRADIENT": gradient, "LANES": _LANES,
+        "DTYPE": _TL_DTYPE[work_dtype(student)], "TOKENS": 2,
+    }  # fmt: skip
+    if is_block_diagonal(num_source, num_target):
+        return KernelPlan(cosine_block, constants | {"VECTOR": vector})
+    targets = max_targets_per_source(num_source, num_target)
+    return KernelPlan(
+        cosine_gather,
+        constants
+        | {
+            # Threads hold source columns: the wider the teacher, the further their reads spread.
+            "VECTOR": vector if num_source > num_target else 2,
+            # A lane reads `d_M / d_T` source columns per target column: two targets per lane keep a
+            # warp's gathered load within few cache lines; its 16-bit teacher load is one line.
+            "COLUMNS": 2,
+            "TARGETS": targets,
+            "UNROLL": min(targets, 2),
+        },
+    )
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
@@ -399,49 +355,42 @@ def _unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def cosine_forward(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel.
+def cosine_alignment(
+    student: Tensor, teacher: Tensor, scale: Tensor, grad_hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `grad_hidden - scale * d(sum of cos) / d student`, `[N, d_M]`, and cos, `[N]`.
 
     Args:
         student: `h`, `[N, d_M]`.
         teacher: `t`, `[N, d_T]`.
-
-    Returns:
-        The cosine `[N]` and `(a, b)` as `[2, N]`, in fp32 (fp64 for fp64).
-    """
-    student, teacher = _unit_stride(student), _unit_stride(teacher)
-    num_tokens = student.shape[0]
-    dtype = work_dtype(student)
-    cosine = torch.empty(num_tokens, dtype=dtype, device=student.device)
-    coefficients = torch.empty(2, num_tokens, dtype=dtype, device=student.device)
-    plan = plan_forward(student, teacher.shape[1])
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(student):
-        plan.kernel[plan.grid(num_tokens)](
-            student, teacher, cosine, coefficients, num_tokens, student.stride(0),
-            teacher.stride(0), **plan.constants, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return cosine, coefficients
-
-
-def cosine_backward(
-    student: Tensor, teacher: Tensor, coefficients: Tensor, grad_hidden: Tensor
-) -> Tensor:
-    """Launch the backward kernel: `grad_hidden + W^T (a t - b W h)`, `[N, d_M]`.
-
-    Args:
-        student: `h`, `[N, d_M]`.
-        teacher: `t`, `[N, d_T]`.
-        coefficients: `(a, b)` as `[2, N]`, already scaled.
+        scale: 0-dim, on the same device.
         grad_hidden: `[N, d_M]`, the gradient to add to; not modified.
     """
+    gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return gradient, _launch(student, teacher, scale, _unit_stride(grad_hidden), gradient)
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cosine alone, `[N]` in fp32 (fp64 for fp64); arguments as above."""
+    return _launch(student, teacher, None, None, None)
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    scale: Tensor | None,
+    grad: Tensor | None,
+    gradient: Tensor | None,
+) -> Tensor:
     student, teacher = _unit_stride(student), _unit_stride(teacher)
-    num_tokens, grad = student.shape[0], _unit_stride(grad_hidden)
-    result = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    plan = plan_backward(student, teacher.shape[1])
+    num_tokens = student.shape[0]
+    result = torch.empty(num_tokens, dtype=work_dtype(student), device=student.device)
+    chosen = plan(student, teacher.shape[1], gradient is not None)
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(student):
-        plan.kernel[plan.grid(num_tokens)](
-            student, teacher, coefficients, grad, result, num_tokens, student.stride(0),
-            teacher.stride(0), grad.stride(0), **plan.constants, num_warps=NUM_WARPS,
+        chosen.kernel[chosen.grid(num_tokens)](
+            student, teacher, scale, grad, result, gradient, num_tokens, student.stride(0),
+            teacher.stride(0), 0 if grad is None else grad.stride(0), **chosen.constants,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return result

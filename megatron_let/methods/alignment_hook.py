@@ -90,12 +90,13 @@ class AlignmentHook:
 
         Args:
             teacher: source of the teacher's states of this global batch.
-            gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor stays on its
-                device (the loss scale of fp16).
+            gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor (the loss scale
+                of fp16) is on `device`.
             device: device of the hidden states.
         """
         if not isinstance(gradient_scale, Tensor):
-            gradient_scale = torch.tensor(gradient_scale, dtype=torch.float64)
+            # Filled on the device: a copy from the host could wait for it.
+            gradient_scale = torch.full((), gradient_scale, dtype=torch.float64, device=device)
         sums = torch.zeros(len(self._loss.names), dtype=torch.float32, device=device)
         self._step = _OpenStep(teacher, gradient_scale, sums)
 

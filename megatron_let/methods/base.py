@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ class TeacherMethod(ABC):
             return self.run_with_teacher(forward_backward, weight, kwargs)
         if self.release():
             if torch.cuda.is_initialized():
+                # torch.compile keeps weights in reference cycles.
+                gc.collect()
                 torch.cuda.empty_cache()
             self._run.report(f"LET: the weight is 0 from step {step + 1} on; the teacher is freed")
         return forward_backward(**kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -9,8 +10,11 @@ from transformers import AutoModel, PreTrainedModel
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.attention import use_unmasked_attention, uses_unmasked_attention
 from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import TeacherFolder
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROBE_TOKENS = 8
@@ -44,6 +48,26 @@ def _layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
     )
 
 
+class _Tap:
+    """Forward hook that holds the output of a layer.
+
+    It does not refer to the teacher: a cycle through the hook would keep the weights on the device
+    until the next garbage collection.
+    """
+
+    def __init__(self) -> None:
+        self._state: torch.Tensor | None = None
+
+    def __call__(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self._state = output[0] if isinstance(output, tuple) else output
+
+    def take(self) -> torch.Tensor:
+        """Return the output of the last forward pass and release it."""
+        state, self._state = self._state, None
+        assert state is not None, "the tapped layer did not run"
+        return state
+
+
 class Teacher:
     """A frozen causal model that returns one hidden state.
 
@@ -61,12 +85,13 @@ class Teacher:
             tap: 1-based layer to return.
             final_norm: return the last layer after the final norm; only for the last layer.
         """
-        self._model = model.eval().requires_grad_(False)
-        self._tapped: torch.Tensor | None = None
+        self._model: Any = model.eval().requires_grad_(False)
+        self._compiled: Any = None
+        self._unmasked = uses_unmasked_attention(model)
         layers = _layer_list(model, num_layers)
-        self._after_norm = tap == num_layers and final_norm
-        if not self._after_norm:
-            layers[tap - 1].register_forward_hook(self._keep)
+        self._tap = None if tap == num_layers and final_norm else _Tap()
+        if self._tap is not None:
+            layers[tap - 1].register_forward_hook(self._tap)
         # Layers after the tap would only cost time and memory.
         del layers[tap:]
         self.width = self._check_causal()
@@ -75,21 +100,30 @@ class Teacher:
         )
 
     def compile(self) -> None:
-        """Compile the model with `torch.compile`; the first call per shape builds the kernels."""
-        self._model.compile()
-
-    def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._tapped = output[0] if isinstance(output, tuple) else output
+        """Use `torch.compile` from the next call on; the model runs as it is if that fails."""
+        # Shapes are those of a microbatch. A second one is compiled anew instead of dynamically.
+        self._compiled = torch.compile(self._model, dynamic=False)
 
     @torch.no_grad()
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tapped state `[b, s, d_T]` of tokens `[b, s]` (int64)."""
-        output = self._model(input_ids=tokens, use_cache=False)
-        if self._after_norm:
-            return output.last_hidden_state
-        state, self._tapped = self._tapped, None
-        assert state is not None, "the tapped layer did not run"
-        return state
+        mask = torch.ones_like(tokens) if self._unmasked else None
+        output = self._run(input_ids=tokens, attention_mask=mask, use_cache=False)
+        return output.last_hidden_state if self._tap is None else self._tap.take()
+
+    def _run(self, **inputs: Any) -> Any:
+        if self._compiled is None:
+            return self._model(**inputs)
+        try:
+            return self._compiled(**inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler and its tools raise many types
+            self._compiled = None
+            # A backend's error is wrapped, and the wrapper's first line is without the reason.
+            reason = first_line(getattr(error, "inner_exception", error))
+            logger.warning("LET: the teacher runs without torch.compile, which failed: %s", reason)
+            return self._model(**inputs)
 
     @staticmethod
     def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -181,7 +215,8 @@ def load_teacher(
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
     model = model.to(device) if sharding is None else sharding.shard(model)
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
-    if config.teacher_compile:
+    by_default = device.type == "cuda" and sharding is None
+    if config.teacher_compile or (config.teacher_compile is None and by_default):
         teacher.compile()
     return teacher if teacher_length is None else TokenAlignedTeacher(teacher, teacher_length)
 
@@ -209,6 +244,7 @@ def load_model(
             f"The teacher {folder.path} has no weight for {sorted(report['missing_keys'])[0]} and "
             f"{len(report['missing_keys']) - 1} more; its files are of another model."
         )
+    use_unmasked_attention(model)
     return model
 
 

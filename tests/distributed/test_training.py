@@ -103,6 +103,15 @@ def test_teacher_is_freed_at_stop_step(
     assert len(run.steps) == 4
 
 
+def test_no_value_is_read_from_the_device_within_a_global_batch(
+    tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    train(
+        tmp_path, "--data-path", data, "--train-iters", 3, "--let-projection", "learned",
+        module="tests.helpers.host_reads", TEACHER=str(teacher),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """TensorBoard folder of a user's script without LET."""

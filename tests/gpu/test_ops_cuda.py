@@ -28,7 +28,7 @@ pytestmark = [
 def on_gpu(student: Tensor, teacher: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return the cosine and `scale * d sum(cos) / d student`, computed on the GPU."""
     student, teacher = student.cuda(), teacher.cuda()
-    factor = torch.tensor(-scale, dtype=torch.float64)
+    factor = torch.tensor(-scale, dtype=torch.float64, device=student.device)
     gradient, (cosine,) = cosine_loss(student, teacher, factor, torch.zeros_like(student))
     assert torch.equal(cosine, token_cosine(student, teacher))
     return cosine.cpu(), gradient.cpu()

@@ -6,7 +6,7 @@
 The pass `forward` computes the cosine per token; `both` also computes the sum of the incoming
 gradient and the loss's, as the hook does in the backward of each microbatch. Providers:
 
-    fused     megatron_let.losses.cosine: the Triton kernels on a GPU, the reference on a CPU
+    fused     megatron_let.losses.cosine: a Triton kernel on a GPU, the reference on a CPU
     eager     F.interpolate and F.cosine_similarity in fp32, with autograd
     compiled  eager under torch.compile
     modelopt  nvidia-modelopt's HiddenStateCosineLoss with its linear projection, if installed
@@ -74,8 +74,8 @@ class Provider:
     both: Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
-def fused() -> Provider:
-    scale = torch.tensor(SCALE, dtype=torch.float64)
+def fused(device: str) -> Provider:
+    scale = torch.tensor(SCALE, dtype=torch.float64, device=device)
 
     def both(inputs: Inputs) -> tuple[Tensor, Tensor]:
         gradient, values = cosine_loss(inputs.student, inputs.teacher, scale, inputs.incoming)
@@ -131,7 +131,7 @@ def make_provider(
     name: str, d_m: int, d_t: int, dtype: torch.dtype, device: str
 ) -> Provider | None:
     if name == "fused":
-        return fused()
+        return fused(device)
     if name == "modelopt":
         cosine = modelopt_cosine(d_m, d_t, dtype, device)
         return None if cosine is None else by_autograd(cosine)
@@ -329,18 +329,15 @@ def memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         return pool.submit(memory_in_process, arguments).result()
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append the rows to the file, with a header if it is new."""
-    if not rows:
-        return
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to the file, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows -> {path}")
+        writer.writerow(row)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -368,14 +365,12 @@ def main() -> None:
         "triton": version("triton"), "modelopt": version("nvidia-modelopt"),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
-    rows = []
-    for case in cases(arguments):
+    # The memory first: each row is complete, and written, once its case is timed.
+    for case, memory in zip(cases(arguments), memory_rows(arguments), strict=True):
         speed = time_case(case, arguments.device, arguments.seconds)
-        rows.append({**case.key, **speed})
-        print({name: value for name, value in rows[-1].items() if value is not None}, flush=True)
-    for row, memory in zip(rows, memory_rows(arguments), strict=True):
-        row |= memory | stamp
-    append(arguments.csv, rows)
+        row = {**case.key, **speed, **memory, **stamp}
+        print({name: value for name, value in row.items() if value is not None}, flush=True)
+        append(arguments.csv, row)
 
 
 if __name__ == "__main__":

@@ -52,21 +52,23 @@ def main() -> int:
         teacher = options.teacher or save_teacher(
             folder / "teacher", TEACHERS["smollm2-135m"], 2048
         )
-        runs = {
-            method: blocks(train(method, folder, teacher, options, flags), options.steps)
-            for method in methods()
+        has_peaks = torch.cuda.is_available()
+        columns = {
+            "device": torch.cuda.get_device_name() if has_peaks else "CPU",
+            "config": options.config.name,
+            "micro_batch_size": options.micro_batch_size,
+            "microbatches": options.microbatches,
         }
-    has_peaks = torch.cuda.is_available()
-    baseline_peak = peak(runs["let"][0]) if has_peaks else None
-    rows = [{"method": method, **figures(run, baseline_peak)} for method, run in runs.items()]
+        rows: list[dict[str, Any]] = []
+        baseline_peak = None
+        for method in methods():
+            run = blocks(train(method, folder, teacher, options, flags), options.steps)
+            if has_peaks and method == "let":
+                baseline_peak = peak(run[0])
+            rows.append({"method": method, **figures(run, baseline_peak)})
+            # After each method, so that a benchmark that is stopped leaves what it had.
+            write_csv(options.csv, rows, columns | source())
     _print(rows)
-    columns = {
-        "device": torch.cuda.get_device_name() if has_peaks else "CPU",
-        "config": options.config.name,
-        "micro_batch_size": options.micro_batch_size,
-        "microbatches": options.microbatches,
-    }
-    write_csv(options.csv, rows, columns | source())
     return 0
 
 

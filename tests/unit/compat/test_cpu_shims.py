@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.compat import PatchSet, local_layers
 from megatron_let.compat.cpu_shims import CudaDeviceAsCpu, cpu_shims
-from megatron_let.compat.device import Host, detect_host, prepare_process
+from megatron_let.compat.device import Host, detect_host, prepare_process, set_hardware_queues
 from megatron_let.compat.local_layers import (
     RMSNorm,
     SDPAttention,
@@ -63,13 +63,18 @@ def test_cpu_host_selects_gloo_and_torch_layers() -> None:
         assert expected in flags
 
 
-def test_gpu_with_all_packages_needs_no_flags() -> None:
-    assert HOSTS["GPU with everything"].argv() == []
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+def test_no_host_makes_attention_masks(host: Host) -> None:
+    assert "--no-create-attention-mask-in-dataloader" in host.argv()
+
+
+def test_gpu_with_all_packages_needs_no_other_flags() -> None:
+    assert HOSTS["GPU with everything"].argv() == ["--no-create-attention-mask-in-dataloader"]
 
 
 def test_gpu_without_transformer_engine_selects_local_layers() -> None:
     flags = HOSTS["GPU with torch"].argv()
-    assert flags[:2] == ["--transformer-impl", "local"]
+    assert flags[1:3] == ["--transformer-impl", "local"]
     assert "gloo" not in flags and "--use-cpu-initialization" not in flags
     assert "--no-gradient-accumulation-fusion" in flags
     assert "--no-gradient-accumulation-fusion" not in HOSTS["GPU with Apex"].argv()
@@ -108,7 +113,19 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatc
 def test_wandb_mode_without_key_is_offline(clean_process: pytest.MonkeyPatch) -> None:
     prepare_process(CPU_HOST, rank=0)
     assert os.environ["WANDB_MODE"] == "offline"
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "given", "expected"),
+    [(1, 1, None, None), (2, 1, None, "1"), (1, 2, None, "1"), (2, 1, "8", "8")],
+)
+def test_one_hardware_queue_is_set_for_tensor_and_context_parallelism_only(
+    tp: int, cp: int, given: str | None, expected: str | None, clean_process: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        clean_process.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    set_hardware_queues(argparse.Namespace(tensor_model_parallel_size=tp, context_parallel_size=cp))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 @pytest.mark.parametrize(

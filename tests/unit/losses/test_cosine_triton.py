@@ -49,7 +49,7 @@ def test_kernels_pass_in_a_process_with_the_interpreter() -> None:
 
 
 class InterpretedKernels:
-    """Each test compares the two launch functions with equations 4 and 6 in fp64."""
+    """Each test compares the launch functions with equations 4 and 6 in fp64."""
 
     @pytest.fixture(autouse=True)
     def poison(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,20 +62,22 @@ class InterpretedKernels:
     def cosine_and_gradient(
         student: Tensor, teacher: Tensor, weight: Tensor, grad: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the cosine and `grad + d sum(weight * cos) / d student`."""
+        """Return the cosine and `grad + weight * d sum(cos) / d student`; `weight` is 0-dim."""
         grad = torch.zeros_like(student) if grad is None else grad
-        cosine, coefficients = cosine_triton.cosine_forward(student, teacher)
-        scaled = (coefficients * weight).to(coefficients.dtype)
-        return cosine, cosine_triton.cosine_backward(student, teacher, scaled, grad)
+        gradient, cosine = cosine_triton.cosine_alignment(student, teacher, -weight, grad)
+        alone = cosine_triton.cosine(student, teacher)
+        torch.testing.assert_close(alone, cosine, rtol=0, atol=0, equal_nan=True)
+        return cosine, gradient
 
     def check(self, student: Tensor, teacher: Tensor, grad: Tensor) -> None:
-        weight, dtype = random(student.shape[0]), student.dtype
+        weight, dtype = random(1)[0], student.dtype
         cosine, gradient = self.cosine_and_gradient(student, teacher, weight, grad)
         assert gradient.dtype == dtype and gradient.is_contiguous()
         exact = exact_cosine(student, teacher)
         torch.testing.assert_close(cosine.double(), exact, rtol=0, atol=COSINE_ERROR[dtype])
-        expected = exact_gradient(student, teacher, weight) + grad
-        assert gradient_error(gradient, expected, student, weight) < GRADIENT_ERROR[dtype]
+        weights = weight.expand(len(student))
+        expected = exact_gradient(student, teacher, weights) + grad
+        assert gradient_error(gradient, expected, student, weights) < GRADIENT_ERROR[dtype]
 
     @pytest.mark.parametrize("dtype", COSINE_ERROR)
     @pytest.mark.parametrize(("d_m", "d_t"), WIDTHS)
@@ -108,7 +110,7 @@ class InterpretedKernels:
     def test_strided_inputs_equal_contiguous_ones(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(6, d_m, d_t, torch.float32)
         grad = random(6, d_m).float()
-        weight = random(6)
+        weight = random(1)[0]
         expected = self.cosine_and_gradient(student, teacher, weight, grad)
         layouts = {
             "rows apart": lambda x: torch.stack([x, torch.full_like(x, 9)], 1)[:, 0],
@@ -127,9 +129,9 @@ class InterpretedKernels:
     def test_columns_and_rows_outside_the_inputs_are_not_read(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(5, d_m, d_t, torch.float32)
         grad = random(5, d_m).float()
-        expected = self.cosine_and_gradient(student, teacher, random(5), grad)
+        expected = self.cosine_and_gradient(student, teacher, torch.ones(()), grad)
         flanked = [F.pad(x, (8, 8, 1, 1), value=torch.nan)[1:-1, 8:-8] for x in (student, teacher)]
-        result = self.cosine_and_gradient(*flanked, random(5), grad)
+        result = self.cosine_and_gradient(*flanked, torch.ones(()), grad)
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
@@ -144,7 +146,7 @@ class InterpretedKernels:
     ) -> None:
         student, teacher = random_pair(4, d_m, d_t, dtype)
         student[0], teacher[1], student[2], teacher[2] = 0, 0, 0, 0
-        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(4))
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(()))
         assert cosine[:3].tolist() == [0, 0, 0] and cosine[3] != 0
         assert not gradient[:3].any() and gradient[3].any()
 
@@ -152,7 +154,7 @@ class InterpretedKernels:
     def test_nan_propagates_to_its_token_alone(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(2, d_m, d_t, torch.float32)
         student[1, -1] = torch.nan
-        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(2))
+        cosine, gradient = self.cosine_and_gradient(student, teacher, torch.ones(()))
         assert cosine.isnan().tolist() == [False, True]
         assert gradient[0].isfinite().all() and gradient[1].isnan().all()
 
@@ -165,20 +167,20 @@ class InterpretedKernels:
         student, teacher = random_pair(4, d_m, d_t, torch.float64)
         student, teacher = (student * scale).to(dtype), (teacher * scale).to(dtype)
         # Scaled as a loss scale would, so that fp16 holds the gradient of large rows.
-        weight = torch.full((4,), scale, dtype=torch.float64)
+        weight = torch.tensor(scale, dtype=torch.float64)
         cosine, gradient = self.cosine_and_gradient(student, teacher, weight)
         assert (cosine - exact_cosine(student, teacher)).abs().max() < 1e-5
-        expected = exact_gradient(student, teacher, weight)
+        expected = exact_gradient(student, teacher, weight.expand(4))
         assert relative_error(gradient, expected) < GRADIENT_ERROR[dtype]
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(256, 128), (321, 130)])
     def test_two_runs_and_any_batch_give_the_same_bits(self, d_m: int, d_t: int) -> None:
         student, teacher = random_pair(7, d_m, d_t, torch.bfloat16)
-        grad, weight = random(7, d_m).bfloat16(), random(7)
+        grad, weight = random(7, d_m).bfloat16(), random(1)[0]
         first = self.cosine_and_gradient(student, teacher, weight, grad)
         again = self.cosine_and_gradient(student, teacher, weight, grad)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        alone = self.cosine_and_gradient(student[4:5], teacher[4:5], weight[4:5], grad[4:5])
+        alone = self.cosine_and_gradient(student[4:5], teacher[4:5], weight, grad[4:5])
         assert torch.equal(first[0][4:5], alone[0]) and torch.equal(first[1][4:5], alone[1])
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
@@ -186,7 +188,7 @@ class InterpretedKernels:
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
         inputs = [student, teacher, random(3, d_m).float()]
         kept = [x.clone() for x in inputs]
-        self.cosine_and_gradient(inputs[0], inputs[1], torch.ones(3), inputs[2])
+        self.cosine_and_gradient(inputs[0], inputs[1], torch.ones(()), inputs[2])
         assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
 
     @pytest.mark.parametrize(("d_m", "d_t"), [(48, 24), (40, 15)])
@@ -195,7 +197,7 @@ class InterpretedKernels:
         student, teacher = random_pair(3, d_m, d_t, torch.float32)
         grad = random(3, d_m).float()
         far = far_apart(student, apart), far_apart(teacher, apart), far_apart(grad, apart)
-        weight = torch.ones(3)
+        weight = torch.ones(())
         expected = self.cosine_and_gradient(student, teacher, weight, grad)
         result = self.cosine_and_gradient(far[0], far[1], weight, far[2])
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
@@ -208,7 +210,7 @@ class InterpretedKernels:
 
     def test_widths_whose_product_overflows_raise(self) -> None:
         with pytest.raises(ValueError, match="below 2\\*\\*31"):
-            cosine_triton.cosine_forward(torch.zeros(1, 50_000), torch.zeros(1, 50_001))
+            cosine_triton.cosine(torch.zeros(1, 50_000), torch.zeros(1, 50_001))
 
 
 def far_apart(rows: Tensor, stride: int) -> Tensor:

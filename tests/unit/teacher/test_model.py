@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,6 +143,50 @@ def test_compiled_teacher_gives_same_state(
     assert_same(second, expected.flip(0))
 
 
+def test_failed_compilation_is_reported_and_gives_the_uncompiled_state(
+    folders: dict[str, Path],
+    tokens: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    expected = load(folders["llama"], teacher_final_norm=False).hidden_state(tokens)
+    with torch._dynamo.config.patch(disable=False):
+        teacher = load(folders["llama"], teacher_final_norm=False, teacher_compile=True)
+        first, second = teacher.hidden_state(tokens), teacher.hidden_state(tokens)
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+    warnings = [r for r in caplog.records if r.name == "megatron_let.teacher.model"]
+    assert len(warnings) == 1 and "no compiler here" in warnings[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "sharded", "expected"),
+    [
+        (None, "cuda", False, True), (None, "cuda", True, False), (None, "cpu", False, False),
+        (False, "cuda", False, False), (True, "cpu", False, True),
+    ],
+)  # fmt: skip
+def test_teacher_is_compiled_on_a_gpu_unless_sharded_or_switched_off(
+    value: bool | None,
+    device: str,
+    sharded: bool,
+    expected: bool,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[Teacher] = []
+    monkeypatch.setattr(Teacher, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    sharding = SimpleNamespace(shard=lambda model: model) if sharded else None
+    config = LETConfig("let", folders["llama"], teacher_dtype="fp32", teacher_compile=value)
+    load_teacher(inspect_teacher(folders["llama"]), config, torch.device(device), sharding)
+    assert bool(compiled) == expected
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_last_layer_by_number_equals_last(
     name: str, folders: dict[str, Path], tokens: torch.Tensor
@@ -232,6 +280,23 @@ def test_loading_preserves_random_state(name: str, folders: dict[str, Path]) -> 
     before = torch.get_rng_state()
     load(folders[name])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tap", ["1", "middle", "last"])
+def test_dropped_teacher_is_freed_without_garbage_collection(
+    tap: str, norm: bool, folders: dict[str, Path], tokens: torch.Tensor
+) -> None:
+    teacher = load(folders["llama"], teacher_layer=tap, teacher_final_norm=norm)
+    gc.disable()
+    try:
+        state = teacher.hidden_state(tokens)
+        weights = [weakref.ref(parameter) for parameter in teacher._model.parameters()]
+        del teacher
+        assert all(weight() is None for weight in weights)
+    finally:
+        gc.enable()
+    assert state.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

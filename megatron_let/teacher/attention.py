@@ -1,0 +1,70 @@
+"""Causal attention of the teacher without a mask tensor and without reading from the device.
+
+In every forward pass transformers looks for packed sequences and padding, which waits for the
+device; under `torch.compile` it builds a mask instead, and flash attention takes none. The rows of
+a teacher are whole: no padding, one sequence each. Both checks are left out here, and a mask is
+built only where a layer attends to less than the whole past (sliding windows).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# Name of the implementation in transformers' registries.
+UNMASKED = "megatron_let_unmasked"
+
+# Architectures whose states the tests compare with "sdpa" bitwise. Others are left alone, because
+# some of them compare the implementation's name with "sdpa".
+ARCHITECTURES = {
+    "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "opt", "phi",
+    "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+}  # fmt: skip
+
+
+def _mask(
+    q_length: int,
+    kv_length: int,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """Return None for a causal mask over all of a row, which SDPA applies itself; else the mask.
+
+    The rule is that of transformers' `sdpa_mask`, without its look at the padding.
+    """
+    covers_row = local_size is None or kv_length < local_size
+    if allow_is_causal_skip and q_length == kv_length and covers_row:
+        return None
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **rest | {"attention_mask": None},
+    )
+
+
+def use_unmasked_attention(model: PreTrainedModel) -> None:
+    """Select this attention for a model with SDPA attention whose architecture is known."""
+    config = model.config
+    # transformers 4 asks for masks by positions instead of lengths.
+    has_lengths = "q_length" in inspect.signature(sdpa_mask).parameters
+    is_known = config.model_type in ARCHITECTURES and config._attn_implementation == "sdpa"
+    if is_known and has_lengths:
+        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(UNMASKED, _mask)
+        model.set_attn_implementation(UNMASKED)
+
+
+def uses_unmasked_attention(model: PreTrainedModel) -> bool:
+    """Return whether the model runs without masks, if it is given a padding mask of ones.
+
+    With no padding mask, transformers looks for packed sequences.
+    """
+    return bool(model.config._attn_implementation == UNMASKED)
