@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train the same small model without and with a real teacher, on this machine, and compare.
-#   bash launch/quickstart.sh [--steps N] [--output DIR] [--teacher DIR|FILE.gguf] [--text FILE...]
+# Train a small model, then a larger one without and with it as the teacher, and compare.
+#   bash launch/quickstart.sh [--teacher DIR|FILE.gguf|HUB_ID|smollm2] [--text FILE...] [--output DIR]
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=launch/lib/environment.sh

@@ -28,7 +28,7 @@ from megatron_let.errors import LETError
 from megatron_let.methods import TrainingRun, build_method
 from megatron_let.metrics.guard import load_guard
 from megatron_let.metrics.write import MetricsFile, drop_stale_averages
-from megatron_let.run.output_folder import pin_hub_ids
+from megatron_let.run.output_folder import pin_hub_ids, resolve_teacher_dtype
 from megatron_let.run.resume import loaded_checkpoint, resumed_step
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
 from megatron_let.teacher.tokenizer import check_same_tokenizer
@@ -57,15 +57,22 @@ def enable(args: argparse.Namespace) -> PatchSet:
             f"--engine {args.engine} builds its own model and optimizer, which only the entry"
             " megatron_let.pretrain sets up; train with that entry, or give --engine megatron."
         )
-    return enable_on_engine(args, let_config_from_args(pin_hub_ids(args)))
+    pin_hub_ids(args)
+    if choice := resolve_teacher_dtype(args):
+        print_rank_0(f"megatron_let: {choice}")
+    return enable_on_engine(args, let_config_from_args(args))
 
 
 def enable_on_engine(args: argparse.Namespace, config: LETConfig) -> PatchSet:
     """Apply `enable` for any engine, once `Engine.enable` has set it up; see `enable`."""
     wrappers = _metrics_wrappers(args, config) | _method_wrappers(args, config)
     patches = PatchSet().apply_all(wrappers)
-    if getattr(args, "let_hub_ids", None):
-        check = functools.partial(_check_commits_before, args.let_hub_ids)
+    hub_ids = getattr(args, "let_hub_ids", None) or {}
+    agreed = {f"commits of {hub_id}": pinned for hub_id, pinned in hub_ids.items()}
+    if config.enabled:
+        agreed["precisions of the teacher (--let-teacher-dtype)"] = config.teacher_dtype
+    if agreed:
+        check = functools.partial(_check_agreement_before, agreed)
         patches.apply_all({_TRAINING + "setup_model_and_optimizer": check})
     if patches.applied:
         print_rank_0(f"megatron_let: {patches.describe()}")
@@ -152,19 +159,20 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
     return method.wrappers() | {_TRAINING + "training_log": drop_stale_averages}
 
 
-def _check_commits_before(hub_ids: dict[str, str], setup: Callable[..., Any]) -> Callable[..., Any]:
-    """Compare the commits of {hub id: `owner/name@commit`} over all ranks, then run `setup`."""
+def _check_agreement_before(
+    values: dict[str, str], setup: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Compare {name: value} over all ranks, then run `setup`."""
 
     @functools.wraps(setup)
     def check_and_run(*args: Any, **kwargs: Any) -> Any:
         found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, hub_ids)
-        for hub_id, first in found[0].items():
-            other = next((ids[hub_id] for ids in found if ids[hub_id] != first), None)
+        torch.distributed.all_gather_object(found, values)
+        for name, first in found[0].items():
+            other = next((theirs[name] for theirs in found if theirs[name] != first), None)
             if other is not None:
                 raise LETError(
-                    f"The nodes have different commits of {hub_id}: {first} and {other}; give one"
-                    " of them in place of the id.",
+                    f"The nodes have different {name}: {first} and {other}; give one of them.",
                     collective=True,
                 )
         return setup(*args, **kwargs)

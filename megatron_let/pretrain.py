@@ -121,7 +121,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     from megatron_let.config.run_settings import complete_run_settings
     from megatron_let.config.validation import check_supported
     from megatron_let.engines import load_engine
-    from megatron_let.run.output_folder import pin_hub_ids
+    from megatron_let.run.output_folder import pin_hub_ids, resolve_teacher_dtype
     from megatron_let.run.resume import check_loads_something
     from megatron_let.teacher.hub import download_model, parse_hub_id
     from megatron_let.teacher.inspect import resolve_teacher
@@ -132,6 +132,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     check_loads_something(args)
     load_engine(args.engine).check_arguments(args)
     pin_hub_ids(args)
+    if choice := resolve_teacher_dtype(args):
+        report_once(choice)
     # Megatron's tokenizer loads neither a revision of a hub id nor a .gguf file.
     if args.tokenizer_model in args.let_hub_ids.values():
         hub_id = parse_hub_id(args.tokenizer_model)

@@ -21,15 +21,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    # Before the imports below, which take seconds.
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the CSV files")
+    FOLDER = parser.parse_args().folder
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 from megatron_let.losses import cosine_triton  # noqa: E402
 from megatron_let.metrics.provenance import write_csv  # noqa: E402
@@ -157,10 +162,8 @@ def roofline() -> Iterable[dict[str, Any]]:
         yield row | {f"{gpu.name} ms": round(size / gpu.bytes_per_second * 1e3, 4) for gpu in GPUS}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the CSV files")
-    folder = parser.parse_args().folder
+def main(folder: Path) -> None:
+    """Measure, and write both CSV files to `folder`."""
     stamp = {
         "triton": triton.__version__,
         "ptxas": knobs.nvidia.ptxas.version,
@@ -171,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(FOLDER)

@@ -1,4 +1,4 @@
-"""Train the same small model without and with a real teacher, and compare."""
+"""Train a small teacher, and a student without and with it: `megatron-let quickstart`."""
 
 import sys
 

@@ -133,13 +133,12 @@ _environment_install() (
     done
 
     requirement=".${extras:+[${extras// /,}]}"
-    _environment_say "installing megatron_let${requirement#.} into $venv (about 5 GB when new)"
+    _environment_say "installing megatron_let${requirement#.} into $venv (when new, about 5 GB in 2 to" \
+        "15 minutes)"
     # Kept in memory: on a full disk, a log file would lose the error.
-    screen=/dev/null
-    [[ ! -t 2 ]] || screen=/dev/fd/2
     if ! output="$(cd -- "$_ENVIRONMENT_ROOT" && "$venv/bin/python" -I -m pip install \
         --disable-pip-version-check --no-input --constraint constraints.txt \
-        --editable "$requirement" 2>&1 </dev/null | tee "$screen")"; then
+        --editable "$requirement" 2>&1 </dev/null | _environment_progress)"; then
         _environment_explain "pip could not install megatron_let into $venv" "$output"
         exit 1
     fi
@@ -157,6 +156,27 @@ _environment_install() (
     fi
     _environment_say "ready after $((SECONDS - start)) s"
 )
+
+# Copy pip's lines; on a terminal, keep one line of what it does and of the time left.
+_environment_progress() {
+    # The direct dependencies and theirs are about 120.
+    local line doing="" count=0 total=120 left start="$SECONDS"
+    while IFS= read -r line; do
+        printf '%s\n' "$line"
+        case "$line" in
+        Collecting*) doing="resolving" ;;
+        *Downloading*.whl* | *"Using cached"*.whl*) doing="downloading" ;;
+        Installing*) doing="unpacking" ;;
+        *) continue ;;
+        esac
+        # A package is resolved, then downloaded; unpacking takes about half as long.
+        ((++count <= 2 * total)) || count=$((2 * total))
+        left=$(((SECONDS - start) * (3 * total - count) / count / 60 + 1))
+        [[ ! -t 2 ]] ||
+            printf '\renvironment: %s, about %d min left\e[K' "$doing" "$left" >&2
+    done
+    [[ ! -t 2 ]] || printf '\r\e[K' >&2
+}
 
 # Print the folder's contents without the lock and the stamp; more arguments go to find.
 _environment_contents() {

@@ -15,7 +15,7 @@ COMMANDS = {
     "compare": ("megatron_let.cli.compare", "compare finished runs with their baseline"),
     "sweep": ("megatron_let.cli.sweep", "train a list of variants and compare them"),
     "doctor": ("megatron_let.doctor.__main__", "check whether this machine can train"),
-    "quickstart": ("megatron_let.cli.quickstart", "train a small model with and without a teacher"),
+    "quickstart": ("megatron_let.cli.quickstart", "train a student without and with a teacher"),
     "status": ("megatron_let.cli.status", "show the progress of a run of launch/"),
     "corpus": ("megatron_let.cli.corpus", "collect text for experiments"),
 }

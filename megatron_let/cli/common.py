@@ -56,9 +56,9 @@ def add_command(
     return parser
 
 
-def say(console: Console, text: str, style: str | None = None) -> None:
+def say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
     """Print a line without wrapping or markup."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, style=style, end=end, highlight=False, markup=False, soft_wrap=True)
 
 
 def output_console(width: int = 200) -> Console:

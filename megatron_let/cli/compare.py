@@ -37,6 +37,7 @@ def report(
     out: Path,
     title: str,
     command: str,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Print the tables, and write the page, the pictures and the CSV files.
 
@@ -46,6 +47,7 @@ def report(
         out: folder to write to.
         title: title of the report.
         command: the command that made the report, for the provenance.
+        remarks: sentences for the notes.
 
     Raises:
         LETError: there is no baseline.
@@ -61,9 +63,9 @@ def report(
     # One column per variant: a row of all figures is wider than a terminal.
     rows = zip(reports.COLUMNS, *reports.table_rows(variants), strict=True)
     console.print(_table(title, list(rows)))
-    for note in reports.notes(variants):
+    for note in (*reports.notes(variants), *remarks):
         say(console, f"- {note}")
-    for path in reports.write_comparison(out, title, variants, provenance(command)):
+    for path in reports.write_comparison(out, title, variants, provenance(command), remarks):
         say(console, f"written: {path}")
 
 

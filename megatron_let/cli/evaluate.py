@@ -49,7 +49,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="MODEL", help="checkpoint, run or folder")
     add("--tokenizer", type=Path, help="tokenizer of Megatron checkpoints (default: theirs)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the weights'")
+    add("--dtype", choices=("bfloat16", "float16", "float32"),
+        help="default: the weights', or float32 where the CPU emulates their bfloat16")  # fmt: skip
     add("--device", help="default: cuda where there is a GPU, else cpu")
 
 
@@ -147,7 +148,7 @@ def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row
     results = evaluate(
         weights,
         tasks,
-        Settings(given.num_fewshot, given.limit, given.dtype),
+        Settings(given.num_fewshot, given.limit, _dtype(given, weights)),
         given.output / "cache",
         given.data,
         given.batch_size or ("auto" if device.startswith("cuda") else "8"),
@@ -155,6 +156,17 @@ def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row
     )
     tokens = consumed_tokens(weights.args) if isinstance(weights, MegatronWeights) else None
     return Row(str(model), tokens or None, tuple(results))
+
+
+def _dtype(given: argparse.Namespace, weights: Any) -> str | None:
+    """Return `--dtype`; without it None for the weights' own, unless the CPU would emulate it."""
+    import torch
+
+    from megatron_let.teacher.precision import cpu_has_bf16
+
+    if given.dtype is None and weights.dtype == torch.bfloat16 and _device(given) == "cpu":
+        return None if cpu_has_bf16() else "float32"
+    return given.dtype
 
 
 def _write_table(
@@ -207,7 +219,8 @@ def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> lis
     from megatron_let.evaluation.models import load_model
     from megatron_let.evaluation.perplexity import perplexity, total
 
-    dtype = getattr(torch, given.dtype) if given.dtype else None
+    name = _dtype(given, weights)
+    dtype = getattr(torch, name) if name else None
     model = load_model(weights, dtype, _device(given))
     parts = [
         perplexity(

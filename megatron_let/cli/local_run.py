@@ -1,16 +1,20 @@
-"""Train one run of a sweep on this machine, in child processes, and show its progress."""
+"""Train runs of a sweep on this machine, in child processes, and show their progress."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn
 
 from megatron_let.cli.common import say
 from megatron_let.errors import LETError
@@ -21,66 +25,224 @@ from megatron_let.metrics.sweep import SweepRun
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # Where runs/ and launch/ are: the checkout, or the current folder of an installed package.
 ROOT = _CHECKOUT if (_CHECKOUT / "launch").is_dir() else Path.cwd()
-_POLL_SECONDS = 0.5
+LOG = "train.log"
+_POLL_SECONDS = 1.0
+# Recent steps whose median time predicts the time left.
+_RECENT_STEPS = 20
 
 
-def run_environment(data: Path, teacher: Path) -> dict[str, str]:
-    """Return the environment of a run: the recipes' variables, all cores, and no network."""
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    variables = {"DATA": str(data), "TEACHER": str(teacher)}
-    # All files are local by now; transformers must not look for a network.
-    return {**threads, **os.environ, **variables, "HF_HUB_OFFLINE": "1"}
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the first SIGINT or SIGTERM, and ignore those after it."""
+
+    def interrupt(*_: object) -> None:
+        # A second one must not interrupt the end of the child processes.
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    # A shell starts background commands with SIGINT ignored.
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def train_locally(
-    run: SweepRun,
-    output: Path,
-    environment: Mapping[str, str],
-    console: Console,
-    nproc_per_node: int = 1,
-) -> None:
-    """Train a run, unless its metrics end with the evaluation of its last step.
+def run_environment(data: Path, teacher: Path, processes: int = 1) -> dict[str, str]:
+    """Return the environment of a run: the recipes' variables, its cores, and no network.
 
     Args:
-        run: the run to train.
-        output: folder of its checkpoints, metrics.jsonl and train.log, to which its output goes.
-        environment: result of `run_environment`.
-        console: shows progress and time left.
-        nproc_per_node: number of ranks.
+        data: folder of the indexed data.
+        teacher: folder of the teacher and its tokenizer.
+        processes: number of processes that share the cores.
+    """
+    cores = max(1, len(os.sched_getaffinity(0)) // processes)
+    variables = {"DATA": str(data), "TEACHER": str(teacher)}
+    # All files are local by now; transformers must not look for a network.
+    return {"OMP_NUM_THREADS": str(cores), **os.environ, **variables, "HF_HUB_OFFLINE": "1"}
+
+
+class Child:
+    """A child process whose output goes to a log file."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
+        """Start the command.
+
+        Args:
+            name: names the process in an error message.
+            command: program and arguments.
+            environment: its environment.
+            log: file to append its output to.
+        """
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as stream:
+            self._start = self._shown = stream.tell()
+            # In a session of its own, so that Ctrl-C reaches this process alone, which ends it.
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            )
+
+    def show(self, console: Console) -> None:
+        """Print the output since the last call."""
+        new = self.log.read_bytes()[self._shown :]
+        self._shown += len(new)
+        say(console, new.decode(errors="replace"), end="")
+
+    def running(self) -> bool:
+        """Return whether the process runs."""
+        return self._process.poll() is None
+
+    def check(self) -> None:
+        """Raise if the process failed.
+
+        Raises:
+            LETError: names the first error line and the log.
+        """
+        if self.wait() != 0:
+            error = self._first_error()
+            raise LETError(f"The {self.name} run failed: {error} (full log: {self.log})")
+
+    def _first_error(self) -> str:
+        """Return the first line that names an error, else the last line."""
+        text = self.log.read_bytes()[self._start :].decode(errors="replace")
+        lines = text.splitlines()
+        errors = [line for line in lines if ": error" in line or "Error:" in line]
+        return errors[0].strip() if errors else (lines or ["it printed nothing"])[-1]
+
+    def terminate(self) -> None:
+        """Ask the process and its workers to end; torchrun ends its ranks, of other sessions."""
+        if self.running():
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Return the exit code, once the process ended."""
+        return self._process.wait()
+
+
+def run_command_line(
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    verbose: Console | None,
+) -> None:
+    """Run a command to its end; its output goes to `log`, and to `verbose` if given.
 
     Raises:
-        LETError: the run failed; the message has its first error line.
+        LETError: the command failed.
     """
-    metrics, log = output / METRICS, output / "train.log"
-    done = load_metrics(metrics)
-    if done.last_step >= run.num_steps and run.num_steps in done.valid_loss:
-        say(console, f"      {run.variant}: already done")
-        return
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(nproc_per_node),
-        "-m", "megatron_let.pretrain", "--config", str(run.recipe),
-        "--let-metrics-path", str(metrics), *run.flags,
-    ]  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    before = log.stat().st_size if log.exists() else 0
-    with log.open("a") as stream, _progress(console) as progress:
-        process = subprocess.Popen(
-            command,
-            env={**environment, "OUTPUT": str(output)},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
+    child = Child(name, command, environment, log)
+    try:
+        while child.running():
+            time.sleep(_POLL_SECONDS / 10)
+            if verbose is not None:
+                child.show(verbose)
+    finally:
+        child.terminate()
+        child.wait()
+    child.check()
+
+
+@dataclass
+class Trainer:
+    """Trains runs on this machine, several at a time.
+
+    Attributes:
+        environment: result of `run_environment`.
+        console: shows progress and time left.
+        jobs: number of runs at a time.
+        nproc_per_node: number of ranks of a run.
+        verbose: also show the runs' output.
+    """
+
+    environment: Mapping[str, str]
+    console: Console
+    jobs: int = 1
+    nproc_per_node: int = 1
+    verbose: bool = False
+    _running: dict[TaskID, tuple[SweepRun, Child]] = field(default_factory=dict, init=False)
+
+    def train(self, runs: Mapping[Path, SweepRun]) -> dict[str, str]:
+        """Train {output folder: run}, but for runs whose last step is evaluated.
+
+        A folder gets the checkpoints, metrics.jsonl and train.log of its run.
+
+        Returns:
+            The message of each run that failed, by its name; the others were still trained.
+        """
+        waiting = dict(runs)
+        one_seed = len({run.seed for run in runs.values()}) == 1
+        failed: dict[str, str] = {}
+        with _progress(self.console) as progress:
+            try:
+                while waiting or self._running:
+                    while waiting and len(self._running) < self.jobs:
+                        folder = next(iter(waiting))
+                        run = waiting.pop(folder)
+                        self._begin(folder, run, run.variant if one_seed else run.name, progress)
+                    time.sleep(_POLL_SECONDS)
+                    for task in list(self._running):
+                        failed |= self._follow(task, progress)
+            finally:
+                for _, child in self._running.values():
+                    child.terminate()
+                for _, child in self._running.values():
+                    child.wait()
+        return failed
+
+    def _begin(self, folder: Path, run: SweepRun, label: str, progress: Progress) -> None:
+        metrics = folder / METRICS
+        done = load_metrics(metrics)
+        if done.last_step >= run.num_steps and run.num_steps in done.valid_loss:
+            say(self.console, f"      {label}: already done")
+            return
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(self.nproc_per_node),
+            "-m", "megatron_let.pretrain", "--config", str(run.recipe),
+            "--let-metrics-path", str(metrics), *run.flags,
+        ]  # fmt: skip
+        environment = {**self.environment, "OUTPUT": str(folder)}
+        child = Child(run.variant, command, environment, folder / LOG)
+        task = progress.add_task(
+            label, total=run.num_steps, completed=done.last_step, status="starting", printed=2
         )
+        self._running[task] = run, child
+
+    def _follow(self, task: TaskID, progress: Progress) -> dict[str, str]:
+        """Show a run's progress; return its message if it failed."""
+        run, child = self._running[task]
+        # Before the metrics are read, so that the last step is shown.
+        ended = not child.running()
+        if self.verbose:
+            child.show(self.console)
+        metrics = load_metrics(child.log.with_name(METRICS))
+        # The first step allocates memory and loads the teacher, and would mispredict the rest.
+        if metrics.last_step > 1:
+            self._show(progress.tasks[task], metrics, progress)
+        if not ended:
+            return {}
+        del self._running[task]
         try:
-            _follow(process, progress, run, metrics)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode != 0:
-        raise LETError(
-            f"The {run.variant} run failed: {_first_error(log, before)} (full log: {log})"
-        )
+            child.check()
+        except LETError as error:
+            say(self.console, f"      {error}", "red")
+            return {run.name: str(error)}
+        return {}
+
+    def _show(self, task: Task, metrics: RunMetrics, progress: Progress) -> None:
+        steps, step = int(task.total or 0), metrics.last_step
+        status = _status(metrics, steps)
+        progress.update(task.id, completed=step, status=status)
+        # The second step and every tenth of the run.
+        if not self.console.is_terminal and step >= task.fields["printed"]:
+            say(self.console, f"      {task.description} step {step}/{steps} {status}")
+            progress.update(task.id, printed=(step * 10 // steps + 1) * steps // 10)
 
 
 def _progress(console: Console) -> Progress:
@@ -88,42 +250,19 @@ def _progress(console: Console) -> Progress:
         TextColumn("      {task.description:<8}"),
         BarColumn(bar_width=24),
         TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[status]}"),
-        TimeRemainingColumn(),
         console=console,
+        # A log file has no moving bar; it gets lines instead.
+        disable=not console.is_terminal,
     )
 
 
-def _follow(
-    process: subprocess.Popen[bytes], progress: Progress, run: SweepRun, path: Path
-) -> None:
-    steps = run.num_steps
-    task = progress.add_task(run.variant, total=steps, status="starting")
-    printed = 0
-    while process.poll() is None:
-        time.sleep(_POLL_SECONDS)
-        metrics = load_metrics(path)
-        if not metrics.steps:
-            continue
-        step, status = metrics.last_step, _status(metrics)
-        progress.update(task, completed=step, status=status)
-        # A log file has no moving bar: print the first step and every tenth of the run.
-        if not progress.console.is_terminal and step >= printed:
-            say(progress.console, f"      {run.variant} step {step}/{steps} {status}")
-            printed = (step * 10 // steps + 1) * steps // 10
-
-
-def _status(metrics: RunMetrics) -> str:
+def _status(metrics: RunMetrics, steps: int) -> str:
     row = metrics.steps[metrics.last_step]
     parts = [f"loss {row['lm_loss']:.3f}"]
     if metrics.final_valid_loss is not None:
         parts.append(f"held-out {metrics.final_valid_loss:.3f}")
     if "let_cosine" in row:
         parts.append(f"cosine {row['let_cosine']:.3f}")
-    return " ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s"])
-
-
-def _first_error(log: Path, offset: int) -> str:
-    """Return the first line after `offset` bytes that names an error, else the last line."""
-    lines = log.read_bytes()[offset:].decode(errors="replace").splitlines()
-    errors = [line for line in lines if "megatron_let: error" in line or "Error:" in line]
-    return errors[0].strip() if errors else (lines or ["it printed nothing"])[-1]
+    seconds = statistics.median(metrics.step_seconds()[-_RECENT_STEPS:])
+    minutes, left = divmod(round((steps - metrics.last_step) * seconds), 60)
+    return " ".join([*parts, f"{row['tokens_per_second']:.0f} tokens/s {minutes}:{left:02} left"])

@@ -10,6 +10,7 @@ under ZeRO, and the time of the passes. All other flags are Megatron's and LET's
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +133,9 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     rough = student_size(args, 1, 1)
     large = rough.num_layers * rough.layer_params > _LARGE_STUDENT
     teacher = teacher_size(options.teacher or ("smollm2-1.7b" if large else "smollm2-135m"))
+    # All planned devices are GPUs, on which `auto` is bf16.
+    if args.let_teacher_dtype == "fp32":
+        teacher = dataclasses.replace(teacher, num_bytes=4)
     vocab_size = options.vocab_size or args.vocab_size or teacher.vocab_size
     return Request(
         student=student_size(args, vocab_size, args.tensor_model_parallel_size),

@@ -1,4 +1,4 @@
-"""Train the variants of a sweep in turn on this machine, and compare them on one page.
+"""Train the variants of a sweep on this machine, and compare them on one page.
 
     DATA=runs/quickstart/data python tools/sweep.py configs/sweep_methods.yaml --output runs/methods
 
@@ -17,11 +17,11 @@ from rich.console import Console
 
 from megatron_let.cli.common import command_line, output_console, run_command, say
 from megatron_let.cli.compare import report
-from megatron_let.cli.local_run import ROOT, run_environment, train_locally
+from megatron_let.cli.local_run import LOG, ROOT, Trainer, interruptible, run_environment
 from megatron_let.errors import LETError
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.compare import load_run
-from megatron_let.metrics.sweep import SweepRun, load_sweep, runs_of, sbatch_line
+from megatron_let.metrics.sweep import load_sweep, runs_of, sbatch_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,11 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
     given, more = _parser().parse_args(argv[:split]), argv[split + 1 :]
-    return run_command(
-        "sweep",
-        lambda console: _sweep(given, more, console),
-        "interrupted; run it again to continue",
-    )
+    with interruptible():
+        return run_command(
+            "sweep",
+            lambda console: _sweep(given, more, console),
+            f"interrupted; continue with: {command_line()}",
+        )
 
 
 def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
@@ -48,7 +49,12 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
         return 0
     output = given.output.resolve()
     folders = {output / run.variant / f"seed-{run.seed}": run for run in runs}
-    failed = _train_all(folders, given.nproc_per_node)
+    environment = _environment(given.jobs * given.nproc_per_node)
+    console = output_console()
+    say(console, f"{len(runs)} runs, {given.jobs} at a time; logs: {output}/*/seed-*/{LOG}")
+    failed = Trainer(environment, console, given.jobs, given.nproc_per_node, given.verbose).train(
+        folders
+    )
     found = [
         load_run(run.variant, folder)
         for folder, run in folders.items()
@@ -70,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
     add("--seeds", type=int, nargs="+", default=[], help="default: the sweep's")
     add("--nproc-per-node", type=int, default=1, metavar="N", help="ranks per run (default: 1)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--verbose", action="store_true", help="show the runs' output too")
     add(
         "--recipe",
         nargs="+",
@@ -81,23 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_all(folders: dict[Path, SweepRun], nproc_per_node: int) -> dict[str, str]:
-    """Train each run that is not done; return the messages of those that failed."""
-    environment, console = _environment(), output_console()
-    failed = {}
-    for number, (folder, run) in enumerate(folders.items(), start=1):
-        say(console, f"[{number}/{len(folders)}] {run.name}")
-        try:
-            train_locally(run, folder, environment, console, nproc_per_node)
-        except LETError as error:
-            # Continue with the other runs.
-            failed[run.name] = str(error)
-            say(console, f"      {error}", "red")
-    return failed
+def _environment(processes: int) -> dict[str, str]:
+    """Return the environment of the runs.
 
-
-def _environment() -> dict[str, str]:
-    """Return the environment of the runs; the default teacher is the packaged one."""
+    The default teacher is the one that the quickstart trained beside its data, else the packaged.
+    """
     if not os.environ.get("DATA"):
         raise LETError(
             "The environment variable DATA is not set; export the data of the recipes, such as"
@@ -106,6 +102,8 @@ def _environment() -> dict[str, str]:
     from megatron_let.teacher.inspect import inspect_teacher
     from megatron_let.teacher.package import packaged_teacher
 
-    teacher = os.environ.get("TEACHER")
-    folder = inspect_teacher(Path(teacher) if teacher else packaged_teacher()).path
-    return run_environment(Path(os.environ["DATA"]).resolve(), folder)
+    data = Path(os.environ["DATA"]).resolve()
+    teacher = os.environ.get("TEACHER") or data.with_name("teacher")
+    if not Path(teacher).exists() and not os.environ.get("TEACHER"):
+        teacher = packaged_teacher()
+    return run_environment(data, inspect_teacher(Path(teacher)).path, processes)

@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "yes",
         action=argparse.BooleanOptionalAction,
     )
-    add("teacher-dtype", "precision of the teacher", choices=("bf16", "fp32"))
+    add(
+        "teacher-dtype",
+        "precision of the teacher; auto takes bf16 where the machine computes it natively",
+        "auto",
+        choices=("auto", "bf16", "fp32"),
+    )
     add(
         "teacher-compile",
         "compile the teacher with torch.compile; no effect on a CPU",

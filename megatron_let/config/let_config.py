@@ -66,7 +66,8 @@ class LETConfig:
         stop_step: S_stop, the 0-based step at which the weight has decayed to 0; n_KD of `salt`.
         teacher_layer: `last`, `middle` (half of the layers, rounded down) or a 1-based number.
         teacher_final_norm: whether the teacher's final norm is applied to its last layer.
-        teacher_dtype: precision of the teacher's weights, forward pass and exchanged states.
+        teacher_dtype: precision of the teacher's weights, forward pass and exchanged states;
+            `run.output_folder.resolve_teacher_dtype` replaces the flag's `auto`.
         teacher_compile: whether to compile the teacher with `torch.compile`; None compiles it on a
             GPU, unless it is sharded.
         placement: where in the pipeline the teacher runs; `auto` measures the first steps and

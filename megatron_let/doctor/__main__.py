@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 import warnings
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.compat.device import detect_host, prepare_process
 from megatron_let.doctor.check import Check
-from megatron_let.doctor.machine import as_json, check_machine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_let.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
+    # Packages that print when imported must not print into the JSON, nor between the findings.
     warnings.filterwarnings("ignore")
-    # Packages that print when imported must not print into the JSON.
+    logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(sys.stderr):
+        # These import torch and Megatron, for which --help need not wait.
+        from megatron_let.compat.device import detect_host, prepare_process
+        from megatron_let.doctor.machine import as_json, check_machine
+
         host = detect_host()
         prepare_process(host, 0)
         checks = check_machine(host)

@@ -18,6 +18,7 @@ from megatron_let.compat.device import Host
 from megatron_let.doctor import packages
 from megatron_let.doctor.check import GIB, Check, driver_versions
 from megatron_let.doctor.kernels import check_locks
+from megatron_let.teacher.precision import default_dtype
 
 
 def check_machine(host: Host) -> list[Check]:
@@ -26,6 +27,7 @@ def check_machine(host: Host) -> list[Check]:
         _python(),
         _torch(),
         *(_gpus() if host.cuda else [_cpu()]),
+        Check("teacher", *default_dtype()),
         packages.megatron(),
         packages.patches(host),
         packages.transformer_engine(host),

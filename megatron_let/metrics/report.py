@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,11 @@ def page(
 
 
 def write_comparison(
-    out: Path, title: str, variants: list[Variant], source: dict[str, str]
+    out: Path,
+    title: str,
+    variants: list[Variant],
+    source: dict[str, str],
+    remarks: Sequence[str] = (),
 ) -> list[Path]:
     """Write index.html, one PNG per picture, comparison.csv and losses.csv.
 
@@ -240,6 +244,7 @@ def write_comparison(
         title: title of the page.
         variants: result of `compare`.
         source: provenance of the numbers.
+        remarks: sentences for the page, after those of `notes`.
 
     Returns:
         The paths of the files.
@@ -250,7 +255,7 @@ def write_comparison(
         with atomic_file(out / f"{name}.png") as partial:
             figure.savefig(partial, dpi=110, format="png")
         pictures[name] = (out / f"{name}.png").read_bytes()
-    remarks = [*notes(variants), *(f"{key}: {value}" for key, value in source.items())]
+    remarks = [*notes(variants), *remarks, *(f"{key}: {value}" for key, value in source.items())]
     with atomic_file(out / "index.html") as partial:
         partial.write_text(page(title, variants, remarks, pictures))
     tables = {"comparison.csv": _figure_rows(variants), "losses.csv": _loss_rows(variants)}

@@ -162,14 +162,15 @@ def runs_of(sweep: Sweep, seeds: Sequence[int] = (), more: Sequence[str] = ()) -
             variant=name,
             seed=seed,
             recipe=sweep.recipes[flags["recipe"]],
-            flags=("--seed", str(seed), *_flags(flags), *more),
+            flags=("--seed", str(seed), *flags_of(flags), *more),
         )
         for seed in seeds or sweep.seeds
         for name, flags in sweep.variants.items()
     ]
 
 
-def _flags(settings: Mapping[str, Any]) -> list[str]:
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """Return the flags of settings, named without the dashes; a switch is True or False."""
     flags: list[str] = []
     for name, value in settings.items():
         if isinstance(value, bool):

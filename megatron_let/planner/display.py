@@ -67,9 +67,11 @@ def _print_times(console: Console, found: Estimate) -> None:
         best = " (best)" if name == found.placement else ""
         table.add_row(name + best, f"{seconds:.2f}", f"{seconds / found.baseline_seconds:.3f}")
     console.print(table)
+    teacher = found.request.teacher
+    dtype = "" if teacher is None else " in bf16" if teacher.num_bytes == 2 else " in fp32"
     console.print(
-        f"teacher's forward: {found.request.teacher_share:.2%} of the student's training FLOPs;"
-        f" {found.tokens_per_second:,.0f} tokens/s"
+        f"teacher's forward{dtype}: {found.request.teacher_share:.2%} of the student's training"
+        f" FLOPs; {found.tokens_per_second:,.0f} tokens/s"
     )
 
 

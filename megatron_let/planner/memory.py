@@ -180,17 +180,19 @@ def _chunks_in_flight(layout: Layout, stage: int) -> int:
 
 
 def teacher_weights(teacher: TransformerSize) -> int:
-    """Return the whole teacher in bf16, without an output layer."""
-    return _BF16 * (teacher.num_layers * teacher.layer_params + teacher.embedding_params)
+    """Return the whole teacher, without an output layer."""
+    return teacher.num_bytes * (
+        teacher.num_layers * teacher.layer_params + teacher.embedding_params
+    )
 
 
 def teacher_state(teacher: TransformerSize, layout: Layout, seq_length: int) -> int:
-    """Return one microbatch's teacher state on one rank, [s_local, b, d_T] in bf16."""
+    """Return one microbatch's teacher state on one rank, [s_local, b, d_T]."""
     local = seq_length // layout.cp // _sequence_split(layout)
-    return _BF16 * local * layout.micro_batch_size * teacher.hidden_size
+    return teacher.num_bytes * local * layout.micro_batch_size * teacher.hidden_size
 
 
 def teacher_work(teacher: TransformerSize, samples: int, seq_length: int) -> int:
     """Return the peak of a teacher forward over `samples`: the MLP of one layer."""
     mlp = (3 if teacher.gated else 2) * teacher.ffn_hidden_size
-    return _BF16 * samples * seq_length * (3 * teacher.hidden_size + mlp)
+    return teacher.num_bytes * samples * seq_length * (3 * teacher.hidden_size + mlp)

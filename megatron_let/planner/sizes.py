@@ -20,6 +20,7 @@ class TransformerSize:
         gated: the MLP is gated (SwiGLU): three matrices instead of two.
         vocab_size: rows of the embedding, padding included.
         tied: the output layer is the embedding.
+        num_bytes: bytes of one weight or activation of a teacher: 2 for bf16, 4 for fp32.
     """
 
     num_layers: int
@@ -31,6 +32,7 @@ class TransformerSize:
     gated: bool
     vocab_size: int
     tied: bool = False
+    num_bytes: int = 2
 
     @property
     def layer_params(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.arguments import flag
-from megatron_let.config.let_config import LETConfig
+from megatron_let.config.let_config import METHODS, LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.files.names import RUN, TRACKER
@@ -80,14 +80,40 @@ def pin_hub_ids(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         LETError: the hub has no such revision, or neither it nor the local cache can tell.
     """
-    folders = [Path(folder) for folder in (args.save, args.load) if folder]
-    stored = next(filter(None, map(_read_identity, folders)), {})
+    stored = _stored_identity(args)
     args.let_hub_ids = {}
     if args.let_teacher is not None and args.let_method not in (None, "none"):
         args.let_teacher = Path(_pin(args, str(args.let_teacher), stored))
     if args.tokenizer_model is not None and args.tokenizer_type == "HuggingFaceTokenizer":
         args.tokenizer_model = _pin(args, args.tokenizer_model, stored)
     return args
+
+
+def resolve_teacher_dtype(args: argparse.Namespace) -> str | None:
+    """Replace `--let-teacher-dtype auto` in `args` by a precision; return the choice in words.
+
+    A run that continues in `--save`, or from `--load`, keeps the precision that is stored there.
+
+    Returns:
+        None if the precision was given, or the method has no teacher.
+    """
+    given = args.let_teacher_dtype not in (None, "auto")
+    if given or METHODS[args.let_method or "none"].learns_from is None:
+        return None
+    # torch takes seconds to import, which readers of a run's settings need not wait for.
+    from megatron_let.teacher import precision
+
+    dtype, reason = precision.default_dtype()
+    stored = _stored_identity(args).get("let_teacher_dtype")
+    if stored is not None:
+        dtype, reason = stored, "the run began with it"
+    args.let_teacher_dtype = dtype
+    return f"the teacher computes in {dtype}: {reason}"
+
+
+def _stored_identity(args: argparse.Namespace) -> dict[str, Any]:
+    folders = [Path(folder) for folder in (args.save, args.load) if folder]
+    return next(filter(None, map(_read_identity, folders)), {})
 
 
 def _pin(args: argparse.Namespace, given: str, stored: dict[str, Any]) -> str:

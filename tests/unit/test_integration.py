@@ -22,3 +22,18 @@ def test_enable_with_another_engine_names_the_flag_and_the_entry() -> None:
 def test_method_on_logits_has_no_token_aligner(method: str) -> None:
     config = LETConfig(method=method, teacher=Path("/no/teacher"), cross_tokenizer=True)
     assert let.token_aligner(argparse.Namespace(load=None), config) is None
+
+
+def test_ranks_of_different_teacher_precisions_raise_error_before_setup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(found: list[object], own: dict[str, str]) -> None:
+        found[:] = [own, {name: "fp32" for name in own}]
+
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    calls: list[int] = []
+    let._check_agreement_before({"--let-teacher-dtype": "fp32"}, calls.append)(1)
+    with pytest.raises(LETError, match="--let-teacher-dtype: bf16 and fp32"):
+        let._check_agreement_before({"--let-teacher-dtype": "bf16"}, calls.append)(2)
+    assert calls == [1]

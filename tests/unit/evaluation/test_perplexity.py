@@ -145,3 +145,21 @@ def test_bad_data_exits_with_error_line(
     assert main(["perplexity", str(model), *given]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("evaluate: error: ") and words in line
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, None), (False, torch.float32)])
+def test_bf16_weights_run_in_fp32_where_the_cpu_emulates_bf16(
+    native: bool, expected: torch.dtype | None, tmp_path: Path, model: Path, data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    AutoModelForCausalLM.from_pretrained(model).bfloat16().save_pretrained(tmp_path)
+    asked: list[torch.dtype | None] = []
+
+    def record(weights: object, dtype: torch.dtype | None, device: str) -> None:
+        asked.append(dtype)
+        raise LETError("Recorded.")
+
+    monkeypatch.setattr("megatron_let.evaluation.models.load_model", record)
+    monkeypatch.setattr("megatron_let.teacher.precision.cpu_has_bf16", lambda: native)
+    assert main(["perplexity", str(tmp_path), "--data-path", str(data), "--device", "cpu"]) == 2
+    assert asked == [expected]

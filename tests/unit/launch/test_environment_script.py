@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = Path("launch/lib/environment.sh")
 # Programs that the script may call; Python is not one of them.
 TOOLS = ["bash", "cat", "cksum", "cut", "dirname", "find", "flock", "grep", "mkdir", "mv", "rm"]
-TOOLS += ["tail", "tee"]
+TOOLS += ["tail"]
 
 # Answers the probe with a verdict, creates environments that hold a copy of itself, and mimics pip.
 STUB_PYTHON = """\

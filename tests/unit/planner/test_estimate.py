@@ -76,6 +76,15 @@ def test_teacher_work_below_the_heads_peak_adds_nothing() -> None:
     assert found.total == alone.total + found.teacher_weights + found.teacher_buffers
 
 
+def test_teacher_in_fp32_takes_twice_the_memory() -> None:
+    flags = ["--config", "let_7b", "--gpus", "32", "--gpu", "a100-80g"]
+    (bf16, fp32) = (
+        plan.plan_one([*flags, "--let-teacher-dtype", dtype])[1].memory[0].teacher_weights
+        for dtype in ("auto", "fp32")
+    )
+    assert fp32 == 2 * bf16
+
+
 def test_teacher_share_of_training_flops_equals_documented_value() -> None:
     assert RUN_7B.teacher_share == pytest.approx(0.0825, abs=5e-5)
     assert RUN_1P4B.teacher_share == pytest.approx(0.0350, abs=5e-5)

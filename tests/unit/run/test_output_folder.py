@@ -15,7 +15,13 @@ from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.names import RUN, TRACKER
 from megatron_let.run import output_folder
-from megatron_let.run.output_folder import claim, identity, pin_hub_ids
+from megatron_let.run.output_folder import (
+    claim,
+    identity,
+    pin_hub_ids,
+    resolve_teacher_dtype,
+)
+from megatron_let.teacher import precision
 
 LET = LETConfig("let", Path("/models/small"))
 OLD, NEW = "0" * 40, "1" * 40
@@ -374,6 +380,36 @@ def test_claim_without_save_writes_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     claim(run_args(None), LET)
     assert not list(tmp_path.iterdir())
+
+
+def start_with_dtype(save: Path | None, dtype: str | None, method: str = "let") -> Any:
+    """Claim the folder with a value of `--let-teacher-dtype`; return the resolved one."""
+    args = run_args(save, let_method=method, let_teacher_dtype=dtype)
+    resolve_teacher_dtype(args)
+    if save is not None:
+        config = LETConfig("let", Path("/models/small"), teacher_dtype=args.let_teacher_dtype)
+        claim(args, config)
+        (save / TRACKER).write_text("5")
+    return args.let_teacher_dtype
+
+
+@pytest.mark.parametrize("auto", [None, "auto"])
+@pytest.mark.parametrize(("first", "moved"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_resume_on_another_machine_keeps_the_teachers_dtype(
+    auto: str | None, first: str, moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "default_dtype", lambda: (first, "here"))
+    assert start_with_dtype(tmp_path, auto) == first
+    assert json.loads((tmp_path / RUN).read_text())["let_teacher_dtype"] == first
+    monkeypatch.setattr(precision, "default_dtype", lambda: (moved, "there"))
+    assert start_with_dtype(tmp_path, auto) == first
+    assert start_with_dtype(tmp_path, first) == first
+    with pytest.raises(LETError, match=f"--let-teacher-dtype is {first} there and {moved} here"):
+        start_with_dtype(tmp_path, moved)
+
+
+def test_dtype_of_a_method_without_teacher_stays_unset() -> None:
+    assert start_with_dtype(None, None, method="none") is None
 
 
 def test_settings_changed_on_resume_are_recorded_in_the_metrics(run_root: Path) -> None:
