@@ -95,6 +95,11 @@ def _check_tensors(file: Path, tensors: dict[str, Any], model: Any) -> None:
     expected = sum(parameter.numel() for parameter in model.parameters())
     if count == expected:
         return
+    if count < expected:
+        raise LETError(
+            f"The teacher {file} has {count:,} of its model's {expected:,} weights; merge the parts"
+            " of a split file (llama-gguf-split --merge), or give the model's Hugging Face folder."
+        )
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     names: set[str] = set()
     if model.config.model_type in kinds:

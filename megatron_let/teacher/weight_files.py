@@ -19,8 +19,14 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers would load, whether or not they exist.
 
     Raises:
-        LETError: the index of a sharded model is damaged.
+        LETError: the index of a sharded model is damaged, or the folder has an adapter.
     """
+    # transformers applies it where peft is installed, and ignores it elsewhere.
+    if (folder / "adapter_config.json").is_file():
+        raise LETError(
+            f"The model {folder} has an adapter (adapter_config.json); merge it into the weights"
+            " with peft (merge_and_unload) and save the result."
+        )
     for name in WEIGHT_NAMES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

@@ -23,8 +23,9 @@ def save_gguf(
     model: PreTrainedModel,
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
+    without: str = "",
 ) -> Path:
-    """Write a Llama in fp32, with more metadata under `llama.` and more tensors."""
+    """Write a Llama in fp32, with more metadata under `llama.`, and more tensors or one less."""
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
@@ -49,7 +50,8 @@ def save_gguf(
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"llama.{name}", value)
     for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight" or not config.tie_word_embeddings:
+        is_copy = name == "lm_head.weight" and config.tie_word_embeddings
+        if not is_copy and name != without:
             writer.add_tensor(_gguf_name(name), _permuted(name, tensor, config).float().numpy())
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, tensor.numpy())

@@ -77,6 +77,13 @@ def test_tensor_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
     assert "blk.0.attn_q_norm.weight" in refused(file)
 
 
+def test_first_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    """transformers would leave the weights of the other parts random."""
+    missing = "model.layers.1.mlp.up_proj.weight"
+    file = save_gguf(tmp_path / "m.gguf", llama(tmp_path / "model"), without=missing)
+    assert "split" in refused(file)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0), ("logit_scale", 0.5),
