@@ -16,7 +16,12 @@ from transformers.tokenization_utils_base import generate_merges
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.teacher.hub import TOKENIZER_FILES
-from megatron_let.teacher.tokenizer import Encode, first_different_text, read_tokenizer
+from megatron_let.teacher.tokenizer import (
+    Encode,
+    first_different_text,
+    read_sentence_piece,
+    read_tokenizer,
+)
 
 
 def write_tokenizer(tokenizer: Path, folder: Path) -> Any:
@@ -119,20 +124,6 @@ def _checked(folder: Path, tokenizer: Path, encode: Encode) -> Any:
 
 def _set_class(config: Path, name: str) -> None:
     write_json(config, json.loads(config.read_text()) | {"tokenizer_class": name})
-
-
-def read_sentence_piece(model: Path) -> Any:
-    """Return the SentencePieceProcessor of a `.model` file.
-
-    Raises:
-        LETError: the file is not one.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return SentencePieceProcessor(model_file=str(model))
-    except (OSError, RuntimeError) as error:
-        raise LETError(f"The tokenizer {model} is not a SentencePiece model.") from error
 
 
 def convert_sentence_piece(file: Path) -> PreTrainedTokenizerFast:

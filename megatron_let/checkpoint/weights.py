@@ -24,11 +24,14 @@ from megatron_let.checkpoint.parameter_mapping import ParameterMapping, paramete
 from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_let.checkpoint.tokenizer_files import (
     encoder,
-    read_sentence_piece,
 )
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
-from megatron_let.teacher.tokenizer import first_different_text, read_tokenizer
+from megatron_let.teacher.tokenizer import (
+    first_different_text,
+    read_sentence_piece,
+    read_tokenizer,
+)
 
 
 def open_weights(path: Path, tokenizer: Path | None = None) -> Weights:

@@ -30,14 +30,31 @@ def first_different_text(first: Encode, second: Encode) -> str | None:
     return next((text for text in PROBE_TEXTS if first(text) != second(text)), None)
 
 
+def read_sentence_piece(model: Path) -> Any:
+    """Return the SentencePieceProcessor of a `.model` file.
+
+    Raises:
+        LETError: the file is not one.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise LETError(f"The tokenizer {model} is not a SentencePiece model.") from error
+
+
 def read_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder with transformers, without running code of the folder.
 
     Raises:
-        LETError: the folder has none, a damaged one, or one that is code.
+        LETError: the folder has none, a damaged one, one that is code, or a `tokenizer.model` that
+            transformers splits text with in another way than SentencePiece.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # a missing or damaged tokenizer raises many types
         if "trust_remote_code" in str(error):
             raise LETError(
@@ -48,6 +65,27 @@ def read_tokenizer(folder: Path) -> Any:
             f"The tokenizer {folder} cannot be read ({first_line(error)}); copy its tokenizer"
             " files again."
         ) from error
+    model = folder / "tokenizer.model"
+    if model.is_file() and not (folder / "tokenizer.json").is_file():
+        _check_as_sentence_piece(loaded, model)
+    return loaded
+
+
+def _check_as_sentence_piece(loaded: Any, model: Path) -> None:
+    """Check the tokenizer that transformers makes of a `.model` file by an architecture's rules."""
+    try:
+        processor = read_sentence_piece(model)
+    except LETError:
+        return  # Llama 3's file of this name is tiktoken's.
+    text = first_different_text(
+        processor.encode, lambda text: list(loaded(text, add_special_tokens=False).input_ids)
+    )
+    if text is not None:
+        raise LETError(
+            f"The tokenizer {model} has no tokenizer.json beside it, and transformers splits"
+            f" {text!r} differently from SentencePiece; add the model's tokenizer.json, or give the"
+            " file itself as a SentencePieceTokenizer."
+        )
 
 
 def check_same_tokenizer(student: Any, folder: Path) -> None:

@@ -13,6 +13,10 @@ from megatron_let.errors import LETError, first_line
 
 # In transformers' order of preference; a sharded model has NAME.index.json instead.
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+# Masks, positions and RoPE frequencies, which earlier transformers stored (GPT-2, Pythia).
+_OLD_BUFFERS = (
+    ".attn.bias", ".attention.bias", ".masked_bias", ".causal_mask", "position_ids", "inv_freq",
+)  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,7 +90,11 @@ def check_all_loaded(folder: Path, report: dict[str, Any], allowed: Container[st
             f"The model {folder} has no weight for {missing[0]} and {len(missing) - 1} more; its"
             " files are of another model."
         )
-    unread = sorted(name for name in report["unexpected_keys"] if name not in allowed)
+    unread = sorted(
+        name
+        for name in report["unexpected_keys"]
+        if name not in allowed and not name.endswith(_OLD_BUFFERS)
+    )
     if unread:
         raise LETError(
             f"The model {folder} has {unread[0]} and {len(unread) - 1} more weights that its"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_let.checkpoint.tokenizer_files import write_tokenizer
 from megatron_let.errors import LETError
-from megatron_let.teacher.tokenizer import check_same_tokenizer, check_same_vocabulary
+from megatron_let.teacher.tokenizer import (
+    check_same_tokenizer,
+    check_same_vocabulary,
+    read_tokenizer,
+)
 from tests.helpers.models import save_teacher
+from tests.helpers.text_data import save_sentence_piece
 
 TEXT = ["def f(x):\n    return x + 1\n", "the end of the text, the end", "12345 naïve café"] * 20
 
@@ -144,6 +152,23 @@ def test_damaged_tokenizer_raises(plain: Path, tmp_path: Path, content: str) -> 
     damaged = save(byte_level_bpe(), save_teacher(tmp_path / "damaged"))
     (damaged / "tokenizer.json").write_text(content)
     assert str(damaged) in refused(plain, damaged)
+
+
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_model_file_that_transformers_reads_otherwise_raises(
+    class_name: str, tmp_path: Path
+) -> None:
+    file = save_sentence_piece(tmp_path / "tokenizer.model", normalization_rule_name="identity",
+                               remove_extra_whitespaces=False)  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    settings = {"tokenizer_class": class_name, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(LETError, match=str(file)):
+        read_tokenizer(tmp_path)
+    (tmp_path / "with_json").mkdir()
+    write_tokenizer(file, tmp_path / "with_json")
+    ids = SentencePieceProcessor(str(file)).encode("    return x")
+    assert read_tokenizer(tmp_path / "with_json")("    return x").input_ids == ids
 
 
 vocabularies = st.lists(st.text(max_size=4), max_size=8).map(lambda tokens: dict(enumerate(tokens)))
