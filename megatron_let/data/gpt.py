@@ -177,7 +177,7 @@ def check_token_ids(args: argparse.Namespace, vocab_size: int) -> None:
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
-    parts = [blend] if blend is not None else [part for part in per_split if part is not None]
+    parts = [part for part in (blend, *(per_split or ())) if part is not None]
     for prefix in {prefix for part in parts for prefix in part[0]}:
         dtype = open_indexed(prefix).index.dtype
         tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_CHECKED_TOKENS)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megatron_let.data.indexed import write_indexed
+from tests.helpers.data import write_indexed
 from tests.helpers.deepspeed import needs_deepspeed
 from tests.helpers.runs import Run, largest_difference, train
 

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
-from megatron_let.data.indexed import write_indexed
 from megatron_let.files.names import RUN
 from tests.helpers.checkpoints import save_llama, with_tokenizer
+from tests.helpers.data import write_indexed
 from tests.helpers.hub_server import HubServer
 from tests.helpers.runs import Run, largest_difference, train
 from tests.helpers.text_data import real_texts

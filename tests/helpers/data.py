@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_let.data.fingerprint import write_sidecar_file
+from megatron_let.data.text_tokenizer import HuggingFaceText
 
 
 def write_indexed_data(prefix: Path, vocab_size: int = 256, documents: int = 120) -> Path:
@@ -19,3 +24,14 @@ def write_indexed_data(prefix: Path, vocab_size: int = 256, documents: int = 120
         builder.add_document(torch.from_numpy(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+def write_indexed(prefix: Path, documents: Iterable[str], tokenizer: Any) -> None:
+    """Write texts with a fast Hugging Face tokenizer; each that is not empty ends with EOS."""
+    text_tokenizer = HuggingFaceText(tokenizer)
+    dtype = DType.optimal_dtype(text_tokenizer.largest_id + 1)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for ids in filter(None, text_tokenizer.encode(list(documents))):
+        builder.add_document(torch.tensor([*ids, text_tokenizer.eod]), [len(ids) + 1])
+    builder.finalize(f"{prefix}.idx")
+    write_sidecar_file(prefix, text_tokenizer, Path(tokenizer.name_or_path).name)

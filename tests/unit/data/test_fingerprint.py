@@ -12,10 +12,8 @@ from megatron.core.tokenizers import MegatronTokenizer
 from transformers import AutoTokenizer
 
 from megatron_let.data.fingerprint import check_data_tokenizer, sidecar_file
-from megatron_let.data.indexed import write_indexed
 from megatron_let.errors import LETError
 from tests.helpers.text_data import (
-    documents_of,
     run,
     save_hugging_face_tokenizer,
     write_input,
@@ -124,23 +122,7 @@ def test_tokenizer_without_end_of_document_raises(
         )
 
 
-def test_null_tokenizer_with_too_small_vocabulary_raises(prefix: Path) -> None:
-    null = {"tokenizer_type": "NullTokenizer"}
-    check_data_tokenizer(arguments(prefix, vocab_size=600, **null), None)
-    with pytest.raises(LETError, match="--vocab-size is 256"):
-        check_data_tokenizer(arguments(prefix, vocab_size=256, **null), None)
-
-
 def test_data_without_sidecar_file_and_mock_data_pass(tmp_path: Path) -> None:
     check_data_tokenizer(arguments(tmp_path / "foreign"), None)
     check_data_tokenizer(arguments(tmp_path / "mock", mock_data=True), None)
-
-
-def test_write_indexed_writes_sidecar_file(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizers["hugging face"])
-    counts = write_indexed(tmp_path / "data", ["one two", "", "three"], tokenizer)
-    expected = [[*tokenizer(t).input_ids, tokenizer.eos_token_id] for t in ("one two", "three")]
-    assert documents_of(tmp_path / "data") == expected
-    assert counts == {"documents": 2, "tokens": sum(map(len, expected)), "text_bytes": 12}
-    theirs = megatron_tokenizer(tokenizers["hugging face"])
-    check_data_tokenizer(arguments(tmp_path / "data"), theirs)
+    check_data_tokenizer(arguments(tmp_path / "null", tokenizer_type="NullTokenizer"), None)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_let.data.gpt import check_data
-from megatron_let.data.indexed import write_indexed
+from megatron_let.data.gpt import check_data, check_token_ids
 from megatron_let.errors import LETError
+from tests.helpers.data import write_indexed
+from tests.helpers.text_data import documents_of
 
 
 def data_args(**values: Any) -> argparse.Namespace:
@@ -73,3 +74,13 @@ def test_missing_index_is_reported(prefix: str) -> None:
 def test_run_without_data_raises() -> None:
     with pytest.raises(LETError, match="--data-path"):
         check_data(data_args())
+
+
+@pytest.mark.parametrize("where", ["data_path", "valid_data_path"])
+def test_id_beyond_the_vocabulary_is_reported_before_training(where: str, prefix: str) -> None:
+    args = data_args(**{where: [prefix]})
+    largest = max(max(tokens) for tokens in documents_of(Path(prefix)))
+    check_token_ids(args, largest + 1)
+    with pytest.raises(LETError, match=f"text has token {largest}, .* {largest} tokens"):
+        check_token_ids(args, largest)
+    check_token_ids(data_args(mock_data=True), 1)

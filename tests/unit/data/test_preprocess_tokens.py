@@ -12,9 +12,9 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_let.cli.preprocess_merge import DatasetBuilder
-from megatron_let.data.indexed import write_indexed
 from megatron_let.data.text_tokenizer import load_text_tokenizer, token_bytes
 from megatron_let.errors import LETError
+from tests.helpers.data import write_indexed
 from tests.helpers.text_data import (
     documents_of,
     files_of,

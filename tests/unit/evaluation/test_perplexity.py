@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.cli.evaluate import main
-from megatron_let.data.indexed import write_indexed
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import load_model
 from megatron_let.evaluation.perplexity import Perplexity, blend_of, perplexity, total, windows
 from tests.helpers.checkpoints import as_deepspeed, as_megatron, save_llama, with_tokenizer
+from tests.helpers.data import write_indexed
 from tests.helpers.text_data import run as preprocess
 from tests.helpers.text_data import save_sentence_piece, write_input
 
