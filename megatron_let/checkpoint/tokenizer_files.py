@@ -18,6 +18,7 @@ from megatron_let.files.atomic import write_json
 from megatron_let.teacher.hub import TOKENIZER_FILES
 from megatron_let.teacher.tokenizer import (
     Encode,
+    encoder,
     first_different_text,
     read_sentence_piece,
     read_tokenizer,
@@ -97,18 +98,6 @@ def special_token_ids(tokenizer: Path, loaded: Any) -> dict[str, Any]:
             extends = isinstance(ends, list) and loaded.eos_token_id in ends
             return ids | ({"eos_token_id": ends} if extends else {})
     return ids
-
-
-def encoder(tokenizer: Path) -> Encode:
-    """Return the function from text to ids, without special tokens, of a folder or `.model` file.
-
-    Raises:
-        LETError: the tokenizer cannot be read.
-    """
-    if tokenizer.is_file():
-        return read_sentence_piece(tokenizer).encode  # type: ignore[no-any-return]
-    loaded = read_tokenizer(tokenizer)
-    return lambda text: list(loaded(text, add_special_tokens=False).input_ids)
 
 
 def _checked(folder: Path, tokenizer: Path, encode: Encode) -> Any:

@@ -22,12 +22,10 @@ from megatron_let.checkpoint.formats import (
 )
 from megatron_let.checkpoint.parameter_mapping import ParameterMapping, parameter_mappings, split
 from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
-from megatron_let.checkpoint.tokenizer_files import (
-    encoder,
-)
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.tokenizer import (
+    encoder,
     first_different_text,
     read_sentence_piece,
     read_tokenizer,

@@ -17,7 +17,7 @@ from megatron_let.errors import LETError, first_line
 from megatron_let.files.atomic import atomic_folder
 from megatron_let.teacher.cache import exclusive_lock, teachers_cache
 from megatron_let.teacher.gguf_contents import complete_from_file
-from megatron_let.teacher.tokenizer import first_different_text, read_tokenizer
+from megatron_let.teacher.tokenizer import encoder_of, first_different_text, read_tokenizer
 
 # Increased when a conversion's result changes, so that no folder of an older one is used.
 _VERSION = 2
@@ -78,9 +78,7 @@ def _write_folder(file: Path, folder: Path) -> None:
 
 def _check_written(file: Path, folder: Path, tokenizer: Any) -> None:
     """Check that the written tokenizer, as it is loaded later, is the file's."""
-    text = first_different_text(
-        *(lambda text, t=t: t(text).input_ids for t in (tokenizer, read_tokenizer(folder)))
-    )
+    text = first_different_text(encoder_of(tokenizer), encoder_of(read_tokenizer(folder)))
     if text is not None:
         raise LETError(
             f"The tokenizer of {file} splits {text!r} differently once it is saved as a folder;"

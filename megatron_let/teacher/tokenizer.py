@@ -30,6 +30,23 @@ def first_different_text(first: Encode, second: Encode) -> str | None:
     return next((text for text in PROBE_TEXTS if first(text) != second(text)), None)
 
 
+def encoder(tokenizer: Path) -> Encode:
+    """Return the function from text to ids of a tokenizer's folder or SentencePiece `.model` file.
+
+    Raises:
+        LETError: the tokenizer cannot be read.
+    """
+    if tokenizer.is_file():
+        encode: Encode = read_sentence_piece(tokenizer).encode
+        return encode
+    return encoder_of(read_tokenizer(tokenizer))
+
+
+def encoder_of(loaded: Any) -> Encode:
+    """Return the function from text to ids, without special tokens, of a loaded tokenizer."""
+    return lambda text: list(loaded(text, add_special_tokens=False).input_ids)
+
+
 def read_sentence_piece(model: Path) -> Any:
     """Return the SentencePieceProcessor of a `.model` file.
 
@@ -77,9 +94,7 @@ def _check_as_sentence_piece(loaded: Any, model: Path) -> None:
         processor = read_sentence_piece(model)
     except LETError:
         return  # Llama 3's file of this name is tiktoken's.
-    text = first_different_text(
-        processor.encode, lambda text: list(loaded(text, add_special_tokens=False).input_ids)
-    )
+    text = first_different_text(processor.encode, encoder_of(loaded))
     if text is not None:
         raise LETError(
             f"The tokenizer {model} has no tokenizer.json beside it, and transformers splits"

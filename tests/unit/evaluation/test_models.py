@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from megatron_let.checkpoint.convert import to_megatron_checkpoint
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.cli.evaluate import main
-from megatron_let.data.indexed import write_indexed
 from megatron_let.evaluation import harness
 from megatron_let.evaluation.harness import Result, Settings, evaluate
 from megatron_let.evaluation.models import load_model, open_model
 from megatron_let.evaluation.perplexity import Perplexity
 from megatron_let.evaluation.tasks import tasks_named
 from tests.helpers.checkpoints import save_llama, with_tokenizer
+from tests.helpers.data import write_indexed
 from tests.helpers.models import random_model
 from tests.helpers.text_data import real_texts, save_sentence_piece, write_input
 from tests.helpers.text_data import run as preprocess
