@@ -53,7 +53,7 @@ def train(argv: list[str], host: Host) -> None:
 
     from megatron_let import integration
     from megatron_let.checkpoint.load_check import check_loaded
-    from megatron_let.compat import PatchSet
+    from megatron_let.compat import PatchSet, changed_schedule
     from megatron_let.compat.apply import apply_host_patches
     from megatron_let.compat.local_layers import check_local_layers, local_layer_spec
     from megatron_let.config.arguments import let_config_from_args
@@ -81,6 +81,8 @@ def train(argv: list[str], host: Host) -> None:
     integration.enable_on_engine(args, config)
     # After the comparison with the teacher's tokenizer, which knows more.
     check_token_ids(args, get_tokenizer().vocab_size)
+    if args.override_opt_param_scheduler:
+        PatchSet().apply_all(changed_schedule.wrappers())
     PatchSet().apply_all(control_files.wrappers(args) | artifacts.wrappers(args))
     token_aligner = integration.token_aligner(args, config)
     if args.rank == 0:

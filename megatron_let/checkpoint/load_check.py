@@ -52,7 +52,8 @@ _FLAGS = {
 }
 # What Megatron's schedule is made of, in iterations and in samples.
 _SCHEDULE = (
-    *("global_batch_size", "lr_decay_iters", "lr_decay_samples", "lr_warmup_iters"),
+    *("lr", "min_lr", "global_batch_size", "lr_decay_iters", "lr_decay_samples"),
+    "lr_warmup_iters",
     *("lr_warmup_samples", "lr_warmup_fraction", "lr_decay_style", "start_weight_decay"),
     *("end_weight_decay", "weight_decay_incr_style"),
 )
@@ -111,14 +112,9 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder: Path) -> None:
     """Check what Megatron compares with the loaded scheduler and parameter groups."""
-    for name in ("lr", "min_lr"):
-        ours, theirs = getattr(args, name), getattr(saved, name, None)
-        if theirs is not None and not _same(ours, theirs):
-            raise LETError(
-                f"{flag(name)} is {ours} in this run and {theirs} in the checkpoint {folder};"
-                " Megatron finds the optimizer's state by this value, so keep it, or add"
-                " --no-load-optim to restart the optimizer and the schedule."
-            )
+    if args.use_checkpoint_opt_param_scheduler:
+        # Megatron finds the loaded parameter groups by these two.
+        args.lr, args.min_lr = getattr(saved, "lr", args.lr), getattr(saved, "min_lr", args.min_lr)
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     for name in _SCHEDULE:

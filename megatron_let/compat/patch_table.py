@@ -142,10 +142,20 @@ _TORCH_OPTIMIZER_ROWS = (
     Patch(
         target=_OPTIMIZER + "load_state_dict",
         reason="with torch's Adam the step counter is 0 after a resume, so the bias correction"
-        " restarts, and fp32 parameters cannot be loaded",
+        " restarts, and fp32 parameters cannot be loaded; with another --lr no group is found",
         parameters=("self", "state_dict"),
-        unnecessary_when="load_state_dict() restores the step of torch's Adam",
+        unnecessary_when="load_state_dict() restores the step of torch's Adam, and"
+        " --override-opt-param-scheduler changes the rates of the loaded groups",
         test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
+    ),
+    Patch(
+        target="megatron.core.optimizer.optimizer:"
+        "MegatronOptimizer._filter_and_reorder_param_groups",
+        reason="a checkpoint's parameter groups are found by their rates, so no run can be resumed"
+        " with another --lr, in spite of --override-opt-param-scheduler",
+        parameters=("current_groups", "state_dict_groups"),
+        unnecessary_when="--override-opt-param-scheduler changes the rates of the loaded groups",
+        test="tests/distributed/test_control.py::test_rate_changes_on_resume_if_it_is_overridden",
     ),
 )
 

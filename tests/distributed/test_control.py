@@ -80,3 +80,24 @@ def test_stopped_run_resumes_with_the_same_losses(
     assert [row["iteration"] for row in resumed.steps] == list(range(1, 11))
     for key in ("lm_loss", "grad_norm"):
         assert largest_difference(resumed, uninterrupted[0], key) == 0.0, key
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_rate_changes_on_resume_if_it_is_overridden(
+    sharded: bool, tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    """Both kinds of optimizer; stock Megatron 0.19.2 loads neither with another --lr."""
+    checkpoints = tmp_path / "checkpoints"
+    flags = ("--data-path", data, "--save", checkpoints, "--load", checkpoints, "--save-interval",
+             2, "--lr-decay-style", "constant", "--lr-warmup-iters", 0, "--eval-iters", 0,
+             *(["--use-distributed-optimizer"] if sharded else []))  # fmt: skip
+    train(tmp_path, *flags, "--train-iters", 2, TEACHER=str(teacher))
+    resumed = train(
+        tmp_path, *flags, "--train-iters", 4, "--lr", 7e-3, "--min-lr", 7e-4,
+        "--override-opt_param-scheduler", TEACHER=str(teacher),
+    )  # fmt: skip
+    assert [row["learning_rate"] for row in resumed.steps] == [1e-3, 1e-3, 7e-3, 7e-3]
+    changed = [row["changed"] for row in resumed.rows if "changed" in row]
+    assert changed == [{"train_iters": [2, 4], "lr": [1e-3, 7e-3], "min_lr": [1e-4, 7e-4]}]
+    # The optimizer's state was loaded: without it the loss would jump.
+    assert resumed.steps[2]["lm_loss"] == pytest.approx(resumed.steps[1]["lm_loss"], abs=0.1)

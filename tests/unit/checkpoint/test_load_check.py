@@ -82,6 +82,8 @@ SCHEDULE_CHANGES = [
     ({"global_batch_size": 16}, "--global-batch-size is 16"),
     ({"lr_warmup_iters": 3}, "--lr-warmup-iters is 3"),
     ({"start_weight_decay": 0.2}, "--weight-decay is 0.2"),
+    ({"lr": 0.5}, "--lr is 0.5 .* and 0.001"),
+    ({"min_lr": 0.5}, "--min-lr is 0.5"),
 ]
 
 
@@ -100,14 +102,6 @@ def test_other_schedule_names_the_flags_that_allow_it(
 
 def test_longer_run_with_a_schedule_of_its_own_length_is_accepted(folder: Path) -> None:
     check(folder, train_iters=20, lr_decay_iters=10)
-
-
-@pytest.mark.parametrize("name", ["lr", "min_lr"])
-def test_other_rate_is_refused_while_the_optimizer_is_loaded(folder: Path, name: str) -> None:
-    with pytest.raises(LETError, match=f"--{name.replace('_', '-')} is 0.5 .*--no-load-optim"):
-        check(folder, **{name: 0.5, "override_opt_param_scheduler": True})
-    check(folder, **{name: 0.5, "no_load_optim": True})
-    check(folder, **{name: 0.5, "finetune": True})
 
 
 def test_larger_vocabulary_is_refused(folder: Path) -> None:
