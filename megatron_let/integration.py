@@ -189,4 +189,4 @@ def _check_tokenizer(folder: TeacherFolder, args: argparse.Namespace) -> None:
             " data must be of the teacher's tokenizer"
         )
     else:
-        check_same_tokenizer(tokenizer, folder)
+        check_same_tokenizer(tokenizer, folder.path)

@@ -194,6 +194,11 @@ def from_hugging_face(config: Mapping[str, Any]) -> Llama:
             f"The folder holds a model of type {kind!r}; only Llama models can be"
             " converted (model_type 'llama': SmolLM2, Llama 1 to 3, TinyLlama and similar)."
         )
+    if config.get("quantization_config"):
+        raise LETError(
+            "The model is quantised (quantization_config in config.json); give the full-precision"
+            " model."
+        )
     for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, wanted) != wanted:
             raise LETError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from megatron_let.checkpoint.parameter_mapping import (
     parameter_mappings,
 )
 from megatron_let.checkpoint.safetensors_files import write_safetensors
+from megatron_let.checkpoint.tokenizer_files import special_token_ids, write_tokenizer
 from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_dist
-from megatron_let.checkpoint.weights import Weights, load_tokenizer
+from megatron_let.checkpoint.weights import Weights
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_folder, write_json
@@ -34,8 +34,6 @@ from megatron_let.planner.layouts import does_not_divide
 from megatron_let.planner.memory import Layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json",
-                    "added_tokens.json", "chat_template*")  # fmt: skip
 
 
 def to_hugging_face_folder(
@@ -53,7 +51,8 @@ def to_hugging_face_folder(
         force: replace an existing `output`.
 
     Raises:
-        LETError: a tensor that is not part of a Llama, or `output` exists; nothing is written.
+        LETError: a tensor that is not part of a Llama, a tokenizer for which transformers gives
+            other ids, or `output` exists; nothing is written.
     """
     _check_all_used(weights)
     dtype = dtype or weights.dtype
@@ -63,9 +62,13 @@ def to_hugging_face_folder(
         for name, shape in mapping.tensors
     }
     with atomic_folder(output, force) as folder:
-        special = _copy_tokenizer(weights.tokenizer, folder)
-        config = to_hugging_face(weights.llama, str(dtype).removeprefix("torch.")) | special
+        config = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
         write_json(folder / "config.json", config)
+        special: dict[str, Any] = {}
+        if weights.tokenizer is not None:
+            loaded = write_tokenizer(weights.tokenizer, folder)
+            special = special_token_ids(weights.tokenizer, loaded)
+        write_json(folder / "config.json", config | special)
         write_json(folder / "generation_config.json", special)
         write_safetensors(folder, plan, weights.read, max_shard_size)
 
@@ -82,22 +85,6 @@ def _check_all_used(weights: Weights) -> None:
             f"{weights.folder} has {len(unused)} tensors that are not part of a Llama, such as"
             f" {unused[0]}; it is another architecture."
         )
-
-
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> dict[str, Any]:
-    """Copy the tokenizer into the folder; return the ids of its special tokens."""
-    if tokenizer is None:
-        return {}
-    if tokenizer.is_file():
-        shutil.copy(tokenizer, folder / "tokenizer.model")
-        tokenizer = folder
-    else:
-        for pattern in _TOKENIZER_FILES:
-            for file in tokenizer.glob(pattern):
-                shutil.copy(file, folder / file.name)
-    loaded = load_tokenizer(tokenizer)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: value for name in names if (value := getattr(loaded, name)) is not None}
 
 
 @dataclass(frozen=True)

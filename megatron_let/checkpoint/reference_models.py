@@ -42,7 +42,11 @@ def _hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation="sdpa",
     )
     rows = [model.eval()(row[None]).logits for row in tokens]
     return torch.cat(rows)

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_let.errors import LETError, first_line
 from megatron_let.files.atomic import write_json
+from megatron_let.teacher.weight_files import weight_files
 
 # Safetensors' names of the supported types.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def write_safetensors(
@@ -112,20 +112,13 @@ class SafetensorsFolder:
 
 
 def _files_of_tensors(folder: Path) -> Mapping[str, Path]:
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise LETError(f"{folder / INDEX} is damaged ({first_line(error)}).") from error
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / SINGLE] if (folder / SINGLE).is_file() else []
-    if not files:
+    files = weight_files(folder)
+    if not files or files[0].suffix != ".safetensors":
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         hint = f", only the pickle {pickles[0].name}, which can run code" if pickles else ""
         raise LETError(
-            f"The folder {folder} has no safetensors{hint}; save the model as safetensors"
-            " (save_pretrained) and convert that."
+            f"The folder {folder} has no safetensors that transformers loads{hint}; save the model"
+            " as safetensors (save_pretrained) and convert that."
         )
     found: dict[str, Path] = {}
     for path in files:

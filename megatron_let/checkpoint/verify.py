@@ -13,6 +13,7 @@ from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.reference_models import logits
 from megatron_let.checkpoint.weights import Weights
 from megatron_let.errors import LETError
+from megatron_let.teacher.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,12 @@ class TensorAudit:
     """Tensor-by-tensor comparison of two models.
 
     Attributes:
-        num_tensors: Hugging Face tensors of the architecture, each read from both models.
+        num_tensors: tensors that were read from both models: the Hugging Face tensors of the
+            architecture, and others that both have.
         num_bitwise: number of tensors that are equal bit by bit.
         largest_difference: largest difference over all elements, in fp32.
         different: names of the tensors that are not equal.
-        unused: stored tensors of either model that are not part of the architecture.
+        unused: tensors of one of the models that are not part of the architecture.
     """
 
     num_tensors: int
@@ -58,15 +60,17 @@ def audit(first: Weights, second: Weights) -> TensorAudit:
     """
     _check_same_architecture(first, second)
     names = [name for mapping in parameter_mappings(first.llama) for name in mapping.names]
+    left_over = set(first.unused()), set(second.unused())
+    names += sorted(left_over[0] & left_over[1])
     different, largest = [], 0.0
     for name in names:
         a, b = first.read(name), second.read(name)
         if a.dtype != b.dtype or not torch.equal(a, b):
             different.append(name)
             # A NaN makes the difference NaN, which no tolerance accepts.
-            gap = float((a.float() - b.float()).abs().max())
+            gap = float((a.float() - b.float()).abs().max()) if a.shape == b.shape else np.inf
             largest = gap if np.isnan(gap) else max(largest, gap)
-    unused = (*first.unused(), *second.unused())
+    unused = tuple(sorted(left_over[0] ^ left_over[1]))
     return TensorAudit(len(names), len(names) - len(different), largest, tuple(different), unused)
 
 
@@ -141,11 +145,9 @@ def _from_data(prefix: Path, needed: int) -> torch.Tensor:
 
 
 def _from_text(tokenizer: Path, needed: int) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
     from megatron_let.files.environment_text import environment_text
 
-    encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    encode = read_tokenizer(tokenizer)
     ids: list[int] = []
     for text in environment_text(16 * needed):
         ids += encode(text, add_special_tokens=False).input_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from megatron_let.checkpoint.parameter_mapping import ParameterMapping, paramete
 from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
+from megatron_let.teacher.tokenizer import (
+    encoder,
+    first_different_text,
+    read_sentence_piece,
+    read_tokenizer,
+)
 
 
 def open_weights(path: Path, tokenizer: Path | None = None) -> Weights:
@@ -64,7 +71,8 @@ class MegatronWeights:
         if checkpoint.state.get("args") is None:
             raise LETError(f"The checkpoint {self.folder} has no arguments of its run.")
         self.args: dict[str, Any] = vars(checkpoint.state["args"])
-        self.tokenizer = tokenizer or _tokenizer_of(self.args)
+        own = _tokenizer_of(self.args)
+        self.tokenizer = tokenizer or own
         self._stored = dict(checkpoint.tensors())
         embedding = self._stored.get("embedding.word_embeddings.weight")
         if embedding is None:
@@ -74,13 +82,17 @@ class MegatronWeights:
         self.dtype: torch.dtype = embedding.dtype
         rows = int(embedding.shape[0])
         self.llama = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
+        if tokenizer is not None:
+            _check_equal_ids(tokenizer, own, self.folder)
         self._mappings = parameter_mappings(self.llama)
         self._mapping_of = {name: m for m in self._mappings for name in m.names}
         # The parts of the last tensor that was read and split, which have not been returned yet.
         self._parts: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor by its Hugging Face name."""
+        """Read one tensor by its Hugging Face name, or one of `unused` by its own."""
+        if name not in self._mapping_of:
+            return self.checkpoint.read(name, None)
         if name not in self._parts:
             # Freed first, so that two of Megatron's tensors are never held at once.
             self._parts = {}
@@ -130,6 +142,26 @@ def _tokenizer_of(args: Mapping[str, Any]) -> Path | None:
     return Path(model) if model and Path(model).exists() else None
 
 
+def _check_equal_ids(given: Path, own: Path | None, folder: Path) -> None:
+    """Check that `--tokenizer` gives the ids of the run's tokenizer, where that is still there.
+
+    Raises:
+        LETError: names a text whose ids differ.
+    """
+    if own is None or own.resolve() == given.resolve():
+        return
+    try:
+        trained_with = encoder(own)
+    except LETError:
+        return
+    text = first_different_text(trained_with, encoder(given))
+    if text is not None:
+        raise LETError(
+            f"The tokenizer {given} splits {text!r} differently from {own}, the tokenizer of"
+            f" {folder}; leave out --tokenizer, or give an equal one."
+        )
+
+
 def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> int:
     """Return the number of the embedding's rows that are tokens.
 
@@ -160,16 +192,7 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         LETError: the tokenizer cannot be read.
     """
-    try:
-        if path.is_file():
-            from sentencepiece import SentencePieceProcessor
-
-            return SentencePieceProcessor(model_file=str(path))
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a damaged tokenizer can raise many types
-        raise LETError(f"The tokenizer {path} cannot be read ({first_line(error)}).") from error
+    return read_sentence_piece(path) if path.is_file() else read_tokenizer(path)
 
 
 class HuggingFaceWeights:
@@ -180,16 +203,28 @@ class HuggingFaceWeights:
         config = _read_config(folder)
         self.llama = from_hugging_face(config)
         self._files = SafetensorsFolder(folder)
+        if self.llama.tied and not self._is_tied():
+            self.llama = replace(self.llama, tied=False)
         self._shapes = dict(t for m in parameter_mappings(self.llama) for t in m.tensors)
-        self.tokenizer = tokenizer or _tokenizer_in(folder)
+        self.tokenizer = tokenizer or tokenizer_in(folder)
         self._check_shapes()
         self.dtype = DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
         if self.tokenizer is not None:
-            _check_tokenizer(self.tokenizer, self.llama.vocab_size)
+            check_tokenizer_size(self.tokenizer, self.llama.vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor by its Hugging Face name."""
+        """Read one tensor by its name."""
         return self._files.read(name)
+
+    def _is_tied(self) -> bool:
+        """Return whether the files have no output layer of their own.
+
+        transformers 5 also believes the files instead of `tie_word_embeddings`.
+        """
+        head = "lm_head.weight"
+        if head not in self._files.names():
+            return True
+        return torch.equal(self.read(head), self.read("model.embed_tokens.weight"))
 
     def unused(self) -> list[str]:
         """Return the names of stored tensors that are not part of the model."""
@@ -227,12 +262,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tokenizer_in(folder: Path) -> Path | None:
+def tokenizer_in(folder: Path) -> Path | None:
+    """Return the folder itself if it has a tokenizer."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     return folder if any((folder / name).is_file() for name in names) else None
 
 
-def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
+def check_tokenizer_size(tokenizer: Path, vocab_size: int) -> None:
+    """Check that a model's embedding has a row for each token.
+
+    Raises:
+        LETError: names both sizes.
+    """
     size = len(load_tokenizer(tokenizer))
     if size > vocab_size:
         raise LETError(

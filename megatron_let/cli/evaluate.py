@@ -6,6 +6,7 @@ A model is a Megatron checkpoint, a run (its last checkpoint) or a Hugging Face 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -137,11 +138,12 @@ def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
 
 def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row:
     from megatron_let.checkpoint.describe import consumed_tokens
-    from megatron_let.checkpoint.weights import MegatronWeights, open_weights
+    from megatron_let.checkpoint.weights import MegatronWeights
     from megatron_let.evaluation.harness import Settings, evaluate
+    from megatron_let.evaluation.models import open_model
     from megatron_let.evaluation.table import Row
 
-    weights = open_weights(model, given.tokenizer)
+    weights = open_model(model, given.tokenizer)
     device = _device(given)
     results = evaluate(
         weights,
@@ -186,7 +188,7 @@ def _write_table(
 
 
 def _perplexity(given: argparse.Namespace, console: Console) -> int:
-    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.evaluation.models import open_model
     from megatron_let.evaluation.perplexity import blend_of
 
     items = given.data_path
@@ -197,9 +199,13 @@ def _perplexity(given: argparse.Namespace, console: Console) -> int:
     prefixes = blend_of(items)
     found = {}
     for model in given.models:
-        parts = _parts(given, open_weights(model, given.tokenizer), prefixes)
+        parts = _parts(given, open_model(model, given.tokenizer), prefixes)
         found[str(model)] = [_values(part) for part in parts]
         output_console().print(_perplexity_table(str(model), parts))
+        for part in parts:
+            if not math.isfinite(part.per_token):
+                text = f"the loss of {part.name} exceeds 709, so its perplexity is infinite"
+                say(console, text, "yellow")
     if given.json is not None:
         write_json(given.json, provenance(command_line()) | {"models": found})
         say(console, f"written: {given.json}")
@@ -210,16 +216,16 @@ def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> lis
     """Return one entry per data set, and the total if there are several."""
     import torch
 
-    from megatron_let.checkpoint.weights import load_tokenizer
     from megatron_let.evaluation.models import load_model
     from megatron_let.evaluation.perplexity import perplexity, total
 
     name = _dtype(given, weights)
     dtype = getattr(torch, name) if name else None
     model = load_model(weights, dtype, _device(given))
-    tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
     parts = [
-        perplexity(model, p, given.seq_length, tokenizer, given.batch_size, given.max_tokens)
+        perplexity(
+            model, p, given.seq_length, weights.tokenizer, given.batch_size, given.max_tokens
+        )
         for p in prefixes
     ]
     return parts if len(parts) == 1 else [*parts, total(parts)]
@@ -231,8 +237,9 @@ def _values(part: Perplexity) -> dict[str, Any]:
         "tokens": part.tokens,
         "bytes": part.bytes,
         "loss": part.loss / part.tokens,
-        "perplexity_per_token": part.per_token,
-        "perplexity_per_byte": part.per_byte,
+        # JSON has no infinity.
+        "perplexity_per_token": part.per_token if math.isfinite(part.per_token) else None,
+        "perplexity_per_byte": part.per_byte if math.isfinite(part.per_byte or 0) else None,
         "bits_per_byte": part.bits_per_byte,
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_let.errors import LETError, first_line
+from megatron_let.errors import LETError
 
 HUGGING_FACE = "HuggingFaceTokenizer"
 # Megatron reads a .model file under the other names.
@@ -116,7 +116,8 @@ def load_hugging_face(model: Path) -> Any:
     Raises:
         LETError: `model` is not a folder, or its tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer
+    # transformers takes seconds to import.
+    from megatron_let.teacher.tokenizer import read_tokenizer
 
     if not model.is_dir():
         raise LETError(
@@ -124,10 +125,4 @@ def load_hugging_face(model: Path) -> Any:
             " HuggingFaceTokenizer takes the folder that holds tokenizer.json, and"
             " SentencePieceTokenizer takes a .model file."
         )
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises a dozen kinds for a damaged folder
-        raise LETError(
-            f"The tokenizer {model} cannot be read ({first_line(error)}); copy its"
-            " tokenizer.json and tokenizer_config.json again."
-        ) from error
+    return read_tokenizer(model)

@@ -24,7 +24,7 @@ from megatron_let.data.text_tokenizer import (
 )
 from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.tokenizer import PROBE_TEXT, load_teacher_tokenizer
+from megatron_let.teacher.tokenizer import PROBE_TEXT, read_tokenizer
 
 Ids = npt.NDArray[np.int64]
 NONE = -1
@@ -205,7 +205,7 @@ def load_token_aligner(
         LETError: one of the tokenizers cannot be used for alignment.
     """
     student = load_token_bytes(tokenizer_type, tokenizer_model)
-    teacher = load_teacher_tokenizer(folder)
+    teacher = read_tokenizer(folder.path)
     if not teacher.is_fast or teacher.eos_token_id is None:
         raise LETError(
             f"The teacher's tokenizer {folder.path} has no fast form (tokenizer.json) or no"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_let.checkpoint.weights import load_tokenizer
+from megatron_let.checkpoint.tokenizer_files import hugging_face_tokenizer, tokenizer_hash
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import checkpoint_hash, load_model
 from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
@@ -59,7 +59,8 @@ class Result:
 
 def versions() -> dict[str, str]:
     """Return the package versions that a score depends on."""
-    return {name: version(name) for name in ("lm-eval", "datasets", "transformers", "torch")}
+    names = ("lm-eval", "datasets", "transformers", "tokenizers", "torch")
+    return {name: version(name) for name in names}
 
 
 def evaluate(
@@ -74,7 +75,7 @@ def evaluate(
     """Score a model on tasks, computing only results that are not in the cache.
 
     Args:
-        weights: checkpoint from `open_weights`.
+        weights: model from `open_model`.
         tasks: tasks to score, in the order of the results.
         settings: settings of the task run.
         cache: folder of results, one JSON file per task.
@@ -85,8 +86,14 @@ def evaluate(
     Raises:
         LETError: lm-eval is not installed, or the data of a task is missing.
     """
-    checkpoint = checkpoint_hash(weights.folder)
-    files = {task: cache / _file_name(checkpoint, task, settings, data) for task in tasks}
+    identity = {
+        "checkpoint": checkpoint_hash(weights.folder),
+        "tokenizer": tokenizer_hash(weights.tokenizer),
+        "device": torch.device(device).type,
+        "settings": asdict(settings),
+        "versions": versions(),
+    }
+    files = {task: cache / _file_name(identity, task, data) for task in tasks}
     missing = tuple(task for task, path in files.items() if not path.is_file())
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
@@ -96,16 +103,10 @@ def evaluate(
     return [Result(**json.loads(path.read_text())) for path in files.values()]
 
 
-def _file_name(checkpoint: str, task: Task, settings: Settings, data: Path | None) -> str:
-    identity = {
-        "checkpoint": checkpoint,
-        "task": task.name,
-        "data": data_fingerprint(task, data),
-        "settings": asdict(settings),
-        "versions": versions(),
-    }
+def _file_name(identity: dict[str, Any], task: Task, data: Path | None) -> str:
+    identity = identity | {"task": task.name, "data": data_fingerprint(task, data)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{checkpoint}-{task.name}-{digest}.json"
+    return f"{identity['checkpoint']}-{task.name}-{digest}.json"
 
 
 def check_installed() -> None:
@@ -134,15 +135,14 @@ def _run(
     check_installed()
     from lm_eval.models.huggingface import HFLM
 
-    if weights.tokenizer is None or weights.tokenizer.is_file():
+    if weights.tokenizer is None:
         raise LETError(
-            f"lm-eval needs a Hugging Face tokenizer, and {weights.folder} names"
-            f" {weights.tokenizer or 'none'}; give --tokenizer DIR."
+            f"lm-eval needs a tokenizer, and {weights.folder} names none; give --tokenizer."
         )
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     model = HFLM(
         pretrained=load_model(weights, dtype, device),
-        tokenizer=load_tokenizer(weights.tokenizer),
+        tokenizer=hugging_face_tokenizer(weights.tokenizer),
         batch_size=batch_size,
         device=device,
     )

@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,80 @@ from megatron_let.checkpoint.architecture import to_hugging_face
 from megatron_let.checkpoint.formats import is_checkpoint, is_complete, iteration_folder
 from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.torch_dist import INDEX
-from megatron_let.checkpoint.weights import MegatronWeights, Weights
+from megatron_let.checkpoint.weights import (
+    MegatronWeights,
+    check_tokenizer_size,
+    open_weights,
+    tokenizer_in,
+)
+from megatron_let.errors import LETError, first_line
 from megatron_let.files.names import DONE
+from megatron_let.teacher.gguf import quiet_transformers
+from megatron_let.teacher.inspect import inspect_teacher
+from megatron_let.teacher.weight_files import check_all_loaded, weight_files
 
 _ITERATION = re.compile(r"iter_\d{7,}")
 
 
-def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face folder with a causal language model of any architecture.
+
+    Attributes:
+        folder: the folder.
+        tokenizer: folder or file of the tokenizer; None if unknown.
+        dtype: type of the weights in its config; None if it states none.
+    """
+
+    folder: Path
+    tokenizer: Path | None
+    dtype: torch.dtype | None
+
+
+Model = ModelFolder | MegatronWeights
+
+
+def open_model(path: Path, tokenizer: Path | None = None) -> Model:
+    """Open a checkpoint, a run's folder (its last one) or a Hugging Face folder; reads no weight.
+
+    Args:
+        tokenizer: folder or file, instead of the one that the checkpoint names.
+
+    Raises:
+        LETError: not a model, not complete, or not one that transformers loads.
+    """
+    if not path.exists():
+        raise LETError(f"The model {path} does not exist.")
+    if path.is_dir() and is_checkpoint(iteration_folder(path)):
+        weights = open_weights(path, tokenizer)
+        assert isinstance(weights, MegatronWeights)
+        return weights
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LETError(
+            f"The folder {path} is neither a Megatron checkpoint nor a Hugging Face model (no"
+            " config.json)."
+        )
+    folder = inspect_teacher(path)
+    own = tokenizer or tokenizer_in(folder.path)
+    if own is not None:
+        check_tokenizer_size(own, folder.vocab_size)
+    return ModelFolder(folder.path, own, folder.dtype)
+
+
+def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
     """Load a model; a Megatron checkpoint is converted in memory.
 
     Args:
-        weights: checkpoint from `open_weights`.
-        dtype: precision of the model; None keeps the checkpoint's.
+        weights: model from `open_model`.
+        dtype: precision of the model; None keeps that of the weights.
         device: device to load it on.
-    """
-    from transformers import AutoModelForCausalLM
 
+    Raises:
+        LETError: transformers cannot load the folder, or not all of its weights.
+    """
+    if isinstance(weights, ModelFolder):
+        return _load_folder(weights, dtype).to(device)
     dtype = dtype or weights.dtype
-    if not isinstance(weights, MegatronWeights):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            weights.folder, dtype=dtype, local_files_only=True
-        )
-        return loaded.to(device)
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -55,6 +108,28 @@ def load_model(weights: Weights, dtype: torch.dtype | None, device: str) -> Any:
     return model.eval().to(device)
 
 
+def _load_folder(weights: ModelFolder, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                weights.folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise LETError(
+            f"The model {weights.folder} cannot be loaded ({first_line(error)}); check that"
+            " config.json and the weight files are of one model."
+        ) from error
+    model, report = loaded
+    check_all_loaded(weights.folder, report)
+    return model.eval()
+
+
 def checkpoint_hash(path: Path) -> str:
     """Return a hash that identifies the weights of a checkpoint, wherever it is stored.
 
@@ -68,9 +143,10 @@ def checkpoint_hash(path: Path) -> str:
         sizes = sorted((f.name, f.stat().st_size) for f in folder.glob("*.distcp"))
         digest.update(repr(sizes).encode())
         return digest.hexdigest()[:16]
-    files = [folder / "config.json", *folder.glob("*.safetensors")]
     if is_checkpoint(folder):
         files = list(folder.rglob("*.pt"))
+    else:
+        files = [folder / "config.json", *weight_files(folder)]
     for file in sorted(files):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

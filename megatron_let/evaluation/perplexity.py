@@ -15,8 +15,10 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_let.data.fingerprint import check_same_fingerprint
 from megatron_let.data.indexed import open_indexed
-from megatron_let.data.text_tokenizer import HuggingFaceText
+from megatron_let.data.text_tokenizer import HuggingFaceText, SentencePieceText, TextTokenizer
 from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import max_positions
+from megatron_let.teacher.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,25 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """Return the exponential of the mean loss per token."""
-        return math.exp(self.loss / self.tokens)
+        """Return the exponential of the mean loss per token; infinity above a loss of 709."""
+        return _exp(self.loss / self.tokens)
 
     @property
     def per_byte(self) -> float | None:
         """Return the exponential of the mean loss per byte, comparable across tokenizers."""
-        return math.exp(self.loss / self.bytes) if self.bytes else None
+        return _exp(self.loss / self.bytes) if self.bytes else None
 
     @property
     def bits_per_byte(self) -> float | None:
         """Return log2 of `per_byte`."""
         return self.loss / self.bytes / math.log(2) if self.bytes else None
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def documents(prefix: Path, max_tokens: int | None) -> Iterator[np.ndarray]:
@@ -83,7 +92,7 @@ def perplexity(
     model: Any,
     prefix: Path,
     length: int,
-    tokenizer: Any | None,
+    tokenizer: Path | None,
     batch_size: int = 1,
     max_tokens: int | None = None,
 ) -> Perplexity:
@@ -93,33 +102,53 @@ def perplexity(
         model: transformers model on its device.
         prefix: path of indexed data without suffix.
         length: context length in tokens.
-        tokenizer: tokenizer of the data, to count the bytes of the text; None leaves them out.
+        tokenizer: folder or `.model` file of the data's tokenizer, which is compared with the
+            data, and counts the bytes of the text; None leaves both out.
         batch_size: windows per forward pass.
         max_tokens: number of tokens to read; None for all.
 
     Raises:
-        LETError: the data has fewer than two tokens, or is of another tokenizer.
+        LETError: the data has fewer than two tokens, is of another tokenizer, or its windows are
+            too long for the model.
     """
-    if tokenizer is not None and getattr(tokenizer, "is_fast", False):
-        check_same_fingerprint(prefix, HuggingFaceText(tokenizer))
+    text: TextTokenizer | None = None
+    if tokenizer is not None:
+        is_file = tokenizer.is_file()
+        text = (
+            SentencePieceText(tokenizer) if is_file else HuggingFaceText(read_tokenizer(tokenizer))
+        )
+        check_same_fingerprint(prefix, text)
     loss, tokens = 0.0, 0
-    vocab_size = model.config.vocab_size
+    config = model.config.get_text_config(decoder=True)
+    vocab_size = config.vocab_size
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):
         if int(batch.max()) >= vocab_size:
             raise LETError(
                 f"The data {prefix} has token {int(batch.max())} but the model has a vocabulary of"
                 f" {vocab_size}; it was made with another tokenizer."
             )
+        _check_length(config, batch.shape[1] - 1)
         ids = torch.from_numpy(batch).to(model.device)
-        logits = model(ids[:, :-1]).logits.float()
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
         loss += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
         tokens += ids[:, 1:].numel()
     if not tokens:
         raise LETError(f"The data {prefix} has fewer than two tokens; there is nothing to predict.")
     # By document, because a window may begin inside a character.
-    texts = documents(prefix, max_tokens)
-    num_bytes = sum(_num_bytes(tokenizer, ids) for ids in texts) if tokenizer else None
+    read = documents(prefix, max_tokens)
+    num_bytes = sum(_num_bytes(text, ids) for ids in read) if text else None
     return Perplexity(prefix.name, tokens, num_bytes, loss)
+
+
+def _check_length(config: Any, length: int) -> None:
+    """Check that a model without RoPE, whose positions are a table, has as many as a window."""
+    limit = max_positions(config)
+    has_rope = getattr(config, "rope_parameters", None) is not None
+    if limit is not None and length > limit and not has_rope:
+        raise LETError(
+            f"The windows have {length} tokens but the model was built for {limit} positions; give"
+            f" --seq-length {limit}."
+        )
 
 
 def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -134,13 +163,11 @@ def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(held)
 
 
-def _num_bytes(tokenizer: Any, ids: np.ndarray) -> int:
-    if hasattr(tokenizer, "eos_id"):  # SentencePiece
-        return len(tokenizer.decode(ids[ids != tokenizer.eos_id()].tolist()).encode())
-    text: str = tokenizer.decode(
-        ids[ids != tokenizer.eos_token_id].tolist(), clean_up_tokenization_spaces=False
-    )
-    return len(text.encode())
+def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:
+    kept = ids[ids != tokenizer.eod].tolist()
+    if isinstance(tokenizer, SentencePieceText):
+        return len(tokenizer.processor.decode(kept).encode())
+    return len(tokenizer.backend.decode(kept, skip_special_tokens=False).encode())
 
 
 def total(parts: list[Perplexity]) -> Perplexity:

@@ -118,7 +118,8 @@ def teacher_size(name: str) -> TransformerSize:
         )
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    config = config.get_text_config()
     heads, hidden = config.num_attention_heads, config.hidden_size
     inner = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
     return TransformerSize(

@@ -16,13 +16,18 @@ from transformers.utils import logging as transformers_logging
 from megatron_let.errors import LETError, first_line
 from megatron_let.files.atomic import atomic_folder
 from megatron_let.teacher.cache import exclusive_lock, teachers_cache
+from megatron_let.teacher.gguf_contents import complete_from_file
+from megatron_let.teacher.tokenizer import encoder_of, first_different_text, read_tokenizer
+
+# Increased when a conversion's result changes, so that no folder of an older one is used.
+_VERSION = 2
 
 
 def convert_gguf(file: Path) -> Path:
     """Dequantise a `.gguf` file to a bf16 folder in the cache, once per content; return the folder.
 
     Raises:
-        LETError: the file is not a readable GGUF model.
+        LETError: the file is not a readable GGUF model, or has contents that would be lost.
     """
     if file.suffix != ".gguf":
         raise LETError(
@@ -31,7 +36,7 @@ def convert_gguf(file: Path) -> Path:
         )
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    folder = teachers_cache() / f"{file.stem}-{digest}"
+    folder = teachers_cache() / f"{file.stem}-{digest}-{_VERSION}"
     if folder.is_dir():
         return folder
     # All ranks of a node call this; the first one converts.
@@ -42,7 +47,11 @@ def convert_gguf(file: Path) -> Path:
 
 
 def _write_folder(file: Path, folder: Path) -> None:
-    names: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    names: dict[str, Any] = {
+        "gguf_file": file.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     # Recent transformers keep GGUF blocks packed, and a packed model cannot be saved.
     gguf_config = getattr(transformers, "GgufConfig", None)
     dense = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
@@ -57,12 +66,24 @@ def _write_folder(file: Path, folder: Path) -> None:
             f"The teacher {file} cannot be read as GGUF ({first_line(error)}); "
             "copy the file again, or install gguf and accelerate."
         ) from error
+    complete_from_file(file, model)
     # transformers would try to load the saved folder as a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with atomic_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _check_written(file, partial, tokenizer)
+
+
+def _check_written(file: Path, folder: Path, tokenizer: Any) -> None:
+    """Check that the written tokenizer, as it is loaded later, is the file's."""
+    text = first_different_text(encoder_of(tokenizer), encoder_of(read_tokenizer(folder)))
+    if text is not None:
+        raise LETError(
+            f"The tokenizer of {file} splits {text!r} differently once it is saved as a folder;"
+            " give the model's Hugging Face folder."
+        )
 
 
 @contextlib.contextmanager

@@ -79,16 +79,31 @@ def _output_layer(model: PreTrainedModel) -> OutputLayer:
 
 @torch.no_grad()
 def _check_linear(model: Any, head: OutputLayer, folder: TeacherFolder) -> None:
-    """Raise LETError if the model scales or caps the logits after its output layer."""
+    """Raise LETError if the model scales or caps the logits after its output layer.
+
+    Small random logits pass a cap almost unchanged: a second run gives large ones to what follows.
+    """
     tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
     model.eval()
     expected = model(input_ids=tokens, use_cache=False).logits
     found = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     # NaN compares unequal to itself; the first training step reports it with a clear message.
-    if expected.isfinite().all() and not torch.allclose(
-        expected.float(), found.float(), atol=1e-2, rtol=1e-2
-    ):
+    same = torch.allclose(expected.float(), found.float(), atol=1e-2, rtol=1e-2)
+    if expected.isfinite().all() and not (same and _is_identity_after_head(model, expected)):
         raise LETError(
             f"The teacher {folder.path} scales or caps its logits after the output layer, which"
             " rkd and salt do not; use another teacher, or --let-method let."
         )
+
+
+def _is_identity_after_head(model: Any, logits: torch.Tensor) -> bool:
+    """Return whether the model returns what its output layer returns, whatever its size."""
+    large = torch.linspace(-1000, 1000, logits.numel(), dtype=logits.dtype, device=logits.device)
+    large = large.view_as(logits)
+    hook = model.get_output_embeddings().register_forward_hook(lambda *_: large)
+    try:
+        tokens = torch.arange(PROBE_TOKENS, device=logits.device)[None]
+        found = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        hook.remove()
+    return torch.allclose(found.to(large.dtype), large)

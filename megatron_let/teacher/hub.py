@@ -32,15 +32,12 @@ _PROCESS_START = time.time()
 _TIMEOUT_SECONDS = 10.0
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
-_CONFIG = "config.json"
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
+_CONFIG = ("config.json", "generation_config.json")
+# Files of a folder's tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*",
+)  # fmt: skip
 # A folder with none of these has no tokenizer, or an incomplete one.
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model")
 
@@ -173,7 +170,7 @@ def _limit_time(request: Any) -> None:
 
 def _needed_files(names: list[str], weights: bool) -> list[str]:
     """Choose config, tokenizer and one set of weights, as transformers would, from a repository."""
-    patterns = [_CONFIG, *_TOKENIZER]
+    patterns = [*_CONFIG, *TOKENIZER_FILES]
     for name in WEIGHT_NAMES if weights else ():
         stem, _, suffix = name.rpartition(".")
         if name in names:
@@ -194,7 +191,7 @@ def _cached(repository: str, commit: str, weights: bool) -> Path | None:
                 repository,
                 revision=commit,
                 local_files_only=True,
-                allow_patterns=[_CONFIG, *_TOKENIZER],
+                allow_patterns=[*_CONFIG, *TOKENIZER_FILES],
                 ignore_patterns="*/*",
             )
         )
@@ -202,7 +199,7 @@ def _cached(repository: str, commit: str, weights: bool) -> Path | None:
         return None
     names = [file.name for file in folder.iterdir() if file.is_file()]
     has_tokenizer = any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARY)
-    complete = _CONFIG in names and has_tokenizer and (not weights or has_all_weights(folder))
+    complete = _CONFIG[0] in names and has_tokenizer and (not weights or has_all_weights(folder))
     return folder if complete else None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,6 +26,7 @@ class TeacherFolder:
         path: the folder.
         num_layers, hidden_size, vocab_size: sizes of the model.
         max_positions: longest sequence the model supports; None if the config sets no limit.
+        dtype: type of the weights in the config; None if it states none.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class TeacherFolder:
     hidden_size: int
     vocab_size: int
     max_positions: int | None
+    dtype: torch.dtype | None = field(default=None, compare=False)
 
 
 def resolve_teacher(teacher: str | Path) -> Path:
@@ -68,35 +71,60 @@ def inspect_teacher(teacher: str | Path) -> TeacherFolder:
             file.
     """
     folder = resolve_teacher(teacher)
-    text_config = _read_config(folder).get_text_config()
+    config = _read_config(folder)
+    text_config = config.get_text_config(decoder=True)
     check_weight_files(folder)
     return TeacherFolder(
         path=folder,
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
-        max_positions=getattr(text_config, "max_position_embeddings", None),
+        max_positions=max_positions(text_config),
+        dtype=config.dtype if isinstance(config.dtype, torch.dtype) else None,
     )
+
+
+# What architectures call their longest sequence; most have `max_position_embeddings`.
+_POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Return the longest sequence of a model; None if its config sets no limit."""
+    found = (getattr(config, name, None) for name in _POSITION_LIMITS)
+    return next((limit for limit in found if isinstance(limit, int)), None)
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise LETError(
-            f"The teacher {folder} has no config.json; give the folder of a Hugging Face model."
+            f"The model {folder} has no config.json; give the folder of a Hugging Face model."
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for an unusable config
+        if "trust_remote_code" in str(error):
+            raise LETError(
+                f"The model {folder} is Python code (auto_map in config.json), which is never run;"
+                " give a model that transformers supports."
+            ) from error
         raise LETError(
-            f"The teacher {folder} has a config.json of an unknown model ({first_line(error)});"
+            f"The model {folder} has a config.json of an unknown model ({first_line(error)});"
             " give a model that transformers supports."
         ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise LETError(
+            f"The model {folder} is quantised (quantization_config of {method} in config.json);"
+            " give the full-precision model, or load it where its package is installed, call"
+            " dequantize() and save_pretrained()."
+        )
     is_decoder = getattr(config, "is_decoder", False)
     bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not bidirectional
     if not is_causal or config.is_encoder_decoder:
         raise LETError(
-            f"The teacher {folder} is a {config.model_type} model, not a causal language model;"
+            f"The model {folder} is a {config.model_type} model, not a causal language model;"
             " give one such as Llama, GPT-2, OPT or GPT-NeoX."
         )
     return config

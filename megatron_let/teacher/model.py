@@ -13,6 +13,7 @@ from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.attention import use_unmasked_attention, uses_unmasked_attention
 from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import TeacherFolder
+from megatron_let.teacher.weight_files import check_all_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ def tapped_layer(teacher_layer: str, num_layers: int) -> int:
 
 
 def _layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
-    """Find the list of transformer layers, whose name depends on the architecture."""
-    for module in model.modules():
+    """Find the list of transformer layers, whose name depends on the architecture.
+
+    A multimodal model may have as many layers in its vision tower.
+    """
+    for module in (model.get_decoder() or model).modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
             return module
     raise LETError(
@@ -59,7 +63,7 @@ class _Tap:
         self._state: torch.Tensor | None = None
 
     def __call__(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._state = output[0] if isinstance(output, tuple) else output
+        self._state = output[0] if isinstance(output, tuple | list) else output
 
     def take(self) -> torch.Tensor:
         """Return the output of the last forward pass and release it."""
@@ -135,13 +139,20 @@ class Teacher:
         """Check that no token attends to a later one; return the width of the state.
 
         Raises:
-            LETError: the teacher is bidirectional and would leak the next token to the student.
+            LETError: the teacher is bidirectional and would leak the next token to the student, or
+                its layer returns no state per token.
         """
         device = self._model.get_input_embeddings().weight.device
         tokens = torch.arange(PROBE_TOKENS, device=device)[None]
         changed = tokens.clone()
         changed[0, -1] = 0
         first, second = self.hidden_state(tokens), self.hidden_state(changed)
+        if not isinstance(first, torch.Tensor) or first.shape[:-1] != tokens.shape:
+            shape = tuple(getattr(first, "shape", ())) or type(first).__name__
+            raise LETError(
+                f"The teacher {type(self._model).__name__} returns {shape} from its layer instead"
+                " of one state per token; give another --let-teacher-layer or teacher."
+            )
         # NaN compares unequal to itself; the first training step reports it with a clear message.
         if first.isfinite().all() and not self._same(first[:, :-1], second[:, :-1]):
             raise LETError(
@@ -233,19 +244,24 @@ def load_model(
         kind: auto class of transformers.
 
     Raises:
-        LETError: the files cannot be read, or weights are missing.
+        LETError: the files cannot be read, or they and the model have different weights.
     """
     # Building a model draws random numbers; the student's dropout must not change with them.
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), quiet_transformers():
         model, report = _from_pretrained(folder, DTYPES[config.teacher_dtype], kind)
-    if report["missing_keys"]:
-        raise LETError(
-            f"The teacher {folder.path} has no weight for {sorted(report['missing_keys'])[0]} and "
-            f"{len(report['missing_keys']) - 1} more; its files are of another model."
-        )
+    # A pooler reads the last state, and nothing of a teacher reads the pooler.
+    report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith("pooler.")}
+    check_all_loaded(folder.path, report, _output_layers(model, report))
     use_unmasked_attention(model)
     return model
+
+
+def _output_layers(model: PreTrainedModel, report: dict[str, Any]) -> set[str]:
+    """Return the unread weights outside the base model, which are of output layers."""
+    inside = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    inside.add(model.base_model_prefix)
+    return {name for name in report["unexpected_keys"] if name.partition(".")[0] not in inside}
 
 
 def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype, kind: Any) -> tuple[Any, Any]:
@@ -253,6 +269,7 @@ def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype, kind: Any) -> tu
     options: dict[str, Any] = {
         "dtype": dtype,
         "local_files_only": True,
+        "trust_remote_code": False,
         "output_loading_info": True,
     }
     try:

@@ -1,44 +1,119 @@
-"""Check that student and teacher share a tokenizer."""
+"""Read a folder's tokenizer, and check that student and teacher share one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from megatron_let.errors import LETError, first_line
-from megatron_let.teacher.inspect import TeacherFolder
 
 # Merges, spaces, digits and bytes: two tokenizers of one vocabulary can split these differently.
 PROBE_TEXT = "def f(x):\n        return 1234567 + x  # naïve café, 東京 \U0001f600\n\tThe  end."
 
+Encode = Callable[[str], list[int]]
 
-def load_teacher_tokenizer(folder: TeacherFolder) -> Any:
-    """Load the teacher's tokenizer with transformers.
+# What tokenizers of unlike kinds split unlike: whitespace, accents, scripts, code, emoji, digits.
+PROBE_TEXTS = (
+    PROBE_TEXT, "", " ", "Hello world", "  two  spaces  ", "\n\n \ta\r\n b\n", "12345 3.14e-10",
+    "naïve café, e\u0301, ﬁ ①, Größe, Łódź", "東京タワー 한국어 עברית हिन्दी ไทย ελληνικά русский",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u00a0\u2003\ufeff\u200b x", "▁a ▁",
+    "ALLCAPS camelCase it's ISN'T 'quoted'", "for (int i=0; i<n; ++i) { a[i] += 0x1F; } // ok",
+    "    return f'{x!r:>10}'\n\n\ndef g(*a, **k): ...", "http://example.org/?a=b&c=%20d",
+)  # fmt: skip
+
+
+def first_different_text(first: Encode, second: Encode) -> str | None:
+    """Return the first probe text whose ids differ; None if there is none."""
+    return next((text for text in PROBE_TEXTS if first(text) != second(text)), None)
+
+
+def encoder(tokenizer: Path) -> Encode:
+    """Return the function from text to ids of a tokenizer's folder or SentencePiece `.model` file.
 
     Raises:
-        LETError: the folder has none, or a damaged one.
+        LETError: the tokenizer cannot be read.
+    """
+    if tokenizer.is_file():
+        encode: Encode = read_sentence_piece(tokenizer).encode
+        return encode
+    return encoder_of(read_tokenizer(tokenizer))
+
+
+def encoder_of(loaded: Any) -> Encode:
+    """Return the function from text to ids, without special tokens, of a loaded tokenizer."""
+    return lambda text: list(loaded(text, add_special_tokens=False).input_ids)
+
+
+def read_sentence_piece(model: Path) -> Any:
+    """Return the SentencePieceProcessor of a `.model` file.
+
+    Raises:
+        LETError: the file is not one.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise LETError(f"The tokenizer {model} is not a SentencePiece model.") from error
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder with transformers, without running code of the folder.
+
+    Raises:
+        LETError: the folder has none, a damaged one, one that is code, or a `tokenizer.model` that
+            transformers splits text with in another way than SentencePiece.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # a missing or damaged tokenizer raises many types
+        if "trust_remote_code" in str(error):
+            raise LETError(
+                f"The tokenizer {folder} is Python code (auto_map in tokenizer_config.json), which"
+                " is never run; give the folder of a tokenizer with a tokenizer.json."
+            ) from error
         raise LETError(
-            f"The teacher {folder.path} has no tokenizer to compare with the student's"
-            f" ({first_line(error)}); copy its tokenizer files to the model's folder."
+            f"The tokenizer {folder} cannot be read ({first_line(error)}); copy its tokenizer"
+            " files again."
         ) from error
+    model = folder / "tokenizer.model"
+    if model.is_file() and not (folder / "tokenizer.json").is_file():
+        _check_as_sentence_piece(loaded, model)
+    return loaded
 
 
-def check_same_tokenizer(student: Any, folder: TeacherFolder) -> None:
+def _check_as_sentence_piece(loaded: Any, model: Path) -> None:
+    """Check the tokenizer that transformers makes of a `.model` file by an architecture's rules."""
+    try:
+        processor = read_sentence_piece(model)
+    except LETError:
+        return  # Llama 3's file of this name is tiktoken's.
+    text = first_different_text(processor.encode, encoder_of(loaded))
+    if text is not None:
+        raise LETError(
+            f"The tokenizer {model} has no tokenizer.json beside it, and transformers splits"
+            f" {text!r} differently from SentencePiece; add the model's tokenizer.json, or give the"
+            " file itself as a SentencePieceTokenizer."
+        )
+
+
+def check_same_tokenizer(student: Any, folder: Path) -> None:
     """Check that the student's tokenizer is the teacher's.
 
     Args:
         student: Megatron's tokenizer (`megatron.core.tokenizers`).
-        folder: folder of the teacher.
+        folder: the teacher's.
 
     Raises:
         LETError: the teacher has no tokenizer, or the two differ; names the first token that does.
     """
-    teacher = load_teacher_tokenizer(folder)
+    teacher = read_tokenizer(folder)
     teacher_vocabulary = {index: token for token, index in teacher.get_vocab().items()}
     check_same_vocabulary(_student_vocabulary(student), teacher_vocabulary)
     teacher_ids = teacher(PROBE_TEXT, add_special_tokens=False).input_ids

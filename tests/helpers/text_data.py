@@ -49,18 +49,17 @@ def save_hugging_face_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
     return folder
 
 
-def save_sentence_piece(path: Path, vocab_size: int = 600) -> Path:
-    """Train and save a SentencePiece BPE with byte fallback, as Llama's."""
+def save_sentence_piece(path: Path, vocab_size: int = 600, **options: Any) -> Path:
+    """Train and save a SentencePiece BPE with byte fallback, unless `options` change it."""
     model = io.BytesIO()
+    defaults = {"model_type": "bpe", "byte_fallback": True, "character_coverage": 0.99}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(real_texts()),
         model_writer=model,
         vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.99,
         num_threads=1,
         minloglevel=2,
+        **defaults | options,
     )
     path.write_bytes(model.getvalue())
     return path

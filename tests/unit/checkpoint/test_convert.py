@@ -211,6 +211,12 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[object, ...], str]] 
     "pickles only": (lambda f: _as_pickle(f), (), "pickle pytorch_model.bin"),
     "a tensor too many": (lambda f: _with_a_tensor(f), (), "not part of a Llama"),
     "another width": (lambda f: _config(f, intermediate_size=99), (), "config.json asks for"),
+    "quantised": (
+        lambda f: _config(f, quantization_config={"quant_method": "fp8"}),
+        (),
+        "quantization_config",
+    ),
+    "an adapter": (lambda f: (f / "adapter_config.json").touch(), (), "adapter_config.json"),
     "smaller vocabulary": (lambda f: with_tokenizer(f, 700), (), "700 tokens"),
     "TP that does not divide": (
         lambda f: None, ("--tensor-model-parallel-size", 3), "4 attention heads"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_let.checkpoint.weights import load_tokenizer, open_weights
+from megatron_let.checkpoint.weights import open_weights
 from megatron_let.cli.evaluate import main
 from megatron_let.errors import LETError
 from megatron_let.evaluation.models import load_model
@@ -59,7 +59,7 @@ def test_loss_equals_plain_loop(length: int, batch_size: int, data: Path, model:
             window = torch.tensor(ids[start : start + length + 1])
             scores = llama(window[None, :-1]).logits[0].double().log_softmax(-1)
             expected -= float(scores.gather(1, window[1:, None]).sum())
-    found = perplexity(llama, data, length, tokenizer, batch_size)
+    found = perplexity(llama, data, length, model, batch_size)
     assert found.loss == pytest.approx(expected, rel=1e-5)
     assert found.tokens == len(ids) - 1
     assert found.bytes == sum(len(text.encode()) for text in TEXTS)
@@ -73,7 +73,7 @@ def test_bytes_are_counted_with_a_sentence_piece_tokenizer(model: Path, tmp_path
     texts = ["Late to early.", "The end of it all."]
     preprocess([write_input(tmp_path / "t.jsonl", texts)], tmp_path / "data", tokenizer)
     llama = AutoModelForCausalLM.from_pretrained(model)
-    found = perplexity(llama, tmp_path / "data_text_document", 16, load_tokenizer(tokenizer))
+    found = perplexity(llama, tmp_path / "data_text_document", 16, tokenizer)
     assert found.bytes == sum(len(text.encode()) for text in texts)
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
@@ -67,3 +73,15 @@ def test_teacher_with_scaled_logits_raises(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     with pytest.raises(LETError, match="--let-method let"):
         load_teacher_with_head(inspect_teacher(tmp_path), config(tmp_path), CPU, range(64))
+
+
+@pytest.mark.parametrize("cap", [30.0, 1000.0])
+def test_teacher_with_capped_logits_raises(cap: float, tmp_path: Path) -> None:
+    """The logits of a random model are far below the cap."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    settings = Gemma2Config(**sizes, **heads, final_logit_softcapping=cap)
+    folder = tmp_path / "gemma2"
+    Gemma2ForCausalLM(settings).save_pretrained(folder)
+    with pytest.raises(LETError, match="caps its logits"):
+        load_teacher_with_head(inspect_teacher(folder), config(folder), CPU, range(64))

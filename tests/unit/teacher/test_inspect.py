@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +131,11 @@ def test_damaged_gguf_leaves_no_folder_behind(
     file.write_bytes(content)
     assert "GGUF" in refused(file)
     assert {path.suffix for path in (tmp_path / "cache" / "teachers").iterdir()} == {".lock"}
+
+
+def test_quantised_model_raises(copy: Path) -> None:
+    path = copy / "config.json"
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantized}))
+    message = refused(copy)
+    assert "quantization_config" in message and "bitsandbytes" in message

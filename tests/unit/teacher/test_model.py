@@ -434,3 +434,31 @@ def test_non_finite_weights_are_not_reported_as_another_error(copy: Path, value:
         load(copy)
     except LETError as error:
         assert "NaN or Inf" in str(error), error
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "layers.3.a.weight"])
+def test_weight_that_the_model_has_not_raises(name: str, copy: Path) -> None:
+    change_weights(copy, lambda weights: weights.update({name: torch.ones(48)}))
+    assert_refused(copy, "q_proj.bias" if "q_proj" in name else name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "buffers"),
+    [
+        ("llama", ("model.layers.0.self_attn.rotary_emb.inv_freq",)),
+        ("gpt2", ("h.0.attn.bias", "transformer.h.0.attn.masked_bias")),
+        ("gpt_neox", ("gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.masked_bias",
+                      "gpt_neox.layers.0.attention.rotary_emb.inv_freq")),
+    ],
+)  # fmt: skip
+def test_buffers_of_earlier_transformers_are_accepted(
+    architecture: str, buffers: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = save_teacher(tmp_path / "teacher", architecture)
+    change_weights(folder, lambda weights: weights.update({b: torch.ones(1) for b in buffers}))
+    assert load(folder).width == 48
+
+
+def test_weights_of_other_output_layers_are_accepted(copy: Path) -> None:
+    change_weights(copy, lambda weights: weights.update({"v_head.weight": torch.ones(48)}))
+    assert load(copy).width == 48

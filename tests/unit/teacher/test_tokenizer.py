@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tokenizers import MegatronTokenizer
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_let.checkpoint.tokenizer_files import write_tokenizer
 from megatron_let.errors import LETError
-from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.teacher.tokenizer import check_same_tokenizer, check_same_vocabulary
+from megatron_let.teacher.tokenizer import (
+    check_same_tokenizer,
+    check_same_vocabulary,
+    read_tokenizer,
+)
 from tests.helpers.models import save_teacher
+from tests.helpers.text_data import save_sentence_piece
 
 TEXT = ["def f(x):\n    return x + 1\n", "the end of the text, the end", "12345 naïve café"] * 20
 
@@ -48,10 +55,6 @@ def student(folder: Path) -> Any:
     )
 
 
-def teacher(folder: Path) -> TeacherFolder:
-    return TeacherFolder(folder, num_layers=2, hidden_size=8, vocab_size=999, max_positions=64)
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(byte_level_bpe(), tmp_path_factory.mktemp("tokenizers") / "plain")
@@ -59,16 +62,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(ours: Path, theirs: Path) -> str:
     with pytest.raises(LETError) as error:
-        check_same_tokenizer(student(ours), teacher(theirs))
+        check_same_tokenizer(student(ours), theirs)
     message = str(error.value)
     assert "\n" not in message and message.endswith("."), message
     return message
 
 
 def test_equal_tokenizers_pass(plain: Path, tmp_path: Path) -> None:
-    check_same_tokenizer(student(plain), teacher(plain))
+    check_same_tokenizer(student(plain), plain)
     again = save(byte_level_bpe(), tmp_path / "again")
-    check_same_tokenizer(student(again), teacher(plain))
+    check_same_tokenizer(student(again), plain)
 
 
 @pytest.mark.parametrize("template", ["<begin> $A", "$A <end>", "<begin> $A <end>"])
@@ -78,7 +81,7 @@ def test_special_tokens_around_text_are_ignored(tmp_path: Path, template: str) -
         single=template, special_tokens=[("<end>", 0), ("<begin>", 1)]
     )
     folder = save(tokenizer, tmp_path / "tokenizer")
-    check_same_tokenizer(student(folder), teacher(folder))
+    check_same_tokenizer(student(folder), folder)
 
 
 def test_swapped_tokens_are_reported(plain: Path, tmp_path: Path) -> None:
@@ -135,13 +138,13 @@ def test_vocabulary_with_gap_is_compared_to_its_end(tmp_path: Path) -> None:
         return save(tokenizer, tmp_path / last)
 
     ours, theirs = with_gap("ours"), with_gap("theirs")
-    check_same_tokenizer(student(ours), teacher(ours))
+    check_same_tokenizer(student(ours), ours)
     assert "token 6 is 'ours' for the student and 'theirs'" in refused(ours, theirs)
 
 
 def test_teacher_without_tokenizer_raises(plain: Path, tmp_path: Path) -> None:
     bare = save_teacher(tmp_path / "bare")
-    assert f"The teacher {bare} has no tokenizer to compare" in refused(plain, bare)
+    assert f"The tokenizer {bare} cannot be read" in refused(plain, bare)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {}}'])
@@ -149,6 +152,23 @@ def test_damaged_tokenizer_raises(plain: Path, tmp_path: Path, content: str) -> 
     damaged = save(byte_level_bpe(), save_teacher(tmp_path / "damaged"))
     (damaged / "tokenizer.json").write_text(content)
     assert str(damaged) in refused(plain, damaged)
+
+
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_model_file_that_transformers_reads_otherwise_raises(
+    class_name: str, tmp_path: Path
+) -> None:
+    file = save_sentence_piece(tmp_path / "tokenizer.model", normalization_rule_name="identity",
+                               remove_extra_whitespaces=False)  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    settings = {"tokenizer_class": class_name, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(LETError, match=str(file)):
+        read_tokenizer(tmp_path)
+    (tmp_path / "with_json").mkdir()
+    write_tokenizer(file, tmp_path / "with_json")
+    ids = SentencePieceProcessor(str(file)).encode("    return x")
+    assert read_tokenizer(tmp_path / "with_json")("    return x").input_ids == ids
 
 
 vocabularies = st.lists(st.text(max_size=4), max_size=8).map(lambda tokens: dict(enumerate(tokens)))

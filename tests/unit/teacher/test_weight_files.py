@@ -63,7 +63,7 @@ def test_single_safetensors_file_wins_over_unused_index(copy: Path) -> None:
 
 def test_folder_without_weights_raises(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    assert "has no weight file (*.safetensors or *.bin)" in refused(copy)
+    assert "model.safetensors or pytorch_model.bin" in refused(copy)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Small GGUF files, written with the gguf package as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import PreTrainedModel
+
+_LAYER = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+_OTHER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def save_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+    without: str = "",
+) -> Path:
+    """Write a Llama in fp32, with more metadata under `llama.`, and more tensors or one less."""
+    config: Any = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("small")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    # transformers reads the tokens of a byte-level BPE and needs a merge.
+    tokens = [chr(0x100 + index) for index in range(config.vocab_size - 2)]
+    writer.add_token_list(["<end>", *tokens, "".join(tokens[:2])])
+    writer.add_token_types([3] + [1] * (config.vocab_size - 1))
+    writer.add_token_merges([" ".join(tokens[:2])])
+    writer.add_eos_token_id(0)
+    for name, value in (metadata or {}).items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"llama.{name}", value)
+    for name, tensor in model.state_dict().items():
+        is_copy = name == "lm_head.weight" and config.tie_word_embeddings
+        if not is_copy and name != without:
+            writer.add_tensor(_gguf_name(name), _permuted(name, tensor, config).float().numpy())
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in _OTHER:
+        return f"{_OTHER[stem]}.weight"
+    _, _, index, rest = stem.split(".", 3)
+    return f"blk.{index}.{_LAYER[rest]}.weight"
+
+
+def _permuted(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return queries and keys in llama.cpp's order of RoPE's pairs."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    kind = name.split(".")[-2]
+    if kind not in heads:
+        return tensor
+    pairs = tensor.view(heads[kind], 2, -1, tensor.shape[1])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
