@@ -113,8 +113,7 @@ def get_batch(
     batch: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         microbatch = next(data_iterator)
-        largest = max(int(microbatch[key].max()) for key in ("tokens", "labels"))
-        _check_ids(largest, get_tokenizer().vocab_size, "The next microbatch")
+        check_batch(microbatch)
         for key in _BATCH_KEYS:
             value = microbatch.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
@@ -182,6 +181,12 @@ def check_token_ids(args: argparse.Namespace, vocab_size: int) -> None:
         dtype = open_indexed(prefix).index.dtype
         tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_CHECKED_TOKENS)
         _check_ids(int(tokens.max(initial=0)), vocab_size, prefix)
+
+
+def check_batch(microbatch: dict[str, torch.Tensor]) -> None:
+    """Check the ids of a microbatch on the host, like `check_token_ids`."""
+    largest = max(int(microbatch[key].max()) for key in ("tokens", "labels"))
+    _check_ids(largest, get_tokenizer().vocab_size, "The next microbatch")
 
 
 def _check_ids(largest: int, vocab_size: int, data: str) -> None:
