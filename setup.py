@@ -55,6 +55,7 @@ setup(
         # Preprocessing: executors and readers, and two of its formats.
         "datatrove",
         'backports.zstd; python_version < "3.14"',
+        "fsspec",
         "pyarrow",
         # Megatron imports these two if a run logs to them.
         "tensorboard",

@@ -185,7 +185,7 @@ def check_token_ids(args: argparse.Namespace, vocab_size: int) -> None:
 
 def check_batch(microbatch: dict[str, torch.Tensor]) -> None:
     """Check the ids of a microbatch on the host, like `check_token_ids`."""
-    largest = max(int(microbatch[key].max()) for key in ("tokens", "labels"))
+    largest = max(int(microbatch[key].numpy().max()) for key in ("tokens", "labels"))
     _check_ids(largest, get_tokenizer().vocab_size, "The next microbatch")
 
 

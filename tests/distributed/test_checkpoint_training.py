@@ -17,6 +17,7 @@ from megatron_let.checkpoint.describe import describe
 from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
 from megatron_let.checkpoint.weights import open_weights
 from tests.helpers.checkpoints import equal, save_llama, tensors_of
+from tests.helpers.data import write_indexed_data
 from tests.helpers.runs import ROOT, environment, train
 
 pytestmark = pytest.mark.distributed
@@ -43,6 +44,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], i
         2,
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of data of the models' 250 tokens."""
+    return write_indexed_data(tmp_path_factory.mktemp("data") / "walks", vocab_size=250)
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:

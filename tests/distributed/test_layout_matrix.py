@@ -132,7 +132,7 @@ def test_per_token_loss_with_masked_tokens_matches_one_process(
     name: str, tmp_path: Path, teacher: Path, data: Path, weights: Path, reference
 ) -> None:  # type: ignore[no-untyped-def]
     ranks, layer, flags = LAYOUTS[name]
-    mask = (*PER_TOKEN, "--vocab-size", 250)
+    mask = (*PER_TOKEN, "--null-tokenizer-eod-id", 249)
     run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags, *mask)
     _assert_same(run, reference(layer, *mask))
 

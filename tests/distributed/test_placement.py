@@ -19,7 +19,7 @@ KEYS = ("lm_loss", "let_cosine", "grad_norm")
 # Measured costs would give different plans on different machines.
 FIXED = "tests.helpers.fixed_costs"
 
-PER_TOKEN = (*PER_TOKEN_FLAGS, "--vocab-size", 250)
+PER_TOKEN = (*PER_TOKEN_FLAGS, "--null-tokenizer-eod-id", 249)
 PP4 = ("--pipeline-model-parallel-size", 4)
 Flags = tuple[str | int, ...]
 

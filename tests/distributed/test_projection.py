@@ -117,7 +117,7 @@ def test_logsum_matches_one_process(tmp_path: Path, data: Path, weights: Path) -
 def test_per_token_loss_matches_one_process(
     tmp_path: Path, teacher: Path, data: Path, weights: Path
 ) -> None:
-    flags = (*NEW, "--calculate-per-token-loss", "--eod-mask-loss", "--vocab-size", 250)
+    flags = (*NEW, "--calculate-per-token-loss", "--eod-mask-loss", "--null-tokenizer-eod-id", 249)
     runs = []
     for folder, ranks in ((tmp_path / "1", 1), (tmp_path / "2", 2)):
         runs.append((run_with(folder, teacher, data, weights, *flags, ranks=ranks), folder))

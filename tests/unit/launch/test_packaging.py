@@ -28,6 +28,9 @@ pytestmark = pytest.mark.medium
 ROOT = Path(__file__).resolve().parents[3]
 # Import name -> distribution, where they differ; torch pins triton.
 PACKAGES = {
+    "backports": "backports.zstd",
+    # In Python 3.14 and later.
+    "compression": "backports.zstd",
     "megatron": "megatron-core",
     "modelopt": "nvidia-modelopt",
     "triton": "torch",
