@@ -98,7 +98,8 @@ class Job:
         self.until_nodes_are_free()
 
     def rank(self, number: int) -> psutil.Process:
-        """Return the Python process of one rank."""
+        """Return the Python process of one rank, which is older than its helper processes."""
+        found: list[psutil.Process] = []
         for process in psutil.process_iter(["cmdline"]):
             with contextlib.suppress(psutil.Error):
                 if "megatron_let.pretrain" in (process.info["cmdline"] or ()) and (
@@ -107,8 +108,9 @@ class Job:
                     variables = process.environ()
                     ours = variables.get("SLURM_JOB_ID") == self.number
                     if ours and variables.get("RANK") == str(number):
-                        return process
-        raise AssertionError(f"rank {number} of job {self.number} does not run")
+                        found.append(process)
+        assert found, f"rank {number} of job {self.number} does not run"
+        return min(found, key=lambda process: process.create_time())
 
     def writers(self) -> list[psutil.Process]:
         """Return the checkpoint-writing processes of ranks 0 and 1."""
