@@ -47,7 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], i
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_of_250(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of data of the models' 250 tokens."""
     return write_indexed_data(tmp_path_factory.mktemp("data") / "walks", vocab_size=250)
 
@@ -61,12 +61,12 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_round_trip_through_a_run_is_bitwise(case: str, tmp_path: Path, data: Path) -> None:
+def test_round_trip_through_a_run_is_bitwise(case: str, tmp_path: Path, data_of_250: Path) -> None:
     changes, flags, layout, ranks = CASES[case]
     source = save_llama(tmp_path / "source", **changes)
     to_megatron_checkpoint(open_weights(source), tmp_path / "converted")
     train(
-        tmp_path / "run", *UNTOUCHED, *flags, *layout, "--data-path", data,
+        tmp_path / "run", *UNTOUCHED, *flags, *layout, "--data-path", data_of_250,
         "--load", tmp_path / "converted", "--save", tmp_path / "saved", ranks=ranks, TEACHER="-",
     )  # fmt: skip
     returned = open_weights(tmp_path / "saved")

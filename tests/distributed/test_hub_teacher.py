@@ -69,7 +69,13 @@ def test_hub_id_gives_metrics_of_folder(tmp_path: Path, teacher: Path, data: Pat
         online = run(tmp_path / "online", data, ID, **variables)
     # The server is down: the pinned run reads the local cache.
     pinned = run(tmp_path / "pinned", data, f"{ID}@{commit}", **variables)
-    downloads = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    downloads = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert hub.downloads() == downloads
     for found in (online, pinned):
         assert found.log.count(f"LET: the teacher is {ID}@{commit}") == 1
@@ -96,7 +102,12 @@ def test_resume_past_stop_step_on_new_node_keeps_commit_and_needs_no_weights(
         downloads = hub.downloads()
     assert stored["let_teacher"] == stored["tokenizer_model"] == f"{ID}@{first}"
     assert resumed.steps[-1]["iteration"] == 4
-    assert downloads == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert downloads == [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_baseline_takes_tokenizer_of_revision(tmp_path: Path, teacher: Path, data: Path) -> None:
@@ -107,7 +118,12 @@ def test_baseline_takes_tokenizer_of_revision(tmp_path: Path, teacher: Path, dat
             tmp_path / "run", data, f"{ID}@{first}", "--let-method", "none",
             **hub.environment(tmp_path / "cache"),
         )  # fmt: skip
-        assert hub.downloads() == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+        assert hub.downloads() == [
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
 
 
 def test_different_commits_on_nodes_raise_error(tmp_path: Path, teacher: Path, data: Path) -> None:
