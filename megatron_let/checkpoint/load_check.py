@@ -76,16 +76,32 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     saved = None if folder is None else open_checkpoint(folder).state.get("args")
     if folder is None or saved is None:
         return
-    for name in _ARCHITECTURE:
-        ours, theirs = _value(args, name), _value(saved, name)
-        if hasattr(saved, name) and not _same(ours, theirs):
-            raise LETError(
-                f"{_FLAGS.get(name, flag(name))} is {ours} in this run and {theirs} in the"
-                f" checkpoint {folder}; use the checkpoint's value, or train without it."
-            )
+    _check_equal(
+        args, saved, _ARCHITECTURE, folder, "use the checkpoint's value, or train without it"
+    )
     if resumes:
         _check_schedule(args, saved, folder)
     _check_vocabulary(saved, tokenizer, folder)
+
+
+def _check_equal(
+    args: argparse.Namespace,
+    saved: argparse.Namespace,
+    names: tuple[str, ...],
+    folder: Path,
+    remedy: str,
+) -> None:
+    """Check that the arguments that the checkpoint has are those of the run."""
+    for name in names:
+        # An earlier name, under which Megatron saved it.
+        if not (hasattr(saved, name) or (name == "layernorm_epsilon" and "norm_epsilon" in saved)):
+            continue
+        ours, theirs = _value(args, name), _value(saved, name)
+        if not _same(ours, theirs):
+            raise LETError(
+                f"{_FLAGS.get(name, flag(name))} is {ours} in this run and {theirs} in the"
+                f" checkpoint {folder}; {remedy}."
+            )
 
 
 def _value(args: argparse.Namespace, name: str) -> Any:
@@ -117,14 +133,14 @@ def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder:
         args.lr, args.min_lr = getattr(saved, "lr", args.lr), getattr(saved, "min_lr", args.min_lr)
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    for name in _SCHEDULE:
-        ours, theirs = _value(args, name), _value(saved, name)
-        if hasattr(saved, name) and not _same(ours, theirs):
-            raise LETError(
-                f"{_FLAGS.get(name, flag(name))} is {ours} in this run and {theirs} in the"
-                f" checkpoint {folder}; add --override-opt-param-scheduler to change the schedule,"
-                " or --use-checkpoint-opt-param-scheduler to keep the checkpoint's."
-            )
+    # Of a run by samples, Megatron derives the iterations only later.
+    unused = "_iters" if args.train_samples else "_samples"
+    names = tuple(name for name in _SCHEDULE if not name.endswith(unused))
+    remedy = (
+        "add --override-opt-param-scheduler to change the schedule, or"
+        " --use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+    )
+    _check_equal(args, saved, names, folder, remedy)
 
 
 def _folder_to_load(source: str | None, step: int | None) -> Path | None:

@@ -38,7 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check(folder: Path, **changes: Any) -> None:
     ours = {
-        "load": str(folder), "finetune": False, "no_load_optim": None, "ckpt_step": None,
+        "load": str(folder), "finetune": False, "train_samples": None, "no_load_optim": None,
+        "ckpt_step": None,
         "pretrained_checkpoint": None, "override_opt_param_scheduler": False,
         "use_checkpoint_opt_param_scheduler": False, **SAVED,
         # Set by Megatron only later.
@@ -98,6 +99,33 @@ def test_other_schedule_names_the_flags_that_allow_it(
         assert "--" + remedy.replace("_", "-") in str(error.value)
         check(folder, **changes, **{remedy: True})
     check(folder, **changes, finetune=True)
+
+
+@pytest.fixture
+def by_samples(folder: Path) -> Path:
+    """Folder of a checkpoint of a run of 80 samples, whose iterations Megatron derived."""
+    saved = SAVED | {"train_samples": 80, "lr_decay_samples": None, "lr_warmup_samples": 16}
+    load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(**saved)
+    return folder
+
+
+def test_run_by_samples_resumes_and_its_schedule_is_compared(by_samples: Path) -> None:
+    ours = {"train_iters": None, "lr_warmup_iters": 0, "train_samples": 80,
+            "lr_decay_samples": None, "lr_warmup_samples": 16}  # fmt: skip
+    check(by_samples, **ours)
+    for name, given in (("train_samples", "--train-samples"), ("lr_warmup_samples", "--lr-warmup")):
+        with pytest.raises(LETError, match=f"{given}.* is 160"):
+            check(by_samples, **ours | {name: 160})
+
+
+def test_epsilon_under_its_earlier_name_is_compared(folder: Path) -> None:
+    saved = {name: value for name, value in SAVED.items() if name != "layernorm_epsilon"}
+    load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(
+        **saved, norm_epsilon=1e-5
+    )
+    check(folder)
+    with pytest.raises(LETError, match="--norm-epsilon is 1e-06"):
+        check(folder, layernorm_epsilon=1e-6)
 
 
 def test_longer_run_with_a_schedule_of_its_own_length_is_accepted(folder: Path) -> None:
