@@ -46,16 +46,14 @@ _FLAGS = {
     "add_bias_linear": "--disable-bias-linear",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "num_query_groups": "--num-query-groups (with --group-query-attention)",
-    "lr_decay_iters": "--train-iters",
-    "lr_decay_samples": "--train-samples",
     "start_weight_decay": "--weight-decay",
 }
 # What Megatron's schedule is made of, in iterations and in samples.
 _SCHEDULE = (
-    *("lr", "min_lr", "global_batch_size", "lr_decay_iters", "lr_decay_samples"),
-    "lr_warmup_iters",
-    *("lr_warmup_samples", "lr_warmup_fraction", "lr_decay_style", "start_weight_decay"),
-    *("end_weight_decay", "weight_decay_incr_style"),
+    # The weight decay's schedule is as long as the run, whatever --lr-decay-iters is.
+    *("lr", "min_lr", "global_batch_size", "train_iters", "train_samples", "lr_decay_iters"),
+    *("lr_decay_samples", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    *("lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 
 

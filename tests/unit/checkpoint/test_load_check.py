@@ -80,6 +80,8 @@ def test_same_model_in_another_form_is_accepted(folder: Path, changes: dict[str,
 
 SCHEDULE_CHANGES = [
     ({"train_iters": 20}, "--train-iters is 20 .* and 10"),
+    ({"train_iters": 20, "lr_decay_iters": 10}, "--train-iters is 20 .* and 10"),
+    ({"lr_decay_iters": 8}, "--lr-decay-iters is 8 .* and 10"),
     ({"global_batch_size": 16}, "--global-batch-size is 16"),
     ({"lr_warmup_iters": 3}, "--lr-warmup-iters is 3"),
     ({"start_weight_decay": 0.2}, "--weight-decay is 0.2"),
@@ -126,10 +128,6 @@ def test_epsilon_under_its_earlier_name_is_compared(folder: Path) -> None:
     check(folder)
     with pytest.raises(LETError, match="--norm-epsilon is 1e-06"):
         check(folder, layernorm_epsilon=1e-6)
-
-
-def test_longer_run_with_a_schedule_of_its_own_length_is_accepted(folder: Path) -> None:
-    check(folder, train_iters=20, lr_decay_iters=10)
 
 
 def test_larger_vocabulary_is_refused(folder: Path) -> None:

@@ -92,6 +92,10 @@ def test_run_killed_at_random_moments_ends_with_the_same_bytes(
         assert not (folder / "out.work").exists()
 
 
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     "stage", ["merge.DatasetBuilder.finalize", "merge.write_sidecar_file", "run.shutil.rmtree"]
 )
@@ -103,9 +107,6 @@ def test_run_killed_while_merging_ends_with_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(f"megatron_let.cli.preprocess_{stage}", killed)
         run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
@@ -170,9 +171,6 @@ def test_another_run_is_refused_and_overwritten_on_request(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     options = {**OPTIONS, "split": None, "append_eod": False}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("megatron_let.cli.preprocess_merge.merge", killed)

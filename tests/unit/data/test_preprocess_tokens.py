@@ -112,7 +112,7 @@ def test_merged_parts_are_megatrons_bytes(dtype: type, tmp_path: Path) -> None:
 
 
 def test_ray_with_two_workers_writes_a_local_runs_bytes(hugging_face: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="Ray is missing: pip install '.[ray]'")
     inputs = [write_input(tmp_path / f"{i}.jsonl", real_texts()[i::3], "ab") for i in range(3)]
 
     def on(executor: str) -> None:

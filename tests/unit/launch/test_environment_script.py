@@ -1,4 +1,4 @@
-"""launch/lib/environment.sh with stub Python, pip and uv: no network and no real install."""
+"""launch/lib/environment.sh with fake Python, pip and uv: no network and no installation."""
 
 from __future__ import annotations
 
