@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.cli.common import run_command
-from megatron_let.data.readers import zstd
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file, write_json
 from megatron_let.files.environment_text import environment_text
+from megatron_let.preprocessing.readers import zstd
 
 _ENVIRONMENT = "environment"
 # Package -> suffix of its documents, which are plain text.

@@ -6,6 +6,7 @@ After an interruption the same command continues, and ends with the same bytes.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_let.cli.common import run_command, say
-from megatron_let.data.shards import Selection
 from megatron_let.data.text_tokenizer import HUGGING_FACE, TOKENIZER_TYPES
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.shards import Selection
 
 if TYPE_CHECKING:
-    from megatron_let.cli.preprocess_run import PreprocessOptions
+    from megatron_let.preprocessing.run import PreprocessOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _preprocess(given: argparse.Namespace, console: Console) -> int:
     # The import loads datatrove, which takes a second.
-    from megatron_let.cli.preprocess_run import preprocess
+    from megatron_let.preprocessing.run import preprocess
 
-    report = preprocess(_options(given), console)
+    report = preprocess(_options(given), partial(say, console))
     if report is not None:
         _summarise(report, console)
     return 0
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(given: argparse.Namespace) -> PreprocessOptions:
-    from megatron_let.cli.preprocess_run import PreprocessOptions
+    from megatron_let.preprocessing.run import PreprocessOptions
 
     selection = Selection(
         json_keys=tuple(dict.fromkeys(given.json_keys)),

@@ -1,1 +1,1 @@
-"""Text to Megatron's indexed format, and indexed data to batches."""
+"""Tokenizers, fingerprints of data, and indexed data to batches."""

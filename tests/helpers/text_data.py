@@ -14,14 +14,13 @@ import pyarrow
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_let.cli.preprocess_run import PreprocessOptions, preprocess
-from megatron_let.data.readers import zstd
-from megatron_let.data.shards import Selection
 from megatron_let.files.environment_text import environment_text
+from megatron_let.preprocessing.readers import zstd
+from megatron_let.preprocessing.run import PreprocessOptions, preprocess
+from megatron_let.preprocessing.shards import Selection
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -96,7 +95,7 @@ def run(inputs: Sequence[Path], prefix: Path, tokenizer: Path, **options: Any) -
     rest = {k: v for k, v in options.items() if k not in names}
     kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "SentencePieceTokenizer"
     given = PreprocessOptions(tuple(map(str, inputs)), prefix, kind, tokenizer, selection, **rest)
-    report = preprocess(given, Console(file=io.StringIO()))
+    report = preprocess(given, lambda line: None)
     assert report is not None
     return report
 

@@ -21,7 +21,7 @@ LAYERS = (
     {"config"},
     {"teacher", "compat"},
     {"data", "placement", "run"},
-    {"metrics", "engines", "planner"},
+    {"metrics", "engines", "planner", "preprocessing"},
     {"checkpoint"},
     {"methods", "evaluation", "doctor"},
     {"integration"},

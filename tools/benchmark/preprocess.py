@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import io
 import json
 import multiprocessing
 import os
@@ -28,11 +27,11 @@ from common import RESULTS_FOLDER, source
 from rich.console import Console
 from rich.table import Table
 
-from megatron_let.cli import preprocess_merge  # noqa: F401  imports torch before the clock starts
-from megatron_let.cli.preprocess_run import PreprocessOptions, preprocess
 from megatron_let.data.text_tokenizer import HUGGING_FACE
 from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.provenance import write_csv
+from megatron_let.preprocessing import merge  # noqa: F401  imports torch before the clock starts
+from megatron_let.preprocessing.run import PreprocessOptions, preprocess
 
 RESULTS = RESULTS_FOLDER / "preprocess.csv"
 LIBRARIES = ("tokenizers", "sentencepiece", "datatrove", "numpy")
@@ -119,7 +118,7 @@ def _baseline(name: str) -> str | None:
 def _ours(corpus: Path, kind: str, model: Path, workers: int) -> Job:
     def job(out: Path) -> None:
         options = PreprocessOptions((str(corpus),), out / "ours", kind, model, workers=workers)
-        preprocess(options, Console(file=io.StringIO()))
+        preprocess(options, lambda line: None)
 
     return job
 

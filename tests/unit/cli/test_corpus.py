@@ -14,7 +14,7 @@ import pytest
 
 from megatron_let.cli import corpus
 from megatron_let.cli.corpus import main
-from megatron_let.data.readers import zstd
+from megatron_let.preprocessing.readers import zstd
 from tests.helpers.text_data import run, save_hugging_face_tokenizer
 
 pytestmark = pytest.mark.medium

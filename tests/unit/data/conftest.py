@@ -1,26 +1,10 @@
-"""Tokenizers that the tests of this folder share."""
+"""A tokenizer that the tests of this folder share."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from tests.helpers.text_data import save_hugging_face_tokenizer, save_sentence_piece
-
-
-@pytest.fixture(scope="session")
-def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a byte-level BPE of 600 tokens."""
-    return save_hugging_face_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SentencePiece model of 600 pieces."""
-    return save_sentence_piece(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,11 @@ import fsspec
 import pyarrow
 import pytest
 from pyarrow import parquet
-from rich.console import Console
 
-from megatron_let.cli.preprocess_inputs import divide, find_inputs
-from megatron_let.cli.preprocess_run import PreprocessOptions, preprocess
-from megatron_let.data.readers import zstd
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.inputs import divide, find_inputs
+from megatron_let.preprocessing.readers import zstd
+from megatron_let.preprocessing.run import PreprocessOptions, preprocess
 from tests.helpers.text_data import documents_of, json_lines, run, write_input
 
 pytestmark = pytest.mark.medium
@@ -105,18 +104,18 @@ def test_files_that_are_not_read_are_named_with_the_reason(
         write_input(folder / name, ["copy"])
     for name in (".DS_Store", "README", "info.json"):
         (folder / name).write_text("{}")
-    screen = io.StringIO()
+    said: list[str] = []
     options = PreprocessOptions(
         (str(folder),), tmp_path / "out", "HuggingFaceTokenizer", hugging_face
     )
-    report = preprocess(options, Console(file=screen))
+    report = preprocess(options, said.append)
     assert report is not None
     assert report["documents_in"] == 1
     assert {str(Path(p).relative_to(folder)) for p in report["ignored_files"]} == {
         ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl", ".DS_Store", "README", "info.json",
         "old.rejected.jsonl", "linked",
     }  # fmt: skip
-    lines = [line for line in screen.getvalue().splitlines() if line.startswith("not read")]
+    lines = [line for line in said if line.startswith("not read")]
     assert any("hidden" in line and "._a.jsonl" in line for line in lines)
     assert any("suffix" in line and "README" in line for line in lines)
 
@@ -144,7 +143,7 @@ def test_remote_files_give_the_data_of_local_ones(hugging_face: Path, tmp_path: 
             options = PreprocessOptions(
                 (f"memory://{part}",), tmp_path / name / "out", "HuggingFaceTokenizer", hugging_face
             )
-            remote = preprocess(options, Console(file=io.StringIO()))
+            remote = preprocess(options, lambda line: None)
             assert remote is not None
             assert remote["written"] == local["written"]
             assert all(url.startswith("memory://") for url in remote["files"])

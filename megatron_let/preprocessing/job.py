@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_let.data.shards import Selection, record_of
 from megatron_let.data.text_tokenizer import TextTokenizer
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.shards import Selection, record_of
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -8,23 +8,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-
-from megatron_let.cli.common import say
-from megatron_let.cli.preprocess_executors import queued_on_slurm, run_tasks, submit_to_slurm
-from megatron_let.cli.preprocess_inputs import divide, find_inputs, signature
-from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.fingerprint import fingerprint
-from megatron_let.data.shards import Selection
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.preprocessing.executors import queued_on_slurm, run_tasks, submit_to_slurm
+from megatron_let.preprocessing.inputs import divide, find_inputs, signature
+from megatron_let.preprocessing.job import Job
+from megatron_let.preprocessing.shards import Selection
 
 # Part of every plan, so that a run does not continue shards of another format.
 _FORMAT = 2
@@ -57,8 +54,12 @@ class PreprocessOptions:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
-def preprocess(options: PreprocessOptions, console: Console) -> dict[str, Any] | None:
+def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Build the data sets, or continue where a killed run stopped.
+
+    Args:
+        options: what to build.
+        say: prints a line for the user.
 
     Returns:
         The report, which is also written to `PREFIX.report.json`; None if Slurm will make it.
@@ -73,33 +74,33 @@ def preprocess(options: PreprocessOptions, console: Console) -> dict[str, Any] |
     for reason in dict.fromkeys(job.ignored.values()):
         names = [url for url, why in job.ignored.items() if why == reason]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        say(console, f"not read ({reason}): {', '.join(names[:3])}{more}", "yellow")
+        say(f"not read ({reason}): {', '.join(names[:3])}{more}")
     try:
-        return _run(job, options, console)
+        return _run(job, options, say)
     except OSError as error:
         raise job.explain(error) from error
 
 
-def _run(job: Job, options: PreprocessOptions, console: Console) -> dict[str, Any] | None:
+def _run(job: Job, options: PreprocessOptions, say: Callable[[str], None]) -> dict[str, Any] | None:
     if options.executor == "slurm" and (numbers := queued_on_slurm(job)):
-        say(console, f"this data's jobs {numbers} are in the queue: nothing to submit")
+        say(f"this data's jobs {numbers} are in the queue: nothing to submit")
         return None
     report_path = job.path(".report.json")
     if report_path.is_file() and not options.overwrite:
         report: dict[str, Any] = json.loads(report_path.read_text())
         _check_same_plan(report_path, report["plan"], job.plan)
         shutil.rmtree(job.work, ignore_errors=True)
-        say(console, f"the data of {report_path} is complete: nothing to do")
+        say(f"the data of {report_path} is complete: nothing to do")
         return report
     job.work.mkdir(parents=True, exist_ok=True)
     with _locked(job.work):
         _claim(job, report_path, options.overwrite)
         if options.executor == "slurm":
-            say(console, submit_to_slurm(job, options.workers))
+            say(submit_to_slurm(job, options.workers))
             return None
-        run_tasks(job, options.executor, options.workers, console)
+        run_tasks(job, options.executor, options.workers, say)
         # It imports torch.
-        from megatron_let.cli.preprocess_merge import merge
+        from megatron_let.preprocessing.merge import merge
 
         report = merge(job)
     shutil.rmtree(job.work)

@@ -18,12 +18,12 @@ from megatron.core.datasets.indexed_dataset import (
     _IndexWriter,
 )
 
-from megatron_let.cli.preprocess_job import Job
 from megatron_let.data.fingerprint import write_sidecar_file
-from megatron_let.data.shards import REJECTED, SPLITS, Counts, record_of
 from megatron_let.data.text_tokenizer import token_bytes
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file, write_json
+from megatron_let.preprocessing.job import Job
+from megatron_let.preprocessing.shards import REJECTED, SPLITS, Counts, record_of
 
 _EXAMPLES = 20
 

@@ -9,9 +9,9 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from megatron_let.data.readers import SUFFIXES, kind_of
-from megatron_let.data.shards import REJECTED
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.readers import SUFFIXES, kind_of
+from megatron_let.preprocessing.shards import REJECTED
 
 FileInfo = Mapping[str, Any]
 

@@ -13,10 +13,10 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
-from megatron_let.data.readers import RecordReader, Rejection
 from megatron_let.data.text_tokenizer import TextTokenizer, token_bytes
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.preprocessing.readers import RecordReader, Rejection
 
 # Suffix of the lists of unusable documents.
 REJECTED = ".rejected.jsonl"

@@ -15,8 +15,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_let.data.readers import zstd
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.readers import zstd
 from tests.helpers.text_data import (
     documents_of,
     files_of,

@@ -108,7 +108,7 @@ def test_run_killed_while_merging_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(f"megatron_let.cli.preprocess_{stage}", killed)
+        patch.setattr(f"megatron_let.preprocessing.{stage}", killed)
         run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
     run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
     assert files_of(tmp_path) == expected
@@ -134,7 +134,7 @@ def test_dead_worker_is_reported_with_its_exit_code(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch, pytest.raises(LETError, match="exit code -9"):
-        patch.setattr("megatron_let.data.shards._Shard.add_file", die)
+        patch.setattr("megatron_let.preprocessing.shards._Shard.add_file", die)
         run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
 
 
@@ -145,7 +145,7 @@ def test_second_run_of_one_output_raises(
     while not list(tmp_path.glob("out.work/*.bin")) and process.exitcode is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
-    monkeypatch.setattr("megatron_let.cli.preprocess_run._LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_let.preprocessing.run._LOCK_SECONDS", 0.2)
     try:
         with pytest.raises(LETError, match="Another run is writing"):
             run(inputs, tmp_path / "out", hugging_face, **OPTIONS)
@@ -173,7 +173,7 @@ def test_another_run_is_refused_and_overwritten_on_request(
 ) -> None:
     options = {**OPTIONS, "split": None, "append_eod": False}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("megatron_let.cli.preprocess_merge.merge", killed)
+        patch.setattr("megatron_let.preprocessing.merge.merge", killed)
         run(inputs, tmp_path / "out", hugging_face, **options)
     # Unfinished, then finished: both are another run's.
     for _ in range(2):

@@ -17,10 +17,10 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megatron_let.cli.preprocess import main
-from megatron_let.cli.preprocess_merge import blend_weights
-from megatron_let.data.shards import draw_split
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.merge import blend_weights
+from megatron_let.preprocessing.shards import draw_split
 from tests.helpers.text_data import (
     documents_of,
     files_of,

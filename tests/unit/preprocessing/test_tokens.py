@@ -11,9 +11,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from megatron_let.cli.preprocess_merge import DatasetBuilder
 from megatron_let.data.text_tokenizer import load_text_tokenizer, token_bytes
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.merge import DatasetBuilder
 from tests.helpers.data import write_indexed
 from tests.helpers.text_data import (
     documents_of,

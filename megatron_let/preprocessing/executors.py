@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
-from rich.console import Console
 
-from megatron_let.cli.preprocess_job import Job
-from megatron_let.data.shards import TokenizeFiles
 from megatron_let.data.text_tokenizer import token_bytes
 from megatron_let.errors import LETError, first_line
+from megatron_let.preprocessing.job import Job
+from megatron_let.preprocessing.shards import TokenizeFiles
 
 _SITE = Path(__file__).resolve().parents[2] / "launch" / "site.sh"
 _PR_SET_PDEATHSIG = 1
@@ -115,8 +114,8 @@ class _Processes(LocalPipelineExecutor):
 class _Progress:
     """Prints a line every 30 s."""
 
-    def __init__(self, job: Job, console: Console) -> None:
-        self._job, self._console = job, console
+    def __init__(self, job: Job, say: Callable[[str], None]) -> None:
+        self._job, self._say = job, say
         self._start = self._last = time.monotonic()
         self._begun = self._tokens()
 
@@ -129,8 +128,8 @@ class _Progress:
         done = len(list(self._job.work.glob("[0-9]*[0-9].json")))
         tokens = self._tokens()
         rate = (tokens - self._begun) / (now - self._start)
-        line = f"{done} of {len(self._job.tasks)} tasks, {tokens:,} tokens, {rate:,.0f} tokens/s"
-        self._console.print(line, highlight=False)
+        tasks = f"{done} of {len(self._job.tasks)} tasks"
+        self._say(f"{tasks}, {tokens:,} tokens, {rate:,.0f} tokens/s")
 
     def _tokens(self) -> int:
         num_bytes = 0
@@ -140,7 +139,7 @@ class _Progress:
         return num_bytes // token_bytes(self._job.tokenizer)
 
 
-def run_tasks(job: Job, executor: str, workers: int | None, console: Console) -> None:
+def run_tasks(job: Job, executor: str, workers: int | None, say: Callable[[str], None]) -> None:
     """Run the incomplete tasks on this machine or on Ray, and wait for them.
 
     Raises:
@@ -155,7 +154,7 @@ def run_tasks(job: Job, executor: str, workers: int | None, console: Console) ->
             _run_on_ray(job, workers, options)
         else:
             workers = workers or len(os.sched_getaffinity(0))
-            _Processes([_Tokenize(job)], workers=workers, **options).run(_Progress(job, console))
+            _Processes([_Tokenize(job)], workers=workers, **options).run(_Progress(job, say))
     finally:
         failure = job.work / "failure"
         if failure.is_file():
@@ -276,7 +275,7 @@ class _MergeShards(PipelineStep):
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Merge the shards."""
         # It imports torch.
-        from megatron_let.cli.preprocess_merge import merge
+        from megatron_let.preprocessing.merge import merge
 
         merge(self.job)
         yield from ()
