@@ -17,10 +17,11 @@ from megatron_let.errors import LETError, first_line
 from megatron_let.files.atomic import atomic_folder
 from megatron_let.teacher.cache import exclusive_lock, teachers_cache
 from megatron_let.teacher.gguf_contents import complete_from_file
+from megatron_let.teacher.gguf_tokenizer import set_pre_tokenizer
 from megatron_let.teacher.tokenizer import encoder_of, first_different_text, read_tokenizer
 
 # Increased when a conversion's result changes, so that no folder of an older one is used.
-_VERSION = 2
+_VERSION = 3
 
 
 def convert_gguf(file: Path) -> Path:
@@ -67,6 +68,7 @@ def _write_folder(file: Path, folder: Path) -> None:
             "copy the file again, or install gguf and accelerate."
         ) from error
     complete_from_file(file, model)
+    set_pre_tokenizer(file, tokenizer)
     # transformers would try to load the saved folder as a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

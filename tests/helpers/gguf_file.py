@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -24,8 +25,16 @@ def save_gguf(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
     without: str = "",
+    pre: str | None = "gpt-2",
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """Write a Llama in fp32, with more metadata under `llama.`, and more tensors or one less."""
+    """Write a Llama in fp32, with more metadata under `llama.`, and more tensors or one less.
+
+    Args:
+        pre: name of the pre-tokenizer; None for a file of the time before it was stored.
+        tokenizer: byte-level BPE with an id for each row of the embedding; None for one of
+            arbitrary characters.
+    """
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("small")
@@ -40,11 +49,12 @@ def save_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    # transformers reads the tokens of a byte-level BPE and needs a merge.
-    tokens = [chr(0x100 + index) for index in range(config.vocab_size - 2)]
-    writer.add_token_list(["<end>", *tokens, "".join(tokens[:2])])
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    tokens, merges = _tokens_and_merges(config.vocab_size, tokenizer)
+    writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * (config.vocab_size - 1))
-    writer.add_token_merges([" ".join(tokens[:2])])
+    writer.add_token_merges(merges)
     writer.add_eos_token_id(0)
     for name, value in (metadata or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
@@ -60,6 +70,17 @@ def save_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _tokens_and_merges(
+    vocab_size: int, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[list[str], list[str]]:
+    if tokenizer is None:
+        # transformers reads the tokens of a byte-level BPE and needs a merge.
+        tokens = [chr(0x100 + index) for index in range(vocab_size - 2)]
+        return ["<end>", *tokens, "".join(tokens[:2])], [" ".join(tokens[:2])]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return sorted(state["vocab"], key=state["vocab"].get), [" ".join(m) for m in state["merges"]]
 
 
 def _gguf_name(name: str) -> str:
