@@ -1,6 +1,7 @@
 """Split text into words as the tokenizer of a GGUF file does.
 
-A byte-level BPE of a GGUF file is stored without its pre-tokenizer, which `tokenizer.ggml.pre` names.
+The file of a byte-level BPE has its tokens and merges; its pre-tokenizer is only named, by
+`tokenizer.ggml.pre`.
 """
 
 from __future__ import annotations

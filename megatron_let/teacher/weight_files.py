@@ -87,8 +87,8 @@ def check_all_loaded(folder: Path, report: dict[str, Any], allowed: Container[st
     missing = sorted(report["missing_keys"])
     if missing:
         raise LETError(
-            f"The model {folder} has no weight for {missing[0]} and {len(missing) - 1} more; its"
-            " files are of another model."
+            f"The model {folder} has no weight for {_some(missing)}; its files are of another"
+            " model."
         )
     unread = sorted(
         name
@@ -97,9 +97,13 @@ def check_all_loaded(folder: Path, report: dict[str, Any], allowed: Container[st
     )
     if unread:
         raise LETError(
-            f"The model {folder} has {unread[0]} and {len(unread) - 1} more weights that its"
-            " config.json has no place for; its config is of another model."
+            f"The model {folder} has weights that its config.json has no place for:"
+            f" {_some(unread)}; its config is of another model."
         )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _shards(index: Path) -> list[str]:
