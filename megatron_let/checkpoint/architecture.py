@@ -50,6 +50,10 @@ _LLAMA3_ROPE = {
 _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("normalization", "RMSNorm"),
     ("swiglu", True),
+    ("quick_geglu", False),
+    ("squared_relu", False),
+    ("glu_linear_offset", 0.0),
+    ("activation_func_clamp_value", None),
     ("add_bias_linear", False),
     ("add_qkv_bias", False),
     ("position_embedding_type", "rope"),
@@ -62,6 +66,7 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("apply_layernorm_1p", False),
     ("apply_residual_connection_post_layernorm", False),
     ("multi_latent_attention", False),
+    ("experimental_attention_variant", None),
     ("num_experts", None),
     ("mtp_num_layers", None),
     ("hybrid_layer_pattern", None),
@@ -70,6 +75,7 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("softmax_type", "vanilla"),
     ("use_mup", False),
     ("heterogeneous_layers_config_path", None),
+    ("spec", None),
 )
 
 

@@ -24,7 +24,7 @@ from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 
 # Arguments that change what the weights compute, whatever the architecture is.
-_ARCHITECTURE = (
+ARCHITECTURE_ARGUMENTS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias"),
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
@@ -75,7 +75,11 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     if folder is None or saved is None:
         return
     _check_equal(
-        args, saved, _ARCHITECTURE, folder, "use the checkpoint's value, or train without it"
+        args,
+        saved,
+        ARCHITECTURE_ARGUMENTS,
+        folder,
+        "use the checkpoint's value, or train without it",
     )
     if resumes:
         _check_schedule(args, saved, folder)

@@ -16,6 +16,7 @@ from megatron_let.checkpoint.architecture import (
     to_hugging_face,
     to_megatron,
 )
+from megatron_let.checkpoint.load_check import ARCHITECTURE_ARGUMENTS
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from tests.helpers.llamas import LLAMA, VARIANTS, config_arguments, variant
@@ -79,6 +80,9 @@ def test_unsupported_hugging_face_model_is_refused(change: dict[str, Any], words
         {"multi_latent_attention": True},
         {"window_size": (128, 0)},
         {"hybrid_layer_pattern": "*-*-"},
+        {"glu_linear_offset": 1.0},
+        {"activation_func_clamp_value": 7.0},
+        {"experimental_attention_variant": "dsa"},
     ],
     ids=str,
 )
@@ -86,6 +90,33 @@ def test_megatron_model_that_is_not_a_llama_is_refused(change: dict[str, Any]) -
     (name,) = change
     with pytest.raises(LETError, match=name):
         from_megatron(to_megatron(LLAMA) | change, 40)
+
+
+# They have an effect only beside another argument, which is refused.
+DEPENDENT = {
+    "window_attn_skip_freq", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
+    "v_head_dim", "rotary_scaling_factor", "mscale", "mscale_all_dim", "linear_attention_freq",
+    "mup_embedding_mult", "mup_output_mult", "rope_scaling_factor",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_ARGUMENTS)
+def test_argument_that_changes_the_model_is_converted_or_refused(name: str) -> None:
+    if name in DEPENDENT or name.startswith("moe_"):
+        return
+    args = to_megatron(LLAMA) | {"group_query_attention": True}
+    value = args.get(name)
+    other: Any = 7
+    if isinstance(value, bool):
+        other = not value
+    elif isinstance(value, int | float):
+        other = value * 2 or 1.0
+    elif isinstance(value, str):
+        other = "other"
+    try:
+        assert from_megatron(args | {name: other}, 40) != from_megatron(args, 40)
+    except LETError as error:
+        assert name in str(error)
 
 
 @pytest.mark.parametrize(
