@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import statistics
@@ -242,7 +243,7 @@ class Trainer:
         # The second step and every tenth of the run.
         if not self.console.is_terminal and step >= task.fields["printed"]:
             say(self.console, f"      {task.description} step {step}/{steps} {status}")
-            progress.update(task.id, printed=(step * 10 // steps + 1) * steps // 10)
+            progress.update(task.id, printed=next_line(step, steps))
 
 
 def _progress(console: Console) -> Progress:
@@ -254,6 +255,11 @@ def _progress(console: Console) -> Progress:
         # A log file has no moving bar; it gets lines instead.
         disable=not console.is_terminal,
     )
+
+
+def next_line(step: int, steps: int) -> int:
+    """Return the first step after `step` in another tenth of the run."""
+    return math.ceil((step * 10 // steps + 1) * steps / 10)
 
 
 def _status(metrics: RunMetrics, steps: int) -> str:

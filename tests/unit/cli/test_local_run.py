@@ -13,7 +13,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from megatron_let.cli.local_run import interruptible, run_command_line, run_environment
+from megatron_let.cli.local_run import (
+    interruptible,
+    next_line,
+    run_command_line,
+    run_environment,
+)
 from megatron_let.errors import LETError
 
 
@@ -51,6 +56,15 @@ def test_first_signal_interrupts_and_a_second_does_not(number: signal.Signals) -
         os.kill(os.getpid(), number)
         time.sleep(0.1)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("steps", [20, 256, 1792])
+def test_progress_lines_are_a_tenth_of_the_run_apart(steps: int) -> None:
+    printed = [2]
+    while printed[-1] < steps:
+        printed.append(next_line(printed[-1], steps))
+    assert printed == sorted(set(printed)) and printed[-1] == steps
+    assert 10 <= len(printed) <= 11
 
 
 def pids(log: Path) -> list[int]:
