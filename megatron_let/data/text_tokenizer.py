@@ -79,7 +79,7 @@ class SentencePieceText:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
-        return list(self.processor.encode(texts))
+        return list(self.processor.encode(list(texts), num_threads=1))
 
     def vocabulary(self) -> dict[int, str]:
         """Return the token of every id."""

@@ -3,7 +3,8 @@
 Both read the same JSON lines, end each document with the same token, and write uint16 to the same
 disk; this package also hashes, counts, merges and syncs. Each measurement is a forked process with
 the tokenizer already loaded; the two alternate, so that other load on the machine affects both.
-Per-core measurements are restricted to one core. Needs orjson, for datatrove's reader.
+Per-core measurements are restricted to one core. The same text in fewer and more files shows how the
+speed of all cores depends on the number of tasks. Needs orjson, for datatrove's reader.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from megatron_let.preprocessing.run import PreprocessOptions, preprocess
 
 RESULTS = RESULTS_FOLDER / "preprocess.csv"
 LIBRARIES = ("tokenizers", "sentencepiece", "datatrove", "numpy")
+# Files of the text, and so tasks; the others are measured on all cores.
 TASKS = 16
+OTHER_TASKS = (2, 64)
 Job = Callable[[Path], None]
 
 
@@ -45,8 +48,11 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         folder = Path(name)
-        num_bytes = _write_corpus(folder / "corpus", options.megabytes * 1_000_000)
-        jobs = _jobs(options, folder / "corpus")
+        texts = list(environment_text(options.megabytes * 1_000_000))
+        num_bytes = sum(len(text.encode()) for text in texts)
+        for tasks in (TASKS, *OTHER_TASKS):
+            _write_corpus(folder / f"{tasks}", texts, tasks)
+        jobs = _jobs(options, folder)
         samples: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
         cores = sorted(os.sched_getaffinity(0))
         for repeat in range(options.repeats):
@@ -81,27 +87,27 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write_corpus(folder: Path, num_bytes: int) -> int:
-    """Write real text to one file per task; return its size in UTF-8 bytes."""
+def _write_corpus(folder: Path, texts: list[str], tasks: int) -> None:
+    """Write the texts to one file per task."""
     folder.mkdir()
-    texts = list(environment_text(num_bytes))
-    for part in range(TASKS):
-        lines = (json.dumps({"text": text, "meta": {}}) + "\n" for text in texts[part::TASKS])
+    for part in range(tasks):
+        lines = (json.dumps({"text": text, "meta": {}}) + "\n" for text in texts[part::tasks])
         (folder / f"{part:02d}.jsonl").write_text("".join(lines))
-    return sum(len(text.encode()) for text in texts)
 
 
-def _jobs(options: argparse.Namespace, corpus: Path) -> dict[str, Job]:
+def _jobs(options: argparse.Namespace, scratch: Path) -> dict[str, Job]:
     cores = len(os.sched_getaffinity(0))
-    folder = options.hugging_face
+    folder, corpus = options.hugging_face, scratch / f"{TASKS}"
     jobs: dict[str, Job] = {
         "ours, Hugging Face": _ours(corpus, HUGGING_FACE, folder, 1),
         "datatrove, Hugging Face": _datatrove(corpus, folder),
-        f"ours, Hugging Face, {cores} workers": _ours(corpus, HUGGING_FACE, folder, cores),
     }
+    for tasks in (TASKS, *OTHER_TASKS):
+        name = f"ours, Hugging Face, {tasks} tasks, {cores} workers"
+        jobs[name] = _ours(scratch / f"{tasks}", HUGGING_FACE, folder, cores)
     if options.sentence_piece:
         model = options.sentence_piece
-        converted = corpus.parent / "converted"
+        converted = scratch / "converted"
         _convert_sentence_piece(model, converted)
         jobs["ours, SentencePiece"] = _ours(corpus, "SentencePieceTokenizer", model, 1)
         jobs["datatrove, SentencePiece"] = _datatrove(corpus, converted)
@@ -111,7 +117,7 @@ def _jobs(options: argparse.Namespace, corpus: Path) -> dict[str, Job]:
 def _baseline(name: str) -> str | None:
     """Return the measurement that one is compared with."""
     if name.endswith("workers"):
-        return name.rpartition(", ")[0]
+        return "ours, Hugging Face"
     return name.replace("ours", "datatrove") if name.startswith("ours") else None
 
 
