@@ -3,8 +3,8 @@
 Both read the same JSON lines, end each document with the same token, and write uint16 to the same
 disk; this package also hashes, counts, merges and syncs. Each measurement is a forked process with
 the tokenizer already loaded; the two alternate, so that other load on the machine affects both.
-Per-core measurements are restricted to one core. The same text in fewer and more files shows how the
-speed of all cores depends on the number of tasks. Needs orjson, for datatrove's reader.
+Per-core measurements are restricted to one core. The same text in fewer and in more files shows how
+the speed of all cores depends on the number of tasks. Needs orjson, for datatrove's reader.
 """
 
 from __future__ import annotations
