@@ -45,7 +45,7 @@ _TEACHER_RECIPE = Path("quickstart_teacher.yaml")
 _VOCAB_SIZE = 4096
 # The small model sees seven times the student's tokens; on a GPU, fourteen times.
 _TEACHER_STEPS_PER_STEP = 7
-_STEPS = 256
+_STEPS = 224
 # Settings over the recipes' on a GPU.
 _GPU_STEPS = 1100
 _GPU = {"seq-length": 1024, "max-position-embeddings": 1024, "bf16": True}
