@@ -196,3 +196,14 @@ class LETConfig:
     def enabled(self) -> bool:
         """Return whether the weight is above 0 at step 0."""
         return self.traits.learns_from is not None and self.initial_weight > 0
+
+
+def alignment_weight(step: int, initial_weight: float, stop_step: int) -> float:
+    """Return lambda(s) = lambda_0 * max(0, (S_stop - s) / S_stop), equation 5 of the paper.
+
+    Args:
+        step: s, 0-based training step.
+        initial_weight: lambda_0.
+        stop_step: S_stop, at least 1.
+    """
+    return initial_weight * max(0, stop_step - step) / stop_step

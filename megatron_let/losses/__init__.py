@@ -1,4 +1,4 @@
-"""Alignment losses between the student's hidden state and the teacher's, and their registry.
+"""Alignment losses between student and teacher states, their registry, and the hook on layer k.
 
 This package imports torch only once a loss is loaded, so that flags can be parsed without it.
 """

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+from megatron_let.config.let_config import alignment_weight
 from megatron_let.losses import load_loss
 from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRun, add_metrics
 from megatron_let.methods.global_batch import GlobalBatch, peek, read_ahead
@@ -128,17 +129,6 @@ class LETMethod(TeacherMethod):
         if self._run.sharding is not None:
             self._run.sharding.free()
         return True
-
-
-def alignment_weight(step: int, initial_weight: float, stop_step: int) -> float:
-    """Return lambda(s) = lambda_0 * max(0, (S_stop - s) / S_stop), equation 5 of the paper.
-
-    Args:
-        step: s, 0-based training step (Megatron's `curr_iteration`).
-        initial_weight: lambda_0.
-        stop_step: S_stop, at least 1.
-    """
-    return initial_weight * max(0, stop_step - step) / stop_step
 
 
 def _before_schedule(

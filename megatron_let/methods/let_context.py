@@ -13,7 +13,7 @@ from megatron.core.utils import get_model_config
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.losses import load_loss
-from megatron_let.methods.alignment_hook import AlignmentHook
+from megatron_let.losses.alignment_hook import AlignmentHook
 from megatron_let.methods.base import TrainingRun, find_layer
 from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
 from megatron_let.methods.learned_projection import LearnedProjection, with_projection

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from megatron_let.methods.let import alignment_weight
+from megatron_let.config.let_config import alignment_weight
 from tests.helpers.runs import ROOT, Run, command, environment, largest_difference, train
 from tests.helpers.tensorboard import scalars
 

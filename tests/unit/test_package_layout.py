@@ -19,7 +19,7 @@ LAYERS = (
     {"files"},
     {"losses"},
     {"config"},
-    {"teacher", "compat"},
+    {"teacher", "compat", "late_to_early"},
     {"data", "placement", "run"},
     {"metrics", "engines", "planner", "preprocessing"},
     {"checkpoint"},
@@ -71,7 +71,7 @@ def test_modules_have_no_import_cycle() -> None:
 def test_layers_list_every_package() -> None:
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert loose == {"errors", "integration", "pretrain"}
+    assert loose == {"errors", "integration", "late_to_early", "pretrain"}
     assert packages | loose == set(LAYER_OF)
 
 

@@ -309,7 +309,7 @@ def _aligned(
     """Yield the forward step of a step with LET, as `LETMethod` builds it."""
     from megatron_let.config.arguments import layer_number
     from megatron_let.losses import load_loss
-    from megatron_let.methods.alignment_hook import AlignmentHook
+    from megatron_let.losses.alignment_hook import AlignmentHook
     from megatron_let.methods.base import find_layer
 
     if teacher is None:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_let.losses import LOSSES, AlignmentLoss, load_loss
-from megatron_let.methods.alignment_hook import AlignmentHook
+from megatron_let.losses.alignment_hook import AlignmentHook
 from tests.helpers.exact_cosine import random
 
 CPU = torch.device("cpu")
@@ -103,10 +103,16 @@ def test_only_the_hidden_state_and_the_scale_are_saved() -> None:
     ]
 
 
-def test_output_is_not_a_view() -> None:
+@pytest.mark.parametrize("layer", [Doubling(), torch.nn.Flatten(0, 1)], ids=["new", "view"])
+def test_output_is_not_a_view(layer: torch.nn.Module) -> None:
+    """Megatron's pipeline asserts it."""
     hidden, teacher, _ = states()
-    output, _ = opened(load_loss("cosine", None), States(teacher))[0](hidden)
-    assert output._base is None and not output._is_view()
+    assert isinstance(layer, Doubling) or layer(hidden)._is_view()
+    hook = AlignmentHook(layer, load_loss("cosine", None))
+    hook.open_step(States(teacher), 0.3, CPU)
+    output = layer(hidden * 1)
+    hidden_state = output[0] if isinstance(output, tuple) else output
+    assert hidden_state._base is None and not hidden_state._is_view()
 
 
 def test_incoming_gradient_shared_with_another_branch_is_not_modified() -> None:

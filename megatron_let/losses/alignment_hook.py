@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_let.errors import LETError
 from megatron_let.losses import AlignmentLoss, LossFunction
 
 
@@ -43,7 +43,7 @@ class _AlignInBackward(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, scale)
         ctx.loss, ctx.teacher_state, ctx.report = loss, teacher_state, report
-        # detach, not view_as: the pipeline frees a stage's output only if it is not a view.
+        # detach, not view_as: Megatron's pipeline frees a stage's output only if it is not a view.
         return hidden.detach()
 
     @staticmethod
@@ -81,7 +81,9 @@ class AlignmentHook:
     def __init__(self, layer: torch.nn.Module, loss: AlignmentLoss) -> None:
         self._loss = loss
         self._step: _OpenStep | None = None
-        self._handle = layer.register_forward_hook(self._on_output)
+        # torch.compile must not trace what depends on the open step and on being in a backward.
+        hook = torch.compiler.disable(self._on_output)
+        self._handle = layer.register_forward_hook(hook)
 
     def open_step(
         self, teacher: TeacherStates, gradient_scale: float | Tensor, device: torch.device
@@ -133,10 +135,13 @@ class AlignmentHook:
             # First pass of a recomputed layer; the second pass, in the backward, is aligned.
             return None
         hidden, *rest = output if isinstance(output, tuple) else (output,)
+        if not isinstance(hidden, Tensor):
+            raise LETError(
+                f"The student's layer {type(layer).__name__} returned {type(hidden).__name__}"
+                " instead of a hidden state or a tuple that begins with one; give another layer."
+            )
         state = partial(step.teacher.state, microbatch)
         hidden = _AlignInBackward.apply(hidden, step.scale, self._loss.function, state, step.count)
-        # The pipeline frees a stage's output and asserts that it is not a view.
-        hidden = make_viewless_tensor(hidden, requires_grad=True, keep_graph=True)
         return (hidden, *rest) if isinstance(output, tuple) else hidden
 
 
