@@ -60,6 +60,8 @@ setup(
         # Megatron imports these two if a run logs to them.
         "tensorboard",
         "wandb",
+        # Lanczos' method and quantiles in theory/.
+        "scipy",
         # Reports and progress.
         "matplotlib",
         "rich",

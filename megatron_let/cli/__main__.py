@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("megatron_let.cli.evaluate", "run the paper's nine tasks, measure perplexity"),
     "compare": ("megatron_let.cli.compare", "compare finished runs with their baseline"),
     "sweep": ("megatron_let.cli.sweep", "train a list of variants and compare them"),
+    "curvature": ("megatron_let.cli.curvature", "measure the Hessian of the losses by depth"),
     "doctor": ("megatron_let.doctor.__main__", "check whether this machine can train"),
     "quickstart": ("megatron_let.cli.quickstart", "train a student without and with a teacher"),
     "status": ("megatron_let.cli.status", "show the progress of a run of launch/"),

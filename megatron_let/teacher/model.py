@@ -38,7 +38,7 @@ def tapped_layer(teacher_layer: str, num_layers: int) -> int:
     return number
 
 
-def _layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
+def layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
     """Find the list of transformer layers, whose name depends on the architecture.
 
     A multimodal model may have as many layers in its vision tower.
@@ -47,7 +47,7 @@ def _layer_list(model: PreTrainedModel, num_layers: int) -> torch.nn.ModuleList:
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
             return module
     raise LETError(
-        f"The teacher {type(model).__name__} has no list of {num_layers} layers to tap; use a"
+        f"The model {type(model).__name__} has no list of {num_layers} layers to tap; use a"
         " decoder such as Llama, GPT-2, OPT or GPT-NeoX."
     )
 
@@ -92,7 +92,7 @@ class Teacher:
         self._model: Any = model.eval().requires_grad_(False)
         self._compiled: Any = None
         self._unmasked = uses_unmasked_attention(model)
-        layers = _layer_list(model, num_layers)
+        layers = layer_list(model, num_layers)
         self._tap = None if tap == num_layers and final_norm else _Tap()
         if self._tap is not None:
             layers[tap - 1].register_forward_hook(self._tap)

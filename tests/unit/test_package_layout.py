@@ -23,7 +23,7 @@ LAYERS = (
     {"data", "placement", "run"},
     {"metrics", "engines", "planner", "preprocessing"},
     {"checkpoint"},
-    {"methods", "evaluation", "doctor"},
+    {"methods", "evaluation", "doctor", "theory"},
     {"integration"},
     {"pretrain"},
     {"cli"},

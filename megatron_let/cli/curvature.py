@@ -1,0 +1,179 @@
+"""Measure the curvature of the alignment loss by depth, and of the whole loss (appendix I).
+
+    python tools/curvature.py RUN --layers 1 3 5 --teacher DIR --data-path PREFIX --output DIR
+
+A MODEL is a Megatron checkpoint, a run (its last checkpoint) or a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_let.cli.common import command_line, output_console, run_command, say
+from megatron_let.errors import LETError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_let.theory.curvature import Curvature
+    from megatron_let.theory.hessian import Interval
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the models; return the exit code."""
+    given = _parser().parse_args(argv)
+    return run_command("curvature", lambda console: _run(given, console))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("models", nargs="+", type=Path, metavar="MODEL", help="checkpoint, run or folder")
+    add("--layers", nargs="+", type=int, required=True, metavar="K", help="aligned layers, from 1")
+    add("--teacher", required=True, metavar="MODEL", help="folder, .gguf file or hub id")
+    add("--data-path", type=Path, required=True, metavar="PREFIX", help="indexed data")
+    add("--output", type=Path, required=True, metavar="DIR", help="curvature.csv and curvature.png")
+    add("--weight", type=float, default=0.1, metavar="W", help="lambda of the whole loss (0.1)")
+    add("--samples", type=int, default=2, metavar="B", help="windows of the data (2)")
+    add("--seq-length", type=int, default=64, metavar="S", help="tokens per window (64)")
+    add("--probes", type=int, default=20, metavar="N", help="probes of the norm, at least 2 (20)")
+    add("--starts", type=int, default=2, metavar="N", help="starts of Lanczos' method (2)")
+    add("--device", help="default: cuda where there is a GPU, else cpu")
+    return parser
+
+
+def _run(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.metrics.provenance import provenance, write_csv
+
+    if given.probes < 2 or given.starts < 1 or given.samples < 1 or given.seq_length < 1:
+        raise LETError("Give at least 2 --probes, and 1 of --starts, --samples and --seq-length.")
+    found = {str(model): _measure(given, model, console) for model in given.models}
+    for name, rows in found.items():
+        output_console().print(_table(name, rows))
+    table, picture = given.output / "curvature.csv", given.output / "curvature.png"
+    flat = [{"model": name, **_csv_row(row)} for name, rows in found.items() for row in rows]
+    write_csv(table, flat, provenance(command_line()))
+    _plot(picture, found)
+    say(console, f"written: {table}, {picture}")
+    return 0
+
+
+def _measure(given: argparse.Namespace, path: Path, console: Console) -> list[Curvature]:
+    import torch
+
+    from megatron_let.config.let_config import LETConfig
+    from megatron_let.evaluation.models import load_model, open_model
+    from megatron_let.teacher.inspect import inspect_teacher
+    from megatron_let.teacher.model import load_teacher
+    from megatron_let.theory.curvature import Probes, measure
+    from megatron_let.theory.model_losses import model_losses
+
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(open_model(path), torch.float32, str(device))
+    folder = inspect_teacher(given.teacher)
+    vocab_size = min(folder.vocab_size, model.config.get_text_config(decoder=True).vocab_size)
+    tokens = _tokens(given, vocab_size).to(device)
+    settings = LETConfig(teacher_dtype="fp32", teacher_compile=False)
+    state = load_teacher(folder, settings, device).hidden_state(tokens[:, :-1])
+    losses = model_losses(model, state, tokens, given.layers)
+    with console.status(str(path)) as status:
+        return measure(
+            losses.nll,
+            losses.alignment,
+            losses.parameters,
+            given.weight,
+            Probes(given.probes, given.starts),
+            lambda text: status.update(f"{path}: {text}"),
+        )
+
+
+def _tokens(given: argparse.Namespace, vocab_size: int) -> Tensor:
+    """Return the first windows of the data, `[b, s + 1]`.
+
+    Raises:
+        LETError: the data is too short, or has tokens that one of the models does not have.
+    """
+    from itertools import islice
+
+    import numpy as np
+    import torch
+
+    from megatron_let.evaluation.perplexity import windows
+
+    rows = list(islice(windows(given.data_path, given.seq_length, None), given.samples))
+    if len(rows) < given.samples or len(rows[-1]) <= given.seq_length:
+        raise LETError(
+            f"The data {given.data_path} has fewer than {given.samples} windows of"
+            f" {given.seq_length + 1} tokens; give fewer --samples or a smaller --seq-length."
+        )
+    tokens = torch.from_numpy(np.stack(rows))
+    if int(tokens.max()) >= vocab_size:
+        raise LETError(
+            f"The data {given.data_path} has token {int(tokens.max())} but the smaller vocabulary"
+            f" of model and teacher has {vocab_size}; give data of their tokenizer."
+        )
+    return tokens
+
+
+def _bounds(interval: Interval | None, digits: str = ".4g") -> str:
+    if interval is None:
+        return "–"
+    value, low, high = (format(x, digits) for x in interval)
+    return f"{value} ({low} to {high})"
+
+
+def _table(title: str, rows: list[Curvature]) -> Table:
+    headings = ("loss", "layer", "squared norm", "change", "added to nll", "eigenvalue", "not 0")
+    table = Table(*headings, title=f"{title}: Hessian, 95 % intervals")
+    for row in rows:
+        table.add_row(
+            row.loss,
+            str(row.layer or "–"),
+            *map(_bounds, (row.squared_norm, row.change, row.added, row.eigenvalue)),
+            "–" if row.nonzero_after is None else str(row.nonzero_after),
+        )
+    return table
+
+
+def _csv_row(row: Curvature) -> dict[str, Any]:
+    values: dict[str, Any] = {"loss": row.loss, "layer": row.layer}
+    for name in ("squared_norm", "change", "added", "eigenvalue"):
+        interval: Interval | None = getattr(row, name)
+        value, low, high = (None, None, None) if interval is None else interval
+        values |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return values | {"nonzero_after": row.nonzero_after}
+
+
+def _plot(path: Path, found: dict[str, list[Curvature]]) -> None:
+    """Plot the alignment loss's norm and eigenvalue, and what the whole loss adds, against k."""
+    from matplotlib.figure import Figure
+
+    from megatron_let.files.atomic import atomic_file
+
+    panels = (
+        ("alignment", "squared_norm", "alignment loss: squared Frobenius norm"),
+        ("alignment", "eigenvalue", "alignment loss: largest eigenvalue"),
+        ("total", "added", "whole loss: squared norm added"),
+    )
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, (loss, name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for model, rows in found.items():
+            points = [(row.layer, getattr(row, name)) for row in rows if row.loss == loss]
+            values = [interval.value for _, interval in points]
+            error = [
+                [interval.value - interval.low for _, interval in points],
+                [interval.high - interval.value for _, interval in points],
+            ]
+            ks = [k for k, _ in points]
+            axes.errorbar(ks, values, yerr=error, marker="o", capsize=3, label=model)
+        axes.set(title=title, xlabel="aligned layer k")
+        axes.set_xticks(ks)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")

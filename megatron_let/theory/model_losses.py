@@ -1,0 +1,80 @@
+"""The losses of a causal language model, with graphs that can be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_let.errors import LETError
+from megatron_let.teacher.model import layer_list
+from megatron_let.theory.curvature import alignment_loss
+
+
+@dataclass(frozen=True)
+class ModelLosses:
+    """Arguments of `curvature.measure`.
+
+    Attributes:
+        nll: mean loss per token, 0-dim.
+        alignment: loss at layer k, by k.
+        parameters: of each layer (0-based), and of everything else under None.
+    """
+
+    nll: Tensor
+    alignment: dict[int, Tensor]
+    parameters: dict[int | None, list[Tensor]]
+
+
+def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int]) -> ModelLosses:
+    """Run a model once, and compute its losses.
+
+    Args:
+        model: causal language model of transformers in evaluation mode.
+        state: teacher's state, `[b, s, d_T]`.
+        tokens: `[b, s + 1]`.
+        layers: k, 1-based.
+
+    Raises:
+        LETError: the model has fewer layers.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    for k in layers:
+        if not 1 <= k <= num_layers:
+            raise LETError(
+                f"--layers has {k} but the model has {num_layers} layers; give numbers from 1 to"
+                f" {num_layers}."
+            )
+    blocks, hidden = layer_list(model, num_layers), {}
+
+    def keep(k: int, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        hidden[k] = output[0] if isinstance(output, tuple) else output
+
+    handles = [blocks[k - 1].register_forward_hook(partial(keep, k)) for k in layers]
+    # The fused kernels of attention have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = model(tokens[:, :-1], use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return ModelLosses(
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()),
+        {k: alignment_loss(hidden[k], state) for k in sorted(layers)},
+        _parameters_by_layer(model, blocks),
+    )
+
+
+def _parameters_by_layer(
+    model: torch.nn.Module, blocks: torch.nn.ModuleList
+) -> dict[int | None, list[Tensor]]:
+    found: dict[int | None, list[Tensor]] = {
+        index: list(block.parameters()) for index, block in enumerate(blocks)
+    }
+    in_layers = {id(p) for parameters in found.values() for p in parameters}
+    found[None] = [p for p in model.parameters() if id(p) not in in_layers]
+    return found
