@@ -1,4 +1,4 @@
-"""LET under FSDP2 on two ranks has the gradient of one process."""
+"""LET outside Megatron on two ranks of FSDP2 or DDP has the gradient of one process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from megatron_let.late_to_early import LateToEarly
-from tests.helpers.fully_sharded import LAYER, batch
 from tests.helpers.models import random_model
+from tests.helpers.parallel_student import LAYER, WRAPS, batch
 from tests.helpers.runs import TIMEOUT_SECONDS, command, environment
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("hook", ["before", "after"])
-def test_two_sharded_ranks_equal_one_process(hook: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_two_ranks_equal_one_process(wrap: str, tmp_path: Path) -> None:
     subprocess.run(
-        command(2, "tests.helpers.fully_sharded"),
+        command(2, "tests.helpers.parallel_student"),
         check=True,
-        env=environment(OUTPUT=str(tmp_path), HOOK=hook),
+        env=environment(OUTPUT=str(tmp_path), WRAP=wrap),
         timeout=TIMEOUT_SECONDS,
     )
     found = torch.load(tmp_path / "found.pt")
