@@ -162,6 +162,8 @@ def _table(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.timeseries.outcomes import load_runs, plot, table_rows
 
     runs = load_runs(given.output)
+    if not runs:
+        raise LETError(f"{given.output} has no finished run; start `train` with this --output.")
     header, *rows = table_rows(runs)
     students = ", ".join(sorted({run[0]["student"] for run in runs}))
     table = Table(*header, title=f"test accuracy in %, mean (range over seeds), of {students}")

@@ -49,14 +49,12 @@ def inspect_student(student: str, layer: int) -> TeacherFolder:
     """
     if not Path(student).exists() and parse_hub_id(student) is None:
         raise LETError(
-            f"The student {student} does not exist; give --student a model folder, a .gguf file or"
-            " an id on the Hugging Face Hub (owner/name)."
+            f"The student {student} does not exist; give a model folder, a .gguf file or a hub id."
         )
     folder = inspect_teacher(student)
     if layer > folder.num_layers:
         raise LETError(
-            f"student.layer is {layer} but {student} has {folder.num_layers} layers; set a number"
-            f" from 1 to {folder.num_layers}."
+            f"student.layer is {layer}; set a layer of {student}, 1 to {folder.num_layers}."
         )
     return folder
 

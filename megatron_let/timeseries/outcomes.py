@@ -17,10 +17,6 @@ METHODS = {"baseline": "without LET", "let": "LET"}
 Rows = list[dict[str, str]]
 
 
-def _file(output: Path, run: Mapping[str, Any]) -> Path:
-    return output / run["data_set"] / run["method"] / f"seed-{run['seed']}.csv"
-
-
 def is_finished(output: Path, run: Mapping[str, Any]) -> bool:
     """Return whether a run is finished: `data_set`, `method`, `seed`, and what else determines it.
 
@@ -48,15 +44,12 @@ def save_run(
 
 
 def load_runs(output: Path) -> list[Rows]:
-    """Load all finished runs, ordered by data set, method and seed.
+    """Load all finished runs, ordered by data set, method and seed."""
+    return [_read(file) for file in sorted(output.glob("*/*/seed-*.csv"))]
 
-    Raises:
-        LETError: there is none.
-    """
-    found = [_read(file) for file in sorted(output.glob("*/*/seed-*.csv"))]
-    if not found:
-        raise LETError(f"{output} has no finished run; start `train` with this --output.")
-    return found
+
+def _file(output: Path, run: Mapping[str, Any]) -> Path:
+    return output / run["data_set"] / run["method"] / f"seed-{run['seed']}.csv"
 
 
 def _read(file: Path) -> Rows:
@@ -75,7 +68,7 @@ def table_rows(runs: Sequence[Rows]) -> list[tuple[str, ...]]:
         of_set[last["method"]][last["seed"]] = 100 * float(last["test_accuracy"])
     rows: list[tuple[str, ...]] = [("data set", *METHODS.values(), "difference", "seeds")]
     for name, of_set in scores.items():
-        baseline, let = of_set["baseline"], of_set["let"]
+        baseline, let = of_set.values()
         differences = [let[seed] - baseline[seed] for seed in let if seed in baseline]
         cells = map(_spread, ([*baseline.values()], [*let.values()], differences))
         rows.append((name, *cells, str(len(differences))))
@@ -91,17 +84,17 @@ def _spread(values: list[float]) -> str:
 def plot(path: Path, runs: Sequence[Rows]) -> None:
     """Plot test accuracy against epochs: a panel per data set, a line per run."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     names = list(dict.fromkeys(run[0]["data_set"] for run in runs))
     figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
-    for name, panel in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        for colour, (method, label) in enumerate(METHODS.items()):
-            panel.plot([], [], f"C{colour}o-", label=label)
-            for run in (r for r in runs if (r[0]["data_set"], r[0]["method"]) == (name, method)):
-                percents = [100 * float(row["test_accuracy"]) for row in run]
-                panel.plot(range(1, len(run) + 1), percents, f"C{colour}o-", markersize=3)
+    panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+    for run in runs:
+        percents = [100 * float(row["test_accuracy"]) for row in run]
+        panel, colour = panels[run[0]["data_set"]], f"C{[*METHODS].index(run[0]['method'])}"
+        panel.plot(range(1, len(run) + 1), percents, colour, marker="o", markersize=3)
+    for name, panel in panels.items():
         panel.set(title=name, xlabel="epoch", ylabel="test accuracy (%)")
-        panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend([Line2D([], [], color=f"C{i}") for i in range(2)], METHODS.values())
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

@@ -48,12 +48,9 @@ class Series:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, in which every channel has mean 0 and variance 1 over the training series.
+    """A data set, padded to its longest series.
 
-    Attributes:
-        name: its name in the UEA archive.
-        train, test: series, padded to the longest of both.
-        num_classes: number of labels.
+    Every channel has mean 0 and variance 1 over the time steps of the training series.
     """
 
     name: str
@@ -71,9 +68,8 @@ def load_data_set(name: str, folder: Path | None = None) -> DataSet:
     if folder is None or not (folder / name).is_dir():
         if name not in PACKAGED:
             raise LETError(
-                f"The data set {name} is not in {folder or 'a folder, which --data names'}; put"
-                f" {name}_TRAIN.ts and {name}_TEST.ts in its folder {name}, or choose from"
-                f" {', '.join(PACKAGED)}."
+                f"There is no data set {name}; put {name}_TRAIN.ts and {name}_TEST.ts in a folder"
+                f" {name} of --data, or choose from {', '.join(PACKAGED)}."
             )
         folder = packaged_folder()
     (train, labels), (test, test_labels) = (
@@ -85,15 +81,13 @@ def load_data_set(name: str, folder: Path | None = None) -> DataSet:
             f"The test file in {folder / name} has other channels or labels than the training file;"
             " copy the data set again."
         )
-    steps = torch.cat(train)
-    mean, scale = steps.mean(0), steps.std(0, correction=0)
-    scale = scale.where(scale > 0, 1)
+    std, mean = torch.std_mean(torch.cat(train), dim=0, correction=0)
     length = max(map(len, (*train, *test)))
 
     def padded(series: list[Tensor], names: list[str]) -> Series:
         values = torch.zeros(len(series), length, len(mean))
         mask = torch.arange(length) < torch.tensor([[len(one)] for one in series])
-        values[mask] = (torch.cat(series) - mean) / scale
+        values[mask] = (torch.cat(series) - mean) / std.where(std > 0, 1)
         return Series(values, mask, torch.tensor([*map(classes.index, names)]))
 
     return DataSet(name, padded(train, labels), padded(test, test_labels), len(classes))
@@ -133,24 +127,21 @@ def read_ts(file: Path) -> tuple[list[Tensor], list[str]]:
     series: list[Tensor] = []
     labels: list[str] = []
     for number, line in enumerate(rest[0].splitlines(), header.count("\n") + 1):
-        if line.strip() and not line.startswith("#"):
-            *channels, label = line.split(":")
-            series.append(_channels(channels, series[:1], f"{file}, line {number}"))
-            labels.append(label.strip())
+        if not line.strip() or line.startswith("#"):
+            continue
+        *channels, label = line.split(":")
+        try:
+            values = np.array([c.split(",") for c in channels], dtype=np.float32, ndmin=2).T
+        except ValueError:  # other than numbers, or channels of different lengths
+            values = np.empty((0, 0), np.float32)
+        num_channels = series[0].shape[1] if series else values.shape[1]
+        if not values.size or not np.isfinite(values).all() or values.shape[1] != num_channels:
+            raise LETError(
+                f"{file}, line {number}: give as many channels as in every line, of as many finite"
+                " numbers each, and a label, separated by colons."
+            )
+        series.append(torch.from_numpy(values.copy()))
+        labels.append(label.strip())
     if not series:
-        raise LETError(f"{file} has no series after `@data`; copy the data set again.")
+        raise LETError(f"{file} has no series after @data; copy the data set again.")
     return series, labels
-
-
-def _channels(texts: list[str], first: list[Tensor], place: str) -> Tensor:
-    try:
-        values = np.array([text.split(",") for text in texts], dtype=np.float32).T
-    except ValueError:
-        values = np.empty(0)
-    as_first = all(values.shape[1:] == one.shape[1:] for one in first)
-    if values.ndim != 2 or not np.isfinite(values).all() or not as_first:
-        raise LETError(
-            f"{place}: give as many channels as in every line, of as many finite numbers each, and"
-            " a label, separated by colons."
-        )
-    return torch.from_numpy(values.copy())

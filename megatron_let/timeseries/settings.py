@@ -10,42 +10,36 @@ from typing import Any
 from megatron_let.config.recipes import find_recipe, line_of, load_yaml
 from megatron_let.errors import LETError
 
-# One section of the file.
+# One section of the file, whose comments describe the settings.
 Settings = Mapping[str, Any]
 
 
 def load_settings(path: Path) -> dict[str, Settings]:
-    """Load a settings file, or the packaged one of that name, whose comments describe them.
-
-    Returns:
-        The sections `teacher` and `student`.
+    """Load the sections `teacher` and `student` of a file, or of the packaged one of that name.
 
     Raises:
         LETError: it does not exist, or its settings or their types are not those of the packaged.
     """
     path = find_recipe(path)
-    found, packaged = load_yaml(path), load_yaml(find_recipe(Path("time_series")))
-    _check_keys(str(path), found, packaged)
-    for section, settings in packaged.items():
-        _check_keys(line_of(path, section), found[section], settings)
-        for name, example in settings.items():
-            value = found[section][name]
-            if not _is_like(value, example):
-                place = line_of(path, section, name)
-                raise LETError(f"{place}: {name} is {value!r}; give a value such as {example!r}.")
-    sections: dict[str, Settings] = found
+    sections: dict[str, Settings] = load_yaml(path)
+    _check(path, sections, load_yaml(find_recipe(Path("time_series"))))
     return sections
 
 
-def _check_keys(place: str, values: Any, names: Settings) -> None:
-    if not isinstance(values, Mapping) or values.keys() != names.keys():
-        raise LETError(f"{place}: give exactly {', '.join(names)}.")
+def _check(path: Path, value: Any, example: Any, *keys: str) -> None:
+    if isinstance(example, dict):
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            raise LETError(f"{line_of(path, *keys)}: give exactly {', '.join(example)}.")
+        for key in example:
+            _check(path, value[key], example[key], *keys, key)
+    elif not _is_like(value, example):
+        place, name = line_of(path, *keys), ".".join(keys)
+        raise LETError(f"{place}: {name} is {value!r}; give a value such as {example!r}.")
 
 
 def _is_like(value: Any, example: Any) -> bool:
     if isinstance(example, list):
-        is_list = isinstance(value, list) and bool(value)
-        return is_list and all(_is_like(item, example[0]) for item in value)
+        return bool(value) and type(value) is list and all(_is_like(v, example[0]) for v in value)
     if isinstance(example, float):
         return type(value) in (int, float) and 0 <= value < math.inf
-    return type(value) is type(example) and (value > 0 if isinstance(value, int) else True)
+    return type(value) is type(example) and (type(value) is str or value > 0)

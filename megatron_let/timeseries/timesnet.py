@@ -43,14 +43,15 @@ class TimesBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[b, s, width]` of `[b, s, width]`."""
-        amplitudes, frequencies = strongest_frequencies(x, self.num_frequencies)
-        weights = amplitudes.softmax(1)
-        result = x
+        # Frequencies are periods per series, from 1; the constant component is not one.
+        amplitudes = torch.fft.rfft(x, dim=1).abs().mean(2)[:, 1:]
+        strongest, places = amplitudes.topk(min(self.num_frequencies, amplitudes.shape[1]), dim=1)
+        weights, frequencies, result = strongest.softmax(1), places + 1, x
         # Series with a frequency in common have images of one shape.
         for frequency in frequencies.unique().tolist():
-            rows, places = (frequencies == frequency).nonzero(as_tuple=True)
+            rows, ranks = (frequencies == frequency).nonzero(as_tuple=True)
             unfolded = self._convolve(x[rows], frequency)
-            result = result.index_add(0, rows, unfolded * weights[rows, places, None, None])
+            result = result.index_add(0, rows, unfolded * weights[rows, ranks, None, None])
         return result
 
     def _convolve(self, x: Tensor, frequency: int) -> Tensor:
@@ -60,17 +61,6 @@ class TimesBlock(nn.Module):
         padded = F.pad(x, (0, 0, 0, period * frequency - length))
         image = padded.view(batch, frequency, period, width).permute(0, 3, 1, 2)
         return self.convolution(image).flatten(2).transpose(1, 2)[:, :length]
-
-
-def strongest_frequencies(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return amplitudes and frequencies, `[b, k]` each, of the strongest components.
-
-    A frequency is a number of periods per series, 1 to `s // 2`; k is `count`, or `s // 2` if that
-    is less. Amplitudes are means over the width of `[b, s, width]`.
-    """
-    amplitudes = torch.fft.rfft(x, dim=1).abs().mean(2)[:, 1:]
-    values, places = amplitudes.topk(min(count, amplitudes.shape[1]), dim=1)
-    return values, places + 1
 
 
 class TimesNet(nn.Module):

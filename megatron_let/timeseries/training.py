@@ -54,7 +54,7 @@ def train_teacher(
 
 
 def save_teacher(path: Path, model: TimesNet, settings: Settings) -> None:
-    """Save a teacher and what is needed to build it."""
+    """Save a teacher, with its settings."""
     classes = {name: head.out_features for name, head in model.heads.items()}
     with atomic_file(path) as partial:
         torch.save((dict(settings), classes, model.state_dict()), partial)
@@ -88,8 +88,8 @@ def fine_tune(
     aligned, changes neither.
 
     Yields:
-        `loss` and `cosine`, means over the epoch's batches (the cosine over those with LET, None if
-        there are none), `test_accuracy` after the epoch, and `seconds` since the start.
+        `loss` and `cosine`, means over the epoch's batches (cosine: those with LET, or None), and
+        `test_accuracy` and `seconds` since the start, after the epoch.
     """
     start = time.monotonic()
     torch.manual_seed(seed)
@@ -106,7 +106,8 @@ def fine_tune(
     step = 0
     for _ in range(settings["epochs"]):
         model.train()
-        losses, cosines = [], []
+        losses: list[Tensor] = []
+        cosines: list[Tensor] = []
         for rows in _batches(data.train, settings["batch_size"], order):
             batch = data.train.rows(rows, device)
             short, state = batch.trimmed(), None
@@ -134,7 +135,6 @@ def _batches(series: Series, size: int, order: torch.Generator) -> tuple[Tensor,
 
 
 def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-    """Take a step; return the loss without its graph."""
     nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad()
