@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": ("megatron_let.doctor.__main__", "check whether this machine can train"),
     "quickstart": ("megatron_let.cli.quickstart", "train a student without and with a teacher"),
     "status": ("megatron_let.cli.status", "show the progress of a run of launch/"),
+    "time-series": ("megatron_let.cli.time_series", "classify time series without and with LET"),
     "corpus": ("megatron_let.cli.corpus", "collect text for experiments"),
 }
 

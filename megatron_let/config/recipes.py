@@ -107,7 +107,7 @@ def find_recipe(path: Path) -> Path:
     names = [file.stem for file in sorted(folder.glob("*.yaml"))]
     raise RecipeError(
         f"The recipe {path} does not exist; give a file, or one of"
-        f" {', '.join(name for name in names if not name.startswith('sweep_'))}."
+        f" {', '.join(name for name in names if not name.startswith(('sweep_', 'time_')))}."
     )
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"metrics", "engines", "planner", "preprocessing"},
     {"checkpoint"},
     {"methods", "evaluation", "doctor", "theory"},
-    {"integration"},
+    {"integration", "timeseries"},
     {"pretrain"},
     {"cli"},
 )
