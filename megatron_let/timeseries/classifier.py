@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +11,24 @@ from megatron_let.errors import LETError
 from megatron_let.evaluation.models import ModelFolder, load_model
 from megatron_let.teacher.hub import parse_hub_id
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
-from megatron_let.teacher.model import layer_list
 from megatron_let.timeseries.series import DataSet, Series
 from megatron_let.timeseries.timesnet import masked_mean
 
 
 class SeriesClassifier(nn.Module):
-    """A language model between a linear embedding of each time step and a linear head.
+    """A language model in fp32 between a linear embedding of each time step and a linear head.
 
     The model reads no attention mask: padding follows the series, and attention is causal.
-
-    Attributes:
-        layer: the aligned layer.
     """
 
-    def __init__(self, model: Any, layer: nn.Module, channels: int, classes: int) -> None:
-        """Add the embedding and the head to a base model (no LM head)."""
+    def __init__(self, folder: TeacherFolder, data: DataSet) -> None:
+        """Load the base model (no LM head) and add a new embedding and head for a data set."""
         super().__init__()
-        self.model = model
-        self.layer = layer
-        width = model.get_input_embeddings().embedding_dim
-        self.embedding = nn.Linear(channels, width)
-        self.head = nn.Linear(model.config.get_text_config().hidden_size, classes)
+        weights = ModelFolder(folder.path, None, folder.dtype)
+        self.model = load_model(weights, torch.float32, "cpu").base_model
+        width = self.model.get_input_embeddings().embedding_dim
+        self.embedding = nn.Linear(data.train.values.shape[2], width)
+        self.head = nn.Linear(folder.hidden_size, data.num_classes)
 
     def forward(self, series: Series) -> Tensor:
         """Return the logits, `[b, classes]`, of the mean of the last state over the time steps."""
@@ -57,15 +52,3 @@ def inspect_student(student: str, layer: int) -> TeacherFolder:
             f"student.layer is {layer}; set a layer of {student}, 1 to {folder.num_layers}."
         )
     return folder
-
-
-def build_classifier(
-    folder: TeacherFolder, layer: int, data: DataSet, device: torch.device
-) -> SeriesClassifier:
-    """Load the model in fp32, with layer k, and add a new embedding and head."""
-    # New parameters follow from the seed alone, whatever loading the model draws.
-    with torch.random.fork_rng():
-        weights = ModelFolder(folder.path, None, folder.dtype)
-        model = load_model(weights, torch.float32, "cpu").base_model
-    aligned, channels = layer_list(model, folder.num_layers)[layer - 1], data.train.values.shape[2]
-    return SeriesClassifier(model, aligned, channels, data.num_classes).to(device)

@@ -16,7 +16,8 @@ from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file
 from megatron_let.late_to_early import LateToEarly
 from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.timeseries.classifier import build_classifier
+from megatron_let.teacher.model import layer_list
+from megatron_let.timeseries.classifier import SeriesClassifier
 from megatron_let.timeseries.series import DataSet, Series
 from megatron_let.timeseries.settings import Settings
 from megatron_let.timeseries.timesnet import TimesNet
@@ -94,10 +95,11 @@ def fine_tune(
     start = time.monotonic()
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    model = build_classifier(student, settings["layer"], data, device)
+    model = SeriesClassifier(student, data).to(device)
+    aligned = layer_list(model.model, student.num_layers)[settings["layer"] - 1]
     num_steps = settings["epochs"] * -(-len(data.train.labels) // settings["batch_size"])
     stop_step = max(1, round(settings["stop_fraction"] * num_steps))
-    let = LateToEarly(model.layer, settings["weight"] if teacher else 0.0, stop_step)
+    let = LateToEarly(aligned, settings["weight"] if teacher else 0.0, stop_step)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings["learning_rate"], weight_decay=settings["weight_decay"]
     )

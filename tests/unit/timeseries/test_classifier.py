@@ -10,11 +10,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_let.errors import LETError
-from megatron_let.timeseries.classifier import SeriesClassifier, build_classifier, inspect_student
+from megatron_let.timeseries.classifier import SeriesClassifier, inspect_student
 from megatron_let.timeseries.series import DataSet, load_data_set
 from tests.helpers.time_series import NAME, write_waves
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -25,7 +23,7 @@ def data(tmp_path: Path) -> DataSet:
 @pytest.fixture
 def model(teacher: Path, data: DataSet) -> SeriesClassifier:
     torch.manual_seed(0)
-    return build_classifier(inspect_student(str(teacher), 2), 2, data, CPU)
+    return SeriesClassifier(inspect_student(str(teacher), 2), data)
 
 
 def test_logits_are_those_of_the_model_on_each_series_alone(
@@ -51,14 +49,10 @@ def test_padding_has_no_influence(model: SeriesClassifier, data: DataSet) -> Non
     torch.testing.assert_close(model.embedding.weight.grad, gradient, rtol=0, atol=0)
 
 
-def test_aligned_layer_is_layer_k(model: SeriesClassifier) -> None:
-    assert model.layer is model.model.layers[1]
-
-
 def test_seed_sets_the_new_parameters(teacher: Path, data: DataSet) -> None:
     def new_parameters(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        model = build_classifier(inspect_student(str(teacher), 2), 2, data, CPU)
+        model = SeriesClassifier(inspect_student(str(teacher), 2), data)
         return torch.cat([model.embedding.weight.flatten(), model.head.weight.flatten()])
 
     assert torch.equal(new_parameters(3), new_parameters(3))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron_let.errors import LETError
 from megatron_let.losses.cosine import token_cosine
 from megatron_let.teacher.inspect import TeacherFolder
-from megatron_let.timeseries.classifier import build_classifier, inspect_student
+from megatron_let.timeseries.classifier import SeriesClassifier, inspect_student
 from megatron_let.timeseries.series import DataSet, load_data_set
 from megatron_let.timeseries.timesnet import TimesNet
 from megatron_let.timeseries.training import (
@@ -118,9 +118,9 @@ def test_cosine_is_that_of_valid_time_steps(
     student: TeacherFolder, data: DataSet, timesnet: TimesNet
 ) -> None:
     torch.manual_seed(1)
-    model = build_classifier(student, 2, data, CPU)
+    model = SeriesClassifier(student, data)
     states: list[torch.Tensor] = []
-    model.layer.register_forward_hook(lambda layer, inputs, output: states.append(output))
+    model.model.layers[1].register_forward_hook(lambda layer, inputs, output: states.append(output))
     with torch.no_grad():
         model(data.train)
     mask = data.train.mask
