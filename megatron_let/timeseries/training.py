@@ -100,9 +100,8 @@ def fine_tune(
     num_steps = settings["epochs"] * -(-len(data.train.labels) // settings["batch_size"])
     stop_step = max(1, round(settings["stop_fraction"] * num_steps))
     let = LateToEarly(aligned, settings["weight"] if teacher else 0.0, stop_step)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings["learning_rate"], weight_decay=settings["weight_decay"]
-    )
+    lr, decay = settings["learning_rate"], settings["weight_decay"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=True)
     warmup_steps = round(settings["warmup_fraction"] * num_steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, num_steps)
     step = 0
