@@ -1,4 +1,4 @@
-"""Measure time and memory of the cosine loss against other implementations.
+"""Measure time, and memory on a GPU, of the cosine loss against other implementations.
 
     python tools/benchmark/cosine_interp.py                 # on a GPU: the paper's shapes
     python tools/benchmark/cosine_interp.py --tokens 4096   # on a CPU: reference and eager torch
@@ -22,27 +22,25 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
-import importlib.metadata
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch._dynamo
 from common import RESULTS_FOLDER
 from kernel_report import SHAPES, minimal_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
+from megatron_let.doctor.check import version_of
 from megatron_let.losses.cosine import cosine_loss, token_cosine
 from megatron_let.metrics.provenance import processor
 from tests.helpers.exact_cosine import exact_cosine, exact_gradient, relative_error
@@ -182,19 +180,18 @@ def time_on_gpu(function: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def time_on_cpu(function: Callable[[], Any], seconds: float) -> list[float]:
-    """Return milliseconds at `QUANTILES` of at least five runs.
+    """Return milliseconds at `QUANTILES`.
 
     CPU time summed over threads, which other work on the machine hardly affects.
     """
-    function()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.process_time()
-        function()
-        times.append((time.process_time() - start) * 1e3)
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return [cuts[round(q * 10) - 1] for q in QUANTILES]
+    timer = Timer(
+        "function()",
+        globals={"function": function},
+        timer=time.process_time,
+        num_threads=torch.get_num_threads(),
+    )
+    times = timer.blocked_autorange(min_run_time=seconds).times
+    return [1e3 * float(value) for value in np.quantile(times, QUANTILES)]
 
 
 def peak_on_gpu(function: Callable[[], Any]) -> int:
@@ -206,21 +203,6 @@ def peak_on_gpu(function: Callable[[], Any]) -> int:
     torch.cuda.synchronize()
     del kept
     return torch.cuda.max_memory_allocated() - before
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def peak_on_cpu(function: Callable[[], Any]) -> int:
-    """Return the resident bytes at the peak of a run beyond those before it (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_bytes("VmRSS:")
-    kept = function()
-    peak = _status_bytes("VmHWM:")
-    del kept
-    return max(0, peak - before)
 
 
 def copy_bandwidth(size: int, seconds: float) -> float:
@@ -236,11 +218,6 @@ def machine(device: str) -> str:
     return f"{processor()}, {torch.get_num_threads()} thread(s)"
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 @dataclass
@@ -307,26 +284,11 @@ def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
 
 def memory_of_case(case: Case, device: str) -> dict[str, Any]:
     """Return the columns of the case's memory beyond its inputs and the gradient it returns."""
+    if device == "cpu":
+        return {"extra_bytes": None, "extra_of_inputs": None}
     case.run()  # exclude what the first run compiles and loads
-    peak = peak_on_gpu(case.run) if device == "cuda" else peak_on_cpu(case.run)
-    extra = max(0, peak - case.result_bytes)
+    extra = max(0, peak_on_gpu(case.run) - case.result_bytes)
     return {"extra_bytes": extra, "extra_of_inputs": round(extra / case.input_bytes, 4)}
-
-
-def memory_in_process(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return `memory_of_case` of every case, in order."""
-    if arguments.device == "cpu":
-        # Return freed tensors to the system at once; the heap would hide a peak.
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-    return [memory_of_case(case, arguments.device) for case in cases(arguments)]
-
-
-def memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the same; on a CPU from a fresh process, whose heap is free of the timing."""
-    if arguments.device == "cuda":
-        return memory_in_process(arguments)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(memory_in_process, arguments).result()
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -362,11 +324,11 @@ def main() -> None:
     arguments = parse_arguments()
     stamp = {
         "machine": machine(arguments.device), "torch": torch.__version__,
-        "triton": version("triton"), "modelopt": version("nvidia-modelopt"),
+        "triton": version_of("triton"), "modelopt": version_of("nvidia-modelopt"),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
-    # The memory first: each row is complete, and written, once its case is timed.
-    for case, memory in zip(cases(arguments), memory_rows(arguments), strict=True):
+    for case in cases(arguments):
+        memory = memory_of_case(case, arguments.device)
         speed = time_case(case, arguments.device, arguments.seconds)
         row = {**case.key, **speed, **memory, **stamp}
         print({name: value for name, value in row.items() if value is not None}, flush=True)

@@ -29,4 +29,4 @@ def test_cpu_mode_writes_one_row_per_provider_and_pass(tmp_path: Path) -> None:
     for row in rows:
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert float(row["cosine_error"]) < 1e-5 and float(row["gradient_error"]) < 1e-2
-        assert int(row["extra_bytes"]) >= 0 and row["machine"] and row["torch"] and row["date"]
+        assert row["machine"] and row["torch"] and row["date"]
