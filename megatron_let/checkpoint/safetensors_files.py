@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from megatron_let.errors import LETError, first_line
+from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
-from megatron_let.teacher.weight_files import weight_files
+from megatron_let.teacher.weight_files import check_weight_files, weight_files
 
 # Safetensors' names of the supported types.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,12 +101,12 @@ class SafetensorsFolder:
         if name not in self.files:
             raise LETError(f"The folder {self.folder} has no tensor {name}; copy it again.")
         # Reopened for each tensor, so that the pages read so far do not stay in memory.
-        with _opened(self.files[name]) as file:
+        with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name).clone()
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
         """Return the shape and safetensors' name of the type, without reading the tensor."""
-        with _opened(self.files[name]) as file:
+        with safe_open(self.files[name], framework="pt") as file:
             part = file.get_slice(name)
             return tuple(part.get_shape()), part.get_dtype()
 
@@ -120,20 +120,9 @@ def _files_of_tensors(folder: Path) -> Mapping[str, Path]:
             f"The folder {folder} has no safetensors that transformers loads{hint}; save the model"
             " as safetensors (save_pretrained) and convert that."
         )
+    check_weight_files(folder)
     found: dict[str, Path] = {}
     for path in files:
-        if not path.is_file():
-            raise LETError(f"The shard {path} is missing; copy the folder again.")
-        with _opened(path) as file:
+        with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise LETError(
-            f"The file {path} is cut short or damaged at {path.stat().st_size} bytes"
-            f" ({first_line(error)}); copy it again."
-        ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
 import zipfile
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from megatron_let.errors import LETError, first_line
 
@@ -116,16 +117,12 @@ def _shards(index: Path) -> list[str]:
 
 
 def _is_whole_safetensors(file: Path) -> bool:
-    """Return whether the file has the length in its header (8-byte length, JSON, data)."""
+    """Return whether the file opens, which compares its length with its header."""
     try:
-        with file.open("rb") as stream:
-            (header_length,) = struct.unpack("<Q", stream.read(8))
-            if header_length > file.stat().st_size:
-                return False
-            header = json.loads(stream.read(header_length))
-        ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
-        return bool(file.stat().st_size == 8 + header_length + max(ends, default=0))
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        # numpy, because torch takes seconds to import, and no tensor is read.
+        with safe_open(file, framework="numpy"):
+            return True
+    except (SafetensorError, OSError):
         return False
 
 
