@@ -21,6 +21,7 @@ from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
 from megatron_let.compat.device import Host, prepare_process
 from megatron_let.errors import LETError
+from megatron_let.teacher.model import from_pretrained
 
 
 @torch.no_grad()
@@ -41,13 +42,7 @@ def logits(weights: Weights, tokens: torch.Tensor) -> torch.Tensor:
 def _hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        attn_implementation="sdpa",
-    )
+    model, _ = from_pretrained(folder, torch.float32, AutoModelForCausalLM)
     rows = [model.eval()(row[None]).logits for row in tokens]
     return torch.cat(rows)
 

@@ -22,10 +22,10 @@ from megatron_let.checkpoint.weights import (
     open_weights,
     tokenizer_in,
 )
-from megatron_let.errors import LETError, first_line
+from megatron_let.errors import LETError
 from megatron_let.files.names import DONE
-from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import inspect_teacher
+from megatron_let.teacher.model import from_pretrained
 from megatron_let.teacher.weight_files import check_all_loaded, weight_files
 
 _ITERATION = re.compile(r"iter_\d{7,}")
@@ -87,12 +87,14 @@ def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
     Raises:
         LETError: transformers cannot load the folder, or not all of its weights.
     """
-    if isinstance(weights, ModelFolder):
-        return _load_folder(weights, dtype).to(device)
-    dtype = dtype or weights.dtype
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
+    if isinstance(weights, ModelFolder):
+        loaded, report = from_pretrained(weights.folder, dtype, AutoModelForCausalLM)
+        check_all_loaded(weights.folder, report)
+        return loaded.eval().to(device)
+    dtype = dtype or weights.dtype
     settings = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
     with no_init_weights():
         model: Any = LlamaForCausalLM(LlamaConfig(**settings))
@@ -106,28 +108,6 @@ def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
                 parameters.pop(name).copy_(weights.read(name))
     assert not parameters, f"not in the checkpoint: {sorted(parameters)}"
     return model.eval().to(device)
-
-
-def _load_folder(weights: ModelFolder, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                weights.folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise LETError(
-            f"The model {weights.folder} cannot be loaded ({first_line(error)}); check that"
-            " config.json and the weight files are of one model."
-        ) from error
-    model, report = loaded
-    check_all_loaded(weights.folder, report)
-    return model.eval()
 
 
 def checkpoint_hash(path: Path) -> str:

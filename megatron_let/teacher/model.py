@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -248,8 +249,8 @@ def load_model(
     """
     # Building a model draws random numbers; the student's dropout must not change with them.
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), quiet_transformers():
-        model, report = _from_pretrained(folder, DTYPES[config.teacher_dtype], kind)
+    with torch.random.fork_rng(devices=cuda):
+        model, report = from_pretrained(folder.path, DTYPES[config.teacher_dtype], kind)
     # A pooler reads the last state, and nothing of a teacher reads the pooler.
     report["missing_keys"] = {k for k in report["missing_keys"] if not k.startswith("pooler.")}
     check_all_loaded(folder.path, report, _output_layers(model, report))
@@ -264,23 +265,35 @@ def _output_layers(model: PreTrainedModel, report: dict[str, Any]) -> set[str]:
     return {name for name in report["unexpected_keys"] if name.partition(".")[0] not in inside}
 
 
-def _from_pretrained(folder: TeacherFolder, dtype: torch.dtype, kind: Any) -> tuple[Any, Any]:
-    """Return the model and its load report; attention is SDPA if the architecture supports it."""
+def from_pretrained(folder: Path, dtype: torch.dtype | None, kind: Any) -> tuple[Any, Any]:
+    """Load a model folder in host memory; attention is SDPA if the architecture supports it.
+
+    Args:
+        dtype: precision of the weights; None keeps that of the config.
+        kind: auto class of transformers.
+
+    Returns:
+        The model and transformers' report for `check_all_loaded`.
+
+    Raises:
+        LETError: transformers cannot load the folder.
+    """
     options: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": dtype or "auto",
         "local_files_only": True,
         "trust_remote_code": False,
         "output_loading_info": True,
     }
     try:
-        try:
-            return kind.from_pretrained(folder.path, attn_implementation="sdpa", **options)
-        except ValueError:
-            return kind.from_pretrained(folder.path, **options)
+        with quiet_transformers():
+            try:
+                return kind.from_pretrained(folder, attn_implementation="sdpa", **options)
+            except ValueError:
+                return kind.from_pretrained(folder, **options)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise LETError(
-            f"The teacher {folder.path} cannot be loaded ({first_line(error)}); check that"
-            " config.json and the weight files are of one model."
+            f"The model {folder} cannot be loaded ({first_line(error)}); check that config.json and"
+            " the weight files are of one model."
         ) from error
