@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,11 +89,6 @@ class _Stream:
         pass
 
 
-@contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
-    yield
-
-
 def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return SimpleNamespace(
@@ -130,7 +125,7 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         "torch.cuda:manual_seed": _replace_by(torch.default_generator.manual_seed),
         "torch.cuda:Stream": _replace_by(_Stream),
         "torch.cuda:current_stream": _replace_by(lambda device=None: _Stream()),
-        "torch.cuda:stream": _replace_by(_stream_context),
+        "torch.cuda:stream": _replace_by(contextlib.nullcontext),
         "torch.cuda:is_current_stream_capturing": _replace_by(lambda: False),
         "torch.accelerator:is_available": _replace_by(lambda: False),
         "torch:Tensor.cuda": _replace_by(lambda self, *args, **kwargs: self),

@@ -73,8 +73,4 @@ def _escape_percent_signs(parser: argparse.ArgumentParser) -> None:
     # 0.19.2 has a bare "10%)" in a help text, on which argparse's --help fails.
     for action in parser._actions:
         if action.help and action.help != argparse.SUPPRESS:
-            action.help = re.sub(r"%%|%\(\w+\)\w|%", _escape_bare, action.help)
-
-
-def _escape_bare(match: re.Match[str]) -> str:
-    return "%%" if match[0] == "%" else match[0]
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)

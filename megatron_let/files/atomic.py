@@ -13,42 +13,24 @@ from typing import Any
 
 from megatron_let.errors import LETError
 
-_PARTIAL = ".partial"
-
-
-def partial_path(path: Path) -> Path:
-    """Return the temporary name of a file that is being written."""
-    return path.with_name(path.name + _PARTIAL)
-
-
-def replace_from_partial(path: Path) -> None:
-    """Move a finished file from its temporary name to `path`, after an fsync."""
-    partial = partial_path(path)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path, and replace `path` with it if the block ends without an error."""
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        yield partial_path(path)
-        replace_from_partial(path)
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     finally:
-        partial_path(path).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file atomically."""
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder`."""
-    for path in folder.glob("*" + _PARTIAL):
-        path.unlink()
 
 
 @contextlib.contextmanager
