@@ -100,10 +100,6 @@ class _SingleTensorPlanner(DefaultLoadPlanner):
 class TorchDist:
     """One checkpoint, such as `iter_0007629/`.
 
-    Attributes:
-        folder: folder of the checkpoint.
-        metadata: its index.
-
     Raises:
         LETError: not a complete torch_dist checkpoint.
     """

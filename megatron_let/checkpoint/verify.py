@@ -23,9 +23,7 @@ class TensorAudit:
     Attributes:
         num_tensors: tensors that were read from both models: the Hugging Face tensors of the
             architecture, and others that both have.
-        num_bitwise: number of tensors that are equal bit by bit.
         largest_difference: largest difference over all elements, in fp32.
-        different: names of the tensors that are not equal.
         unused: tensors of one of the models that are not part of the architecture.
     """
 
@@ -41,7 +39,6 @@ class LogitComparison:
     """Two models' logits on the same tokens.
 
     Attributes:
-        largest_difference: largest absolute difference over tokens and vocabulary.
         top_token_agreement: fraction of positions with the same most likely token.
         perplexities: perplexity per token of each model.
     """

@@ -57,12 +57,8 @@ class MegatronWeights:
     """Weights in a Megatron checkpoint, under their Hugging Face names.
 
     Attributes:
-        folder: folder of the checkpoint.
-        llama: the architecture.
         dtype: type of the stored weights.
         tokenizer: folder or file of the tokenizer; None if unknown.
-        checkpoint: the checkpoint.
-        args: the run's arguments.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Path | None) -> None:

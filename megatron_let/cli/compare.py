@@ -42,10 +42,7 @@ def report(
     """Print the tables, and write the page, the pictures and the CSV files.
 
     Args:
-        runs: all runs.
         baseline: name of the baseline; None selects the one without a teacher.
-        out: folder to write to.
-        title: title of the report.
         command: the command that made the report, for the provenance.
         remarks: sentences for the notes.
 

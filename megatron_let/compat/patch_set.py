@@ -37,7 +37,6 @@ class PatchSet:
         """Apply one row.
 
         Args:
-            patch: the row.
             make: returns the replacement, given the original attribute.
 
         Raises:

@@ -76,12 +76,9 @@ def evaluate(
 
     Args:
         weights: model from `open_model`.
-        tasks: tasks to score, in the order of the results.
-        settings: settings of the task run.
         cache: folder of results, one JSON file per task.
         data: folder of local task data; None takes it from the hub.
         batch_size: a number, or `auto` for the largest that fits.
-        device: device to run on.
 
     Raises:
         LETError: lm-eval is not installed, or the data of a task is missing.

@@ -36,7 +36,6 @@ class ModelFolder:
     """A Hugging Face folder with a causal language model of any architecture.
 
     Attributes:
-        folder: the folder.
         tokenizer: folder or file of the tokenizer; None if unknown.
         dtype: type of the weights in its config; None if it states none.
     """
@@ -82,7 +81,6 @@ def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
     Args:
         weights: model from `open_model`.
         dtype: precision of the model; None keeps that of the weights.
-        device: device to load it on.
 
     Raises:
         LETError: transformers cannot load the folder, or not all of its weights.

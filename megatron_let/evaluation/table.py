@@ -21,7 +21,6 @@ class Row:
     """Scores of one model.
 
     Attributes:
-        model: name to show.
         tokens: number of tokens it was trained on; None if unknown.
         results: one per task.
     """

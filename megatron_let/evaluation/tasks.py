@@ -60,7 +60,6 @@ def local_data(task: Task, data: Path) -> dict[str, Any]:
     """Return the settings that make lm-eval's task read local files.
 
     Args:
-        task: the task.
         data: folder with `NAME/SPLIT.jsonl`.
 
     Raises:

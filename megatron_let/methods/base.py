@@ -31,7 +31,6 @@ class TrainingRun:
         config: the method and its settings.
         folder: folder of the teacher, already checked.
         vocab_size: size of the student's vocabulary, without padding.
-        seed: `--seed`.
         num_steps: training steps of the run.
         current_step: returns the 0-based training step.
         loaded_checkpoint: returns, after the set-up, the folder of the checkpoint that the run

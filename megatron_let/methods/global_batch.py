@@ -45,7 +45,6 @@ def read_ahead(iterators: Iterators, num_microbatches: int) -> tuple[Iterators, 
     Args:
         iterators: one, one per model chunk (interleaved pipeline), or None if this rank reads no
             data.
-        num_microbatches: microbatches to read.
 
     Returns:
         Iterators over the same microbatches for the schedule, and the microbatches of the first
@@ -136,10 +135,8 @@ class TokenSharing:
         """Store the teacher's vocabulary and sample length.
 
         Args:
-            folder: folder of the teacher.
             teacher_length: tokens per sample under the teacher's tokenizer; None if teacher and
                 student read the same tokens.
-            device: device of training.
         """
         self._vocab_size, self._device = folder.vocab_size, device
         self._teacher_length = teacher_length or 0

@@ -65,7 +65,6 @@ class LearnedProjection(torch.nn.Module):
             student_width, teacher_width: d_M and d_T.
             std: standard deviation of W's initial values; the student's `--init-method-std`.
             seed: `--seed`; no global generator is advanced.
-            device: device of the hidden states.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
@@ -84,7 +83,6 @@ class LearnedProjection(torch.nn.Module):
         Args:
             scale: factor of the summed gradient, lambda(s) over the tokens of the global batch.
             group: the stage's ranks that hold different tokens.
-            settings: hyperparameters of this step.
         """
         if group.size() > 1:
             torch.distributed.all_reduce(self.gradient, group=group)

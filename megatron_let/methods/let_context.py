@@ -43,7 +43,6 @@ class LETContext:
         states: computes and buffers the teacher states.
         tokens: shares the tokens of a global batch.
         scheduler: plans the teacher's work.
-        stage: pipeline stage of this rank.
         counts_tokens: whether the values that this rank reports do not repeat another rank's.
     """
 

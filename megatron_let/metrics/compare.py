@@ -115,7 +115,6 @@ def find_baseline(runs: list[ComparedRun], name: str | None) -> str:
     """Return the name of the baseline.
 
     Args:
-        runs: all runs.
         name: the requested name; None selects the only name whose runs had no teacher.
 
     Raises:
@@ -158,7 +157,6 @@ class Variant:
     """All runs of one name, and their figures over seeds.
 
     Attributes:
-        name: name of the runs.
         runs: one run per seed.
         figures: spread of each key of `run_figures`; None if no run has the figure.
         notes: reasons why the comparison is incomplete or unfair.

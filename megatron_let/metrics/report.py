@@ -240,8 +240,6 @@ def write_comparison(
     """Write index.html, one PNG per picture, comparison.csv and losses.csv.
 
     Args:
-        out: folder to write to.
-        title: title of the page.
         variants: result of `compare`.
         source: provenance of the numbers.
         remarks: sentences for the page, after those of `notes`.

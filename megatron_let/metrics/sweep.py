@@ -26,10 +26,8 @@ class Sweep:
     """The contents of a sweep file.
 
     Attributes:
-        title: title of the report.
         baseline: name of the variant that the others are compared with.
         recipes: recipe files by the names that variants use.
-        seeds: seeds of each variant.
         variants: `recipe` and flags without the dashes, by name.
     """
 
@@ -46,8 +44,6 @@ class SweepRun:
 
     Attributes:
         variant: name of the variant, the same for all seeds.
-        seed: its seed.
-        recipe: its recipe file.
         flags: flags after the recipe.
     """
 
@@ -153,7 +149,6 @@ def runs_of(sweep: Sweep, seeds: Sequence[int] = (), more: Sequence[str] = ()) -
     """Return all runs, ordered by seed, so that an interrupted sweep has complete comparisons.
 
     Args:
-        sweep: the sweep.
         seeds: seeds in place of the sweep's.
         more: flags of every run, after those of its variant.
     """

@@ -82,7 +82,6 @@ class MetricsFile:
         """Store the file's path and the observer.
 
         Args:
-            path: the file.
             sequence_length: tokens per sample.
             observe: called with each row, on the rank that writes it.
         """

@@ -77,7 +77,6 @@ def plan(
         placement: `aligned-stage`: the aligned stage computes each microbatch before its forward;
             `spread`: evenly over the stages, before the schedule starts; `bubble`: in the idle
             times of the stages (the aligned stage last), and the rest evenly.
-        pipeline: sizes of the schedule.
         costs: costs of one microbatch; used by `bubble` only, which depends on their ratios.
         aligned: stage and model chunk of layer k.
         max_prefetch: states that the aligned stage may hold before their backward, at least 1.

@@ -56,14 +56,7 @@ def plan_completes(
     stages: Sequence[StagePlan],
     rules: Rules = STRICTEST,
 ) -> bool:
-    """Return whether the messages of one global batch all complete.
-
-    Args:
-        pipeline: sizes of the schedule.
-        aligned: stage and model chunk of layer k.
-        stages: teacher work of each stage.
-        rules: waiting rules of a rank.
-    """
+    """Return whether the messages of one global batch all complete."""
     ranks = [
         _Rank(list(_program(pipeline, aligned, stages, stage)))
         for stage in range(pipeline.num_stages)

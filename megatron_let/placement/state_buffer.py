@@ -59,7 +59,6 @@ class TeacherStateBuffer:
             stage: pipeline stage of this rank.
             aligned_stage: pipeline stage of layer k.
             like: a tensor with the shape [s_local, b, d_T] and dtype of a state.
-            device: device of the states.
         """
         self._samples, self._transfer = samples, transfer
         self._stage, self._aligned_stage = stage, aligned_stage

@@ -20,7 +20,6 @@ class Transfer:
 
         Args:
             aligned_stage: pipeline stage of layer k.
-            device: device of the states.
         """
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         ranks = torch.distributed.get_process_group_ranks(pipeline)

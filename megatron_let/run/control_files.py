@@ -46,7 +46,6 @@ class ControlFiles:
     """Looks for the control files on rank 0 and broadcasts what it finds.
 
     Args:
-        folder: where checkpoints are saved.
         save_interval: iterations between Megatron's own saves; None for never.
     """
 

@@ -30,7 +30,6 @@ def exclusive_lock(path: Path, variable: str) -> Iterator[None]:
     """Hold a lock file, which is created with its folder if needed.
 
     Args:
-        path: the lock file.
         variable: environment variable with which the user moves the folder.
 
     Raises:

@@ -55,7 +55,6 @@ def complete_from_file(file: Path, model: Any) -> None:
     """Set the RoPE scaling that the file states, and check that the rest of it was read.
 
     Args:
-        file: the `.gguf` file.
         model: causal model that transformers loaded from it.
 
     Raises:

@@ -53,9 +53,7 @@ def load_teacher_with_head(
     """Load a teacher and a shard of its output layer.
 
     Args:
-        folder: folder of the teacher.
         config: precision of the teacher.
-        device: training device.
         vocabulary: token ids of this rank; ids beyond the teacher's vocabulary have no row.
 
     Raises:

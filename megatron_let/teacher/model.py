@@ -174,7 +174,6 @@ class TokenAlignedTeacher(Teacher):
         """Wrap a teacher.
 
         Args:
-            teacher: the model.
             teacher_length: tokens per row under the teacher's tokenizer.
         """
         self._model, self._teacher, self._teacher_length = teacher._model, teacher, teacher_length
@@ -213,9 +212,7 @@ def load_teacher(
     """Load a teacher, ready to run.
 
     Args:
-        folder: folder of the teacher.
         config: layer, norm, precision and compilation of the teacher.
-        device: device to run on.
         sharding: shards the teacher over ranks; None loads the whole teacher.
         teacher_length: tokens per sample under the teacher's tokenizer with
             `--let-cross-tokenizer`; None without it.
@@ -239,7 +236,6 @@ def load_model(
     """Load the teacher in host memory.
 
     Args:
-        folder: folder of the teacher.
         config: precision of the teacher.
         device: training device, whose random state is preserved.
         kind: auto class of transformers.

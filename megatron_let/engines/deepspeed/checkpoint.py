@@ -58,7 +58,6 @@ class Checkpoints:
 
     Args:
         args: Megatron's; loading restores the sample counters in it.
-        layout: layout of this run.
         resume: folder of the checkpoint to load; None for a new run.
     """
 

@@ -55,8 +55,6 @@ class ZeroCheckpoint:
     """An `iter_*` folder of the DeepSpeed engine, of any ZeRO stage and tensor parallel size.
 
     Attributes:
-        folder: folder of the checkpoint.
-        info: the layout that it was saved in.
         state: the run's arguments and counters, and how its tensors are sharded.
 
     Raises:
@@ -195,7 +193,6 @@ def merge_shards(name: str, shards: list[torch.Tensor], state: Mapping[str, Any]
     """Merge the tensor-parallel shards of one parameter.
 
     Args:
-        name: parameter name in the checkpoint.
         shards: [rows / tp, columns], or [rows, columns / tp] where the input is split.
         state: the checkpoint's `state`.
     """

@@ -83,7 +83,6 @@ class DeepSpeedModelConfig(GPTModelConfig):
 
     Attributes:
         build_context: entered while the model is built.
-        make_engine: builds the engine of a module.
     """
 
     builder: ClassVar[str] = f"{__name__}.DeepSpeedModelBuilder"
