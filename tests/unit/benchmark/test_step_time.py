@@ -75,20 +75,6 @@ def test_missing_peaks_give_no_peak_ratios() -> None:
     assert row["peak_ratio"] is row["peak_ratio_after"] is row["baseline_peak_gib"] is None
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "met"),
-    [
-        ("step_ratio", 1.05, True), ("step_ratio", 1.0501, False), ("step_ratio", None, None),
-        ("peak_ratio", 1.0, True), ("peak_ratio", 1.154, False),
-        ("peak_ratio_after", 1.0, True), ("peak_ratio_after", 1.0001, False),
-        ("peak_ratio_after", 0.99, False),
-        ("peak_ratio_after", None, None),
-    ],
-)  # fmt: skip
-def test_figure_is_met_up_to_its_limit(name: str, value: float | None, met: bool | None) -> None:
-    assert step_time.is_met(name, value) is met
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_every_other_block_has_a_teacher(tmp_path: Path, teacher: Path) -> None:
