@@ -39,7 +39,9 @@ def write_tokenizer(tokenizer: Path, folder: Path) -> Any:
         shutil.copy(tokenizer, folder / "tokenizer.model")
         convert_sentence_piece(tokenizer).save_pretrained(folder)
         # transformers 5 writes a class that transformers 4 does not have.
-        _set_class(folder / "tokenizer_config.json", "PreTrainedTokenizerFast")
+        config = folder / "tokenizer_config.json"
+        name = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_json(config, json.loads(config.read_text()) | name)
         return _checked(folder, tokenizer, encoder(tokenizer))
     for pattern in TOKENIZER_FILES:
         for file in tokenizer.glob(pattern):
@@ -109,10 +111,6 @@ def _checked(folder: Path, tokenizer: Path, encode: Encode) -> Any:
             " --tokenizer."
         )
     return read_tokenizer(folder)
-
-
-def _set_class(config: Path, name: str) -> None:
-    write_json(config, json.loads(config.read_text()) | {"tokenizer_class": name})
 
 
 def convert_sentence_piece(file: Path) -> PreTrainedTokenizerFast:

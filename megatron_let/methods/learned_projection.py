@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,6 @@ from megatron_let.methods.base import find_layer
 
 # With --seed alone W would repeat the first random numbers of the student's embedding.
 _SEED_OFFSET = 7919
-
-
-@dataclass(frozen=True)
-class AdamStep:
-    """Hyperparameters of one update: those of Megatron's optimizer for matrices at that step."""
-
-    learning_rate: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    decoupled_weight_decay: bool
 
 
 class LearnedProjection(torch.nn.Module):
@@ -77,12 +64,13 @@ class LearnedProjection(torch.nn.Module):
         self.register_buffer("step", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("gradient", torch.zeros_like(self.weight), persistent=False)
 
-    def update(self, scale: float, group: ProcessGroup, settings: AdamStep) -> None:
+    def update(self, scale: float, group: ProcessGroup, settings: dict[str, Any]) -> None:
         """Sum the gradient over the ranks that hold different tokens, and take one Adam step.
 
         Args:
             scale: factor of the summed gradient, lambda(s) over the tokens of the global batch.
             group: the stage's ranks that hold different tokens.
+            settings: hyperparameters of this step, torch's arguments of `adam`.
         """
         if group.size() > 1:
             torch.distributed.all_reduce(self.gradient, group=group)
@@ -95,12 +83,7 @@ class LearnedProjection(torch.nn.Module):
             [self.step.view(())],
             amsgrad=False,
             maximize=False,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            eps=settings.epsilon,
-            decoupled_weight_decay=settings.decoupled_weight_decay,
+            **settings,
         )
 
 
@@ -277,19 +260,19 @@ def _ranks_with_tokens(sequence_parallel: bool) -> torch.distributed.ProcessGrou
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _settings(optimizer: Any) -> AdamStep:
-    """Return the hyperparameters of the parameter group of the student's matrices."""
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """Return the hyperparameters of the student's matrices at this step."""
     group = next(
         group
         for group in optimizer.param_groups
         if group.get("default_config") and group.get("wd_mult", 1.0) == 1.0
     )
     config = optimizer.config
-    return AdamStep(
-        learning_rate=group["lr"],
-        weight_decay=group["weight_decay"],
-        beta1=config.adam_beta1,
-        beta2=config.adam_beta2,
-        epsilon=config.adam_eps,
-        decoupled_weight_decay=config.decoupled_weight_decay,
-    )
+    return {
+        "lr": group["lr"],
+        "weight_decay": group["weight_decay"],
+        "beta1": config.adam_beta1,
+        "beta2": config.adam_beta2,
+        "eps": config.adam_eps,
+        "decoupled_weight_decay": config.decoupled_weight_decay,
+    }

@@ -39,12 +39,8 @@ class OutputLayer:
 
     def copy_to(self, device: torch.device) -> OutputLayer:
         """Return a copy on a device; it does not keep the storage of a larger layer."""
-        weight, bias = (
-            None if tensor is None else tensor.to(device, copy=True)
-            for tensor in (self.weight, self.bias)
-        )
-        assert weight is not None
-        return OutputLayer(weight, bias)
+        bias = None if self.bias is None else self.bias.to(device, copy=True)
+        return OutputLayer(self.weight.to(device, copy=True), bias)
 
 
 def load_teacher_with_head(

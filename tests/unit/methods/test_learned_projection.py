@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_let.losses import LOSSES, load_loss
 from megatron_let.methods.learned_projection import (
-    AdamStep,
     LearnedProjection,
     ProjectionTraining,
     with_projection,
@@ -27,6 +26,12 @@ BY_HAND = {
     "logsum": plain.mean_logsum,
     "cca": lambda p, t: -plain.mean_correlation(p, t),
 }
+
+
+def adam(rate: float, decay: float, epsilon: float, decoupled: bool) -> dict[str, Any]:
+    """Return the hyperparameters of one update."""
+    return {"lr": rate, "weight_decay": decay, "beta1": 0.9, "beta2": 0.95, "eps": epsilon,
+            "decoupled_weight_decay": decoupled}  # fmt: skip
 
 
 def new_projection(seed: int = 1) -> LearnedProjection:
@@ -109,7 +114,7 @@ def test_update_equals_torchs_adam(decoupled: bool) -> None:
         projection.gradient.normal_(generator=generator)
         weight.grad = projection.gradient * 0.5
         optimizer.param_groups[0] |= {"lr": rate, "weight_decay": decay}
-        projection.update(0.5, ALONE, AdamStep(rate, decay, 0.9, 0.95, 1e-7, decoupled))
+        projection.update(0.5, ALONE, adam(rate, decay, 1e-7, decoupled))
         optimizer.step()
         torch.testing.assert_close(projection.weight, weight.detach())
     assert projection.step == 4
@@ -171,7 +176,7 @@ def test_update_uses_rate_and_decay_of_matrices(chunk: torch.nn.Module) -> None:
         module.gradient += 3.0
         expected.gradient.fill_(3.0)
         assert optimizer.step() == (True, None, None)
-        expected.update(0.05, ALONE, AdamStep(0.1, 0.5, 0.9, 0.95, 1e-8, True))
+        expected.update(0.05, ALONE, adam(0.1, 0.5, 1e-8, True))
         assert torch.equal(module.weight, expected.weight)
 
 
@@ -185,7 +190,7 @@ def test_replayed_batch_counts_once(chunk: torch.nn.Module) -> None:
         training.module.gradient += value
     optimizer.step()
     expected.gradient.fill_(3.0)
-    expected.update(0.05, ALONE, AdamStep(0.1, 0.5, 0.9, 0.95, 1e-8, True))
+    expected.update(0.05, ALONE, adam(0.1, 0.5, 1e-8, True))
     assert torch.equal(training.module.weight, expected.weight)
 
 
