@@ -218,8 +218,6 @@ def machine(device: str) -> str:
     return f"{processor()}, {torch.get_num_threads()} thread(s)"
 
 
-
-
 @dataclass
 class Case:
     """One pass of one provider over one shape."""
