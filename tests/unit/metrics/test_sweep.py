@@ -42,7 +42,7 @@ def test_packaged_sweep_has_existing_recipes_and_flags(path: Path) -> None:
 
     parser = add_arguments(argparse.ArgumentParser())
     for run in runs_of(load_sweep(path), [1, 2]):
-        assert run.recipe.is_file() and run.num_steps == 400
+        assert run.recipe.is_file() and run.num_steps > 0
         assert run.flags[:2] == ("--seed", run.name.rpartition("seed")[2])
         parser.parse_args(run.flags[2:])
 
