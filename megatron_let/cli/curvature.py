@@ -52,13 +52,15 @@ def _run(given: argparse.Namespace, console: Console) -> int:
 
     if given.probes < 2 or given.starts < 1 or given.samples < 1 or given.seq_length < 1:
         raise LETError("Give at least 2 --probes, and 1 of --starts, --samples and --seq-length.")
-    found = {str(model): _measure(given, model, console) for model in given.models}
-    for name, rows in found.items():
-        output_console().print(_table(name, rows))
     table, picture = given.output / "curvature.csv", given.output / "curvature.png"
-    flat = [{"model": name, **_csv_row(row)} for name, rows in found.items() for row in rows]
-    write_csv(table, flat, provenance(command_line()))
-    _plot(picture, found)
+    found: dict[str, list[Curvature]] = {}
+    for model in given.models:
+        found[str(model)] = _measure(given, model, console)
+        output_console().print(_table(str(model), found[str(model)]))
+        # After each model, so that an interrupted command keeps those that are done.
+        flat = [{"model": name, **_csv_row(row)} for name, rows in found.items() for row in rows]
+        write_csv(table, flat, provenance(command_line()))
+        _plot(picture, found)
     say(console, f"written: {table}, {picture}")
     return 0
 
