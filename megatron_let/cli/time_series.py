@@ -152,10 +152,7 @@ def _determining(settings: Mapping[str, Any], method: str, teacher: Path) -> str
 
 def _text(epoch: Mapping[str, Any]) -> str:
     cosine = "" if epoch["cosine"] is None else f"cosine {epoch['cosine']:.3f}, "
-    return (
-        f"loss {epoch['loss']:.4f}, {cosine}test accuracy {100 * epoch['test_accuracy']:.1f} %,"
-        f" {epoch['seconds']:.0f} s"
-    )
+    return f"loss {epoch['loss']:.4f}, {cosine}test accuracy {100 * epoch['test_accuracy']:.1f} %"
 
 
 def _table(given: argparse.Namespace, console: Console) -> int:

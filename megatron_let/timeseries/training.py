@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,8 @@ def fine_tune(
 
     Yields:
         `loss` and `cosine`, means over the epoch's batches (cosine: those with LET, or None), and
-        `test_accuracy` and `seconds` since the start, after the epoch.
+        `test_accuracy` after the epoch.
     """
-    start = time.monotonic()
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     model = SeriesClassifier(student, data).to(device)
@@ -127,7 +125,6 @@ def fine_tune(
             "loss": float(torch.stack(losses).mean()),
             "cosine": float(torch.stack(cosines).mean()) if cosines else None,
             "test_accuracy": accuracy(lambda batch: model(batch.trimmed()), data.test, device),
-            "seconds": time.monotonic() - start,
         }
 
 

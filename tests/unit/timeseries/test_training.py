@@ -48,10 +48,7 @@ def results(
     student: TeacherFolder, data: DataSet, teacher: TimesNet | None, seed: int = 1, **changes: Any
 ) -> list[dict[str, Any]]:
     settings = small_settings(**changes)["student"]
-    epochs = list(fine_tune(student, data, teacher, seed, settings, CPU))
-    for epoch in epochs:
-        assert epoch.pop("seconds") > 0
-    return epochs
+    return list(fine_tune(student, data, teacher, seed, settings, CPU))
 
 
 def test_teacher_learns(data: DataSet) -> None:
