@@ -88,6 +88,7 @@ def complete_config(given: Mapping[str, Any], args: argparse.Namespace, fused_ad
     Raises:
         LETError: the config contradicts the recipe, or has an unsupported section.
     """
+    given = {n: v for n, v in given.items() if n not in _UNSUPPORTED or not _is_off(v)}
     _check_sections(given)
     config = _without_auto(copy.deepcopy(dict(given)))
     config.setdefault("zero_optimization", {})
@@ -156,6 +157,11 @@ def _check_sections(given: Mapping[str, Any]) -> None:
     stage = given.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3, "auto"):
         raise LETError(f"--deepspeed-config sets zero_optimization.stage to {stage}; give 0 to 3.")
+
+
+def _is_off(section: Any) -> bool:
+    """Return whether a section such as fp16 is off, or "auto", which the args decide."""
+    return isinstance(section, dict) and section.get("enabled") in (False, "auto")
 
 
 def _without_auto(config: Config) -> Config:

@@ -70,6 +70,12 @@ def test_auto_is_completed_like_a_missing_value() -> None:
     assert complete(auto) == complete({})
 
 
+@pytest.mark.parametrize("enabled", [False, "auto"])
+def test_unsupported_section_that_is_off_is_ignored(enabled: Any) -> None:
+    given = {"fp16": {"enabled": enabled, "loss_scale": 0}, "amp": {"enabled": enabled}}
+    assert complete(given) == complete({})
+
+
 def test_given_config_is_not_modified() -> None:
     given = {"zero_optimization": {"stage": 2}}
     complete(given)
