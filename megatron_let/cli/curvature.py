@@ -158,22 +158,23 @@ def _plot(path: Path, found: dict[str, list[Curvature]]) -> None:
     from megatron_let.files.atomic import atomic_file
 
     panels = (
-        ("alignment", "squared_norm", "alignment loss: squared Frobenius norm"),
-        ("alignment", "eigenvalue", "alignment loss: largest eigenvalue"),
-        ("total", "added", "whole loss: squared norm added"),
+        ("alignment", "squared_norm", "alignment loss: squared Frobenius norm", "log"),
+        ("alignment", "eigenvalue", "alignment loss: largest eigenvalue", "log"),
+        ("total", "added", "whole loss: squared norm added, % of nll", "linear"),
     )
     figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (loss, name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for model, rows in found.items():
+    for axes, (loss, name, title, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        for model, (nll, *rows) in found.items():
+            unit = nll.squared_norm.value / 100 if name == "added" else 1.0
             points = [(row.layer, getattr(row, name)) for row in rows if row.loss == loss]
-            values = [interval.value for _, interval in points]
+            values = [interval.value / unit for _, interval in points]
             error = [
-                [interval.value - interval.low for _, interval in points],
-                [interval.high - interval.value for _, interval in points],
+                [(interval.value - interval.low) / unit for _, interval in points],
+                [(interval.high - interval.value) / unit for _, interval in points],
             ]
             ks = [k for k, _ in points]
             axes.errorbar(ks, values, yerr=error, marker="o", capsize=3, label=model)
-        axes.set(title=title, xlabel="aligned layer k")
+        axes.set(title=title, xlabel="aligned layer k", yscale=scale)
         axes.set_xticks(ks)
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
