@@ -95,6 +95,7 @@ def plot(path: Path, runs: Sequence[Rows]) -> None:
         panel.plot(range(1, len(run) + 1), percents, colour, marker="o", markersize=3)
     for name, panel in panels.items():
         panel.set(title=name, xlabel="epoch", ylabel="test accuracy (%)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend([Line2D([], [], color=f"C{i}") for i in range(2)], METHODS.values())
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
