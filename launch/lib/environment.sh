@@ -112,6 +112,12 @@ _environment_install() (
     for extra in "$@"; do
         [[ " $extras " == *" $extra "* ]] || extras+="${extras:+ }$extra"
     done
+    # -ef: the same folder, reached through a link.
+    if [[ -n $made_at && $made_at != "$venv" && $made_at -ef $venv ]]; then
+        _environment_say "error: $venv is a link to $made_at, the environment of another checkout:" \
+            "remove the link, or set LET_VENV to another folder"
+        exit 1
+    fi
     # Programs of a moved copy start the original's interpreter, so recreate it.
     if [[ -n $made_at && $made_at != "$venv" ]]; then
         _environment_say "$venv is a copy of $made_at: recreating it"

@@ -327,6 +327,18 @@ def test_copied_checkout_recreates_its_environment(ready: Checkout) -> None:
     assert ready.run("dev").stderr == ""
 
 
+def test_link_to_the_environment_of_another_checkout_fails_and_keeps_it(ready: Checkout) -> None:
+    kept = ready.venv / "lib/of-the-original"
+    kept.touch()
+    other = Checkout(ready.root.with_name("another checkout"), ready.bin, ready.calls)
+    shutil.copytree(ready.root, other.root, ignore=shutil.ignore_patterns(".venv"))
+    other.venv.symlink_to(ready.venv)
+    result = other.run("dev")
+    assert result.returncode != 0
+    assert f"{other.venv} is a link to {ready.venv}" in result.stderr
+    assert kept.exists() and ready.run("dev").stderr == ""
+
+
 def test_folder_that_is_not_an_environment_fails(checkout: Checkout) -> None:
     stub_python(checkout.bin / "python3.12", "3.12.4")
     other = checkout.root / "thesis"
