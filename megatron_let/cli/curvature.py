@@ -75,7 +75,8 @@ def _measure(given: argparse.Namespace, path: Path, console: Console) -> list[Cu
     from megatron_let.theory.curvature import Probes, measure
     from megatron_let.theory.model_losses import model_losses
 
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Not torch.cuda, whose shims on a CPU claim a GPU.
+    device = torch.device(given.device or ("cuda" if torch.accelerator.is_available() else "cpu"))
     model = load_model(open_model(path), torch.float32, str(device))
     folder = inspect_teacher(given.teacher)
     vocab_size = min(folder.vocab_size, model.config.get_text_config(decoder=True).vocab_size)

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 def _device() -> torch.device:
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Not torch.cuda, whose shims on a CPU claim a GPU.
+    return torch.device("cuda" if torch.accelerator.is_available() else "cpu")
 
 
 def _names(given: argparse.Namespace, wanted: Sequence[str], console: Console) -> list[str]:

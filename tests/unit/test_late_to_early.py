@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -47,6 +48,15 @@ MEANS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("student") / "llama", vocab_size=250)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Enable dynamo, which the CPU shims of other tests disable, and forget its code afterwards."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(disable=False):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -217,6 +227,7 @@ def test_grad_scaler_gives_the_unscaled_gradient(model: Any, ids: Tensor, state:
 # torch's tools
 
 
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.medium)])
 def test_recomputed_layers_have_the_same_gradient(
@@ -248,6 +259,7 @@ def test_checkpoint_around_the_layer_aligns_once() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.medium
 def test_compiled_model_follows_the_schedule(model: Any, ids: Tensor, state: Tensor) -> None:
     found = []
@@ -265,6 +277,7 @@ def test_compiled_model_follows_the_schedule(model: Any, ids: Tensor, state: Ten
     assert not torch.equal(found[0][2], found[0][3])
 
 
+@pytest.mark.usefixtures("dynamo")
 def test_compiled_full_graph_is_refused_by_name(model: Any, ids: Tensor, state: Tensor) -> None:
     layer = torch.nn.Linear(8, 8)
     let = LateToEarly(layer)
