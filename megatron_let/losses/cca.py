@@ -38,7 +38,9 @@ def cca_loss(
     student = interpolation.apply(rows(hidden).to(dtype))
     moments = _moments(student, rows(teacher).to(dtype), group)
     num_directions = min(hidden.shape[-1], teacher.shape[-1])
-    correlation, of_student, of_cross = mean_correlation(moments.covariances, num_directions)
+    # In fp64, because the factors' condition is up to the features over the ridge.
+    of_moments = mean_correlation(moments.covariances.double(), num_directions)
+    correlation, of_student, of_cross = (value.to(dtype) for value in of_moments)
     # d corr / d x = 2 G_ss (x - mean) + G_st (y - mean), both over N - 1 from the covariances.
     factor = -scale * (moments.number / (moments.number - 1))
     direction = moments.student @ of_student.mul_(factor * 2)
