@@ -40,7 +40,7 @@ def test_quickstart_trains_all_three_models_quietly_and_does_nothing_twice(tmp_p
     dtype, reason = default_dtype()
     assert said[0] == f"{dtype}: {reason}", "shims claim a GPU on a CPU"
     assert json.loads((output / "teacher/config.json").read_text())["num_hidden_layers"] == 3
-    steps = {"teacher_training": 80, "baseline": 20, "let": 20}
+    steps = {"teacher_training": 140, "baseline": 20, "let": 20}
     for name, number in steps.items():
         rows = map(json.loads, (output / name / "metrics.jsonl").read_text().splitlines())
         assert max(row["iteration"] for row in rows) == number, name
