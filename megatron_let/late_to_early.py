@@ -72,7 +72,7 @@ class LateToEarly:
         self.report: dict[str, Tensor] = {}
 
     def weight(self, step: int) -> float:
-        """Return lambda(s) of equation 5; a step with weight 0 needs no teacher state."""
+        """Return lambda(s) of equation 5; where it is 0, `step` needs no teacher state."""
         return alignment_weight(step, self._initial_weight, self._stop_step)
 
     @contextmanager
@@ -144,7 +144,7 @@ class LateToEarly:
                 " another LateToEarly for another training."
             )
         if self._is_open:
-            raise LETError("A step of LET is open; close it before the next microbatch.")
+            raise LETError("Another `step()` is open; end it before the next microbatch.")
         if state is None:
             raise LETError(f"teacher_state is None at step {step}, whose weight is not 0.")
         if mask is not None and mask.shape != state.shape[:-1]:
@@ -156,7 +156,7 @@ class LateToEarly:
 
 
 class _TeacherState:
-    """The state of the one microbatch of a step (`TeacherStates` of the hook)."""
+    """Holds the teacher's state of one microbatch (`TeacherStates` of the hook)."""
 
     def __init__(self, state: Tensor) -> None:
         self._state: Tensor | None = state
@@ -167,14 +167,14 @@ class _TeacherState:
         self._num_forward += 1
         if self._num_forward > 1:
             raise LETError(
-                "The student's layer ran twice in one step of LET; open one step per microbatch."
+                "The student's layer ran twice inside `step()`; open one step per microbatch."
             )
 
     def state(self, microbatch: int) -> Tensor:
         if self._state is None:
             raise LETError(
-                "The backward pass ran after its step of LET had ended; call backward() inside the"
-                " `with` block."
+                "The backward pass ran after `step()` had ended; call backward() inside the `with`"
+                " block."
             )
         self._num_backward += 1
         return self._state
@@ -186,17 +186,17 @@ class _TeacherState:
         """Check that the microbatch was aligned.
 
         Raises:
-            LETError: the layer did not run, or got no gradient.
+            LETError: the layer did not run, or received no gradient.
         """
         if not self._num_forward:
             raise LETError(
-                "The student's layer did not run in a step of LET; give a layer of the model that"
-                " is trained, and create LateToEarly before a compiled model first runs."
+                "The student's layer did not run inside `step()`; give a layer of the model that is"
+                " trained, and create LateToEarly before a compiled model first runs."
             )
         if not self._num_backward:
             raise LETError(
-                "The student's layer got no gradient in a step of LET; call backward() inside the"
-                " `with` block, and train parameters of this layer or of those before it."
+                "The student's layer received no gradient inside `step()`; call backward() inside"
+                " the `with` block, and train parameters of this layer or of earlier ones."
             )
 
 
@@ -238,7 +238,7 @@ class _LossOfValidTokens:
         if self.loss.names[-1] == "cca" and count < needed:
             raise LETError(
                 f"The cca loss correlates {teacher.shape[-1]} features over {count} valid tokens of"
-                f" a microbatch; give at least {needed} tokens, or use another loss."
+                f" a microbatch and needs {needed}; use larger microbatches, or another loss."
             )
         return self.loss.function(hidden, teacher, scale, grad_hidden)
 

@@ -51,7 +51,7 @@ def test_package_is_unpacked_and_each_document_written_once(
 ) -> None:
     """A package made here, in place of a download."""
     if shutil.which("dpkg-deb") is None:
-        pytest.skip("needs dpkg-deb")
+        pytest.skip("dpkg-deb is not installed: it makes the Debian package of this test")
     tree, long = tmp_path / "tree", "A sentence that says something. " * 20
     (tree / "DEBIAN").mkdir(parents=True)
     control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"

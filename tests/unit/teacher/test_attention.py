@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from megatron_let.teacher.attention import ARCHITECTURES, UNMASKED, use_unmasked_attention
 from megatron_let.teacher.model import Teacher
+from tests.helpers.compiling import dynamo_enabled
 from tests.helpers.host_reads import HostReads
 
 SIZES: dict[str, Any] = {
@@ -118,9 +118,7 @@ def test_compiled_model_calls_causal_attention_without_a_mask(architecture: str)
     expected = of_transformers(model)
     use_unmasked_attention(model)
     teacher = teacher_of(model)
-    # The CPU shims disable dynamo in this process, and code of other tests' Llamas does not fit.
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(disable=False):
+    with dynamo_enabled():
         model.compile(backend=backend)
         assert torch.equal(teacher.hidden_state(TOKENS), expected)
     assert [(call["attn_mask"], call["is_causal"]) for call in calls] == [(None, True)] * 2
