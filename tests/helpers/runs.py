@@ -1,4 +1,4 @@
-"""Run the entry under torchrun and read its metrics."""
+"""Run the entry and read its metrics."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tests.helpers.forked_ranks import run_ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300
+# Variables that only the entry reads; libraries read others while they are imported.
+READ_BY_THE_ENTRY = {"TEACHER", "OUTPUT", "DATA"}
 
 
 @dataclass(frozen=True)
@@ -76,28 +83,44 @@ def train(
     module: str = "megatron_let.pretrain",
     **variables: str,
 ) -> Run:
-    """Run the entry with these flags after the recipe; it writes `folder`/metrics.jsonl."""
+    """Run the entry with these flags after the recipe; it writes `folder`/metrics.jsonl.
+
+    The ranks are forks, or processes of torchrun where a fork cannot do: on a GPU, and with a
+    variable that is read by an import.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "metrics.jsonl"
     recipe = ["--config", str(ROOT / config)] if config else []
+    argv = [*recipe, "--let-metrics-path", str(metrics), *map(str, flags)]
+    if torch.cuda.is_available() or not variables.keys() <= READ_BY_THE_ENTRY:
+        returncode, log = _torchrun(module, argv, ranks, folder, environment(**variables))
+    else:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with tempfile.TemporaryDirectory() as other:
+            path = Path(other) / "log"
+            address |= environment(**variables)
+            returncode = run_ranks(module, argv, ranks, folder, address, path, TIMEOUT_SECONDS)
+            log = path.read_text(errors="replace")
+    run = Run(returncode, log, metrics)
+    assert not check or run.returncode == 0, _first_failure(run.log)
+    return run
+
+
+def _torchrun(
+    module: str, argv: list[str], ranks: int, folder: Path, variables: dict[str, str]
+) -> tuple[int, str]:
+    """Return the exit code of torchrun and what was printed."""
     process = subprocess.Popen(
-        [*command(ranks, module), *recipe, "--let-metrics-path", str(metrics), *map(str, flags)],
-        cwd=folder,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+        [*command(ranks, module), *argv], cwd=folder, env=variables,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
         log, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     finally:
         # The ranks survive a torchrun that is killed.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    run = Run(process.returncode, log, metrics)
-    assert not check or run.returncode == 0, _first_failure(run.log)
-    return run
+    return process.returncode, log
 
 
 def _first_failure(log: str) -> str:
@@ -107,7 +130,7 @@ def _first_failure(log: str) -> str:
     if first is None:
         return log[-6000:]
     mark = f"[rank{first[1]}]"
-    lines = [line for line in log.splitlines() if line.startswith(mark) or "error:" in line]
+    lines = [line for line in log.splitlines() if line.startswith(mark) or ": error" in line]
     return "\n".join([*lines[-60:], summary])
 
 

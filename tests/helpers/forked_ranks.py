@@ -1,0 +1,142 @@
+"""Ranks as forks of one process that has imported everything: most of a tiny run is its imports."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# As torchrun: what a rank has after another rank has failed.
+GRACE_SECONDS = 30
+
+
+def run_ranks(
+    module: str,
+    argv: list[str],
+    ranks: int,
+    folder: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    seconds: float,
+) -> int:
+    """Run `-m module argv` on these ranks in `folder`, and return torchrun's exit code.
+
+    It is 1 as soon as one rank fails; the others are ended then. All ranks print to `log`.
+
+    Raises:
+        TimeoutError: the ranks still ran after `seconds`.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.helpers.preload"])
+    # It imports from its working directory, and some libraries read the environment then.
+    with contextlib.chdir(ROOT), _variables(environment):
+        multiprocessing.forkserver.ensure_running()
+    processes = [
+        server.Process(
+            target=_rank,
+            args=(module, argv, folder, {**environment, **_rank_variables(rank, ranks)}, log),
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return _wait(processes, log, time.monotonic() + seconds)
+    finally:
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+            # In case it has no session of its own yet.
+            process.kill()
+            process.join()
+
+
+def _wait(processes: list[ForkServerProcess], log: Path, deadline: float) -> int:
+    """Wait for all ranks; after a failure end the others."""
+    running = dict(enumerate(processes))
+    failed = False
+    while running:
+        seconds = deadline - time.monotonic()
+        sentinels = [process.sentinel for process in running.values()]
+        if not multiprocessing.connection.wait(sentinels, max(0, seconds)):
+            if failed:
+                return 1
+            raise TimeoutError(f"ranks {list(running)} still run: {log.read_text()[-3000:]}")
+        for rank, process in list(running.items()):
+            if process.exitcode is None:
+                continue
+            del running[rank]
+            if process.exitcode == 0 or failed:
+                continue
+            failed = True
+            with open(log, "a") as file:
+                file.write(f"\nRoot Cause: rank      : {rank}, exitcode {process.exitcode}\n")
+            deadline = time.monotonic() + GRACE_SECONDS
+            for other in running.values():
+                _signal(other, signal.SIGTERM)
+    return int(failed)
+
+
+def _rank_variables(rank: int, ranks: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+    }  # fmt: skip
+
+
+def _rank(
+    module: str, argv: list[str], folder: Path, environment: dict[str, str], log: Path
+) -> None:
+    """Become the rank: its session, environment, folder and output; then run the module."""
+    os.setsid()
+    # A child of this server would start its own processes by the server, and not as a rank does.
+    multiprocessing.set_start_method(None, force=True)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [module, *argv]
+    code: int | str | None = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        # torch names the rank in its own hook.
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    # multiprocessing ends a child without them.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _signal(process: ForkServerProcess, number: int) -> None:
+    """Signal a rank and what it has started."""
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def _variables(environment: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
