@@ -124,9 +124,11 @@ def _train(given: argparse.Namespace, console: Console) -> int:
     file = given.teacher or given.output / _TEACHER
     teachers = {"baseline": None, "let": load_teacher(file, device)}
     student = given.student or str(packaged_teacher())
-    folder = inspect_student(student, settings["layer"])
+    sets = [load_data_set(name, given.data) for name in names]
+    longest = max(data.train.mask.shape[1] for data in sets)
+    folder = inspect_student(student, settings["layer"], longest)
     out = output_console()
-    for data in (load_data_set(name, given.data) for name in names):
+    for data in sets:
         for seed, method in itertools.product(given.seeds or settings["seeds"], METHODS):
             run = {"data_set": data.name, "method": method, "seed": seed}
             name = " ".join(map(str, run.values()))

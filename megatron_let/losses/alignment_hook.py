@@ -140,6 +140,12 @@ class AlignmentHook:
                 f"The student's layer {type(layer).__name__} returned {type(hidden).__name__}"
                 " instead of a hidden state or a tuple that begins with one; give another layer."
             )
+        if hasattr(hidden, "device_mesh"):
+            # A DTensor; its type is not imported, as a build of torch may lack torch.distributed.
+            raise LETError(
+                f"The student's layer {type(layer).__name__} returned a DTensor; give a layer whose"
+                " output is local, such as by `PrepareModuleOutput(..., use_local_output=True)`."
+            )
         state = partial(step.teacher.state, microbatch)
         hidden = _AlignInBackward.apply(hidden, step.scale, self._loss.function, state, step.count)
         return (hidden, *rest) if isinstance(output, tuple) else hidden

@@ -36,11 +36,12 @@ class SeriesClassifier(nn.Module):
         return self.head(masked_mean(states.last_hidden_state, series.mask))
 
 
-def inspect_student(student: str, layer: int) -> TeacherFolder:
+def inspect_student(student: str, layer: int, num_steps: int) -> TeacherFolder:
     """Locate the student: a folder, a `.gguf` file, or an id on the Hugging Face Hub.
 
     Raises:
-        LETError: it is not a causal language model, or has fewer layers than `layer`.
+        LETError: it is not a causal language model, or has fewer layers than `layer` or fewer
+            positions than `num_steps`, those of the longest series.
     """
     if not Path(student).exists() and parse_hub_id(student) is None:
         raise LETError(
@@ -48,7 +49,10 @@ def inspect_student(student: str, layer: int) -> TeacherFolder:
         )
     folder = inspect_teacher(student)
     if layer > folder.num_layers:
+        raise LETError(f"student.layer is {layer}; {student} has layers 1 to {folder.num_layers}.")
+    if num_steps > (folder.max_positions or num_steps):
         raise LETError(
-            f"student.layer is {layer}; set a layer of {student}, 1 to {folder.num_layers}."
+            f"The longest series has {num_steps} steps and {student} {folder.max_positions}"
+            " positions; give a student with more, or choose sets with --sets."
         )
     return folder

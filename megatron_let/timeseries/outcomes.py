@@ -13,11 +13,12 @@ from megatron_let.files.atomic import atomic_file
 from megatron_let.metrics.provenance import write_csv
 
 METHODS = {"baseline": "without LET", "let": "LET"}
+Run = Mapping[str, Any]
 # A row per epoch.
 Rows = list[dict[str, str]]
 
 
-def is_finished(output: Path, run: Mapping[str, Any]) -> bool:
+def is_finished(output: Path, run: Run) -> bool:
     """Return whether a run is finished: `data_set`, `method`, `seed`, and what else determines it.
 
     Raises:
@@ -32,12 +33,7 @@ def is_finished(output: Path, run: Mapping[str, Any]) -> bool:
     return True
 
 
-def save_run(
-    output: Path,
-    run: Mapping[str, Any],
-    epochs: Iterable[Mapping[str, Any]],
-    source: dict[str, str],
-) -> None:
+def save_run(output: Path, run: Run, epochs: Iterable[Run], source: dict[str, str]) -> None:
     """Write the results of each epoch of a run, with what `is_finished` compares and `source`."""
     rows = [{**run, "epoch": number, **epoch} for number, epoch in enumerate(epochs, 1)]
     write_csv(_file(output, run), rows, source)
@@ -48,7 +44,7 @@ def load_runs(output: Path) -> list[Rows]:
     return [_read(file) for file in sorted(output.glob("*/*/seed-*.csv"))]
 
 
-def _file(output: Path, run: Mapping[str, Any]) -> Path:
+def _file(output: Path, run: Run) -> Path:
     return output / run["data_set"] / run["method"] / f"seed-{run['seed']}.csv"
 
 
@@ -86,7 +82,7 @@ def plot(path: Path, runs: Sequence[Rows]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    names = list(dict.fromkeys(run[0]["data_set"] for run in runs))
+    names = [*dict.fromkeys(run[0]["data_set"] for run in runs)]
     figure = Figure(figsize=(5 * len(names), 3.5), layout="constrained")
     panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
     for run in runs:

@@ -40,9 +40,8 @@ def train_teacher(
     model = TimesNet(settings, {data.name: data.num_classes for data in sets}).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), settings["learning_rate"])
     for epoch in range(settings["epochs"]):
-        size = settings["batch_size"]
+        size, losses = settings["batch_size"], []
         batches = [(data, rows) for data in sets for rows in _batches(data.train, size, order)]
-        losses = []
         for place in torch.randperm(len(batches), generator=order).tolist():
             data, rows = batches[place]
             batch = data.train.rows(rows, device)
@@ -64,13 +63,17 @@ def load_teacher(path: Path, device: torch.device) -> TimesNet:
     """Load a teacher, frozen.
 
     Raises:
-        LETError: the file does not exist.
+        LETError: the file does not exist, or is not one of `save_teacher`.
     """
-    if not path.is_file():
-        raise LETError(f"The teacher {path} does not exist; make it with `pretrain-teacher`.")
-    settings, classes, weights = torch.load(path, map_location=device, weights_only=True)
-    model = TimesNet(settings, classes)
-    model.load_state_dict(weights)
+    try:
+        settings, classes, weights = torch.load(path, map_location=device, weights_only=True)
+        model = TimesNet(settings, classes)
+        model.load_state_dict(weights)
+    except Exception as error:  # of pickle, zip, torch, or a missing setting
+        raise LETError(
+            f"The teacher {path} does not load ({type(error).__name__}); make it with"
+            " `pretrain-teacher`."
+        ) from error
     return model.eval().requires_grad_(False).to(device)
 
 

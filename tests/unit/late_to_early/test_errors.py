@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from megatron_let.errors import LETError
 from megatron_let.late_to_early import LateToEarly
@@ -108,3 +110,19 @@ def test_layer_without_a_tensor_is_refused() -> None:
     words = "Dictionary returned dict"
     with pytest.raises(LETError, match=words), let.step(0, torch.randn(2, 4)):
         layer(torch.randn(2, 8, requires_grad=True))
+
+
+def test_layer_whose_output_is_a_dtensor_is_refused() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer = parallelize_module(
+            torch.nn.Linear(8, 8), mesh, ColwiseParallel(use_local_output=False)
+        )
+        let = LateToEarly(layer)
+        words = "Linear returned a DTensor; .*use_local_output=True"
+        with pytest.raises(LETError, match=words), let.step(0, torch.randn(2, 4)):
+            layer(torch.randn(2, 8))
+    finally:
+        torch.distributed.destroy_process_group()

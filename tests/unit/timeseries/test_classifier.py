@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_let.errors import LETError
+from megatron_let.teacher.inspect import inspect_teacher
 from megatron_let.timeseries.classifier import SeriesClassifier, inspect_student
 from megatron_let.timeseries.series import DataSet, load_data_set
 from tests.helpers.time_series import NAME, write_waves
@@ -23,7 +24,7 @@ def data(tmp_path: Path) -> DataSet:
 @pytest.fixture
 def model(teacher: Path, data: DataSet) -> SeriesClassifier:
     torch.manual_seed(0)
-    return SeriesClassifier(inspect_student(str(teacher), 2), data)
+    return SeriesClassifier(inspect_student(str(teacher), 2, 11), data)
 
 
 def test_logits_are_those_of_the_model_on_each_series_alone(
@@ -52,7 +53,7 @@ def test_padding_has_no_influence(model: SeriesClassifier, data: DataSet) -> Non
 def test_seed_sets_the_new_parameters(teacher: Path, data: DataSet) -> None:
     def new_parameters(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        model = SeriesClassifier(inspect_student(str(teacher), 2), data)
+        model = SeriesClassifier(inspect_student(str(teacher), 2, 11), data)
         return torch.cat([model.embedding.weight.flatten(), model.head.weight.flatten()])
 
     assert torch.equal(new_parameters(3), new_parameters(3))
@@ -60,11 +61,19 @@ def test_seed_sets_the_new_parameters(teacher: Path, data: DataSet) -> None:
 
 
 def test_layer_out_of_range_is_refused(teacher: Path) -> None:
-    inspect_student(str(teacher), 3)
-    with pytest.raises(LETError, match=r"student.layer is 4; set a layer of .*, 1 to 3\."):
-        inspect_student(str(teacher), 4)
+    inspect_student(str(teacher), 3, 11)
+    with pytest.raises(LETError, match=r"student.layer is 4; .* has layers 1 to 3\."):
+        inspect_student(str(teacher), 4, 11)
 
 
 def test_missing_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LETError, match=r"The student .*none does not exist"):
-        inspect_student(str(tmp_path / "none"), 1)
+        inspect_student(str(tmp_path / "none"), 1, 11)
+
+
+def test_series_longer_than_the_positions_are_refused(teacher: Path) -> None:
+    positions = inspect_teacher(str(teacher)).max_positions
+    assert positions is not None
+    inspect_student(str(teacher), 1, positions)
+    with pytest.raises(LETError, match=f"has {positions + 1} steps and .* {positions} positions"):
+        inspect_student(str(teacher), 1, positions + 1)

@@ -41,7 +41,7 @@ def timesnet(data: DataSet) -> TimesNet:
 
 @pytest.fixture(scope="module")
 def student(teacher: Path) -> TeacherFolder:
-    return inspect_student(str(teacher), 2)
+    return inspect_student(str(teacher), 2, 11)
 
 
 def results(
@@ -75,8 +75,24 @@ def test_saved_teacher_is_the_same(tmp_path: Path, data: DataSet, timesnet: Time
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
 
 
+@pytest.mark.parametrize("damage", ["text", "cut", "another model", "a setting less"])
+def test_damaged_teacher_is_refused(tmp_path: Path, timesnet: TimesNet, damage: str) -> None:
+    path, settings = tmp_path / "teacher.pt", small_settings()["teacher"]
+    if damage == "a setting less":
+        del settings["kernels"]
+    save_teacher(path, timesnet, settings)
+    if damage == "text":
+        path.write_text("no teacher")
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "another model":
+        torch.save({"weight": torch.zeros(2)}, path)
+    with pytest.raises(LETError, match="does not load"):
+        load_teacher(path, CPU)
+
+
 def test_missing_teacher_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LETError, match="does not exist; make it with `pretrain-teacher`"):
+    with pytest.raises(LETError, match=r"does not load \(FileNotFoundError\); make it"):
         load_teacher(tmp_path / "teacher.pt", CPU)
 
 
