@@ -149,6 +149,19 @@ def run_command_line(
     child.check()
 
 
+def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
+    """Convert a run's last checkpoint to a Hugging Face folder, unless it is there.
+
+    Raises:
+        LETError: the conversion failed.
+    """
+    if (folder / "config.json").is_file():
+        return
+    words = ("megatron-to-hf", "--input", str(run / "checkpoints"), "--output", str(folder))
+    command = [sys.executable, "-m", "megatron_let.cli", "convert", *words]
+    run_command_line("convert", command, {**os.environ, "HF_HUB_OFFLINE": "1"}, log, verbose)
+
+
 @dataclass
 class Trainer:
     """Trains runs on this machine, several at a time.

@@ -24,6 +24,7 @@ from megatron_let.cli.local_run import (
     LOG,
     ROOT,
     Trainer,
+    export,
     interruptible,
     run_command_line,
     run_environment,
@@ -218,11 +219,7 @@ class _Quickstart:
         self._say_stage("its checkpoint as a Hugging Face folder, about 10 seconds")
         if (folder / "config.json").is_file():
             self._say_done()
-        else:
-            checkpoints = self._teacher_run / "checkpoints"
-            self._command(
-                "convert", "megatron-to-hf", "--input", str(checkpoints), "--output", str(folder)
-            )
+        export(self._teacher_run, folder, self.log, self.console if self.options.verbose else None)
         self._say_cost(size)
         return folder
 

@@ -11,17 +11,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from megatron_let.cli.common import command_line, output_console, run_command, say
 from megatron_let.cli.compare import report
-from megatron_let.cli.local_run import LOG, ROOT, Trainer, interruptible, run_environment
+from megatron_let.cli.local_run import (
+    LOG,
+    ROOT,
+    Trainer,
+    export,
+    interruptible,
+    run_environment,
+)
 from megatron_let.errors import LETError
 from megatron_let.files.names import METRICS
-from megatron_let.metrics.compare import load_run
-from megatron_let.metrics.sweep import load_sweep, runs_of, sbatch_line
+from megatron_let.metrics.compare import ComparedRun, load_run
+from megatron_let.metrics.sweep import Sweep, load_sweep, runs_of, sbatch_line, teacher_runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,19 +50,30 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
     for text in given.recipe:
         name, _, file = text.partition("=")
         sweep.recipes[name] = Path(file)
-    runs = runs_of(sweep, given.seeds, more)
+    output = given.output.resolve()
+    teachers = {name: output / "teachers" / name for name in sweep.teachers}
+    models = {name: folder / "model" for name, folder in teachers.items()}
+    runs = runs_of(sweep, given.seeds, more, models)
     if given.sbatch:
+        _check_trained(models)
         for run in runs:
             print(sbatch_line(run, ROOT / "launch"))
         return 0
-    output = given.output.resolve()
     folders = {output / run.variant / f"seed-{run.seed}": run for run in runs}
     environment = _environment(given.jobs * given.nproc_per_node)
     console = output_console()
-    say(console, f"{len(runs)} runs, {given.jobs} at a time; logs: {output}/*/seed-*/{LOG}")
-    failed = Trainer(environment, console, given.jobs, given.nproc_per_node, given.verbose).train(
-        folders
+    say(
+        console,
+        f"{len(teachers)} teachers and {len(runs)} runs, {given.jobs} at a time; logs:"
+        f" {output}/*/*/{LOG}",
     )
+    trainer = Trainer(environment, console, given.jobs, given.nproc_per_node, given.verbose)
+    failed = trainer.train({teachers[name]: run for name, run in teacher_runs(sweep).items()})
+    for message in failed.values():
+        raise LETError(message)
+    for name, folder in teachers.items():
+        export(folder, models[name], folder / LOG, console if given.verbose else None)
+    failed = trainer.train(folders)
     found = [
         load_run(run.variant, folder)
         for folder, run in folders.items()
@@ -62,6 +81,7 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
     ]
     if any(run.name == sweep.baseline for run in found):
         report(found, sweep.baseline, output / "comparison", sweep.title, command_line())
+        _report_gains(sweep, found, teachers, output / "comparison", console)
     for name, message in failed.items():
         say(errors, f"sweep: error: {name}: {message}", "red")
     return 1 if failed else 0
@@ -87,6 +107,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--sbatch", action="store_true", help="print the commands that submit the runs, and exit")
     return parser
+
+
+def _report_gains(
+    sweep: Sweep,
+    runs: list[ComparedRun],
+    teachers: Mapping[str, Path],
+    out: Path,
+    console: Console,
+) -> None:
+    """Write what each method gains with each of the sweep's teachers."""
+    from megatron_let.metrics import teacher_gap
+    from megatron_let.metrics.provenance import provenance, write_csv
+
+    losses = {}
+    for name, folder in teachers.items():
+        loss = load_run(name, folder).metrics.final_valid_loss
+        assert loss is not None, "a teacher is trained to an evaluation after its last step"
+        losses[name] = loss
+    having = [(run, sweep.variants[run.name].get("teacher")) for run in runs]
+    taught = [(sweep.method(run.name), teacher, run) for run, teacher in having if teacher]
+    baselines = [run for run in runs if run.name == sweep.baseline]
+    gains = teacher_gap.gains(taught, losses, baselines)
+    if not gains:
+        return
+    write_csv(out / "gains.csv", teacher_gap.rows(gains), provenance(command_line()))
+    teacher_gap.plot(out / "gains.png", gains)
+    for method in dict.fromkeys(gain.method for gain in gains):
+        say(console, f"- {method}: {teacher_gap.describe(teacher_gap.crossover(gains, method))}")
+    say(console, f"written: {out / 'gains.csv'}, {out / 'gains.png'}")
+
+
+def _check_trained(teachers: Mapping[str, Path]) -> None:
+    for name, folder in teachers.items():
+        if not (folder / "config.json").is_file():
+            raise LETError(
+                f"The teacher {name} is not trained, {folder} does not exist; run the sweep without"
+                " --sbatch first."
+            )
 
 
 def _environment(processes: int) -> dict[str, str]:

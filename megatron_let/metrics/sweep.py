@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from megatron_let.config.recipes import (
 )
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
+_OPTIONAL_KEYS = {"common", "teachers"}
+# Keys of a variant that are no flags.
+_NO_FLAGS = {"recipe", "teacher"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class Sweep:
     Attributes:
         baseline: name of the variant that the others are compared with.
         recipes: recipe files by the names that variants use.
-        variants: `recipe` and flags without the dashes, by name.
+        variants: `recipe` and flags without the dashes, by name; `teacher` names one of `teachers`.
+            They include the file's `common` flags.
+        teachers: models to train first, as variants of a recipe; each has the recipe's seed.
     """
 
     title: str
@@ -36,6 +41,11 @@ class Sweep:
     recipes: dict[str, Path]
     seeds: tuple[int, ...]
     variants: dict[str, dict[str, Any]]
+    teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def method(self, variant: str) -> str:
+        """Return the name of a variant without its teacher: `let` of `let-small`."""
+        return variant.removesuffix(f"-{self.variants[variant].get('teacher')}")
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,19 @@ def load_sweep(path: Path) -> Sweep:
             f"The sweep {path} does not exist; give a file, or a name such as sweep_methods."
         ) from None
     values = load_yaml(path)
-    if not isinstance(values, dict) or values.keys() != _KEYS:
-        raise RecipeError(f"The sweep {path} must have exactly {', '.join(sorted(_KEYS))}.")
+    if not isinstance(values, dict) or values.keys() - _OPTIONAL_KEYS != _KEYS:
+        names, more = (", ".join(sorted(keys)) for keys in (_KEYS, _OPTIONAL_KEYS))
+        raise RecipeError(f"The sweep {path} must have exactly {names}, and may have {more}.")
+    optional: dict[str, Any] = {"common": {}, "teachers": {}}
+    values = optional | values
     _check_types(path, values)
     sweep = Sweep(
         title=str(values["title"]),
         baseline=str(values["baseline"]),
         recipes={name: _recipe(path, file) for name, file in values["recipes"].items()},
         seeds=tuple(values["seeds"]),
-        variants={str(name): dict(flags) for name, flags in values["variants"].items()},
+        variants={str(n): values["common"] | flags for n, flags in values["variants"].items()},
+        teachers={str(n): dict(flags) for n, flags in values["teachers"].items()},
     )
     _check(path, sweep)
     return sweep
@@ -118,50 +132,84 @@ def _check_types(path: Path, values: dict[str, Any]) -> None:
         raise _error(path, f"is {seeds!r}; give each seed once", "seeds")
     if not isinstance(recipes, dict) or not all(isinstance(r, str) for r in recipes.values()):
         raise _error(path, f"is {recipes!r}; give NAME: FILE for each recipe", "recipes")
-    if not isinstance(variants, dict):
-        raise _error(path, "is not a mapping; give NAME: {recipe: RECIPE}", "variants")
-    for name, flags in variants.items():
-        if not isinstance(flags, dict):
-            problem = f"is {flags!r}; give `recipe: RECIPE` and flags without their dashes"
-            raise _error(path, problem, "variants", name)
+    if not isinstance(values["common"], dict):
+        raise _error(path, "is not a mapping; give flags of every variant", "common")
+    for part, entries in (("variants", variants), ("teachers", values["teachers"])):
+        if not isinstance(entries, dict):
+            raise _error(path, "is not a mapping; give NAME: {recipe: RECIPE}", part)
+        for name, flags in entries.items():
+            if not isinstance(flags, dict):
+                problem = f"is {flags!r}; give `recipe: RECIPE` and flags without their dashes"
+                raise _error(path, problem, part, name)
 
 
 def _check(path: Path, sweep: Sweep) -> None:
     if sweep.baseline not in sweep.variants:
         raise _error(path, f"is {sweep.baseline}, which is not one of the variants", "baseline")
-    for name, flags in sweep.variants.items():
+    for part, name, flags in _entries(sweep):
         recipe, names = flags.get("recipe"), ", ".join(sweep.recipes)
         if recipe not in sweep.recipes:
-            raise _error(path, f"has recipe {recipe!r}; choose one of {names}", "variants", name)
+            raise _error(path, f"has recipe {recipe!r}; choose one of {names}", part, name)
         if not re.fullmatch(r"[\w.-]+", name):
-            raise _error(path, "names a folder; use letters, digits and ._-", "variants", name)
+            raise _error(path, "names a folder; use letters, digits and ._-", part, name)
+        known = sweep.teachers if part == "variants" else {}
+        if flags.get("teacher") not in {None, *known}:
+            names = ", ".join(known) or "none"
+            problem = f"has teacher {flags['teacher']!r}; the file's teachers are: {names}"
+            raise _error(path, problem, part, name)
         for flag, value in flags.items():
             items = value if isinstance(value, list) else [value]
             if not all(isinstance(item, str | int | float) for item in items):
-                raise _error(path, f"is {value!r}; give a value", "variants", name, flag)
+                raise _error(path, f"is {value!r}; give a value", part, name, flag)
+
+
+def _entries(sweep: Sweep) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the part of the file, name and flags of every variant and teacher."""
+    yield from (("variants", *entry) for entry in sweep.variants.items())
+    yield from (("teachers", *entry) for entry in sweep.teachers.items())
 
 
 def _error(path: Path, problem: str, *keys: Any) -> RecipeError:
     return RecipeError(f"{line_of(path, *keys)}: {'.'.join(map(str, keys))} {problem}.")
 
 
-def runs_of(sweep: Sweep, seeds: Sequence[int] = (), more: Sequence[str] = ()) -> list[SweepRun]:
+def runs_of(
+    sweep: Sweep,
+    seeds: Sequence[int] = (),
+    more: Sequence[str] = (),
+    teachers: Mapping[str, Path] | None = None,
+) -> list[SweepRun]:
     """Return all runs, ordered by seed, so that an interrupted sweep has complete comparisons.
 
     Args:
         seeds: seeds in place of the sweep's.
         more: flags of every run, after those of its variant.
+        teachers: model folder of each of the sweep's teachers.
     """
     return [
         SweepRun(
             variant=name,
             seed=seed,
             recipe=sweep.recipes[flags["recipe"]],
-            flags=("--seed", str(seed), *flags_of(flags), *more),
+            flags=("--seed", str(seed), *flags_of(flags | _teacher(flags, teachers)), *more),
         )
         for seed in seeds or sweep.seeds
         for name, flags in sweep.variants.items()
     ]
+
+
+def _teacher(flags: Mapping[str, Any], teachers: Mapping[str, Path] | None) -> dict[str, Any]:
+    return {"let-teacher": str((teachers or {})[flags["teacher"]])} if "teacher" in flags else {}
+
+
+def teacher_runs(sweep: Sweep) -> dict[str, SweepRun]:
+    """Return the run that trains each of the sweep's teachers."""
+    runs = {}
+    for name, flags in sweep.teachers.items():
+        recipe = sweep.recipes[flags["recipe"]]
+        seed = int(flags.get("seed", load_recipe(recipe).get("seed", 1234)))
+        runs[name] = SweepRun(f"teacher-{name}", seed, recipe, tuple(flags_of(flags)))
+    return runs
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -170,7 +218,7 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{name}")
-        elif name != "recipe":
+        elif name not in _NO_FLAGS:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_let.config.recipes import RecipeError
-from megatron_let.metrics.sweep import Sweep, load_sweep, runs_of, sbatch_line
+from megatron_let.metrics.sweep import (
+    Sweep,
+    load_sweep,
+    runs_of,
+    sbatch_line,
+    teacher_runs,
+)
 from tests.helpers.runs import ROOT
 
 SWEEPS = sorted((ROOT / "configs").glob("sweep_*.yaml"))
@@ -35,13 +42,15 @@ def test_packaged_sweeps_cover_paper_ablations() -> None:
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_packaged_sweep_has_existing_recipes_and_flags(path: Path) -> None:
-    import argparse
-
-    from megatron_let.config.arguments import add_arguments
-
-    parser = add_arguments(argparse.ArgumentParser())
-    for run in runs_of(load_sweep(path), [1, 2]):
+def test_packaged_sweep_has_existing_recipes_and_flags(
+    path: Path, parser: argparse.ArgumentParser
+) -> None:
+    sweep = load_sweep(path)
+    students = runs_of(sweep, [1, 2], teachers={name: Path("x") for name in sweep.teachers})
+    for run in teacher_runs(sweep).values():
+        assert run.recipe.is_file() and run.num_steps > 0
+        parser.parse_args(run.flags)
+    for run in students:
         assert run.recipe.is_file() and run.num_steps > 0
         assert run.flags[:2] == ("--seed", run.name.rpartition("seed")[2])
         parser.parse_args(run.flags[2:])
@@ -83,6 +92,15 @@ def test_runs_are_ordered_by_seed_and_last_flag_wins() -> None:
         ({"variants": {"base": {"recipe": "r", "lr": None}}}, "line 10: variants.base.lr is None"),
         ({"variants": {"base": {"recipe": "r", "lr": {"a": 1}}}}, "line 10: variants.base.lr is"),
         ({"more": 1}, "must have exactly baseline, recipes, seeds, title, variants"),
+        ({"common": ["lr"]}, r"common is not a mapping"),
+        ({"common": {"lr": None}}, r"variants.base.lr is None"),
+        ({"teachers": {"t": 1}}, "line 11: teachers.t is 1"),
+        ({"teachers": {"t": {"recipe": "x"}}}, "teachers.t has recipe 'x'"),
+        ({"teachers": {"t": {"recipe": "r", "teacher": "t"}}}, "teachers.t has teacher 't'"),
+        (
+            {"variants": {"base": {"recipe": "r", "teacher": "t"}}},
+            "base has teacher 't'; the file's teachers are: none",
+        ),
     ],
 )
 def test_invalid_sweep_is_rejected(
@@ -124,3 +142,31 @@ def test_sbatch_line_names_run_and_script(tmp_path: Path) -> None:
     assert "pretrain_7b_baseline.sh" in lines["baseline-seed1234"]
     with pytest.raises(RecipeError, match=r"has no job script pretrain_7b_let\.sh"):
         sbatch_line(runs_of(sweep)[1], tmp_path / "elsewhere")
+
+
+def test_teachers_are_trained_as_variants_and_given_to_their_students() -> None:
+    recipe = ROOT / "configs/tiny.yaml"
+    sweep = Sweep(
+        "t", "base", {"r": recipe}, (7,),
+        {"base": {"recipe": "r"}, "let-a": {"recipe": "r", "teacher": "a", "lr": 1}},
+        {"a": {"recipe": "r", "train-iters": 5}, "b": {"recipe": "r", "seed": 3}},
+    )  # fmt: skip
+    teachers = teacher_runs(sweep)
+    assert [(run.name, run.num_steps) for run in teachers.values()] == [
+        ("teacher-a-seed1234", 5), ("teacher-b-seed3", 10)
+    ]  # fmt: skip
+    base, student = runs_of(sweep, teachers={"a": Path("/m/a")})
+    assert base.flags == ("--seed", "7")
+    assert student.flags == ("--seed", "7", "--lr", "1", "--let-teacher", "/m/a")
+    assert (sweep.method("let-a"), sweep.method("base")) == ("let", "base")
+
+
+def test_common_flags_are_those_of_every_variant(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    values = {"title": "t", "baseline": "a", "recipes": {"r": "configs/tiny.yaml"}, "seeds": [1],
+              "common": {"lr": 1, "seq-length": 8}, "teachers": {"t": {"recipe": "r"}},
+              "variants": {"a": {"recipe": "r"}, "b": {"recipe": "r", "lr": 2}}}  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    sweep = load_sweep(path)
+    assert sweep.variants["a"] == {"lr": 1, "seq-length": 8, "recipe": "r"}
+    assert sweep.variants["b"]["lr"] == 2 and sweep.teachers["t"] == {"recipe": "r"}
