@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +38,8 @@ def complete_run_settings(args: argparse.Namespace, report: Callable[[str], None
     if by_split and args.split is not None:
         report(f"--split {args.split} is ignored, because {flag(by_split[0])} is given")
         args.split = None
-    if args.full_validation and not args.multiple_validation_sets:
-        # Megatron 0.19.2 reads the result of --full-validation as a list of sets.
-        report("--full-validation turns on --multiple-validation-sets, with one set")
-        args.multiple_validation_sets = True
+    if args.full_validation:
+        _complete_full_validation(args, report)
     _complete_evaluation(args, report)
 
 
@@ -71,6 +71,23 @@ def _check_warmup(args: argparse.Namespace) -> None:
             f"--lr-warmup-{unit} {warmup} is not shorter than the schedule of {decay} {unit};"
             f" give a smaller --lr-warmup-{unit}, or more --train-{unit}."
         )
+
+
+def _complete_full_validation(args: argparse.Namespace, report: Callable[[str], None]) -> None:
+    if not args.multiple_validation_sets:
+        # Megatron 0.19.2 reads the result of --full-validation as a list of sets.
+        report("--full-validation turns on --multiple-validation-sets, with one set")
+        args.multiple_validation_sets = True
+    # Its sampler gives each rank one sample at a time; larger batches would read the set again.
+    parts = ("tensor_model", "pipeline_model", "context")
+    num_model_ranks = math.prod(getattr(args, f"{part}_parallel_size") for part in parts)
+    # As Megatron reads it, which refuses a number that is not divisible.
+    num_ranks = max(1, int(os.environ.get("WORLD_SIZE", "1")) // num_model_ranks)
+    sizes = {"eval_micro_batch_size": 1, "eval_global_batch_size": num_ranks}
+    for name, size in sizes.items():
+        if getattr(args, name) not in (None, size):
+            report(f"{flag(name)} is {size}, because --full-validation reads one sample per rank")
+        setattr(args, name, size)
 
 
 def _complete_evaluation(args: argparse.Namespace, report: Callable[[str], None]) -> None:

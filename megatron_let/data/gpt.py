@@ -20,6 +20,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_let.data.indexed import open_indexed
 from megatron_let.data.token_alignment import TokenAlignedDataset, TokenAligner
+from megatron_let.data.wrapper import RepeatedDataset
 from megatron_let.errors import LETError
 
 _CHECKED_TOKENS = 2**20
@@ -84,10 +85,27 @@ def datasets_provider(
         ).build()
         if aligner is not None and train is not None and parallel_state.is_pipeline_first_stage():
             train = TokenAlignedDataset(train, aligner)
-        return train, valid, test
+        return train, _same_samples(args, valid), test
 
     provider.is_distributed = True  # type: ignore[attr-defined]
     return provider
+
+
+def _same_samples(args: argparse.Namespace, valid: Any) -> Any:
+    """Return the validation set, or several, so that each evaluation is of the same samples."""
+    if isinstance(valid, list):
+        return [_same_samples(args, one) for one in valid]
+    if valid is None:
+        return None
+    if args.full_validation:
+        # Of samples that do not fill all ranks, Megatron's ranks would read others each time.
+        ranks = parallel_state.get_data_parallel_world_size()
+        length = max(len(valid) // ranks * ranks, 1)
+        return RepeatedDataset(valid, length, length)
+    if args.dataloader_type != "single":
+        # A shuffling sampler has an order of its own.
+        return valid
+    return RepeatedDataset(valid, args.eval_iters * args.eval_global_batch_size, len(valid))
 
 
 def get_batch(

@@ -22,6 +22,7 @@ from megatron_let.data.text_tokenizer import (
     SentencePieceText,
     load_text_tokenizer,
 )
+from megatron_let.data.wrapper import DatasetWrapper
 from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.tokenizer import PROBE_TEXT, read_tokenizer
@@ -215,22 +216,14 @@ def load_token_aligner(
     return TokenAligner(student, teacher.backend_tokenizer, teacher.eos_token_id, length)
 
 
-class TokenAlignedDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class TokenAlignedDataset(DatasetWrapper):
     """A GPT dataset that adds the teacher's tokens to each sample, in the data workers."""
 
     def __init__(self, dataset: Any, aligner: TokenAligner) -> None:
-        self._dataset = dataset
+        super().__init__(dataset)
         self._aligner = aligner
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_dataset" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
     def __getitem__(self, index: int | None) -> dict[str, Any]:
-        sample: dict[str, Any] = self._dataset[index]
+        sample = super().__getitem__(index)
         sample[TEACHER_TOKENS] = torch.from_numpy(self._aligner(sample["tokens"].numpy()))
         return sample

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_let.errors import LETError
 from megatron_let.files.names import METRICS
+from megatron_let.metrics.paired import interval, last_difference
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.run.output_folder import read_settings
 
@@ -161,6 +162,7 @@ class Variant:
         figures: spread of each key of `run_figures`; None if no run has the figure.
         notes: reasons why the comparison is incomplete or unfair.
         has_target: whether the baseline has a last held-out loss to reach.
+        interval: 95 % interval of the mean `difference` over choices of the held-out text.
     """
 
     name: str
@@ -168,6 +170,7 @@ class Variant:
     figures: dict[str, Spread | None]
     notes: list[str]
     has_target: bool = True
+    interval: tuple[float, float] | None = None
 
     @property
     def num_reached(self) -> int:
@@ -202,6 +205,7 @@ def _variant(name: str, runs: list[ComparedRun], baselines: list[ComparedRun]) -
         figures={key: Spread.of(figures[key] for figures in found) for key in found[0]},
         notes=[note for run, partner in pairs for note in _notes(run, partner)],
         has_target=any(_target(partner) is not None for partner in partners),
+        interval=interval([(run.metrics, partner.metrics) for run, partner in pairs]),
     )
 
 
@@ -214,10 +218,10 @@ def _target(baseline: ComparedRun) -> float | None:
 def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | None]:
     """Return the figures of a run.
 
-    The target is the baseline's last held-out loss; `steps_to_target` and `seconds_to_target`
-    are None if the run never reached it or its time is unknown. `speed_up` and `time_speed_up`
-    are the baseline's steps and training seconds at its last evaluation over those of the run at
-    the target.
+    The target is the baseline's last held-out loss, and `difference` the run's at that step minus
+    it; `steps_to_target` and `seconds_to_target` are None if the run never reached it or its time
+    is unknown. `speed_up` and `time_speed_up` are the baseline's steps and training seconds at its
+    last evaluation over those of the run at the target.
     """
     target = _target(baseline)
     steps = None if target is None else steps_to_reach(run.metrics.valid_loss, target)
@@ -226,6 +230,7 @@ def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | No
     rates = [row["tokens_per_second"] for step, row in run.metrics.steps.items() if step > 1]
     return {
         "final_loss": run.metrics.final_valid_loss,
+        "difference": last_difference(run.metrics, baseline.metrics),
         "steps_to_target": steps,
         "speed_up": _ratio(last, steps),
         "seconds_to_target": seconds,

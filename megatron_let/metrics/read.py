@@ -18,10 +18,12 @@ class RunMetrics:
     Attributes:
         steps: training rows by iteration.
         valid_loss: validation loss by iteration.
+        valid_microbatches: losses of the microbatches of an evaluation, by iteration.
     """
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     valid_loss: dict[int, float] = field(default_factory=dict)
+    valid_microbatches: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -66,6 +68,7 @@ def load_metrics(path: Path) -> RunMetrics:
             run.steps[row["iteration"]] = row | {"lm_loss": _number(row["lm_loss"])}
         elif "valid_loss" in row:
             run.valid_loss[row["iteration"]] = _number(row["valid_loss"])
+            run.valid_microbatches[row["iteration"]] = row.get("microbatches", [])
     return run
 
 

@@ -24,6 +24,7 @@ _Points = list[tuple[float, float]]
 # Key in `Variant.figures`, heading, format, and unit in which the cell is given.
 _FIGURES = (
     ("final_loss", "held-out loss", "{:.4f}", 1),
+    ("difference", "minus the baseline's", "{:+.4f}", 1),
     ("steps_to_target", "steps to the baseline's loss", "{:.0f}", 1),
     ("speed_up", "speed-up in steps", "{:.2f}x", 1),
     ("seconds_to_target", "seconds to the baseline's loss", "{:.0f}", 1),
@@ -102,6 +103,15 @@ def notes(variants: list[Variant]) -> list[str]:
     ]
     if pair := two_runs(variants):
         found += _speed_up(*pair)
+    for variant in variants[1:]:
+        spread = variant.figures["difference"]
+        if spread is not None and variant.interval is not None:
+            low, high = variant.interval
+            found.append(
+                f"{variant.name}: the mean difference of the last held-out loss from the"
+                f" baseline's is {spread.mean:+.4f}, and {low:+.4f} to {high:+.4f} in 95 % of"
+                " resamples of the held-out text."
+            )
     return found + [f"{variant.name}: {note}." for variant in variants for note in variant.notes]
 
 
@@ -269,6 +279,8 @@ def _figure_rows(variants: list[Variant]) -> list[dict[str, Any]]:
     for variant in variants:
         row: dict[str, Any] = {"run": variant.name, "seeds": len(variant.runs)}
         row["reached"] = variant.num_reached
+        low, high = variant.interval or ("", "")
+        row |= {"difference_interval_low": low, "difference_interval_high": high}
         for key, spread in variant.figures.items():
             for part in ("mean", "low", "high"):
                 value = None if spread is None else getattr(spread, part)

@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training.utils import is_last_rank
 
 from megatron_let.losses import LOSSES
+from megatron_let.metrics.held_out import MicrobatchLosses
 
 # Names under which Megatron reports to stdout, TensorBoard and wandb.
 LOSS_KEY = "lm loss"
@@ -68,9 +69,9 @@ class MetricsFile:
     once the weight is 0), `let_logsum` or `let_cca` if that is the loss, `kd_loss` under `rkd` and
     `salt`, `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
     `max_memory_bytes`. An evaluation row has `iteration` and `valid_loss` or `test_loss` (with
-    `_1`, `_2` for further validation sets). A row with `changed` has the settings with which a
-    run was continued on purpose. A step that a killed run lost and repeated has two
-    rows; the later one counts.
+    `_1`, `_2` for further validation sets), and `microbatches`, the losses of its microbatches. A
+    row with `changed` has the settings with which a run was continued on purpose. A step that a
+    killed run lost and repeated has two rows; the later one counts.
     """
 
     def __init__(
@@ -150,15 +151,19 @@ class MetricsFile:
         """Wrap `evaluate`, which returns the losses; write a row inside the evaluation loop."""
 
         @functools.wraps(original)
-        def evaluate(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self._evaluation is not None and result[0] and LOSS_KEY in result[0]:
-                self._write_evaluation(float(result[0][LOSS_KEY]))
+        def evaluate(forward_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self._evaluation is None:
+                return original(forward_step, *args, **kwargs)
+            microbatches = MicrobatchLosses(LOSS_KEY)
+            result = original(microbatches.observe(forward_step), *args, **kwargs)
+            parts = microbatches.gather()
+            if result[0] and LOSS_KEY in result[0]:
+                self._write_evaluation(float(result[0][LOSS_KEY]), parts)
             return result
 
         return evaluate
 
-    def _write_evaluation(self, loss: float) -> None:
+    def _write_evaluation(self, loss: float, microbatches: list[float]) -> None:
         assert self._evaluation is not None
         iteration, name = self._evaluation
         if self._num_sets > 0:
@@ -167,4 +172,7 @@ class MetricsFile:
         # Megatron evaluates once more after the last step; keep the first row of each step.
         if (iteration, name) not in self._evaluated:
             self._evaluated.add((iteration, name))
-            self._write({"iteration": iteration, name: loss})
+            row: dict[str, Any] = {"iteration": iteration, name: loss}
+            if microbatches:
+                row["microbatches"] = microbatches
+            self._write(row)

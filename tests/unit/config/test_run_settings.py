@@ -105,3 +105,15 @@ def test_full_validation_alone_means_one_set(parser: argparse.ArgumentParser) ->
         parser, "--data-path", "x", "--full-validation", "--eval-interval", "5"
     )
     assert args.multiple_validation_sets and "--full-validation" in reported[0]
+
+
+def test_full_validation_reads_one_sample_per_data_parallel_rank(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    flags = ("--data-path", "x", "--full-validation", "--eval-interval", "5")
+    args, reported = complete(parser, *flags, "--tensor-model-parallel-size", "2")
+    assert (args.eval_micro_batch_size, args.eval_global_batch_size) == (1, 2)
+    assert len(reported) == 1
+    _, reported = complete(parser, *flags, "--eval-micro-batch-size", "4")
+    assert reported[1].startswith("--eval-micro-batch-size is 1, because --full-validation")

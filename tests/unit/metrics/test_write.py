@@ -26,6 +26,10 @@ OPTIMIZER = SimpleNamespace(
 )
 
 
+def no_forward_step(*args: Any) -> Any:
+    raise AssertionError("no microbatch is evaluated here")
+
+
 @pytest.fixture(autouse=True)
 def single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "is_last_rank", lambda: True)
@@ -52,7 +56,7 @@ def evaluate(file: MetricsFile, iteration: int, prefix: str, *losses: float) -> 
     def run_all(*args: Any, **kwargs: Any) -> None:
         for loss in losses:
             result = ({LOSS_KEY: torch.tensor(loss)}, None, False)
-            file.wrap_evaluate(lambda result=result: result)()
+            file.wrap_evaluate(lambda forward_step, result=result: result)(no_forward_step)
 
     file.wrap_evaluate_and_print_results(run_all)(prefix, None, None, None, iteration)
 
@@ -145,7 +149,7 @@ def test_second_evaluation_of_a_step_writes_no_row(tmp_path: Path) -> None:
 
 def test_evaluate_outside_eval_loop_writes_no_row(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m", 64)
-    file.wrap_evaluate(lambda: ({LOSS_KEY: 4.0}, None, False))()
+    file.wrap_evaluate(lambda forward_step: ({LOSS_KEY: 4.0}, None, False))(no_forward_step)
     assert not (tmp_path / "m").exists()
 
 
@@ -153,7 +157,7 @@ def test_evaluate_outside_eval_loop_writes_no_row(tmp_path: Path) -> None:
 def test_evaluation_without_loss_writes_no_row(tmp_path: Path, result: Any) -> None:
     file = MetricsFile(tmp_path / "m", 64)
     wrapped = file.wrap_evaluate_and_print_results(
-        lambda *args: file.wrap_evaluate(lambda: result)()
+        lambda *args: file.wrap_evaluate(lambda forward_step: result)(no_forward_step)
     )
     wrapped("on validation set", None, None, None, 5)
     assert not (tmp_path / "m").exists()
@@ -166,7 +170,7 @@ def test_wrappers_keep_names_and_results(tmp_path: Path) -> None:
         return ({}, "data", False)
 
     assert file.wrap_evaluate(evaluate).__name__ == "evaluate"
-    assert file.wrap_evaluate(evaluate)() == ({}, "data", False)
+    assert file.wrap_evaluate(evaluate)(no_forward_step) == ({}, "data", False)
 
 
 @pytest.mark.parametrize(

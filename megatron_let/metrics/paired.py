@@ -1,0 +1,50 @@
+"""Differences between runs in the loss of the same held-out text, with their uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_let.metrics.read import RunMetrics
+
+_RESAMPLES = 10_000
+_QUANTILES = (0.025, 0.975)
+
+
+def last_difference(run: RunMetrics, baseline: RunMetrics) -> float | None:
+    """Return the loss of a run minus the baseline's, at the baseline's last evaluation.
+
+    Returns:
+        None if the run was not evaluated there.
+    """
+    last = max(baseline.valid_loss, default=None)
+    if last is None or last not in run.valid_loss:
+        return None
+    return run.valid_loss[last] - baseline.valid_loss[last]
+
+
+def interval(pairs: Sequence[tuple[RunMetrics, RunMetrics]]) -> tuple[float, float] | None:
+    """Return a 95 % bootstrap interval of the mean of `last_difference` over (run, baseline) pairs.
+
+    The evaluation's microbatches are resampled, the same ones for both runs of a pair and for all
+    pairs: it is the uncertainty that comes from the choice of the held-out text, with these seeds.
+
+    Returns:
+        None if a run has no losses of microbatches, or another number of them.
+    """
+    rows: list[np.ndarray] = []
+    for run, baseline in pairs:
+        last = max(baseline.valid_loss, default=0)
+        ours, theirs = (m.valid_microbatches.get(last, []) for m in (run, baseline))
+        if not ours or len(ours) != len(theirs) or (rows and len(ours) != len(rows[0])):
+            return None
+        rows.append(np.subtract(ours, theirs))
+    if not rows:
+        return None
+    differences = np.mean(rows, axis=0)
+    if not np.isfinite(differences).all():
+        return None
+    drawn = np.random.default_rng(0).integers(len(differences), size=(_RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[drawn].mean(axis=1), _QUANTILES).tolist()
+    return low, high
