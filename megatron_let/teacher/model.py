@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -288,7 +289,7 @@ def from_pretrained(folder: Path, dtype: torch.dtype | None, kind: Any) -> tuple
                 return kind.from_pretrained(folder, **options)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, UnpicklingError) as error:
         raise LETError(
             f"The model {folder} cannot be loaded ({first_line(error)}); check that config.json and"
             " the weight files are of one model."
