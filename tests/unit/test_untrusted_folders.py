@@ -58,7 +58,7 @@ def test_code_in_pickled_weights_is_refused_and_not_run(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(LETError, match=f"{folder} cannot be loaded") as error:
+    with pytest.raises(LETError, match=f"{folder} are .*a pickle with code") as error:
         from_pretrained(folder, None, AutoModelForCausalLM)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
