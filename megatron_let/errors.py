@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -48,21 +49,26 @@ def refusal_by_another_package(error: Exception) -> LETError | None:
     if any(f.name == "train" and f.filename.endswith(_TRAINING_LOOP) for f in frames):
         return None
     last = frames[-1]
-    path = _traceback_file()
-    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    path = _write_traceback("".join(traceback.format_exception(error)))
     return LETError(
         f"The run cannot start: {first_line(error).rstrip('.')} ({type(error).__name__} in"
         f" {last.name}, {Path(last.filename).name}:{last.lineno}; the traceback is in {path})."
     )
 
 
-def _traceback_file() -> Path:
-    folder = Path(os.environ.get("OUTPUT") or tempfile.gettempdir())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir())
-    return folder / f"error-rank{os.environ.get('RANK', '0')}.log"
+def _write_traceback(text: str) -> Path:
+    name = f"error-rank{os.environ.get('RANK', '0')}.log"
+    for folder in (os.environ.get("OUTPUT"), tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            path = Path(folder or tempfile.gettempdir()) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return path
+    # In the temporary folder another user may have a file of this name.
+    handle, free = tempfile.mkstemp(suffix=f"-{name}")
+    os.write(handle, text.encode())
+    os.close(handle)
+    return Path(free)
 
 
 def print_error(error: LETError) -> None:

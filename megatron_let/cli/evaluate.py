@@ -205,6 +205,8 @@ def _perplexity(given: argparse.Namespace, console: Console) -> int:
         for part in parts:
             if not math.isfinite(part.per_token):
                 text = f"the loss of {part.name} exceeds 709, so its perplexity is infinite"
+                if math.isnan(part.loss):
+                    text = f"the loss of {part.name} is not a number; the model is damaged"
                 say(console, text, "yellow")
     if given.json is not None:
         write_json(given.json, provenance(command_line()) | {"models": found})

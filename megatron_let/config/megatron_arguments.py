@@ -25,6 +25,9 @@ _CUSTOM_SCRIPT = (
     "is not supported by this entry; use it in a custom training script with the three lines of"
     " megatron_let.integration"
 )
+_RUNS_CODE = (
+    "is refused, because code in a folder is never run; give a tokenizer that transformers supports"
+)
 _UNKNOWN = "is not known to this version of megatron_let, which may ignore it; drop it"
 
 
@@ -51,6 +54,7 @@ def check_known(
     lists = read_lists()
     problems = {name: _no_effect(name) for name in lists["no_effect"]}
     problems |= dict.fromkeys(lists["custom_script"], _CUSTOM_SCRIPT)
+    problems |= dict.fromkeys(lists["runs_code"], _RUNS_CODE)
     if not cuda:
         problems |= dict.fromkeys(lists["gpu"], _NO_GPU)
         if not args.use_pytorch_profiler:
@@ -70,8 +74,15 @@ def check_layers(args: argparse.Namespace, actions: Iterable[argparse.Action]) -
         actions: as for `check_known`.
 
     Raises:
-        LETError: there is no Transformer Engine, and an argument needs it.
+        LETError: there is no Transformer Engine, and an argument needs it; or the heads cannot be
+            grouped.
     """
+    heads = args.num_attention_heads
+    if args.group_query_attention and heads and heads % args.num_query_groups:
+        raise LETError(
+            f"--num-attention-heads {heads} is not a multiple of"
+            f" --num-query-groups {args.num_query_groups}; change one of them."
+        )
     if args.transformer_impl == "local":
         names = read_lists()["transformer_engine"]
         _refuse(args, actions, dict.fromkeys(names, _NO_TRANSFORMER_ENGINE))

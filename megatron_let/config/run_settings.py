@@ -33,6 +33,7 @@ def complete_run_settings(args: argparse.Namespace, report: Callable[[str], None
     """
     _check_length(args)
     _check_warmup(args)
+    _check_intervals(args)
     names = (*_DATA_BY_SPLIT, "per_split_data_args_path")
     by_split = [name for name in names if _given(args, name)]
     if by_split and args.split is not None:
@@ -90,11 +91,22 @@ def _complete_full_validation(args: argparse.Namespace, report: Callable[[str], 
         setattr(args, name, size)
 
 
+def _check_intervals(args: argparse.Namespace) -> None:
+    if args.dataloader_type == "external":
+        raise LETError(
+            "--dataloader-type external needs a script with a data provider of its own; drop it,"
+            " or use the three lines of megatron_let.integration."
+        )
+    for name in ("log_interval", "tensorboard_log_interval"):
+        if getattr(args, name) < 1:
+            raise LETError(f"{flag(name)} is {getattr(args, name)}; give 1 or more.")
+
+
 def _complete_evaluation(args: argparse.Namespace, report: Callable[[str], None]) -> None:
     if args.eval_iters and not _has_validation_data(args):
         report("there is no validation data, so nothing is evaluated")
         args.eval_iters = 0
-    if not args.eval_interval:
+    if not args.eval_interval or args.eval_interval < 0:
         if args.eval_iters:
             report("without --eval-interval, the run is evaluated after its last step only")
         args.eval_interval = _NEVER

@@ -162,8 +162,9 @@ def check_data(args: argparse.Namespace) -> None:
     """Check the indexed data before anything is built.
 
     Raises:
-        LETError: no data is given, a file is missing, or a split that the run samples holds less
-            than one sequence (Megatron would repeat it endlessly, or fail to open it).
+        LETError: no data is given, or none for training (Megatron would take no step); a file is
+            missing; or a split that the run samples holds less than one sequence (Megatron would
+            repeat it endlessly, or fail to open it).
     """
     if args.mock_data:
         return
@@ -174,13 +175,23 @@ def check_data(args: argparse.Namespace) -> None:
     if blend is not None:
         weights = [float(weight) for weight in re.split("[,/]", args.split)]
         weights = [*weights, 0.0, 0.0][:3]
+        _check_trains(args, weights[0] > 0, f"--split {args.split}")
         for prefix in blend[0]:
             _check_prefix(prefix, weights, samples, args.seq_length)
         return
+    _check_trains(args, per_split[0] is not None, "the data of each split")
     for index, (name, part) in enumerate(zip(samples, per_split, strict=True)):
         for prefix in part[0] if part is not None else ():
             whole = [1.0 if i == index else 0.0 for i in range(3)]
             _check_prefix(prefix, whole, {**samples, name: True}, args.seq_length)
+
+
+def _check_trains(args: argparse.Namespace, has_training_data: bool, source: str) -> None:
+    if not has_training_data and not args.skip_train:
+        raise LETError(
+            f"There is no training data in {source}; give a training split, or --skip-train to"
+            " evaluate only."
+        )
 
 
 def check_token_ids(args: argparse.Namespace, vocab_size: int) -> None:
@@ -198,19 +209,22 @@ def check_token_ids(args: argparse.Namespace, vocab_size: int) -> None:
     for prefix in {prefix for part in parts for prefix in part[0]}:
         dtype = open_indexed(prefix).index.dtype
         tokens = np.fromfile(f"{prefix}.bin", dtype=dtype, count=_CHECKED_TOKENS)
-        _check_ids(int(tokens.max(initial=0)), vocab_size, prefix)
+        ids = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+        _check_ids(*ids, vocab_size, prefix)
 
 
 def check_batch(microbatch: dict[str, torch.Tensor]) -> None:
     """Check the ids of a microbatch on the host, like `check_token_ids`."""
+    smallest = int(microbatch["tokens"].numpy().min())
     largest = max(int(microbatch[key].numpy().max()) for key in ("tokens", "labels"))
-    _check_ids(largest, get_tokenizer().vocab_size, "The next microbatch")
+    _check_ids(smallest, largest, get_tokenizer().vocab_size, "The next microbatch")
 
 
-def _check_ids(largest: int, vocab_size: int, data: str) -> None:
-    if largest >= vocab_size:
+def _check_ids(smallest: int, largest: int, vocab_size: int, data: str) -> None:
+    if smallest < 0 or largest >= vocab_size:
+        token = smallest if smallest < 0 else largest
         raise LETError(
-            f"{data} has token {largest}, and the run's tokenizer has {vocab_size} tokens; give the"
+            f"{data} has token {token}, and the run's tokenizer has {vocab_size} tokens; give the"
             " --tokenizer-model (or --vocab-size) that the data was made with."
         )
 

@@ -67,7 +67,8 @@ def merge(job: Job) -> dict[str, Any]:
     for counts in files.values():
         total.update(counts)
     report = _nested(total)
-    _check(job, report)
+    damaged = {url: why for record in records for url, why in record["damage"].items()}
+    _check(job, report, damaged)
     data_sets = {name: _data_set(job, name) for name in report["outputs"]}
     for name, prefix in data_sets.items():
         _write_data_set(job, name, prefix)
@@ -82,7 +83,7 @@ def merge(job: Job) -> dict[str, Any]:
             for unit in ("documents", "tokens", "text_bytes")
         },
         "rejected_examples": _concatenate_rejected(job),
-        "damaged_files": {url: why for r in records for url, why in r["damage"].items()},
+        "damaged_files": damaged,
         "ignored_files": job.ignored,
         "subsets_not_found": sorted(named - {*report["subsets"], *report["filtered"]}),
         "files": {url: _nested(counts) for url, counts in files.items()},
@@ -116,19 +117,26 @@ def _nested(counts: Counts) -> dict[str, Any]:
     return result
 
 
-def _check(job: Job, report: dict[str, Any]) -> None:
+def _check(job: Job, report: dict[str, Any], damaged: dict[str, str]) -> None:
     if not report["outputs"]:
-        raise LETError(
-            f"No document was written: {sum(report['filtered'].values())} were filtered and"
-            f" {report['rejected']} rejected; check --json-keys"
-            f" {' '.join(job.selection.json_keys)} and the subsets."
-        )
+        raise LETError(f"No document was written: {_why_nothing(job, report, damaged)}.")
     unknown = sorted(set(job.subset_weights) - set(report["subsets"]))
     if unknown:
         raise LETError(
             f"--subset-weights has {unknown[0]!r}, of which nothing was written; the subsets"
             f" are {', '.join(report['subsets'])}."
         )
+
+
+def _why_nothing(job: Job, report: dict[str, Any], damaged: dict[str, str]) -> str:
+    for url, damage in damaged.items():
+        return f"{url}: {damage}; copy the file again"
+    rejected = ", ".join(f"{count} {reason}" for reason, count in report["rejected"].items())
+    return (
+        f"{sum(report['filtered'].values())} were filtered and"
+        f" {sum(report['rejected'].values())} rejected ({rejected or 'none'}); check --json-keys"
+        f" {' '.join(job.selection.json_keys)} and the subsets"
+    )
 
 
 def _data_set(job: Job, name: str) -> Path:

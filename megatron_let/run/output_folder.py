@@ -17,6 +17,7 @@ from megatron_let.files.atomic import write_json
 from megatron_let.files.names import RUN, TRACKER
 from megatron_let.run.resume import resumed_step
 from megatron_let.teacher.hub import parse_hub_id, resolve_commit, snapshot_id
+from megatron_let.teacher.weight_files import weight_files
 
 _METRICS = "let_metrics_path"
 _SETTINGS = "settings"
@@ -154,20 +155,36 @@ def _data_id(item: str) -> str:
     return _content_id(Path(item).name, [tokens]) if tokens.is_file() else item
 
 
-def _content_id(name: str, files: list[Path]) -> str:
-    """Return `NAME#DIGEST` of the sizes and the first MiB of the files, wherever they are."""
+def _content_id(name: str, files: list[Path], ends: bool = False) -> str:
+    """Return `NAME#DIGEST` of the sizes and the first MiB of the files, wherever they are.
+
+    Args:
+        ends: digest the last MiB of each file too.
+    """
     digest = hashlib.sha256()
     for file in files:
+        size = file.stat().st_size
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            digest.update(f"{file.name} {size} ".encode())
             digest.update(stream.read(_DIGESTED_BYTES))
+            if ends:
+                stream.seek(max(0, size - _DIGESTED_BYTES))
+                digest.update(stream.read())
     return f"{name}#{digest.hexdigest()[:12]}"
 
 
 def _teacher_id(teacher: str) -> str:
-    # The name alone of a folder, so that the teacher may move to another disk.
-    name = teacher if _hub_id(teacher) else Path(os.path.abspath(teacher)).name
-    return snapshot_id(teacher) or name
+    """Return `owner/name@commit` of a snapshot from the hub, name and digest of another path.
+
+    The name alone of a path that is gone: past --let-stop-step no teacher is needed.
+    """
+    if _hub_id(teacher):
+        return snapshot_id(teacher) or teacher
+    path = Path(os.path.abspath(teacher))
+    files = [path] if path.is_file() else [path / "config.json", *weight_files(path)]
+    found = [file for file in files if file.is_file()]
+    # Two models trained from one may share the embedding, with which a file begins.
+    return snapshot_id(teacher) or (_content_id(path.name, found, True) if found else path.name)
 
 
 def _tokenizer_id(model: str | None) -> str | None:
@@ -274,6 +291,9 @@ def _is_same(name: str, stored: dict[str, Any], ours: dict[str, Any]) -> bool:
     if name.endswith("data_path") and theirs and here:
         pairs = zip(theirs, here, strict=False)
         return len(theirs) == len(here) and all(a == b or _is_old_path(a, b) for a, b in pairs)
+    if name == "let_teacher" and theirs and here and not ("#" in theirs and "#" in here):
+        # Older versions stored no digest, and a teacher that is not needed may be gone.
+        theirs, here = theirs.partition("#")[0], here.partition("#")[0]
     if name == "let_teacher" and theirs and here and "/" not in theirs:
         # Older versions stored the last part of a hub id only.
         given = [Path(i).name for i, pinned in ours.get(_HUB_IDS, {}).items() if pinned == here]
@@ -302,12 +322,24 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
 
 
 def _check_metrics(path: Path | None, save: Path | None, stored: dict[str, Any] | None) -> None:
+    if path is not None:
+        _check_writable(path)
     if path is None or not _not_empty(path):
         return
     if save is None or not _is_its_metrics(path, save.resolve(), (stored or {}).get(_METRICS)):
         raise LETError(
             f"The metrics file {path} holds another run; give another --let-metrics-path or move"
             " it away."
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Check, without creating anything, that the file can be written."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    writable = os.access(path if path.exists() else there, os.W_OK)
+    if path.is_dir() or not there.is_dir() or not writable:
+        raise LETError(
+            f"--let-metrics-path {path} cannot be written; give a file in a folder of yours."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -288,6 +289,11 @@ def from_pretrained(folder: Path, dtype: torch.dtype | None, kind: Any) -> tuple
                 return kind.from_pretrained(folder, **options)
     except torch.OutOfMemoryError:
         raise
+    except UnpicklingError as error:
+        raise LETError(
+            f"The weights of {folder} are damaged, or a pickle with code, which is never run; give"
+            " the model as safetensors."
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise LETError(
             f"The model {folder} cannot be loaded ({first_line(error)}); check that config.json and"

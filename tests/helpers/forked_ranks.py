@@ -17,8 +17,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# As torchrun: what a rank has after another rank has failed.
-GRACE_SECONDS = 30
+# What a rank has after another rank has failed, before and after SIGTERM.
+_NOTICE_SECONDS, _GRACE_SECONDS = 0.5, 30
 
 
 def run_ranks(
@@ -64,27 +64,36 @@ def run_ranks(
 def _wait(processes: list[ForkServerProcess], log: Path, deadline: float) -> int:
     """Wait for all ranks; after a failure end the others."""
     running = dict(enumerate(processes))
-    failed = False
-    while running:
-        seconds = deadline - time.monotonic()
-        sentinels = [process.sentinel for process in running.values()]
-        if not multiprocessing.connection.wait(sentinels, max(0, seconds)):
-            if failed:
-                return 1
-            raise TimeoutError(f"ranks {list(running)} still run: {log.read_text()[-3000:]}")
+    if _until_one_fails(running, log, deadline):
+        # As torchrun, which looks at its ranks ten times a second: another may have a word to say.
+        _until_all_end(running, _NOTICE_SECONDS)
+        for process in running.values():
+            _signal(process, signal.SIGTERM)
+        _until_all_end(running, _GRACE_SECONDS)
+        return 1
+    if running:
+        raise TimeoutError(f"ranks {list(running)} still run: {log.read_text()[-3000:]}")
+    return 0
+
+
+def _until_one_fails(running: dict[int, ForkServerProcess], log: Path, deadline: float) -> bool:
+    """Remove each rank that ends, until one fails, which is noted, or the time is over."""
+    while running and (seconds := deadline - time.monotonic()) > 0:
+        multiprocessing.connection.wait([p.sentinel for p in running.values()], seconds)
         for rank, process in list(running.items()):
-            if process.exitcode is None:
-                continue
-            del running[rank]
-            if process.exitcode == 0 or failed:
-                continue
-            failed = True
-            with open(log, "a") as file:
-                file.write(f"\nRoot Cause: rank      : {rank}, exitcode {process.exitcode}\n")
-            deadline = time.monotonic() + GRACE_SECONDS
-            for other in running.values():
-                _signal(other, signal.SIGTERM)
-    return int(failed)
+            if process.exitcode is not None:
+                del running[rank]
+            if process.exitcode:
+                with log.open("a") as file:
+                    print(f"\nRoot Cause: rank : {rank}, code {process.exitcode}", file=file)
+                return True
+    return False
+
+
+def _until_all_end(running: dict[int, ForkServerProcess], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for process in running.values():
+        process.join(max(0, deadline - time.monotonic()))
 
 
 def _rank_variables(rank: int, ranks: int) -> dict[str, str]:

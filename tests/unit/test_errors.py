@@ -93,6 +93,19 @@ def test_traceback_goes_to_the_temporary_folder_without_a_writable_output(
     assert f"{tmp_path}/error-rank" in str(refusal(fail_an_assertion))
 
 
+def test_traceback_gets_a_free_name_where_its_file_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OUTPUT", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "error-rank0.log").mkdir()
+    named = re.search(
+        r"the traceback is in (\S+-error-rank0\.log)\)", str(refusal(fail_an_assertion))
+    )
+    assert named and "Traceback (most recent call last)" in Path(named[1]).read_text()
+
+
 def test_exception_of_the_training_loop_keeps_its_traceback() -> None:
     # Code that looks like Megatron's loop to a traceback.
     source = "def train(step):\n    step()\n"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let.data.text_tokenizer import load_hugging_face
 from megatron_let.errors import LETError
 from megatron_let.teacher.inspect import inspect_teacher
+from megatron_let.teacher.model import from_pretrained
 from megatron_let.teacher.tokenizer import read_tokenizer
 from tests.helpers.checkpoints import save_llama
 from tests.helpers.runs import ROOT
@@ -39,6 +42,26 @@ def test_code_in_a_folder_is_refused_and_not_run(load: object, folder: Path) -> 
         load(folder)  # type: ignore[operator]
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert not (folder.parent / "ran").exists()
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_code_in_pickled_weights_is_refused_and_not_run(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(LETError, match=f"{folder} are .*a pickle with code") as error:
+        from_pretrained(folder, None, AutoModelForCausalLM)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_code_would_run_without_the_argument(folder: Path) -> None:

@@ -47,7 +47,9 @@ def test_argument_of_a_later_megatron_is_refused_once_it_is_set(
         check_known(parser.parse_args(["--new-attention", "5"]), actions)
 
 
-@pytest.mark.parametrize("refused", ["transformer_engine", "custom_script", "no_effect"])
+@pytest.mark.parametrize(
+    "refused", ["transformer_engine", "custom_script", "runs_code", "no_effect"]
+)
 def test_each_argument_outside_the_honoured_lists_is_refused_by_its_flag(
     parser: argparse.ArgumentParser, refused: str
 ) -> None:
@@ -87,6 +89,34 @@ def test_model_that_local_layers_cannot_build_is_refused(
             check(args, actions)
     args.transformer_impl = "transformer_engine"
     check_known(args, actions)
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_heads_that_cannot_be_grouped_are_refused(
+    parser: argparse.ArgumentParser, implementation: str
+) -> None:
+    args = defaults(parser, implementation)
+    args.group_query_attention, args.num_attention_heads, args.num_query_groups = True, 4, 3
+    with pytest.raises(LETError, match=r"--num-attention-heads 4 .* --num-query-groups 3"):
+        check_layers(args, megatron_actions(parser))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        # Read in Megatron's get_model() and in its own script, which this entry does not call.
+        (["--freeze-all-layers"], "custom training script"),
+        (["--inprocess-restart"], "custom training script"),
+        (["--decoder-num-layers", "2"], "has no effect"),
+        (["--trust-remote-code"], "never run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flag_that_this_entry_cannot_honour_is_refused(
+    parser: argparse.ArgumentParser, given: list[str], reason: str
+) -> None:
+    with pytest.raises(LETError, match=f"^{given[0]}.*{reason}"):
+        check_known(parser.parse_args(given), megatron_actions(parser))
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,12 @@ def complete(parser: argparse.ArgumentParser, *flags: str) -> tuple[argparse.Nam
             ("--lr-warmup-iters 6", "of 5"),
         ),
         ("--train-samples 80 --lr-warmup-samples 81", ("--lr-warmup-samples 81",)),
+        ("--dataloader-type external", ("--dataloader-type external",)),
+        ("--train-iters 10 --log-interval 0", ("--log-interval is 0",)),
+        ("--train-iters 10 --tensorboard-log-interval 0", ("--tensorboard-log-interval is 0",)),
     ],
 )
-def test_contradiction_raises_error_naming_both_flags(
+def test_contradiction_raises_error_naming_the_flags(
     parser: argparse.ArgumentParser, flags: str, named: tuple[str, ...]
 ) -> None:
     with pytest.raises(LETError) as error:
@@ -85,7 +88,7 @@ def test_validation_data_of_a_blend_file_are_found(
     assert complete(parser, *flags)[0].eval_iters == 3 * valid
 
 
-@pytest.mark.parametrize("interval", [(), ("--eval-interval", "0")])
+@pytest.mark.parametrize("interval", [(), ("--eval-interval", "0"), ("--eval-interval", "-1")])
 def test_run_without_an_interval_is_evaluated_at_its_end(
     parser: argparse.ArgumentParser, interval: tuple[str, ...]
 ) -> None:

@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_let.data.gpt import check_data, check_token_ids
 from megatron_let.errors import LETError
@@ -19,7 +22,8 @@ def data_args(**values: Any) -> argparse.Namespace:
         ["data_path", "data_args_path", "per_split_data_args_path", "train_data_path",
          "valid_data_path", "test_data_path"]
     )  # fmt: skip
-    run = {"mock_data": False, "split": "1,0,0", "eval_iters": 1, "seq_length": 1}
+    run = {"mock_data": False, "split": "1,0,0", "eval_iters": 1, "seq_length": 1,
+           "skip_train": False}  # fmt: skip
     return argparse.Namespace(**common | run | values)
 
 
@@ -42,7 +46,7 @@ def test_existing_data_passes(prefix: str) -> None:
         ({"seq_length": 8}, r"The train split of .* has \d tokens, less than one"),
         ({"split": "1,1,0"}, "The .* split of .* has 0 tokens"),
         ({"split": "9,1,0", "eval_iters": 0}, "The validation split of .* has 0 tokens"),
-        ({"split": "0,1,0", "eval_iters": 0, "seq_length": 8}, None),
+        ({"split": "0,1,0", "eval_iters": 0, "seq_length": 8, "skip_train": True}, None),
     ],
 )
 def test_split_shorter_than_a_sequence_raises(
@@ -74,6 +78,21 @@ def test_missing_index_is_reported(prefix: str) -> None:
 def test_run_without_data_raises() -> None:
     with pytest.raises(LETError, match="--data-path"):
         check_data(data_args())
+
+
+@pytest.mark.parametrize("where", ["data_path", "valid_data_path"])
+def test_run_without_training_data_raises(where: str, prefix: str) -> None:
+    args = data_args(**{where: [prefix]}, split="0,1,0", eval_iters=0)
+    with pytest.raises(LETError, match="no training data in"):
+        check_data(args)
+
+
+def test_negative_id_is_reported_before_training(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(f"{tmp_path}/text.bin", dtype=np.int32)
+    builder.add_document(torch.tensor([1, -3, 2]), [3])
+    builder.finalize(f"{tmp_path}/text.idx")
+    with pytest.raises(LETError, match="text has token -3"):
+        check_token_ids(data_args(data_path=[f"{tmp_path}/text"]), 256)
 
 
 @pytest.mark.parametrize("where", ["data_path", "valid_data_path"])

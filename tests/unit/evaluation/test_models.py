@@ -117,6 +117,19 @@ def test_perplexity_of_a_huge_loss_is_infinite_and_said(
     assert "infinite" in capsys.readouterr().err
 
 
+def test_perplexity_of_a_damaged_model_is_not_a_number_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_tokenizer(save_llama(tmp_path / "model", vocab_size=600))
+    write_indexed(tmp_path / "data", real_texts()[:1], AutoTokenizer.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    model.save_pretrained(folder)
+    assert scores(folder, tmp_path / "data", "--max-tokens", "30")["perplexity_per_token"] is None
+    assert "not a number" in capsys.readouterr().err
+
+
 def test_result_is_computed_again_for_what_changes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

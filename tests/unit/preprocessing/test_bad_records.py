@@ -139,6 +139,15 @@ def test_frames_before_damage_are_kept(suffix: str, hugging_face: Path, tmp_path
     assert "damaged" in report["damaged_files"][str(source)]
 
 
+def test_damage_is_named_if_nothing_could_be_read(hugging_face: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(json_lines(["not compressed"]))
+    with pytest.raises(LETError, match=r"No document was written: .*gz: the file is damaged"):
+        run([source], tmp_path / "out", hugging_face)
+    write_input(source, ["compressed"])
+    assert run([source], tmp_path / "out", hugging_face)["written"]["documents"] == 1
+
+
 def test_empty_files_are_reported(hugging_face: Path, tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl.zst", "c.txt"):
         (tmp_path / name).touch()

@@ -207,6 +207,38 @@ def test_other_content_under_the_same_name_raises_error(run_root: Path, name: st
     assert_refused(run_root, run_with_files(run_root)[1], LET, flag)
 
 
+def save_teacher(folder: Path, content: bytes) -> LETConfig:
+    """Write a folder whose one weight file ends in `content`, and return the settings for it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(3 * 2**20) + content)
+    return LETConfig("let", folder)
+
+
+def test_another_teacher_of_the_same_name_raises_error(tmp_path: Path) -> None:
+    first, other = (save_teacher(tmp_path / name / "final", name.encode()) for name in "ab")
+    run = tmp_path / "run"
+    claim(run_args(run), first)
+    (run / TRACKER).write_text("5")
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")
+    claim(run_args(run), LETConfig("let", tmp_path / "copied/final"))
+    assert_refused(run, run_args(run), other, "--let-teacher is final#.* there and final#.* here")
+    # A run past --let-stop-step needs no teacher.
+    claim(run_args(run), LETConfig("let", tmp_path / "deleted/final"))
+
+
+def test_run_of_an_older_version_with_a_teachers_name_continues(tmp_path: Path) -> None:
+    teacher, run = save_teacher(tmp_path / "final", b"a"), tmp_path / "run"
+    claim(run_args(run), teacher)
+    (run / TRACKER).write_text("5")
+    stored = json.loads((run / RUN).read_text())
+    assert stored["let_teacher"].startswith("final#")
+    (run / RUN).write_text(json.dumps(stored | {"let_teacher": "final"}))
+    claim(run_args(run), teacher)
+    (run / RUN).write_text(json.dumps(stored | {"let_teacher": "first"}))
+    assert_refused(run, run_args(run), teacher, "--let-teacher is first there")
+
+
 def test_run_of_an_older_version_with_paths_continues_where_it_was_moved(
     run_root: Path, tmp_path: Path
 ) -> None:
@@ -350,6 +382,13 @@ def test_metrics_of_another_run_raise_error(tmp_path: Path) -> None:
     for save in (None, tmp_path / "new"):
         args = run_args(save, let_metrics_path=metrics)
         assert_refused(tmp_path, args, LET, r"metrics\.jsonl .* --let-metrics-path")
+
+
+@pytest.mark.parametrize("name", [".", "file/metrics.jsonl"])
+def test_metrics_file_that_cannot_be_written_raises_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    args = run_args(tmp_path / "run", let_metrics_path=tmp_path / name)
+    assert_refused(tmp_path, args, LET, "--let-metrics-path .* cannot be written")
 
 
 def test_metrics_are_appended_when_the_run_continues(trained: Path) -> None:
