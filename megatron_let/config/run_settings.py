@@ -18,6 +18,8 @@ from megatron_let.errors import LETError
 
 # More steps than any run has; Megatron multiplies it by the batch size.
 _NEVER = 2**31
+# What Megatron writes below --save at an interval.
+_SAVED = ("params", "wgrads", "dgrads", "activations", "tokens_per_expert")
 _DATA_BY_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -100,6 +102,9 @@ def _check_intervals(args: argparse.Namespace) -> None:
     for name in ("log_interval", "tensorboard_log_interval"):
         if getattr(args, name) < 1:
             raise LETError(f"{flag(name)} is {getattr(args, name)}; give 1 or more.")
+    for name in (f"save_{what}_interval" for what in _SAVED):
+        if _given(args, name) and not args.save:
+            raise LETError(f"{flag(name)} needs a folder to write to; give --save.")
 
 
 def _complete_evaluation(args: argparse.Namespace, report: Callable[[str], None]) -> None:

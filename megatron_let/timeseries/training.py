@@ -70,10 +70,8 @@ def load_teacher(path: Path, device: torch.device) -> TimesNet:
         model = TimesNet(settings, classes)
         model.load_state_dict(weights)
     except Exception as error:  # of pickle, zip, torch, or a missing setting
-        raise LETError(
-            f"The teacher {path} does not load ({type(error).__name__}); make it with"
-            " `pretrain-teacher`."
-        ) from error
+        problem = f"The teacher {path} does not load ({type(error).__name__})"
+        raise LETError(f"{problem}; make it with `pretrain-teacher`.") from error
     return model.eval().requires_grad_(False).to(device)
 
 

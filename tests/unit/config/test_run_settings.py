@@ -33,6 +33,7 @@ def complete(parser: argparse.ArgumentParser, *flags: str) -> tuple[argparse.Nam
             ("--lr-warmup-iters 6", "of 5"),
         ),
         ("--train-samples 80 --lr-warmup-samples 81", ("--lr-warmup-samples 81",)),
+        ("--save-wgrads-interval 2", ("--save-wgrads-interval", "--save")),
         ("--dataloader-type external", ("--dataloader-type external",)),
         ("--train-iters 10 --log-interval 0", ("--log-interval is 0",)),
         ("--train-iters 10 --tensorboard-log-interval 0", ("--tensorboard-log-interval is 0",)),
