@@ -76,7 +76,8 @@ class Crossover:
 
     Attributes:
         gap: where the means over seeds, joined by lines, cross 0 first; None if they do not.
-        low: lower end of a 95 % bootstrap interval over seeds; None if too few resamples cross.
+        low: lower end of a 95 % bootstrap interval over seeds; None if no resample crosses, or
+            fewer than two teachers have several seeds.
         high: its upper end.
         share: share of the resamples that cross.
     """
@@ -93,6 +94,9 @@ def crossover(found: Sequence[Gain], method: str) -> Crossover:
     The gains of each teacher are resampled over its seeds.
     """
     points = _by_teacher(found, method)
+    gap = _crossing(list(points.values()))
+    if sum(len(group) > 1 for group in points.values()) < 2:
+        return Crossover(gap, None, None, float(gap is not None))
     generator = np.random.default_rng(0)
     crossings = []
     for _ in range(_RESAMPLES):
@@ -101,17 +105,19 @@ def crossover(found: Sequence[Gain], method: str) -> Crossover:
         crossings.append(_crossing(drawn))
     there = [gap for gap in crossings if gap is not None]
     low, high = np.quantile(there, _QUANTILES).tolist() if there else (None, None)
-    return Crossover(_crossing(list(points.values())), low, high, len(there) / _RESAMPLES)
+    return Crossover(gap, low, high, len(there) / _RESAMPLES)
 
 
 def describe(found: Crossover) -> str:
     """Return a crossover as a clause."""
     if found.gap is None:
-        return f"its gain does not change its sign ({found.share:.0%} of the resamples do)"
+        return f"its gain does not change its sign (in {found.share:.0%} of the resamples it does)"
+    place = f"its gain changes its sign where the teacher's loss is {found.gap:+.2f} from the"
+    if found.low is None:
+        return f"{place} baseline's last (too few seeds for an interval)"
     return (
-        f"its gain changes its sign where the teacher's loss is {found.gap:+.2f} from the"
-        f" baseline's last ({found.low:+.2f} to {found.high:+.2f} in the {found.share:.0%} of the"
-        " resamples that cross)"
+        f"{place} baseline's last ({found.low:+.2f} to {found.high:+.2f} in the {found.share:.0%}"
+        " of the resamples that cross)"
     )
 
 

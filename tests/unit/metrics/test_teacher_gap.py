@@ -61,6 +61,12 @@ def test_spread_over_seeds_widens_the_interval() -> None:
     assert wider.high - wider.low > narrow.high - narrow.low  # type: ignore[operator]
 
 
+def test_one_seed_per_teacher_has_no_interval() -> None:
+    found = crossover([STRONG[0], WEAK[0]], "let")
+    assert found.gap == pytest.approx(0.5) and found.low is None
+    assert "too few seeds" in describe(found)
+
+
 def test_method_that_always_gains_has_no_crossover() -> None:
     found = crossover([*STRONG, gain("weak", 1.0, 0.1)], "let")
     assert (found.gap, found.low, found.share) == (None, None, 0)
