@@ -258,7 +258,8 @@ def steps_to_reach(valid_loss: Curve, target: float) -> float | None:
             if previous is None or previous[1] <= loss:
                 return float(step)
             before, above = previous
-            return before + (step - before) * (above - target) / (above - loss)
+            # Rounded up, it would be beyond the run's last step.
+            return min(before + (step - before) * (above - target) / (above - loss), float(step))
         previous = (step, loss)
     return None
 

@@ -48,6 +48,8 @@ def means(variant: Variant) -> dict[str, float | None]:
         ({10: 5.0, 20: 4.0}, 6.0, 10.0),
         ({10: 5.0, 20: 3.0, 30: 4.0, 40: 2.0}, 3.5, 17.5),
         ({}, 1.0, None),
+        # Without a limit, rounding gives 206.00000000000003.
+        ({1: 2.9540802346548807, 206: 2.00001}, 2.00001, 206.0),
     ],
 )
 def test_steps_to_reach_interpolates_between_evaluations(
