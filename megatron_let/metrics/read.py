@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_let.errors import LETError
+
 
 @dataclass(frozen=True)
 class RunMetrics:
@@ -55,21 +57,36 @@ class RunMetrics:
 
 
 def load_metrics(path: Path) -> RunMetrics:
-    """Read a metrics file; a missing file is an empty run, an incomplete last line is ignored."""
+    """Read a metrics file; a missing file is an empty run, an incomplete last line is ignored.
+
+    Raises:
+        LETError: a row has a value that no run writes; names the line.
+    """
     run = RunMetrics()
     if not path.is_file():
         return run
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        _check(path, number, row)
         if "lm_loss" in row:
             run.steps[row["iteration"]] = row | {"lm_loss": _number(row["lm_loss"])}
         elif "valid_loss" in row:
             run.valid_loss[row["iteration"]] = _number(row["valid_loss"])
             run.valid_microbatches[row["iteration"]] = row.get("microbatches", [])
     return run
+
+
+def _check(path: Path, number: int, row: dict[str, Any]) -> None:
+    for key in ("step_seconds", "tokens_per_second", "lm_loss", "valid_loss"):
+        value, is_loss = row.get(key, 1), key.endswith("loss")
+        valid = isinstance(value, int | float) and (is_loss or value > 0)
+        if not valid and not (is_loss and value is None):
+            raise LETError(
+                f"{path}, line {number}: {key} is {value!r}; give the file as its run wrote it."
+            )
 
 
 def _number(value: float | None) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_let.errors import LETError
 from megatron_let.metrics.read import RunMetrics, load_metrics
 
 
@@ -69,3 +70,16 @@ def test_step_seconds_exclude_first_step() -> None:
     assert metrics.step_seconds() == [3.0, 2.0]
     assert metrics.step_seconds(aligned=True) == [3.0]
     assert metrics.step_seconds(aligned=False) == [2.0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"step_seconds": None}, {"step_seconds": 0}, {"lm_loss": "5.0"}]
+)
+def test_value_that_no_run_writes_is_refused_with_its_line(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    row = {"iteration": 1, "lm_loss": 5.0, "step_seconds": 2.0, "tokens_per_second": 9.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (row, row | change)))
+    with pytest.raises(LETError, match=f"line 2: {next(iter(change))} is"):
+        load_metrics(path)
