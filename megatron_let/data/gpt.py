@@ -179,7 +179,7 @@ def check_data(args: argparse.Namespace) -> None:
         for prefix in blend[0]:
             _check_prefix(prefix, weights, samples, args.seq_length)
         return
-    _check_trains(args, per_split[0] is not None, "the data of each split")
+    _check_trains(args, per_split[0] is not None, "The data given per split")
     for index, (name, part) in enumerate(zip(samples, per_split, strict=True)):
         for prefix in part[0] if part is not None else ():
             whole = [1.0 if i == index else 0.0 for i in range(3)]
@@ -189,8 +189,7 @@ def check_data(args: argparse.Namespace) -> None:
 def _check_trains(args: argparse.Namespace, has_training_data: bool, source: str) -> None:
     if not has_training_data and not args.skip_train:
         raise LETError(
-            f"There is no training data in {source}; give a training split, or --skip-train to"
-            " evaluate only."
+            f"{source} leaves no data to train on; give some, or --skip-train to evaluate only."
         )
 
 

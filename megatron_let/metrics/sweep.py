@@ -20,7 +20,7 @@ from megatron_let.config.recipes import (
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
 _OPTIONAL_KEYS = {"common", "teachers"}
-# Keys of a variant that are no flags.
+# Keys of a variant that are not flags.
 _NO_FLAGS = {"recipe", "teacher"}
 
 

@@ -76,13 +76,16 @@ class Crossover:
 
     Attributes:
         gap: where the means over seeds, joined by lines, cross 0 first; None if they do not.
-        low: lower end of a 95 % bootstrap interval over seeds; None if no resample crosses, or
-            fewer than two teachers have several seeds.
+        between: gaps of the two teachers that it was interpolated between.
+        low: lower end of a 95 % bootstrap interval over seeds, which does not include the error of
+            the interpolation; None if no resample crosses, or fewer than two teachers have several
+            seeds.
         high: its upper end.
         share: share of the resamples that cross.
     """
 
     gap: float | None
+    between: tuple[float, float] | None
     low: float | None
     high: float | None
     share: float
@@ -94,31 +97,33 @@ def crossover(found: Sequence[Gain], method: str) -> Crossover:
     The gains of each teacher are resampled over its seeds.
     """
     points = _by_teacher(found, method)
-    gap = _crossing(list(points.values()))
+    crossing = _crossing(list(points.values()))
+    gap, between = crossing or (None, None)
     if sum(len(group) > 1 for group in points.values()) < 2:
-        return Crossover(gap, None, None, float(gap is not None))
+        return Crossover(gap, between, None, None, float(gap is not None))
     generator = np.random.default_rng(0)
     crossings = []
     for _ in range(_RESAMPLES):
         drawn = [[group[i] for i in generator.integers(len(group), size=len(group))]
                  for group in points.values()]  # fmt: skip
         crossings.append(_crossing(drawn))
-    there = [gap for gap in crossings if gap is not None]
+    there = [found[0] for found in crossings if found is not None]
     low, high = np.quantile(there, _QUANTILES).tolist() if there else (None, None)
-    return Crossover(gap, low, high, len(there) / _RESAMPLES)
+    return Crossover(gap, between, low, high, len(there) / _RESAMPLES)
 
 
 def describe(found: Crossover) -> str:
     """Return a crossover as a clause."""
-    if found.gap is None:
+    if found.gap is None or found.between is None:
         return f"its gain does not change its sign (in {found.share:.0%} of the resamples it does)"
-    place = f"its gain changes its sign where the teacher's loss is {found.gap:+.2f} from the"
-    if found.low is None:
-        return f"{place} baseline's last (too few seeds for an interval)"
-    return (
-        f"{place} baseline's last ({found.low:+.2f} to {found.high:+.2f} in the {found.share:.0%}"
-        " of the resamples that cross)"
+    left, right = found.between
+    place = (
+        f"its gain changes its sign between teachers whose loss is {left:+.2f} and {right:+.2f}"
+        f" from the baseline's last, by a straight line at {found.gap:+.2f}"
     )
+    if found.low is None:
+        return f"{place} (too few seeds for an interval)"
+    return f"{place} ({found.low:+.2f} to {found.high:+.2f} over seeds, 95 %)"
 
 
 def _by_teacher(found: Sequence[Gain], method: str) -> dict[str, list[Gain]]:
@@ -129,15 +134,15 @@ def _by_teacher(found: Sequence[Gain], method: str) -> dict[str, list[Gain]]:
     return groups
 
 
-def _crossing(groups: Sequence[Sequence[Gain]]) -> float | None:
-    """Return the gap at which the mean gain, linear between teachers, first crosses 0."""
+def _crossing(groups: Sequence[Sequence[Gain]]) -> tuple[float, tuple[float, float]] | None:
+    """Return where the mean gain first crosses 0 on a line between two teachers, and their gaps."""
     means = sorted(
         (float(np.mean([g.gap for g in group])), float(np.mean([g.loss for g in group])))
         for group in groups
     )
     for (left, before), (right, after) in itertools.pairwise(means):
         if before * after < 0:
-            return left + (right - left) * before / (before - after)
+            return left + (right - left) * before / (before - after), (left, right)
     return None
 
 

@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a rank has after another rank has failed, before and after SIGTERM.
+# How long the other ranks may run after one has failed: before SIGTERM, and after it.
 _NOTICE_SECONDS, _GRACE_SECONDS = 0.5, 30
 
 

@@ -83,7 +83,7 @@ def test_run_without_data_raises() -> None:
 @pytest.mark.parametrize("where", ["data_path", "valid_data_path"])
 def test_run_without_training_data_raises(where: str, prefix: str) -> None:
     args = data_args(**{where: [prefix]}, split="0,1,0", eval_iters=0)
-    with pytest.raises(LETError, match="no training data in"):
+    with pytest.raises(LETError, match="leaves no data to train on"):
         check_data(args)
 
 

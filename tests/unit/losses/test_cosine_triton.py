@@ -38,7 +38,9 @@ if INTERPRETED:
     from megatron_let.losses import cosine_triton
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@pytest.mark.skipif(
+    INTERPRETED, reason="runs under Triton's interpreter already, which this test starts"
+)
 def test_kernels_pass_in_a_process_with_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(

@@ -100,7 +100,9 @@ def test_committed_report_covers_every_kernel_without_a_spill() -> None:
 def test_committed_report_matches_the_kernels(d_m: int, d_t: int) -> None:
     rows = committed()
     if rows[0]["triton"] != triton.__version__:
-        pytest.skip(f"compiled by Triton {rows[0]['triton']}, here is {triton.__version__}")
+        pytest.skip(
+            f"the committed figures are of Triton {rows[0]['triton']}, not of {triton.__version__}"
+        )
 
     def same(row: dict[str, str], resources: dict[str, Any]) -> bool:
         return all(row[name] == str(value) for name, value in resources.items())

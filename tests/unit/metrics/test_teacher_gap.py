@@ -52,6 +52,7 @@ def test_crossover_is_where_the_means_change_their_sign() -> None:
     assert found.gap == pytest.approx(-1 + 2 * 0.31 / 0.40)
     assert found.low is not None and found.high is not None
     assert found.low < found.gap < found.high and found.share == 1
+    assert found.between == (-1.0, 1.0)
     assert f"{found.gap:+.2f}" in describe(found)
 
 

@@ -156,7 +156,7 @@ def test_remote_files_give_the_data_of_local_ones(hugging_face: Path, tmp_path: 
 @pytest.mark.parametrize("url", ["nosuch://bucket/a.jsonl", "s3://bucket/a.jsonl"])
 def test_address_without_its_package_is_a_sentence(url: str) -> None:
     if url.startswith("s3") and importlib.util.find_spec("s3fs"):
-        pytest.skip("s3fs is installed, and this is the sentence that asks for it")
+        pytest.skip("tests the error without s3fs, which is installed here")
     with pytest.raises(LETError, match=url):
         find_inputs([url])
 
