@@ -62,12 +62,12 @@ def train(argv: list[str], host: Host) -> None:
     from megatron_let.data.gpt import check_data, check_token_ids, datasets_provider
     from megatron_let.engines import load_engine
     from megatron_let.methods.forward_step import make_forward_step
-    from megatron_let.run import artifacts, control_files
+    from megatron_let.run import artifacts, control_files, unsaved
     from megatron_let.run.output_folder import claim
 
     # Configuration
     host_patches = apply_host_patches(host)
-    args = parse_command_line(argv, host.argv(), prepare_arguments, host.cuda)
+    args = parse_command_line(argv, host.argv(), prepare_arguments, host.cuda, report_once)
     config = let_config_from_args(args)
     print_rank_0(f"megatron_let: {host.describe()}; {host_patches.describe()}")
     if args.transformer_impl == "local":
@@ -83,7 +83,8 @@ def train(argv: list[str], host: Host) -> None:
     check_token_ids(args, get_tokenizer().vocab_size)
     if args.override_opt_param_scheduler:
         PatchSet().apply_all(changed_schedule.wrappers())
-    PatchSet().apply_all(control_files.wrappers(args) | artifacts.wrappers(args))
+    for of_run in (control_files, unsaved, artifacts):
+        PatchSet().apply_all(of_run.wrappers(args))
     token_aligner = integration.token_aligner(args, config)
     if args.rank == 0:
         claim(args, config)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
+from megatron_let.config.argument_needs import check_needs
 from megatron_let.config.arguments import add_arguments
 from megatron_let.config.megatron_arguments import check_known, check_layers
 from megatron_let.config.recipes import load_recipe, recipe_argv
@@ -22,6 +23,7 @@ def parse_command_line(
     host_flags: list[str],
     check: Callable[[argparse.Namespace], None],
     cuda: bool = True,
+    report: Callable[[str], None] = print,
 ) -> argparse.Namespace:
     """Parse `[--config RECIPE] [flags]` into Megatron's validated, global arguments.
 
@@ -30,6 +32,7 @@ def parse_command_line(
         host_flags: Megatron flags that this host needs; the recipe and `argv` override them.
         check: called with the parsed arguments before Megatron validates them.
         cuda: whether the host has a GPU.
+        report: called with a sentence for each flag that has no effect in this run.
 
     Raises:
         RecipeError: the recipe cannot be expanded.
@@ -55,6 +58,7 @@ def parse_command_line(
         # the arguments from parse_args() of what this returns, so the flags are parsed once.
         check(args)
         check_known(args, actions, cuda)
+        check_needs(args, actions, report)
         return SimpleNamespace(parse_args=lambda: args)
 
     args: argparse.Namespace = parse_and_validate_args(extra_args_provider=parse)

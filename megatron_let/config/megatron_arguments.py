@@ -16,7 +16,7 @@ from megatron_let.errors import LETError
 
 # Argument without effect -> the flag that has the effect.
 _INSTEAD = {
-    "rampup_batch_size": "--step-batch-size-schedule",
+    "rampup_batch_size": "--step-batch-size-schedule, whose thresholds are tokens",
     "use_flash_attn": "--attention-backend flash",
 }
 _NO_TRANSFORMER_ENGINE = "needs Transformer Engine, which is not installed; drop it or install it"
@@ -96,7 +96,7 @@ def _refuse(
     for name, action in by_name.items():
         value = getattr(args, name, action.default)
         if name in problems and value != action.default:
-            raise LETError(f"{_flag(action, value)} {problems[name]}.")
+            raise LETError(f"{as_written(action, value)} {problems[name]}.")
 
 
 def _no_effect(name: str) -> str:
@@ -104,7 +104,7 @@ def _no_effect(name: str) -> str:
     return f"has no effect in pretraining; {remedy}"
 
 
-def _flag(action: argparse.Action, value: object) -> str:
+def as_written(action: argparse.Action, value: object) -> str:
     """Return the flag as a user writes it, with its value if it takes one."""
     option = max(action.option_strings, key=len, default=action.dest)
     if action.nargs == 0:

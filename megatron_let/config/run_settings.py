@@ -35,7 +35,10 @@ def complete_run_settings(args: argparse.Namespace, report: Callable[[str], None
     """
     _check_length(args)
     _check_warmup(args)
+    _check_rates(args)
+    _check_loss(args)
     _check_intervals(args)
+    _check_data_settings(args)
     names = (*_DATA_BY_SPLIT, "per_split_data_args_path")
     by_split = [name for name in names if _given(args, name)]
     if by_split and args.split is not None:
@@ -73,6 +76,41 @@ def _check_warmup(args: argparse.Namespace) -> None:
         raise LETError(
             f"--lr-warmup-{unit} {warmup} is not shorter than the schedule of {decay} {unit};"
             f" give a smaller --lr-warmup-{unit}, or more --train-{unit}."
+        )
+
+
+def _check_rates(args: argparse.Namespace) -> None:
+    if args.lr is not None and args.min_lr > args.lr:
+        raise LETError(
+            f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}; give a smaller --min-lr."
+        )
+    unit = "samples" if args.train_samples else "iters"
+    if args.lr_decay_style == "WSD" and not _given(args, f"lr_wsd_decay_{unit}"):
+        raise LETError(
+            f"--lr-decay-style WSD needs the length of its decay; give --lr-wsd-decay-{unit}."
+        )
+
+
+def _check_loss(args: argparse.Namespace) -> None:
+    # Megatron divides each rank's part of a sequence by its own unmasked tokens.
+    if args.eod_mask_loss and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        raise LETError(
+            f"--eod-mask-loss with --context-parallel-size {args.context_parallel_size} weights"
+            " tokens by the part of the sequence that they are in; give --calculate-per-token-loss"
+            " too."
+        )
+
+
+def _check_data_settings(args: argparse.Namespace) -> None:
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise LETError(f"--vocab-size is {args.vocab_size}; give 1 or more.")
+    # Megatron reads any digits in it: 1e-3 as two weights, 1 and 3.
+    weights = re.split("[,/]", args.split or "1")
+    plain = all(re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", weight.strip()) for weight in weights)
+    if not plain or len(weights) > 3 or not any(map(float, weights)):
+        raise LETError(
+            f"--split {args.split} is not a list of up to three weights, for training, validation,"
+            " test; give decimal numbers such as 99,1,0."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
 
 from megatron_let.files.names import DONE, SAVE_NOW, STOP, TRACKER
 from tests.helpers.runs import Run, largest_difference, train
@@ -101,3 +102,13 @@ def test_rate_changes_on_resume_if_it_is_overridden(
     assert changed == [{"train_iters": [2, 4], "lr": [1e-3, 7e-3], "min_lr": [1e-4, 7e-4]}]
     # The optimizer's state was loaded: without it the loss would jump.
     assert resumed.steps[2]["lm_loss"] == pytest.approx(resumed.steps[1]["lm_loss"], abs=0.1)
+
+
+def test_rejected_result_ends_a_run_without_save(tmp_path: Path, teacher: Path, data: Path) -> None:
+    run = train(
+        tmp_path, "--data-path", data, "--lr", 1e30, "--clip-grad", 0, "--lr-warmup-iters", 0,
+        TEACHER=str(teacher), check=False,
+    )  # fmt: skip
+    # The starter of the ranks returns 1 and prints the rank's code, as torchrun does.
+    assert run.returncode == 1 and f"code {EXIT_CODE_RESUME_TO_DISAMBIGUATE}" in run.log
+    assert "nothing is saved without --save" in run.log and "TypeError" not in run.log

@@ -14,10 +14,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from megatron.training import print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.training import get_megatron_optimizer_config
 
 from megatron_let.compat import PatchSet
+from megatron_let.config.model_config import gpt_config
 from megatron_let.engines.deepspeed.checkpoint_info import (
     CheckpointInfo,
     is_universal,
@@ -107,7 +107,7 @@ def _model_config(args: argparse.Namespace, config: Config) -> Any:
     from megatron_let.engines.deepspeed.forward_backward import finalize_model_grads
     from megatron_let.engines.deepspeed.model import DeepSpeedModelConfig, zero_init
 
-    model = gpt_config_from_args(args, model_config_cls=DeepSpeedModelConfig)
+    model = gpt_config(args, DeepSpeedModelConfig)
     model.build_context = functools.partial(zero_init, config)
     model.make_engine = _engine_maker(args, config)
     model.transformer.finalize_model_grads_func = finalize_model_grads

@@ -36,6 +36,19 @@ def complete(parser: argparse.ArgumentParser, *flags: str) -> tuple[argparse.Nam
         ("--save-wgrads-interval 2", ("--save-wgrads-interval", "--save")),
         ("--dataloader-type external", ("--dataloader-type external",)),
         ("--train-iters 10 --log-interval 0", ("--log-interval is 0",)),
+        ("--lr 1e-3 --min-lr 1e-2", ("--min-lr 0.01", "--lr 0.001")),
+        ("--train-iters 9 --lr-decay-style WSD", ("WSD", "--lr-wsd-decay-iters")),
+        ("--train-samples 9 --lr-decay-style WSD", ("WSD", "--lr-wsd-decay-samples")),
+        ("--vocab-size 0", ("--vocab-size is 0",)),
+        (
+            "--eod-mask-loss --context-parallel-size 2",
+            ("--eod-mask-loss", "--context-parallel-size 2", "--calculate-per-token-loss"),
+        ),
+        ("--split a,b", ("--split a,b",)),
+        ("--split 1,1e-3,0", ("--split 1,1e-3,0",)),
+        ("--split 90:10", ("--split 90:10",)),
+        ("--split 1,1,1,1", ("--split 1,1,1,1",)),
+        ("--split 0,0,0", ("--split 0,0,0",)),
         ("--train-iters 10 --tensorboard-log-interval 0", ("--tensorboard-log-interval is 0",)),
     ],
 )
@@ -49,7 +62,14 @@ def test_contradiction_raises_error_naming_the_flags(
 
 @pytest.mark.parametrize(
     "flags",
-    ["--train-iters 10 --lr-warmup-iters 9", "--train-samples 80 --lr-warmup-samples 8", ""],
+    [
+        "--train-iters 10 --lr-warmup-iters 9",
+        "--train-samples 80 --lr-warmup-samples 8",
+        "--train-iters 10 --lr-decay-style WSD --lr-wsd-decay-iters 2",
+        "--split 99./.5/0",
+        "--eod-mask-loss --context-parallel-size 2 --calculate-per-token-loss",
+        "",
+    ],
 )
 def test_consistent_length_and_warmup_are_accepted(
     parser: argparse.ArgumentParser, flags: str
