@@ -3,7 +3,7 @@
 #
 #   bash tests/oldest_torch.sh [pytest arguments]
 #
-# It is not part of tests/run.sh: torch from PyPI needs 7 GB with its CUDA libraries. torch is
+# tests/run.sh runs one test with it. torch from PyPI needs 7 GB with its CUDA libraries; it is
 # installed in an environment of its own, which takes all other packages from the tested one.
 # OLDEST_VENV  folder of that environment (default: .venv-oldest)
 # TORCH_INDEX  another package index, such as https://download.pytorch.org/whl/cpu (1 GB)

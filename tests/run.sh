@@ -26,6 +26,12 @@ else
         ensure_environment dev evaluation
     }
     bash tests/launch/install_slurm.sh
+    # In the background, because most of it is a download: one training test on the oldest torch.
+    oldest_log="$(mktemp)"
+    bash tests/oldest_torch.sh \
+        "tests/distributed/test_layout_matrix.py::test_layout_matches_one_process[tp2-sp]" \
+        >"$oldest_log" 2>&1 </dev/null &
+    oldest_pid=$!
 fi
 echo "environment: ${SECONDS} s"
 SECONDS=0
@@ -49,6 +55,8 @@ if [[ -z $fast ]]; then
     phase mypy mypy megatron_let tools
     phase shellcheck shellcheck --external-sources \
         launch/*.sh launch/*/*.sh tests/*.sh tests/*/*.sh tools/*/*.sh .ci/run
+    phase "oldest torch" wait "$oldest_pid"
+    tail -n 3 "$oldest_log"
     arguments=(--durations=15)
 else
     arguments=(-m "not slow and not medium" tests/unit)

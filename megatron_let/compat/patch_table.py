@@ -351,6 +351,14 @@ OBJECT_PATCHES = (
         "::test_before_finalizing_runs_work_first_and_restores_the_function",
     ),
     ObjectPatch(
+        target="batch_p2p_sync of the model's config: False",
+        where="megatron_let.placement.transfer:without_device_wait",
+        reason="each pipeline communication would wait for the device, and with it for teacher"
+        " states that are needed later; it works around a race in old versions of torch",
+        removed_when="the teacher is freed",
+        test="tests/unit/placement/test_transfer.py::test_device_wait_is_restored",
+    ),
+    ObjectPatch(
         target="iterable of Megatron's RerunDataIterator: put behind a LookAhead",
         where="megatron_let.methods.global_batch:LookAhead",
         reason="the tokens of the next global batch must be read without consuming them; above the"

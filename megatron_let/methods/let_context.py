@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
 from megatron_let.methods.learned_projection import LearnedProjection, with_projection
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan
+from megatron_let.placement.program import AlignedLayer
 from megatron_let.placement.sample_sharing import (
     SampleSharing,
     local_shard,
@@ -26,9 +28,8 @@ from megatron_let.placement.sample_sharing import (
 )
 from megatron_let.placement.scheduler import PlacementScheduler
 from megatron_let.placement.sequence_shard import SequenceShard
-from megatron_let.placement.simulate import AlignedLayer
 from megatron_let.placement.state_buffer import TeacherStateBuffer
-from megatron_let.placement.transfer import Transfer
+from megatron_let.placement.transfer import Transfer, without_device_wait
 from megatron_let.teacher.model import DTYPES, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class LETContext:
         tokens: shares the tokens of a global batch.
         scheduler: plans the teacher's work.
         counts_tokens: whether the values that this rank reports do not repeat another rank's.
+        restore_config: undoes `without_device_wait`; None if no states are sent.
     """
 
     hook: AlignmentHook | None
@@ -52,6 +54,7 @@ class LETContext:
     scheduler: PlacementScheduler
     stage: int
     counts_tokens: bool
+    restore_config: Callable[[], None] | None
 
     def begin(self, batch: GlobalBatch) -> Plan:
         """Begin a global batch; return the plan of the states that are still to be computed."""
@@ -65,6 +68,8 @@ class LETContext:
         """Remove the hook and release the buffers and process groups."""
         if self.hook is not None:
             self.hook.remove()
+        if self.restore_config is not None:
+            self.restore_config()
         self.states.close()
 
 
@@ -124,6 +129,7 @@ def build_context(
         stage=stage,
         # Without sequence parallelism every tensor-parallel rank holds the same tokens.
         counts_tokens=shard.sp_size > 1 or parallel_state.get_tensor_model_parallel_rank() == 0,
+        restore_config=None if transfer is None else without_device_wait(model_config),
     )
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 from megatron_let.config.let_config import PLACEMENTS, Placement
 from megatron_let.placement.pipeline import Pipeline
+from megatron_let.placement.program import AlignedLayer, StagePlan
 from megatron_let.placement.rendezvous import plan_completes
-from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, Timeline, simulate
+from megatron_let.placement.simulate import Costs, Timeline, simulate
 
 # What `auto` chooses from.
 FIXED_PLACEMENTS = tuple(name for name in PLACEMENTS if name != "auto")
@@ -76,7 +77,7 @@ def plan(
     Args:
         placement: `aligned-stage`: the aligned stage computes each microbatch before its forward;
             `spread`: evenly over the stages, before the schedule starts; `bubble`: in the idle
-            times of the stages (the aligned stage last), and the rest evenly.
+            times of the stages (the aligned stage last), and the rest before the schedule.
         costs: costs of one microbatch; used by `bubble` only, which depends on their ratios.
         aligned: stage and model chunk of layer k.
         max_prefetch: states that the aligned stage may hold before their backward, at least 1.
@@ -190,7 +191,7 @@ def _bubble(
     ahead = _fill_steady(pipeline, costs, aligned, slots, max_prefetch) if look_ahead else []
     now = [replace(slot) for slot in slots if slot.when != "after"]
     _fill(now, len(due), costs.teacher, aligned.stage)
-    _fill_evenly(now, len(due) - _total(now), aligned.stage)
+    _fill_rest(now, len(due) - _total(now), costs.teacher, aligned.stage)
     return _number(pipeline, now + ahead, due)
 
 
@@ -235,12 +236,18 @@ def _fill(slots: list[_Slot], num_microbatches: int, seconds: float, aligned_sta
             longest.count += 1
 
 
-def _fill_evenly(slots: list[_Slot], num_microbatches: int, aligned_stage: int) -> None:
-    """Assign the rest to the stages in turn, each in its last slot, the aligned stage last."""
-    last = {slot.stage: slot for slot in slots}
-    order = sorted(last, key=lambda stage: stage == aligned_stage)
-    for _, stage in zip(range(num_microbatches), itertools.cycle(order), strict=False):
-        last[stage].count += 1
+def _fill_rest(
+    slots: list[_Slot], num_microbatches: int, seconds: float, aligned_stage: int
+) -> None:
+    """Assign the rest before the schedule, to the stage whose first pass it delays the least.
+
+    A later slot of the aligned stage would delay the output that the next stage waits for.
+    """
+    before = [slot for slot in slots if slot.when == "before"]
+    for _ in range(num_microbatches):
+        slot = max(before, key=lambda slot: (slot.idle_seconds, slot.stage != aligned_stage))
+        slot.idle_seconds -= seconds
+        slot.count += 1
 
 
 def _number(pipeline: Pipeline, slots: list[_Slot], due: range) -> list[StagePlan]:

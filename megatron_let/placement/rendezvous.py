@@ -9,29 +9,19 @@ everything that the rank launches later.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
-from megatron_let.placement.pipeline import Pass, Pipeline
-from megatron_let.placement.simulate import AlignedLayer, StagePlan
-
-
-class Message(NamedTuple):
-    """Output of a pass, or a teacher state, on its way between two stages."""
-
-    source: int
-    target: int
-    content: Pass | tuple[str, int]
-
-
-class Step(NamedTuple):
-    """Next action of a stage: post messages without waiting, wait for them, or both."""
-
-    kind: Literal["post", "wait", "communicate"]
-    messages: tuple[Message, ...]
+from megatron_let.placement.pipeline import Pipeline
+from megatron_let.placement.program import (
+    AlignedLayer,
+    Message,
+    StagePlan,
+    Step,
+    last_messages,
+    stage_program,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,10 @@ def plan_completes(
 ) -> bool:
     """Return whether the messages of one global batch all complete."""
     ranks = [
-        _Rank(list(_program(pipeline, aligned, stages, stage)))
+        _Rank(
+            [s for s in stage_program(pipeline, aligned, stages, stage) if isinstance(s, Step)]
+            + [Step("wait", last_messages(aligned, stages, stage))]
+        )
         for stage in range(pipeline.num_stages)
     ]
     posted: Counter[Message] = Counter()
@@ -111,92 +104,3 @@ class _Rank:
     def _is_done(self, step: Step, posted: Counter[Message], rules: Rules) -> bool:
         syncs = rules.device_sync and step.kind == "communicate"
         return all(posted[m] == 2 for m in (self.outstanding if syncs else step.messages))
-
-
-def _program(
-    pipeline: Pipeline, aligned: AlignedLayer, stages: Sequence[StagePlan], stage: int
-) -> Iterator[Step]:
-    """Yield the messages of one stage in the order of `TeacherStateBuffer` and the schedule."""
-    mine, is_aligned = stages[stage], stage == aligned.stage
-    due = {m: s for s, plan in enumerate(stages) for m in (*plan.before, *plan.waiting)}
-    ahead = {m: s for s, plan in enumerate(stages) for m in plan.after}
-    if is_aligned:
-        yield from _receives("state", due, stage)
-    yield from _computed("state", mine.before, stage, aligned)
-    num_forwards = 0
-    for item in _schedule(pipeline, stage):
-        if isinstance(item, Step):
-            yield item
-            continue
-        if item.kind == "forward":
-            num_forwards += 1
-            if num_forwards == mine.num_forwards_to_wait:
-                yield from _computed("state", mine.waiting, stage, aligned)
-        elif AlignedLayer(stage, item.chunk) == aligned and item.microbatch in due:
-            source = due[item.microbatch]
-            yield Step("wait", (Message(source, stage, ("state", item.microbatch)),))
-    if is_aligned:
-        yield from _receives("ahead", ahead, stage)
-    yield from _computed("ahead", mine.after, stage, aligned)
-    # The next global batch begins with collectives over all stages.
-    sources = ahead.items() if is_aligned else [(m, stage) for m in mine.after]
-    yield Step("wait", tuple(Message(s, aligned.stage, ("ahead", m)) for m, s in sources))
-
-
-def _receives(name: str, sources: dict[int, int], stage: int) -> Iterator[Step]:
-    for microbatch, source in sorted(sources.items()):
-        if source != stage:
-            yield Step("post", (Message(source, stage, (name, microbatch)),))
-
-
-def _computed(
-    name: str, microbatches: tuple[int, ...], stage: int, aligned: AlignedLayer
-) -> Iterator[Step]:
-    for microbatch in microbatches:
-        yield Step("post", (Message(stage, aligned.stage, (name, microbatch)),))
-
-
-def _schedule(pipeline: Pipeline, stage: int) -> Iterator[Step | Pass]:
-    """Yield the passes of a stage with Megatron's communication between them.
-
-    A stage waits for each communication (`forward_backward_pipelining_*` without
-    `overlap_p2p_comm`; with it, sends are not waited for, which can only complete earlier).
-    """
-    warmup = pipeline.num_warmup(stage)
-    num_pairs = pipeline.num_microbatches * pipeline.num_chunks - warmup
-    is_interleaved = pipeline.num_chunks > 1
-    # Interleaved, one communication surrounds a forward and a backward.
-    sizes = [1] * warmup + ([2] * num_pairs if is_interleaved else [1] * 2 * num_pairs)
-    sizes += [1] * warmup
-    steady = range(warmup + 1, warmup + 2 * num_pairs)
-    passes = iter(pipeline.passes(stage))
-    outputs: list[Message] = []
-    for index, size in enumerate([*sizes, 0]):
-        group = list(itertools.islice(passes, size))
-        inputs = [message for work in group for message in _input(pipeline, work, stage)]
-        if is_interleaved or index in steady:
-            yield Step("communicate", (*outputs, *inputs))
-        else:
-            yield Step("communicate", tuple(outputs))
-            yield Step("communicate", tuple(inputs))
-        yield from group
-        outputs = [message for work in group for message in _output(pipeline, work, stage)]
-
-
-def _input(pipeline: Pipeline, work: Pass, stage: int) -> list[Message]:
-    """Return the message that brings the input of a pass; none if this stage produces it."""
-    producer = pipeline.producer(work, stage)
-    if producer is None or producer[0] == stage:
-        return []
-    return [Message(producer[0], stage, producer[1])]
-
-
-def _output(pipeline: Pipeline, work: Pass, stage: int) -> list[Message]:
-    """Return the message that carries the output of a pass; none if this stage consumes it."""
-    step = 1 if work.kind == "forward" else -1
-    target, chunk = stage + step, work.chunk
-    if not 0 <= target < pipeline.num_stages:
-        target, chunk = target % pipeline.num_stages, chunk + step
-    if target == stage or not 0 <= chunk < pipeline.num_chunks:
-        return []
-    return [Message(stage, target, work)]

@@ -20,7 +20,8 @@ from megatron_let.placement.plan import (
     steady_timeline,
     step_time_ratio,
 )
-from megatron_let.placement.simulate import AlignedLayer, Costs
+from megatron_let.placement.program import AlignedLayer
+from megatron_let.placement.simulate import Costs
 
 # The first step is slower than the others: it allocates memory and selects kernels.
 _MEASURED_STEP = 1

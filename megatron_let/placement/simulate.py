@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from megatron_let.placement.pipeline import Pass, Pipeline
+from megatron_let.placement.program import (
+    AlignedLayer,
+    Item,
+    Message,
+    StagePlan,
+    Step,
+    TeacherState,
+    stage_program,
+)
 
 
 class DeadlockError(RuntimeError):
@@ -34,34 +44,6 @@ class Costs:
         return Costs((forward,) * num_stages, (backward,) * num_stages, teacher)
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """Microbatches whose teacher states one stage computes, by time.
-
-    Attributes:
-        before: microbatches of this global batch, before the schedule starts.
-        waiting: microbatches of this global batch, after forward pass number
-            `num_forwards_to_wait`, where the schedule would wait for its first gradient.
-        at_forward: microbatches of this global batch, just before their forward; on the aligned
-            stage only.
-        after: microbatches of the next global batch, after the last backward.
-        num_forwards_to_wait: 1-based number of the forward pass that `waiting` follows.
-    """
-
-    before: tuple[int, ...] = ()
-    waiting: tuple[int, ...] = ()
-    at_forward: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    num_forwards_to_wait: int = 1
-
-
-class AlignedLayer(NamedTuple):
-    """Pipeline stage and model chunk of layer k."""
-
-    stage: int
-    chunk: int = 0
-
-
 class Span(NamedTuple):
     """Work of one stage from `start` to `end`.
 
@@ -74,18 +56,6 @@ class Span(NamedTuple):
     chunk: int
     start: float
     end: float
-
-
-class _Teacher(NamedTuple):
-    """Teacher forward on one microbatch.
-
-    `ahead` is set for microbatches of the next global batch. `after` is the forward pass whose
-    output is sent only once this work is done.
-    """
-
-    microbatch: int
-    ahead: bool = False
-    after: Pass | None = None
 
 
 @dataclass
@@ -122,115 +92,96 @@ def simulate(
 ) -> Timeline:
     """Simulate one global batch.
 
-    A pass starts once the previous pass on its stage has ended and its input has arrived. A
-    backward through layer k also needs the teacher state; microbatches that no entry of `stages`
-    computes got theirs in the previous batch. Without `stages` there is no teacher.
+    A message arrives once both stages have posted it, as under NCCL and gloo: a stage whose output
+    is not yet awaited waits, except in an interleaved schedule with `overlap_p2p`. Microbatches
+    that no entry of `stages` computes got their teacher states in the previous batch. Without
+    `stages` there is no teacher.
 
     Raises:
         DeadlockError: the stages wait for each other.
     """
-    programs = [
-        _program(pipeline, aligned, stage, stages[stage] if stages else StagePlan())
+    plans = stages or [StagePlan()] * pipeline.num_stages
+    messages: dict[Message, _Arrival] = defaultdict(_Arrival)
+    runs = [
+        _Stage(pipeline, costs, stage, list(stage_program(pipeline, aligned, plans, stage)))
         for stage in range(pipeline.num_stages)
     ]
-    computed = {m for plan in stages for m in (*plan.before, *plan.waiting, *plan.at_forward)}
-    return _Run(pipeline, costs, aligned, programs, computed).timeline()
+    # Lists, not generators: every stage advances in every round.
+    while any([run.advance(messages) for run in runs]):
+        pass
+    if not all(run.is_complete for run in runs):
+        raise DeadlockError(f"the stages are blocked at {[len(run.spans) for run in runs]} spans")
+    return Timeline([run.spans for run in runs])
 
 
-def _program(
-    pipeline: Pipeline, aligned: AlignedLayer, stage: int, plan: StagePlan
-) -> list[Pass | _Teacher]:
-    """Return all work of a stage in execution order."""
-    at_forward = set(plan.at_forward)
-    program: list[Pass | _Teacher] = [_Teacher(m) for m in plan.before]
-    num_forwards = 0
-    for work in pipeline.passes(stage):
-        if work.kind == "forward":
-            at_aligned = AlignedLayer(stage, work.chunk) == aligned
-            if at_aligned and work.microbatch in at_forward:
-                program.append(_Teacher(work.microbatch))
-            num_forwards += 1
-        program.append(work)
-        if work.kind == "forward" and num_forwards == plan.num_forwards_to_wait:
-            program += [_Teacher(m, after=work) for m in plan.waiting]
-    return program + [_Teacher(m, ahead=True) for m in plan.after]
+@dataclass
+class _Arrival:
+    """Number of stages that have posted a message, and the time of the last one."""
+
+    num_posted: int = 0
+    seconds: float = 0.0
 
 
-class _Run:
-    """State of one simulation."""
+class _Stage:
+    """Progress of one stage through its program."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        costs: Costs,
-        aligned: AlignedLayer,
-        programs: list[list[Pass | _Teacher]],
-        computed: set[int],
-    ) -> None:
-        self._pipeline, self._costs, self._aligned = pipeline, costs, aligned
-        self._programs, self._computed = programs, computed
-        self._pass_ends: dict[tuple[int, Pass], float] = {}
-        self._state_ends: dict[int, float] = {}
-        self._spans: list[list[Span]] = [[] for _ in programs]
+    def __init__(self, pipeline: Pipeline, costs: Costs, stage: int, program: list[Item]) -> None:
+        self._pipeline, self._costs, self._stage = pipeline, costs, stage
+        self._program = program
+        self._position, self._is_posted, self._now = 0, False, 0.0
+        self._waits_for_sends = pipeline.num_chunks == 1 or not pipeline.overlap_p2p
+        self.spans: list[Span] = []
 
-    def timeline(self) -> Timeline:
-        positions = [0] * len(self._programs)
-        while any(at < len(p) for at, p in zip(positions, self._programs, strict=True)):
-            before = sum(positions)
-            for stage, program in enumerate(self._programs):
-                while positions[stage] < len(program) and self._take(
-                    stage, program[positions[stage]]
-                ):
-                    positions[stage] += 1
-            if sum(positions) == before:
-                raise DeadlockError(f"the stages are blocked at {positions} of their passes")
-        return Timeline(self._spans)
+    @property
+    def is_complete(self) -> bool:
+        return self._position == len(self._program)
 
-    def _take(self, stage: int, work: Pass | _Teacher) -> bool:
-        """Run the work if all of its inputs are known; return whether it ran."""
-        free = self._spans[stage][-1].end if self._spans[stage] else 0.0
-        if isinstance(work, _Teacher):
-            self._append(stage, "teacher", self._number(work), 0, free, self._costs.teacher)
-            end = self._spans[stage][-1].end
-            if not work.ahead:
-                self._state_ends[work.microbatch] = end
-            if work.after is not None:
-                self._pass_ends[stage, work.after] = end
-            return True
-        ready = self._ready(stage, work)
-        if ready is None:
-            return False
-        seconds = self._costs.forward if work.kind == "forward" else self._costs.backward
-        duration = seconds[stage] / self._pipeline.num_chunks
-        self._append(stage, work.kind, work.microbatch, work.chunk, max(free, ready), duration)
-        self._pass_ends[stage, work] = self._spans[stage][-1].end
+    def advance(self, messages: dict[Message, _Arrival]) -> bool:
+        """Run until a message is missing; return whether anything changed."""
+        changed = False
+        while not self.is_complete:
+            item = self._program[self._position]
+            if not isinstance(item, Step):
+                self._work(item)
+            else:
+                if item.kind != "wait" and not self._is_posted:
+                    self._post(item.messages, messages)
+                    changed = True
+                if item.kind != "post" and not self._wait(item.messages, messages):
+                    break
+            self._position, self._is_posted, changed = self._position + 1, False, True
+        return changed
+
+    def _work(self, item: Pass | TeacherState) -> None:
+        start = self._now
+        if isinstance(item, TeacherState):
+            self._now += self._costs.teacher
+            number = item.microbatch + item.ahead * self._pipeline.num_microbatches
+            self.spans.append(Span(self._stage, "teacher", number, 0, start, self._now))
+            return
+        seconds = self._costs.forward if item.kind == "forward" else self._costs.backward
+        self._now += seconds[self._stage] / self._pipeline.num_chunks
+        self.spans.append(
+            Span(self._stage, item.kind, item.microbatch, item.chunk, start, self._now)
+        )
+
+    def _post(self, posted: Sequence[Message], messages: dict[Message, _Arrival]) -> None:
+        self._is_posted = True
+        for message in posted:
+            arrival = messages[message]
+            # A state that its own stage uses needs no second stage.
+            arrival.num_posted += 2 if message.source == message.target else 1
+            arrival.seconds = max(arrival.seconds, self._now)
+
+    def _wait(self, awaited: Sequence[Message], messages: dict[Message, _Arrival]) -> bool:
+        """Advance to the time at which all messages have arrived; return False if unknown."""
+        for message in awaited:
+            is_received = message.target == self._stage
+            if not (is_received or self._waits_for_sends):
+                continue
+            if messages[message].num_posted < 2:
+                return False
+            # The bytes are on their way while the sender continues.
+            transfer = self._costs.transfer * (is_received and isinstance(message.content, Pass))
+            self._now = max(self._now, messages[message].seconds + transfer)
         return True
-
-    def _number(self, work: _Teacher) -> int:
-        return work.microbatch + (self._pipeline.num_microbatches if work.ahead else 0)
-
-    def _ready(self, stage: int, work: Pass) -> float | None:
-        """Return the time at which the inputs of a pass arrive; None if not known yet."""
-        ready = 0.0
-        producer = self._pipeline.producer(work, stage)
-        if producer is not None:
-            if producer not in self._pass_ends:
-                return None
-            ready = self._pass_ends[producer]
-            ready += self._costs.transfer if producer[0] != stage else 0.0
-        if work.kind == "backward" and AlignedLayer(stage, work.chunk) == self._aligned:
-            if work.microbatch in self._computed and work.microbatch not in self._state_ends:
-                return None
-            ready = max(ready, self._state_ends.get(work.microbatch, 0.0))
-        return ready
-
-    def _append(
-        self,
-        stage: int,
-        kind: Literal["forward", "backward", "teacher"],
-        microbatch: int,
-        chunk: int,
-        start: float,
-        duration: float,
-    ) -> None:
-        self._spans[stage].append(Span(stage, kind, microbatch, chunk, start, start + duration))

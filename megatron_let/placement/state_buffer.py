@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_let.placement.plan import Plan
+from megatron_let.placement.program import StagePlan
 from megatron_let.placement.sample_sharing import SampleSharing
-from megatron_let.placement.simulate import StagePlan
 from megatron_let.placement.transfer import Message, Transfer
 
 

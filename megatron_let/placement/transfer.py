@@ -8,6 +8,10 @@ wait for it can depend on the schedule (rendezvous.py).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 
@@ -82,3 +86,20 @@ def new_group_of(ranks: list[int]) -> torch.distributed.ProcessGroup | None:
     distinct = sorted(set(map(tuple, filter(None, groups))))
     mine, _ = torch.distributed.new_subgroups_by_enumeration([list(group) for group in distinct])
     return mine
+
+
+def without_device_wait(config: Any) -> Callable[[], None]:
+    """Let each pipeline communication wait for its own messages only.
+
+    Megatron's `batch_p2p_sync` works around a race in old versions of torch. With it, the first
+    communication of the aligned stage would wait for all teacher states of the global batch.
+
+    Args:
+        config: the model's config, which Megatron's `P2PCommunicator` reads.
+
+    Returns:
+        A function that restores the config.
+    """
+    restore = functools.partial(setattr, config, "batch_p2p_sync", config.batch_p2p_sync)
+    config.batch_p2p_sync = False
+    return restore

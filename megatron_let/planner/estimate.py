@@ -9,7 +9,8 @@ from typing import Any
 from megatron_let.config.let_config import Placement
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import FIXED_PLACEMENTS, fastest, samples_split, steady_timeline
-from megatron_let.placement.simulate import AlignedLayer, Costs, simulate
+from megatron_let.placement.program import AlignedLayer
+from megatron_let.placement.simulate import Costs, simulate
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,

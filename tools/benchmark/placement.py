@@ -167,7 +167,8 @@ def _rows(
 ) -> list[dict[str, Any]]:
     from megatron_let.placement.pipeline import Pipeline
     from megatron_let.placement.plan import FIXED_PLACEMENTS, step_time_ratio
-    from megatron_let.placement.simulate import AlignedLayer, Costs
+    from megatron_let.placement.program import AlignedLayer
+    from megatron_let.placement.simulate import Costs
 
     measured = COSTS.search(log)
     assert measured is not None, "the run did not report its costs"

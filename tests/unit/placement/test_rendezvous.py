@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import FIXED_PLACEMENTS, plan
+from megatron_let.placement.program import AlignedLayer, StagePlan
 from megatron_let.placement.rendezvous import STRICTEST, Rules, plan_completes
-from megatron_let.placement.simulate import AlignedLayer, Costs, StagePlan, simulate
+from megatron_let.placement.simulate import Costs, simulate
 
 pytestmark = pytest.mark.medium
 

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import fastest, step_time_ratio
-from megatron_let.placement.simulate import AlignedLayer, Costs, DeadlockError, StagePlan, simulate
+from megatron_let.placement.program import AlignedLayer, StagePlan
+from megatron_let.placement.simulate import Costs, DeadlockError, simulate
 
 FIRST = AlignedLayer(0)
 # Teacher forward over student training FLOPs: SmolLM2-1.7B and the 7B student, 1,280 tokens.
@@ -35,7 +36,7 @@ def test_idle_times_1f1b_equal_closed_form(stage: int) -> None:
     ("p", "n", "aligned", "spread", "bubble"),
     [
         (2, 16, 1.146, 1.078, 1.029),
-        (2, 64, 1.160, 1.081, 1.068),
+        (2, 64, 1.160, 1.081, 1.069),
         (4, 16, 1.226, 1.070, 1.000),
         (4, 64, 1.301, 1.079, 1.049),
         (8, 32, 1.423, 1.068, 1.000),
@@ -61,6 +62,14 @@ def test_fastest_prefers_less_memory_within_a_thousandth() -> None:
 def test_duration_follows_slowest_stage() -> None:
     costs = Costs(forward=(1, 3), backward=(2, 6), teacher=0)
     assert simulate(Pipeline(2, 8), costs, FIRST).duration == pytest.approx(1 + 8 * 9 + 2)
+
+
+def test_stage_waits_until_its_output_is_awaited() -> None:
+    # The second stage asks for the first output at 5, and the first stage sends it at 1.
+    late = [StagePlan(), StagePlan(before=(0,))]
+    timeline = simulate(Pipeline(2, 4), Costs.uniform(2, 1, 2, 5), FIRST, late)
+    starts = [span.start for span in timeline.spans[0] if span.kind == "forward"]
+    assert starts[:2] == [0, 5]
 
 
 def test_duration_includes_transfers() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_let.placement.plan import Plan
-from megatron_let.placement.simulate import StagePlan
+from megatron_let.placement.program import StagePlan
 from megatron_let.placement.state_buffer import TeacherStateBuffer
 from megatron_let.placement.transfer import Message
 
