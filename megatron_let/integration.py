@@ -21,8 +21,17 @@ from megatron.training import get_tokenizer, print_rank_0
 from megatron_let.compat import PatchSet
 from megatron_let.config.arguments import add_arguments, let_config_from_args, num_steps
 from megatron_let.config.let_config import LETConfig
-from megatron_let.config.validation import check_supported, check_teacher_shard
-from megatron_let.data.token_alignment import TokenAligner, load_token_aligner, teacher_length
+from megatron_let.config.validation import (
+    check_script_masks_documents,
+    check_supported,
+    check_teacher_shard,
+)
+from megatron_let.data.token_alignment import (
+    TokenAligner,
+    load_token_aligner,
+    read_teacher_tokenizer,
+    teacher_length,
+)
 from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.methods import TrainingRun, build_method
@@ -30,6 +39,7 @@ from megatron_let.metrics.guard import load_guard
 from megatron_let.metrics.write import MetricsFile, drop_stale_averages
 from megatron_let.run.output_folder import pin_hub_ids, resolve_teacher_dtype
 from megatron_let.run.resume import loaded_checkpoint, resumed_step
+from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.inspect import TeacherFolder, inspect_teacher
 from megatron_let.teacher.tokenizer import check_same_tokenizer
 from megatron_let.teacher.validation import check_fits, check_vocabulary_size
@@ -57,6 +67,8 @@ def enable(args: argparse.Namespace) -> PatchSet:
             f"--engine {args.engine} builds its own model and optimizer, which only the entry"
             " megatron_let.pretrain sets up; train with that entry, or give --engine megatron."
         )
+    if args.let_method != "none":
+        check_script_masks_documents(args)
     pin_hub_ids(args)
     if choice := resolve_teacher_dtype(args):
         print_rank_0(f"megatron_let: {choice}")
@@ -153,10 +165,27 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
             report=print_rank_0,
             teacher_length=length,
             sharding=load_engine(args.engine).teacher_sharding(args),
+            documents=_documents(args, config, folder),
         )
     )
     print_rank_0("LET: " + method.describe())
     return method.wrappers() | {_TRAINING + "training_log": drop_stale_averages}
+
+
+def _documents(
+    args: argparse.Namespace, config: LETConfig, folder: TeacherFolder
+) -> Documents | None:
+    """Return the borders within the teacher's rows; None without Megatron's flags for them."""
+    if not (args.reset_position_ids or args.reset_attention_mask):
+        return None
+    aligns = config.aligns_tokens
+    eod = read_teacher_tokenizer(folder).eos_token_id if aligns else get_tokenizer().eod
+    if eod >= folder.vocab_size:
+        raise LETError(
+            f"A document ends with token {eod}, and the teacher's vocabulary has"
+            f" {folder.vocab_size} ids; prepare the data with the teacher's tokenizer."
+        )
+    return Documents(eod, args.reset_position_ids, args.reset_attention_mask)
 
 
 def _check_agreement_before(

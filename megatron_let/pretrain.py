@@ -122,7 +122,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         LETError: names the flag and what to do.
     """
     from megatron_let.config.run_settings import complete_run_settings
-    from megatron_let.config.validation import check_supported
+    from megatron_let.config.validation import check_document_mask, check_supported
     from megatron_let.engines import load_engine
     from megatron_let.run.output_folder import pin_hub_ids, resolve_teacher_dtype
     from megatron_let.run.resume import check_loads_something
@@ -131,6 +131,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
 
     set_hardware_queues(args)
     check_supported(args)
+    check_document_mask(args)
     complete_run_settings(args, report_once)
     check_loads_something(args)
     load_engine(args.engine).check_arguments(args)

@@ -74,7 +74,7 @@ class SDPAttention(MegatronModule):
     """Causal core attention by torch's `scaled_dot_product_attention`, with context parallelism.
 
     With CP > 1, K and V are gathered over the context-parallel group ([s, b, groups, d]) and the
-    mask follows the zigzag order of the shards.
+    mask follows the zigzag order of the shards. A data set's mask replaces the causal one.
     """
 
     def __init__(
@@ -114,7 +114,9 @@ class SDPAttention(MegatronModule):
         Args:
             query: [s, b, heads/tp, d].
             key, value: [s, b, groups/tp, d].
-            attention_mask, attn_mask_type: as in Megatron's core attention.
+            attention_mask: [b, 1, s, sequence length] bool, true where a token is not attended to,
+                with keys in the order of the sequence; None for causal attention.
+            attn_mask_type: as in Megatron's core attention.
             attention_bias, packed_seq_params: must be None.
 
         Raises:
@@ -122,12 +124,13 @@ class SDPAttention(MegatronModule):
         """
         if packed_seq_params is not None or attention_bias is not None:
             raise ValueError("Packed sequences and attention bias need Transformer Engine.")
-        mask = None
+        mask = None if attention_mask is None else ~attention_mask
         if self.cp_group.size() > 1:
             positions = zigzag_positions(query.shape[0], self.cp_group.size(), query.device)
             key, value = self._gather(key), self._gather(value)
             local = positions.view(self.cp_group.size(), -1)[self.cp_group.rank()]
-            mask = local[:, None] >= positions[None, :]
+            causal = local[:, None] >= positions[None, :]
+            mask = causal if mask is None else mask[..., positions]
         dropout = self.dropout if self.training else 0.0
         with self._dropout_generator(dropout):
             context = F.scaled_dot_product_attention(
@@ -159,7 +162,6 @@ _LOCAL_LAYERS: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
     "num_moe_experts": (None,),
-    "reset_attention_mask": (False,),
 }
 
 

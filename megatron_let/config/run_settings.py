@@ -39,6 +39,9 @@ def complete_run_settings(args: argparse.Namespace, report: Callable[[str], None
     _check_loss(args)
     _check_intervals(args)
     _check_data_settings(args)
+    if args.reset_attention_mask:
+        # Overrides the host's flag, without which attention would be causal only.
+        args.create_attention_mask_in_dataloader = True
     names = (*_DATA_BY_SPLIT, "per_split_data_args_path")
     by_split = [name for name in names if _given(args, name)]
     if by_split and args.split is not None:

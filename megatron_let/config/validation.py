@@ -21,9 +21,10 @@ REFUSED: Table = {
     "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
     "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
     "sft": (False, "the teacher reads whole sequences, not packed ones"),
-    "reset_attention_mask": (False, "the teacher attends across documents"),
-    "reset_position_ids": (False, "the teacher counts positions from the sequence's start"),
-    "dataloader_inter_document_masking": (False, "the teacher attends across documents"),
+    "dataloader_inter_document_masking": (
+        False,
+        "it packs a microbatch into one row; --reset-attention-mask masks within each row",
+    ),
     "hybrid_context_parallel": (False, "its sequences have no fixed length"),
     "perform_rl_step": (False, "LET is for pretraining"),
     "gtp_weight_remat_size": (1, "it is untested"),
@@ -64,6 +65,47 @@ def _refuse(args: argparse.Namespace, table: Table, user: str) -> None:
             given = _FLAGS.get(name, flag(name))
             remedy = f"give {given} {supported}" if isinstance(supported, str) else f"drop {given}"
             raise LETError(f"{user} cannot be used with {given} {value}: {reason}; {remedy}.")
+
+
+def check_document_mask(args: argparse.Namespace) -> None:
+    """Check that the student's attention uses the mask of `--reset-attention-mask`.
+
+    Raises:
+        LETError: Transformer Engine's causal attention would ignore it.
+    """
+    if args.reset_attention_mask and args.transformer_impl != "local":
+        raise LETError(
+            f"--reset-attention-mask has no effect with --transformer-impl {args.transformer_impl},"
+            " whose causal attention ignores the mask of the data set; give --transformer-impl"
+            " local, or drop it."
+        )
+
+
+def check_script_masks_documents(args: argparse.Namespace) -> None:
+    """Check that a script's batches have the mask of `--reset-attention-mask` on every stage.
+
+    Raises:
+        LETError: layers of the student would attend across documents.
+    """
+    if not args.reset_attention_mask:
+        return
+    check_document_mask(args)
+    chunks = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    problems = {
+        "Megatron's get_batch gives no mask to the middle stages of a pipeline": chunks > 2,
+        "--no-create-attention-mask-in-dataloader leaves it out": (
+            not args.create_attention_mask_in_dataloader
+        ),
+        "the kernel of masked softmax ignores it without --no-masked-softmax-fusion": (
+            args.masked_softmax_fusion
+        ),
+    }
+    for reason, found in problems.items():
+        if found:
+            raise LETError(
+                f"--reset-attention-mask cannot be used here: {reason}; change that, or train with"
+                " the entry megatron_let.pretrain."
+            )
 
 
 def check_teacher_shard(args: argparse.Namespace) -> None:

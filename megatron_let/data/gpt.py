@@ -76,7 +76,7 @@ def datasets_provider(
     def provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
         def built_on_this_rank() -> bool:
             return parallel_state.get_tensor_model_parallel_rank() == 0 and (
-                is_first_or_last_pipeline_stage(vp_stage)
+                args.reset_attention_mask or is_first_or_last_pipeline_stage(vp_stage)
             )
 
         kind = MockGPTDataset if args.mock_data else GPTDataset
@@ -123,11 +123,13 @@ def get_batch(
         micro_batch_size: samples of the microbatch, which evaluation may set on its own.
 
     Returns:
-        `tokens`, `labels`, `loss_mask`, `position_ids` [b, s / cp] and `attention_mask`; all None
-        on a stage that needs none of them.
+        `tokens`, `labels`, `loss_mask`, `position_ids` [b, s / cp] and `attention_mask`
+        [b, 1, s / cp, s], true where a token is not attended to; None what a stage does not need.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    is_middle = not is_first_or_last_pipeline_stage(vp_stage)
+    if is_middle and not args.reset_attention_mask:
         return dict.fromkeys(_BATCH_KEYS)
+    is_last = parallel_state.is_pipeline_last_stage()
     batch: dict[str, Any] = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         microbatch = next(data_iterator)
@@ -148,11 +150,13 @@ def get_batch(
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+        # To a middle stage Megatron broadcasts no mask; what else it gets here is dropped.
+        is_pipeline_first_stage=not is_last,
+        is_pipeline_last_stage=is_last,
     )
+    keys = ("attention_mask",) if is_middle else _BATCH_KEYS
     return get_batch_on_this_cp_rank(
-        {key: batch.get(key) for key in _BATCH_KEYS},
+        {key: batch.get(key) if key in keys else None for key in _BATCH_KEYS},
         is_hybrid_cp=False,
         cp_group=parallel_state.get_context_parallel_group(),
     )

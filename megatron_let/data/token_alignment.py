@@ -192,6 +192,21 @@ class TokenAligner:
         return encoding.ids, np.searchsorted(teacher_ends, ends, side="right") - 1
 
 
+def read_teacher_tokenizer(folder: TeacherFolder) -> Any:
+    """Read the teacher's Hugging Face tokenizer.
+
+    Raises:
+        LETError: it has no fast form, or no token that ends a document.
+    """
+    teacher = read_tokenizer(folder.path)
+    if not teacher.is_fast or teacher.eos_token_id is None:
+        raise LETError(
+            f"The teacher's tokenizer {folder.path} has no fast form (tokenizer.json) or no"
+            " eos_token, which --let-cross-tokenizer needs; convert it with transformers."
+        )
+    return teacher
+
+
 def load_token_aligner(
     tokenizer_type: str, tokenizer_model: Path, folder: TeacherFolder, sequence_length: int
 ) -> TokenAligner:
@@ -206,12 +221,7 @@ def load_token_aligner(
         LETError: one of the tokenizers cannot be used for alignment.
     """
     student = load_token_bytes(tokenizer_type, tokenizer_model)
-    teacher = read_tokenizer(folder.path)
-    if not teacher.is_fast or teacher.eos_token_id is None:
-        raise LETError(
-            f"The teacher's tokenizer {folder.path} has no fast form (tokenizer.json) or no"
-            " eos_token, which --let-cross-tokenizer needs; convert it with transformers."
-        )
+    teacher = read_teacher_tokenizer(folder)
     length = teacher_length(sequence_length, folder.max_positions)
     return TokenAligner(student, teacher.backend_tokenizer, teacher.eos_token_id, length)
 

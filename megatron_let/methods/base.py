@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.metrics.write import WEIGHT_KEY
+from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.model import Sharding
 
@@ -39,6 +40,7 @@ class TrainingRun:
         teacher_length: tokens per sample under the teacher's tokenizer with
             `--let-cross-tokenizer`; None without it.
         sharding: spreads the teacher over ranks; None copies it.
+        documents: borders within the teacher's rows; None if a row is one sequence.
     """
 
     config: LETConfig
@@ -51,6 +53,7 @@ class TrainingRun:
     report: Callable[[str], None]
     teacher_length: int | None = None
     sharding: Sharding | None = None
+    documents: Documents | None = None
 
 
 class TeacherMethod(ABC):

@@ -183,6 +183,7 @@ class DistillationMethod(TeacherMethod):
             self._config,
             next(last.parameters()).device,
             range(vocabulary.start, stop),
+            self._run.documents,
         )
         samples = SampleSharing(teacher, local_shard(sequence_parallel=False), group)
         return _Context(LogitsHook(last), samples, head, vocabulary)

@@ -144,7 +144,9 @@ def _samples(
     group = samples_group(micro_batch_size, has_teacher)
     if not has_teacher:
         return None
-    teacher = load_teacher(run.folder, run.config, device, run.sharding, run.teacher_length)
+    teacher = load_teacher(
+        run.folder, run.config, device, run.sharding, run.teacher_length, run.documents
+    )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     size = teacher.num_bytes / 2**20
     logger.info("LET: teacher %s (%.0f MiB) on stage %d", run.folder.path, size, stage)

@@ -3,21 +3,29 @@
 In every forward pass transformers looks for packed sequences and padding, which waits for the
 device; under `torch.compile` it builds a mask instead, and flash attention takes none. The rows of
 a teacher are whole: no padding, one sequence each. Both checks are left out here, and a mask is
-built only where a layer attends to less than the whole past (sliding windows).
+built only where a layer attends to less than the whole past: sliding windows, and rows of several
+documents (`use_document_attention`).
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
 
-# Name of the implementation in transformers' registries.
+# Names of the implementations in transformers' registries.
 UNMASKED = "megatron_let_unmasked"
+DOCUMENTS = "megatron_let_documents"
 
 # Architectures whose states the tests compare with "sdpa" bitwise. Others are left alone, because
 # some of them compare the implementation's name with "sdpa".
@@ -50,6 +58,24 @@ def _mask(
     )
 
 
+def _document_mask(
+    attention_mask: torch.Tensor | None = None,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """Return the layer's mask, without the attention to other documents.
+
+    Args:
+        attention_mask: [b, s] bool, true at each token that begins a document.
+    """
+    if attention_mask is None:
+        return _mask(mask_function=mask_function, **rest)
+    documents = packed_sequence_mask_function(attention_mask.cumsum(dim=1))
+    return sdpa_mask(
+        mask_function=and_masks(mask_function, documents), **rest | {"allow_is_causal_skip": False}
+    )
+
+
 def use_unmasked_attention(model: PreTrainedModel) -> None:
     """Select this attention for a model with SDPA attention whose architecture is known."""
     config = model.config
@@ -68,3 +94,15 @@ def uses_unmasked_attention(model: PreTrainedModel) -> bool:
     With no padding mask, transformers looks for packed sequences.
     """
     return bool(model.config._attn_implementation == UNMASKED)
+
+
+def use_document_attention(model: PreTrainedModel) -> None:
+    """Select attention within documents, for a model that runs without masks.
+
+    Its `attention_mask` is then that of `Documents.inputs`: in the place of padding, which a row
+    does not have, it marks the first token of each document. All other masks of transformers would
+    replace those of sliding windows, or be searched for on the device.
+    """
+    AttentionInterface.register(DOCUMENTS, sdpa_attention_forward)
+    AttentionMaskInterface.register(DOCUMENTS, _document_mask)
+    model.set_attn_implementation(DOCUMENTS)

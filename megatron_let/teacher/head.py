@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
+from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.model import PROBE_TOKENS, Teacher, load_model
 
@@ -44,23 +45,29 @@ class OutputLayer:
 
 
 def load_teacher_with_head(
-    folder: TeacherFolder, config: LETConfig, device: torch.device, vocabulary: range
+    folder: TeacherFolder,
+    config: LETConfig,
+    device: torch.device,
+    vocabulary: range,
+    documents: Documents | None = None,
 ) -> tuple[Teacher, OutputLayer]:
     """Load a teacher and a shard of its output layer.
 
     Args:
         config: precision of the teacher.
         vocabulary: token ids of this rank; ids beyond the teacher's vocabulary have no row.
+        documents: borders within a row; None if a row is one sequence.
 
     Raises:
-        LETError: weights are missing, or the logits are not a linear map of the last hidden state.
+        LETError: weights are missing, the model cannot be used with `documents`, or the logits are
+            not a linear map of the last hidden state.
     """
     model: Any = load_model(folder, config, device, AutoModelForCausalLM)
     head = _output_layer(model)
     _check_linear(model, head, folder)
     tied = head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     base = model.base_model.to(device)
-    teacher = Teacher(base, folder.num_layers, folder.num_layers, final_norm=True)
+    teacher = Teacher(base, folder.num_layers, folder.num_layers, True, documents)
     head = _output_layer(model).rows(vocabulary.start, vocabulary.stop)
     return teacher, head if tied else head.copy_to(device)
 

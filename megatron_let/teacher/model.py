@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -12,7 +13,13 @@ from transformers import AutoModel, PreTrainedModel
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError, first_line
-from megatron_let.teacher.attention import use_unmasked_attention, uses_unmasked_attention
+from megatron_let.teacher.attention import (
+    ARCHITECTURES,
+    use_document_attention,
+    use_unmasked_attention,
+    uses_unmasked_attention,
+)
+from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.weight_files import check_all_loaded
@@ -82,7 +89,14 @@ class Teacher:
         num_bytes: size of the weights on the device.
     """
 
-    def __init__(self, model: PreTrainedModel, num_layers: int, tap: int, final_norm: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_layers: int,
+        tap: int,
+        final_norm: bool,
+        documents: Documents | None = None,
+    ) -> None:
         """Freeze the model, remove the layers after the tap, and tap its state.
 
         Args:
@@ -90,10 +104,22 @@ class Teacher:
             num_layers: number of layers of the model.
             tap: 1-based layer to return.
             final_norm: return the last layer after the final norm; only for the last layer.
+            documents: borders within a row; None if a row is one sequence.
+
+        Raises:
+            LETError: the model cannot be used, or not with `documents`.
         """
         self._model: Any = model.eval().requires_grad_(False)
         self._compiled: Any = None
-        self._unmasked = uses_unmasked_attention(model)
+        self._unmasked, self._documents = uses_unmasked_attention(model), documents
+        if documents is not None:
+            if not self._unmasked:
+                raise LETError(
+                    f"The teacher {type(model).__name__} cannot be told where a document begins;"
+                    f" use one of {', '.join(sorted(ARCHITECTURES))}, or drop --reset-position-ids"
+                    " and --reset-attention-mask."
+                )
+            use_document_attention(model)
         layers = layer_list(model, num_layers)
         self._tap = None if tap == num_layers and final_norm else _Tap()
         if self._tap is not None:
@@ -101,6 +127,8 @@ class Teacher:
         # Layers after the tap would only cost time and memory.
         del layers[tap:]
         self.width = self._check_causal()
+        if documents is not None:
+            self._check_documents(documents)
         self.num_bytes = sum(
             t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())
         )
@@ -113,8 +141,12 @@ class Teacher:
     @torch.no_grad()
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tapped state `[b, s, d_T]` of tokens `[b, s]` (int64)."""
-        mask = torch.ones_like(tokens) if self._unmasked else None
-        output = self._run(input_ids=tokens, attention_mask=mask, use_cache=False)
+        if self._documents is None:
+            mask = torch.ones_like(tokens) if self._unmasked else None
+            output = self._run(input_ids=tokens, attention_mask=mask, use_cache=False)
+        else:
+            inputs = self._documents.inputs(tokens)
+            output = self._run(input_ids=tokens, use_cache=False, **inputs)
         return output.last_hidden_state if self._tap is None else self._tap.take()
 
     def _run(self, **inputs: Any) -> Any:
@@ -163,6 +195,31 @@ class Teacher:
             )
         return first.shape[-1]
 
+    def _check_documents(self, documents: Documents) -> None:
+        """Check that neither other documents nor its place in the row change a document's state.
+
+        Raises:
+            LETError: the model does not use its positions or its mask.
+        """
+        device = self._model.get_input_embeddings().weight.device
+        tokens = [token for token in range(10) if token != documents.eod]
+        one, two, three = ([*tokens[i : i + 3], documents.eod] for i in (0, 3, 6))
+        rows = torch.tensor([one + two, three + two, two + one], device=device)
+        self._documents = replace(documents, reset_positions=True, reset_attention=True)
+        state = self.hidden_state(rows).float()
+        self._documents = documents
+        length = len(one)
+        expected = state[0, length:]
+        tolerance = 1e-3 if self._model.dtype == torch.float32 else 5e-2
+        for found in (state[1, length:], state[2, :length]):
+            error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            if state.isfinite().all() and (error > tolerance).any():
+                raise LETError(
+                    f"The teacher {type(self._model).__name__} does not restart in each document:"
+                    " another one changes its states; use another teacher, or drop"
+                    " --reset-position-ids and --reset-attention-mask."
+                )
+
 
 class TokenAlignedTeacher(Teacher):
     """A teacher with another tokenizer than the student's.
@@ -209,6 +266,7 @@ def load_teacher(
     device: torch.device,
     sharding: Sharding | None = None,
     teacher_length: int | None = None,
+    documents: Documents | None = None,
 ) -> Teacher:
     """Load a teacher, ready to run.
 
@@ -217,6 +275,7 @@ def load_teacher(
         sharding: shards the teacher over ranks; None loads the whole teacher.
         teacher_length: tokens per sample under the teacher's tokenizer with
             `--let-cross-tokenizer`; None without it.
+        documents: borders within a row; None if a row is one sequence.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
@@ -224,7 +283,7 @@ def load_teacher(
     model: Any = load_model(folder, config, device, AutoModel)
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
     model = model.to(device) if sharding is None else sharding.shard(model)
-    teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm)
+    teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm, documents)
     by_default = device.type == "cuda" and sharding is None
     if config.teacher_compile or (config.teacher_compile is None and by_default):
         teacher.compile()
