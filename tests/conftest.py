@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.helpers.data import write_indexed_data
+from tests.helpers.data import write_indexed_data, write_short_documents
 from tests.helpers.models import save_teacher
 from tests.helpers.runs import train
 
@@ -26,6 +26,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of an indexed data set of 256 tokens."""
     return write_indexed_data(tmp_path_factory.mktemp("data") / "walks")
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a data set of short documents, each with an end-of-document token."""
+    return write_short_documents(tmp_path_factory.mktemp("documents") / "short")
 
 
 @pytest.fixture(scope="session")

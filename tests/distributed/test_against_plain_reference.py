@@ -14,17 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_let.checkpoint.torch_dist import TorchDist
 from tests.helpers import plain_reference as plain
+from tests.helpers.data import END_OF_DOCUMENT
 from tests.helpers.models import random_model
 from tests.helpers.runs import Run
 from tests.helpers.runs import train as run_entry
@@ -37,7 +36,6 @@ SEQUENCE_LENGTH = 64
 GLOBAL_BATCH_SIZE = 8
 MICRO_BATCH_SIZE = 2
 SEED = 1234
-END_OF_DOCUMENT = 255
 
 # The first update has learning rate 0, so six steps give five updates.
 NUM_STEPS = 6
@@ -78,6 +76,7 @@ class Case:
         final_norm: whether the teacher's final norm follows its last layer.
         num_groups, tied: key and value heads of the student; tied embeddings.
         mask: end-of-document tokens have no language-model loss.
+        documents: positions and attention restart in each document.
         per_token: the language-model loss is a mean over tokens, not over microbatches.
         loss: alignment loss.
         learned: the projection is a linear layer instead of the interpolation.
@@ -94,6 +93,7 @@ class Case:
     num_groups: int = NUM_HEADS
     tied: bool = False
     mask: bool = False
+    documents: bool = False
     per_token: bool = False
     loss: str = "cosine"
     learned: bool = False
@@ -102,9 +102,10 @@ class Case:
 
     def flags(self) -> Flags:
         """Return the flags that differ from the recipe."""
+        of_data: Flags = ["--eod-mask-loss"] if self.mask else []
+        of_data += ["--reset-position-ids", "--reset-attention-mask"] if self.documents else []
         if self.distillation is not None:
-            mask: Flags = ["--eod-mask-loss"] if self.mask else []
-            return ["--let-method", self.method, *self.distillation.flags, *mask]
+            return ["--let-method", self.method, *self.distillation.flags, *of_data]
         groups: Flags = ["--group-query-attention", "--num-query-groups", self.num_groups]
         return [
             "--let-layer", self.layer,
@@ -116,7 +117,7 @@ class Case:
             "--let-teacher-final-norm" if self.final_norm else "--no-let-teacher-final-norm",
             *(groups if self.num_groups < NUM_HEADS else []),
             *(["--no-untie-embeddings-and-output-weights"] if self.tied else []),
-            *(["--eod-mask-loss"] if self.mask else []),
+            *of_data,
             *(["--calculate-per-token-loss"] if self.per_token else []),
         ]  # fmt: skip
 
@@ -138,6 +139,7 @@ CASES = {
         teacher_layer="middle", tap=1, num_groups=1, tied=True, weight=1.0, teacher_width=80
     ),
     "masked tokens": Case(layer=2, weight=1.0, final_norm=False, mask=True),
+    "each document alone": Case(weight=1.0, mask=True, documents=True),
     "masked tokens, per-token loss": Case(
         weight=1.0, teacher_layer="2", tap=2, mask=True, per_token=True
     ),
@@ -152,9 +154,10 @@ CASES = {
     "learned projection, LogSum, per-token loss": Case(
         layer=1, weight=1.0, loss="logsum", mask=True, per_token=True, learned=True
     ),
-    "RKD, masked tokens": Case(
+    "RKD, masked tokens, each document alone": Case(
         method="rkd",
         mask=True,
+        documents=True,
         distillation=Distillation(
             ["--let-kd-weight", 0.3, "--let-kd-temperature", 0.5], NUM_STEPS * [0.3], 0.5
         ),
@@ -171,20 +174,6 @@ CASES = {
 
 
 SLOW = ("learned projection, LogSum, per-token loss",)
-
-
-@pytest.fixture(scope="session")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of a data set of short documents, each with an end-of-document token."""
-    prefix = tmp_path_factory.mktemp("documents") / "short"
-    generator = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for _ in range(400):
-        document = generator.integers(END_OF_DOCUMENT, size=generator.integers(5, 60))
-        document = np.append(document, END_OF_DOCUMENT)
-        builder.add_document(torch.from_numpy(document), [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 def save_normed_teacher(folder: Path, width: int) -> Path:
@@ -314,9 +303,10 @@ def objective(
 ) -> plain.LETObjective | plain.DistillationObjective:
     """Return the objective of the run."""
     microbatch_size = None if case.per_token else MICRO_BATCH_SIZE
+    end = END_OF_DOCUMENT if case.documents else None
     if case.distillation is not None:
         of = case.distillation
-        settings = (of.weights, of.temperature, of.top_k, microbatch_size)
+        settings = (of.weights, of.temperature, of.top_k, microbatch_size, end)
         return plain.DistillationObjective(case.shape, TEACHER_SHAPE, teacher, *settings)
     final_norm = case.final_norm and case.tap == TEACHER_SHAPE.num_layers
     return plain.LETObjective(
@@ -327,6 +317,7 @@ def objective(
         stop_step=case.stop_step,
         microbatch_size=microbatch_size,
         alignment=case.loss,
+        end=end,
     )
 
 

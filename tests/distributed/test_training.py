@@ -121,11 +121,13 @@ def stock(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def _user_script(folder: Path, data: Path, *flags: object, ranks: int = 1, **variables: str) -> str:
+    # As in the entry, whose attention is causal without it.
+    mask = [] if "--reset-attention-mask" in flags else ["--no-create-attention-mask-in-dataloader"]
     result = subprocess.run(
         [
             *command(ranks, "tests.helpers.on_cpu"), USER_SCRIPT, *map(str, COMMON),
             "--data-path", str(data), "--tensorboard-dir", str(folder / "tensorboard"),
-            *map(str, flags),
+            *map(str, flags), *mask,
         ],
         cwd=folder, env=environment(LOCAL_SPEC="1", **variables), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=300,

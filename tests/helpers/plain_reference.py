@@ -7,8 +7,9 @@ not Megatron's [s, b, h]; losses are means over all tokens of a global batch.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -141,14 +142,31 @@ def decoder_layer(hidden: Tensor, layer: LayerWeights, shape: LlamaShape) -> Ten
     return hidden + (F.silu(normed @ layer.gate.T) * (normed @ layer.up.T)) @ layer.down.T
 
 
+def each_document_alone(
+    states: Callable[[Tensor], Tensor], tokens: Tensor, end: int | None
+) -> Tensor:
+    """Map tokens [b, s] to [..., b, s, h], one document at a time, each ending with token `end`.
+
+    With None a row is one document.
+    """
+    if end is None:
+        return states(tokens)
+    rows = []
+    for row in tokens:
+        borders = (row == end).nonzero().flatten() + 1
+        documents = [d for d in row.tensor_split(borders.tolist()) if len(d)]
+        rows.append(torch.cat([states(document[None]) for document in documents], dim=-2))
+    return torch.cat(rows, dim=-3)
+
+
 def student_states(
     parameters: Mapping[str, Tensor], shape: LlamaShape, tokens: Tensor
-) -> list[Tensor]:
-    """Return the residual stream of a Megatron model, h^(0) to h^(L), [b, s, h] each."""
+) -> Tensor:
+    """Return the residual stream of a Megatron model, h^(0) to h^(L), as [L + 1, b, s, h]."""
     states = [parameters["embedding.word_embeddings.weight"][tokens]]
     for index in range(shape.num_layers):
         states.append(decoder_layer(states[-1], megatron_layer(parameters, index, shape), shape))
-    return states
+    return torch.stack(states)
 
 
 def student_logits(parameters: Mapping[str, Tensor], shape: LlamaShape, last: Tensor) -> Tensor:
@@ -277,6 +295,7 @@ class LETObjective:
             over groups, which differs if masks do. The alignment loss is always a mean over all
             tokens; canonical correlations use the tokens of a microbatch.
         alignment: `cosine`, `logsum` or `cca`.
+        end: token that ends a document; None if models see a row as one document.
     """
 
     shape: LlamaShape
@@ -286,6 +305,7 @@ class LETObjective:
     stop_step: int
     microbatch_size: int | None = None
     alignment: str = "cosine"
+    end: int | None = None
 
     def projected(self, parameters: Mapping[str, Tensor], student: Tensor) -> Tensor:
         """Return h_M, or W h_M if W is among the parameters."""
@@ -304,14 +324,15 @@ class LETObjective:
         self, parameters: Mapping[str, Tensor], batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return four scalars: the loss to train with, its token mean, the cosine, `aligned`."""
-        states = student_states(parameters, self.shape, batch.tokens)
+        of_student = functools.partial(student_states, parameters, self.shape)
+        states = each_document_alone(of_student, batch.tokens, self.end)
         logits = student_logits(parameters, self.shape, states[-1])
         losses, mask = token_cross_entropy(logits, batch.labels), batch.loss_mask
         token_mean = masked_mean(losses[None], mask[None]).mean()
         size = self.microbatch_size or len(mask)
         trained = masked_mean(losses.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size)))
         student = self.projected(parameters, states[self.layer])
-        teacher = self.teacher(batch.tokens)
+        teacher = each_document_alone(self.teacher, batch.tokens, self.end)
         aligned = self.aligned(student, teacher)
         return trained.mean(), token_mean, mean_cosine(student, teacher), aligned
 
@@ -340,7 +361,7 @@ class DistillationObjective:
         weights: w at each 0-based step.
         temperature: divides the teacher's logits.
         top_k: number of the teacher's largest logits that are kept per token; 0 keeps all.
-        microbatch_size: as in `LETObjective`.
+        microbatch_size, end: as in `LETObjective`.
     """
 
     shape: LlamaShape
@@ -350,11 +371,12 @@ class DistillationObjective:
     temperature: float
     top_k: int
     microbatch_size: int | None = None
+    end: int | None = None
 
     def soft_labels(self, tokens: Tensor) -> Tensor:
         """Return the teacher's distribution [b, s, v] for tokens [b, s]."""
-        num_layers = self.teacher_shape.num_layers
-        state = teacher_state(self.teacher, self.teacher_shape, tokens, num_layers, True)
+        teacher = Teacher(self.teacher, self.teacher_shape, self.teacher_shape.num_layers, True)
+        state = each_document_alone(teacher, tokens, self.end)
         logits = state @ self.teacher["lm_head.weight"].T / self.temperature
         if self.top_k:
             smallest = logits.topk(self.top_k).values[..., -1:]
@@ -364,7 +386,8 @@ class DistillationObjective:
     def gradients(self, parameters: Mapping[str, Tensor], batch: Batch, step: int) -> StepResult:
         """Differentiate the mixed loss at the 0-based step with respect to every parameter."""
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        states = student_states(leaves, self.shape, batch.tokens)
+        of_student = functools.partial(student_states, leaves, self.shape)
+        states = each_document_alone(of_student, batch.tokens, self.end)
         logits = student_logits(leaves, self.shape, states[-1])
         hard, mask = token_cross_entropy(logits, batch.labels), batch.loss_mask
         soft = -(self.soft_labels(batch.tokens) * logits.log_softmax(-1)).sum(-1)

@@ -81,8 +81,8 @@ def datasets(num_samples, vp_stage=None):  # type: ignore[no-untyped-def]
         blend_per_split=blend_per_split,
         split=args.split,
         tokenizer=get_tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
