@@ -159,9 +159,7 @@ def each_document_alone(
     return torch.cat(rows, dim=-3)
 
 
-def student_states(
-    parameters: Mapping[str, Tensor], shape: LlamaShape, tokens: Tensor
-) -> Tensor:
+def student_states(parameters: Mapping[str, Tensor], shape: LlamaShape, tokens: Tensor) -> Tensor:
     """Return the residual stream of a Megatron model, h^(0) to h^(L), as [L + 1, b, s, h]."""
     states = [parameters["embedding.word_embeddings.weight"][tokens]]
     for index in range(shape.num_layers):

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -278,19 +279,30 @@ def test_backward_that_requests_cuda_runs_on_cpu(backward: Any, expected: int) -
     assert x.grad is not None and x.grad.tolist() == [expected] * 3
 
 
+def masked(length: int, *ends: tuple[int, ...]) -> torch.Tensor:
+    """Return Megatron's mask [b, 1, s, s] of rows whose documents end at these tokens."""
+    tokens = torch.zeros(len(ends), length, dtype=torch.int64)
+    for row, places in zip(tokens, ends, strict=True):
+        row[list(places)] = 1
+    return torch.stack(
+        [_get_ltor_masks_and_position_ids(row, 1, True, True, False, True)[0] for row in tokens]
+    )
+
+
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("ends", [(), (2, 3, 9)], ids=["causal", "documents"])
 def test_attention_matches_megatron(
-    groups: int, scale: float | None, megatron_on_cpu: None
+    groups: int, scale: float | None, ends: tuple[int, ...], megatron_on_cpu: None
 ) -> None:
     config = transformer_config(num_query_groups=groups)
     query, key, value = (t.requires_grad_() for t in heads(config, 12))
-    future = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
+    mask = masked(12, ends, ends[:1])
     upstream = torch.randn(12, 2, 32)
     results = []
     for kind in (DotProductAttention, SDPAttention):
         core = attention(kind, config, softmax_scale=scale)
-        context = core(query, key, value, future, AttnMaskType.causal)
+        context = core(query, key, value, mask, AttnMaskType.causal)
         results.append((context, *torch.autograd.grad(context, (query, key, value), upstream)))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -298,13 +310,15 @@ def test_attention_matches_megatron(
 
 @pytest.mark.parametrize("cp", [2, 3])
 @pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("documents", [False, True])
 def test_attention_of_context_parallel_ranks_matches_one_rank(
-    cp: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    cp: int, groups: int, documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = transformer_config(num_query_groups=groups)
     length = 4 * cp
     query, key, value = heads(config, length)
-    whole = attention(SDPAttention, config)(query, key, value, None)
+    mask = masked(length, (1, 4), (6,)) if documents else None
+    whole = attention(SDPAttention, config)(query, key, value, mask)
     order = zigzag_positions(length // cp, cp, torch.device("cpu"))
     for rank in range(cp):
         core = attention(SDPAttention, config, cp=Group(cp, rank))
@@ -316,7 +330,8 @@ def test_attention_of_context_parallel_ranks_matches_one_rank(
             "_gather",
             lambda shard, s=shards, g=gathered: next(g[n] for n in s if s[n] is shard),
         )
-        context = core(query[local], shards["key"], shards["value"], None)
+        rows = None if mask is None else mask[:, :, local]
+        context = core(query[local], shards["key"], shards["value"], rows)
         torch.testing.assert_close(context, whole[local], rtol=1e-6, atol=1e-6)
 
 

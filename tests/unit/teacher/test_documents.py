@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from types import SimpleNamespace
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+from transformers import AutoConfig, AutoModel
 
 from megatron_let.errors import LETError
 from megatron_let.teacher.attention import ARCHITECTURES, use_unmasked_attention
@@ -16,7 +17,7 @@ from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.model import Teacher
 from tests.helpers.compiling import dynamo_enabled
 from tests.helpers.host_reads import HostReads
-from tests.unit.teacher.test_attention import TOKENS, WINDOWS, build
+from tests.unit.teacher.test_attention import SIZES, TOKENS, WINDOWS, build
 
 EOD = 2
 BOTH = Documents(EOD, reset_positions=True, reset_attention=True)
@@ -31,8 +32,13 @@ def rows() -> torch.Tensor:
     return tokens
 
 
-def teacher_of(architecture: str, documents: Documents | None, **values: Any) -> Teacher:
-    model = build(architecture, **values)
+def teacher_of(
+    architecture: str,
+    documents: Documents | None,
+    dtype: torch.dtype = torch.float32,
+    **values: Any,
+) -> Teacher:
+    model = build(architecture, **values).to(dtype)
     with torch.no_grad():
         # At their initial size attention changes a state by less than the tolerance.
         for parameter in model.parameters():
@@ -45,7 +51,7 @@ def each_alone(teacher: Teacher, tokens: torch.Tensor) -> torch.Tensor:
     states = []
     for row, ends in zip(tokens, ENDS, strict=True):
         starts = [0, *(end + 1 for end in ends), len(row)]
-        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False) if b > a]
+        lengths = [b - a for a, b in pairwise(starts) if b > a]
         states.append(torch.cat([teacher.hidden_state(d[None])[0] for d in row.split(lengths)]))
     return torch.stack(states)
 
@@ -69,3 +75,48 @@ def test_packed_states_are_those_of_each_document_alone(
     for documents in (Documents(EOD, True, False), Documents(EOD, False, True)):
         state = teacher_of(architecture, documents, **values).hidden_state(tokens)
         assert not torch.allclose(state, whole, atol=1e-2)
+
+
+@pytest.mark.parametrize(("positions", "attention"), [(True, True), (True, False), (False, True)])
+def test_borders_are_those_of_megatrons_data_set(positions: bool, attention: bool) -> None:
+    tokens = rows()
+    found = Documents(EOD, positions, attention).inputs(tokens)
+    numbers = found["attention_mask"].cumsum(1)
+    for row, ids, number in zip(tokens, found["position_ids"], numbers, strict=True):
+        mask, _, expected = _get_ltor_masks_and_position_ids(
+            row, EOD, positions, attention, False, True
+        )
+        assert torch.equal(ids, expected)
+        same = number[:, None] == number[None, :]
+        assert torch.equal(same.tril(), ~mask[0])
+
+
+def test_compiled_teacher_reads_documents() -> None:
+    tokens, teacher = rows(), teacher_of("llama", BOTH)
+    expected = teacher.hidden_state(tokens)
+    with dynamo_enabled():
+        teacher._model.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(teacher.hidden_state(tokens), expected)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "falcon"])
+def test_architecture_without_known_masks_is_refused(architecture: str) -> None:
+    model = AutoModel.from_config(AutoConfig.for_model(architecture, **SIZES))
+    with pytest.raises(LETError, match=r"use one of gemma, .*--reset-attention-mask"):
+        Teacher(model, 2, 2, True, BOTH)
+
+
+@pytest.mark.parametrize("ignored", ["position_ids", "attention_mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_that_ignores_an_input_is_refused(
+    ignored: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(self: Documents, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        whole = replace(self, eod=-1)
+        return inputs(self, tokens) | {ignored: inputs(whole, tokens)[ignored]}
+
+    inputs = Documents.inputs
+    teacher_of("gpt2", Documents(EOD, True, False), dtype=dtype)
+    monkeypatch.setattr(Documents, "inputs", without)
+    with pytest.raises(LETError, match="GPT2Model does not restart in each document"):
+        teacher_of("gpt2", Documents(EOD, True, False), dtype=dtype)
