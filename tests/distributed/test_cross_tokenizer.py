@@ -71,10 +71,23 @@ def run(folder: Path, output: Path, teacher: str, *flags: object, ranks: int = 1
     )  # fmt: skip
 
 
-def test_same_tokenizer_matches_run_without_the_flag(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), id="whole rows"),
+        pytest.param(
+            ("--reset-position-ids", "--reset-attention-mask"),
+            id="documents",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_same_tokenizer_matches_run_without_the_flag(
+    flags: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
     """Samples of bytes are not split inside a token, so both runs read the same tokens."""
-    plain = run(folder, tmp_path / "plain", "same")
-    aligned = run(folder, tmp_path / "aligned", "same", "--let-cross-tokenizer")
+    plain = run(folder, tmp_path / "plain", "same", *flags)
+    aligned = run(folder, tmp_path / "aligned", "same", "--let-cross-tokenizer", *flags)
     for key in KEYS:
         assert largest_difference(aligned, plain, key) < 1e-5, key
 

@@ -31,6 +31,8 @@ COMMON = (
     "--lr-warmup-iters", 2, "--weight-decay", 0.01, "--clip-grad", 1.0, "--seed", 1234,
     "--eval-interval", 5, "--eval-iters", 1, "--log-interval", 1, "--adam-beta2", 0.999,
 )  # fmt: skip
+DOCUMENTS = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
+PP2 = ("--pipeline-model-parallel-size", 2)
 USER_SCRIPT = str(ROOT / "tests/helpers/user_pretrain_gpt.py")
 # Environment variable with the seed of the step at which a run is killed; random without it.
 KILL_SEED = "KILL_SEED"
@@ -103,11 +105,13 @@ def test_teacher_is_freed_at_stop_step(
     assert len(run.steps) == 4
 
 
+@pytest.mark.parametrize("flags", [(), DOCUMENTS], ids=["", "documents"])
 def test_no_value_is_read_from_the_device_within_a_global_batch(
-    tmp_path: Path, teacher: Path, data: Path
+    flags: tuple[str, ...], tmp_path: Path, teacher: Path, documents: Path
 ) -> None:
     train(
-        tmp_path, "--data-path", data, "--train-iters", 3, "--let-projection", "learned",
+        tmp_path, "--data-path", documents, "--train-iters", 3, "--let-projection", "learned",
+        *flags,
         module="tests.helpers.host_reads", TEACHER=str(teacher),
     )  # fmt: skip
 
@@ -121,13 +125,11 @@ def stock(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def _user_script(folder: Path, data: Path, *flags: object, ranks: int = 1, **variables: str) -> str:
-    # As in the entry, whose attention is causal without it.
-    mask = [] if "--reset-attention-mask" in flags else ["--no-create-attention-mask-in-dataloader"]
     result = subprocess.run(
         [
             *command(ranks, "tests.helpers.on_cpu"), USER_SCRIPT, *map(str, COMMON),
             "--data-path", str(data), "--tensorboard-dir", str(folder / "tensorboard"),
-            *map(str, flags), *mask,
+            *map(str, flags),
         ],
         cwd=folder, env=environment(LOCAL_SPEC="1", **variables), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=300,
@@ -159,11 +161,33 @@ def test_run_without_let_is_bitwise_equal_to_stock(
     assert (ours.keys(), ours[5]) == (theirs.keys(), theirs[5])
 
 
-@pytest.mark.parametrize("layout", [(), ("--pipeline-model-parallel-size", 2)], ids=["1", "pp2"])
+def test_documents_without_let_are_bitwise_those_of_stock(tmp_path: Path, documents: Path) -> None:
+    # Learned positions, because rotary embeddings do not read the position ids.
+    flags = (*DOCUMENTS, "--position-embedding-type", "learned_absolute")
+    stock = tmp_path / "stock"
+    stock.mkdir()
+    _user_script(stock, documents, *flags, LET="0")
+    train(
+        tmp_path, *COMMON, "--data-path", documents, "--tensorboard-dir", tmp_path / "tensorboard",
+        *flags, "--let-method", "none", config=None,
+    )  # fmt: skip
+    for name in ("lm loss", "grad-norm"):
+        ours = scalars(tmp_path / "tensorboard", name)
+        assert ours and ours == scalars(stock / "tensorboard", name), name
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param((), id="1"),
+        pytest.param(PP2, id="pp2"),
+        pytest.param((*PP2, *DOCUMENTS), id="pp2, documents", marks=pytest.mark.slow),
+    ],
+)
 def test_user_script_with_three_lines_matches_entry(
-    layout: tuple[object, ...], tmp_path: Path, teacher: Path, data: Path
+    layout: tuple[object, ...], tmp_path: Path, teacher: Path, documents: Path
 ) -> None:
-    ranks = 2 if layout else 1
+    ranks, data = 2 if layout else 1, documents
     let = ("--let-method", "let", "--let-teacher", teacher, "--let-teacher-dtype", "fp32",
            "--let-stop-step", 6, *layout)  # fmt: skip
     ours = train(tmp_path / "ours", *COMMON, "--data-path", data, *let, config=None, ranks=ranks)

@@ -18,5 +18,9 @@ if __name__ == "__main__":
 
     apply_host_patches(host)
     script, *arguments = sys.argv[1:]
-    sys.argv = [script, *host.argv(), *arguments]
+    flags = host.argv()
+    if "--reset-attention-mask" in arguments:
+        # Megatron has no flag that turns its default on again.
+        flags.remove("--no-create-attention-mask-in-dataloader")
+    sys.argv = [script, *flags, *arguments]
     runpy.run_path(script, run_name="__main__")

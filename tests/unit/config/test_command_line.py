@@ -30,8 +30,9 @@ TINY = ["--config", str(ROOT / "configs/tiny.yaml"), "--let-teacher", "/t"]
         ("--use-megatron-fsdp", "--use-megatron-fsdp"),
         ("--use-torch-fsdp2", "--use-torch-fsdp2"),
         ("--sft", "--sft"),
-        ("--reset-attention-mask", "--reset-attention-mask"),
-        ("--reset-position-ids", "--reset-position-ids"),
+        # The layers of a host with Transformer Engine.
+        ("--reset-attention-mask", "--transformer-impl local"),
+        ("--let-method none --reset-attention-mask", "--transformer-impl local"),
         ("--dataloader-inter-document-masking", "--dataloader-inter-document-masking"),
         ("--hybrid-context-parallel", "--hybrid-context-parallel"),
         ("--perform-rl-step", "--perform-rl-step"),
