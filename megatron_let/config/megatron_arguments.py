@@ -92,14 +92,20 @@ def check_layers(args: argparse.Namespace, actions: Iterable[argparse.Action]) -
     if args.multi_latent_attention:
         reason = "has no effect with --multi-latent-attention; drop it"
         _refuse(args, actions, dict.fromkeys(_IGNORED_BY_LATENT_ATTENTION, reason))
-    _check_tensor_parallelism(args)
+    _check_layout(args)
     if args.transformer_impl == "local":
         names = read_lists()["transformer_engine"]
         _refuse(args, actions, dict.fromkeys(names, _NO_TRANSFORMER_ENGINE))
 
 
-def _check_tensor_parallelism(args: argparse.Namespace) -> None:
-    """Check for layers whose tensor parallelism fails, or is wrong, as the run is set up."""
+def _check_layout(args: argparse.Namespace) -> None:
+    """Check for layouts in which the layers fail, or are wrong, after the run is set up."""
+    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
+        raise LETError(
+            f"--mtp-num-layers {args.mtp_num_layers} cannot be used with"
+            " --pipeline-model-parallel-layout, which may move these layers to a stage without"
+            " data; drop one of them."
+        )
     tp = args.tensor_model_parallel_size
     kind = "--num-experts" if args.num_experts else "--multi-latent-attention"
     if (args.num_experts or args.multi_latent_attention) and tp > 1 and not args.sequence_parallel:

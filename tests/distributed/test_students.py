@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_layout_matrix import CP2, PP2, SP, TP2, _assert_same
+from tests.distributed.test_layout_matrix import CP2, PP2, SP, TP2, VPP2, _assert_same
 from tests.distributed.test_training import COMMON, USER_SCRIPT
 from tests.helpers.forked_ranks import run_ranks
 from tests.helpers.runs import Run, environment, free_port, train
@@ -54,6 +54,7 @@ SLOW = {
         "experts", 3, 2, (*EP2, *ALL_TO_ALL, "--use-distributed-optimizer"),
     ),
     "latent-ep2": ("latent", 3, 2, EP2),
+    "latent-vpp2": ("latent", 3, 2, (*PP2, *VPP2)),
     "latent-ep2-pp2-first-stage": ("latent", 1, 4, (*EP2, *PP2)),
     "latent-recompute": (
         "latent", 3, 1, ("--recompute-granularity", "selective", "--recompute-modules", "moe"),

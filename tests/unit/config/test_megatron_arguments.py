@@ -100,6 +100,16 @@ def test_argument_that_latent_attention_ignores_is_refused(
         )
 
 
+def test_layers_of_multi_token_prediction_stay_on_the_last_stage(
+    parser: argparse.ArgumentParser,
+) -> None:
+    args = parser.parse_args(
+        ["--mtp-num-layers", "1", "--pipeline-model-parallel-layout", "Et|tm|L"]
+    )
+    with pytest.raises(LETError, match="--pipeline-model-parallel-layout"):
+        check_layers(args, megatron_actions(parser))
+
+
 TP2 = ["--tensor-model-parallel-size", "2"]
 EXPERTS = ["--num-experts", "4", "--moe-token-dispatcher-type", "alltoall"]
 GLOO = ["--distributed-backend", "gloo", "--sequence-parallel"]
