@@ -145,6 +145,17 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], TransformerConfig]] = {
 }  # fmt: skip
 
 
+def build(config: TransformerConfig) -> GPTModel:
+    return GPTModel(
+        config,
+        local_layer_spec(SimpleNamespace(transformer=config)),  # type: ignore[arg-type]
+        vocab_size=256,
+        max_sequence_length=64,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    ).eval()
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_loss_equals_transformers(case: tuple[Any, Any]) -> None:
@@ -156,16 +167,8 @@ def test_loss_equals_transformers(case: tuple[Any, Any]) -> None:
         tensor.add_(torch.randn_like(tensor) * (0.2 if tensor.dim() == 1 else 0.1))
     tokens = torch.randint(0, 256, (2, 64))
     with _megatron_on_cpu():
-        config = configure()
-        ours = GPTModel(
-            config,
-            local_layer_spec(SimpleNamespace(transformer=config)),  # type: ignore[arg-type]
-            vocab_size=256,
-            max_sequence_length=64,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-        ).eval()
-        state = megatron_state(theirs.state_dict(), config.num_layers)
+        ours = build(configure())
+        state = megatron_state(theirs.state_dict(), 3)
         missing, unexpected = ours.load_state_dict(state, strict=False)
         assert not unexpected and not [name for name in missing if "_extra" not in name]
         losses = ours(tokens, torch.arange(64)[None], None, labels=tokens.roll(-1, 1))
@@ -173,3 +176,36 @@ def test_loss_equals_transformers(case: tuple[Any, Any]) -> None:
         theirs(tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none"
     )
     torch.testing.assert_close(losses.flatten(), expected, rtol=1e-5, atol=1e-5)
+
+
+GROUPED = COMMON | {"num_query_groups": 2, "kv_channels": 16}
+
+
+@torch.no_grad()
+def test_l2_norm_of_q_and_k_is_rms_norm_without_weights() -> None:
+    tokens = torch.randint(0, 256, (2, 64))
+    with _megatron_on_cpu():
+        plain = build(TransformerConfig(**GROUPED | {"qk_layernorm": False, "qk_l2_norm": True}))
+        normed = build(TransformerConfig(**GROUPED))
+        _, unexpected = normed.load_state_dict(plain.state_dict(), strict=False)
+        assert not unexpected
+        logits = [model(tokens, torch.arange(64)[None], None) for model in (plain, normed)]
+    torch.testing.assert_close(*logits)
+
+
+@torch.no_grad()
+def test_gate_of_zeros_halves_the_attention() -> None:
+    tokens = torch.randint(0, 256, (2, 64))
+    with _megatron_on_cpu():
+        plain = build(TransformerConfig(**GROUPED))
+        gated = build(TransformerConfig(**GROUPED, attention_output_gate=True))
+        state = plain.state_dict()
+        for name in [name for name in state if name.endswith("linear_qkv.weight")]:
+            # Per group: two heads of queries, then their gates, then key and value.
+            queries, rest = state[name].view(2, 64, 64).split([32, 32], 1)
+            state[name] = torch.cat([queries, torch.zeros_like(queries), rest], 1).view(-1, 64)
+        gated.load_state_dict(state)
+        for layer in plain.decoder.layers:
+            layer.self_attention.linear_proj.weight.mul_(0.5)
+        logits = [model(tokens, torch.arange(64)[None], None) for model in (plain, gated)]
+    torch.testing.assert_close(*logits)
