@@ -55,7 +55,7 @@ def train(argv: list[str], host: Host) -> None:
     from megatron_let.checkpoint.load_check import check_loaded
     from megatron_let.compat import PatchSet, changed_schedule
     from megatron_let.compat.apply import apply_host_patches
-    from megatron_let.compat.local_layers import check_local_layers, local_layer_spec
+    from megatron_let.compat.local_layers import check_local_layers, use_local_layers
     from megatron_let.config.arguments import let_config_from_args
     from megatron_let.config.command_line import parse_command_line
     from megatron_let.data.fingerprint import check_data_tokenizer
@@ -90,7 +90,7 @@ def train(argv: list[str], host: Host) -> None:
         claim(args, config)
     model = make_model(args)
     if args.transformer_impl == "local":
-        model.transformer_layer_spec = local_layer_spec
+        use_local_layers(model)
 
     # Train
     pretrain(

@@ -85,8 +85,9 @@ class _Stream:
     def synchronize(self) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> None:
-        pass
+    def record_event(self, event: Any = None) -> Any:
+        # MoE's dispatcher synchronises with the event that is returned.
+        return event or self
 
 
 def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
@@ -105,6 +106,10 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
         return "torch.cuda." + original(self).removeprefix("torch.").removeprefix("cuda.")
 
     return tensor_type
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _replace_by(function: Any) -> Callable[[Any], Any]:
@@ -135,5 +140,8 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         ),
         rng + "_set_cuda_rng_state": _replace_by(
             lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+        ),
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": _replace_by(
+            _on_host
         ),
     }

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
+    scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.models import GPTModelConfig
 
+from megatron_let.compat.patch_set import PatchSet
 from megatron_let.config.arguments import flag
 from megatron_let.config.megatron_arguments import read_lists
 from megatron_let.errors import LETError
@@ -87,6 +94,8 @@ class SDPAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
@@ -157,11 +166,41 @@ class SDPAttention(MegatronModule):
         return gather_from_sequence_parallel_region(tensor, group=self.cp_group)
 
 
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-latent attention, with the right gradient under tensor parallelism.
+
+    All heads share one rotary key. Megatron gathers it from its column-parallel projection, and the
+    backward of that gather keeps the gradient of this rank's heads only.
+    """
+
+    def _qkv_down_projection(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return compressed queries, and keys and values [s/tp, b, kv_lora_rank + rotary width]."""
+        queries, combined = super()._qkv_down_projection(hidden_states)
+        if self.config.sequence_parallel:
+            # Of a shard of the sequence Megatron gathers the rotary key by a function whose
+            # backward sums over the ranks.
+            combined = gather_from_tensor_model_parallel_region(combined)
+            combined = scatter_to_sequence_parallel_region(combined)
+        return queries, combined
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Return the projections and norms to build."""
+        if self.config.q_lora_rank is not None:
+            return super()._resolve_qk_norm_config(submodules)
+        # Megatron's resolver requires a norm of compressed queries, and refuses it.
+        return {name: getattr(submodules, name) for name in _WITHOUT_QUERY_LATENTS}
+
+
+_WITHOUT_QUERY_LATENTS = ("linear_q_proj", "linear_kv_up_proj", "kv_layernorm")
+
+
 # Setting of the model -> the values that the torch layers support.
 _LOCAL_LAYERS: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
-    "num_moe_experts": (None,),
+    "moe_token_dispatcher_type": ("allgather", "alltoall"),
 }
 
 
@@ -177,7 +216,7 @@ def check_local_layers(settings: Any) -> None:
     for name, possible in _LOCAL_LAYERS.items():
         value = getattr(settings, name, possible[0])
         if value not in possible:
-            given = flag(name.replace("_moe", ""))
+            given = flag(name)
             remedy = f"give {given} {possible[0]}" if possible[0] else f"drop {given}"
             raise LETError(
                 f"{given} {value} needs Transformer Engine, which is not installed; {remedy}, or"
@@ -200,27 +239,87 @@ def _check_fields(config: Any) -> None:
             )
 
 
+# Megatron's module -> ours, wherever it is in a spec.
+_REPLACED: dict[Any, Any] = {
+    WrappedTorchNorm: RMSNorm,
+    DotProductAttention: SDPAttention,
+    MLASelfAttention: LatentAttention,
+}
+
+
 def local_layer_spec(
     config: GPTModelConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Return a spec for `GPTModelConfig.transformer_layer_spec` (dense Llama-style models).
+    """Return Megatron's local layers with our modules, for `GPTModelConfig.transformer_layer_spec`.
 
     Raises:
         LETError: the model needs Transformer Engine.
     """
     transformer = config.transformer
     check_local_layers(transformer)
-    layer: ModuleSpec = get_gpt_layer_local_spec(
-        qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=False,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
     )
-    submodules = layer.submodules
-    submodules.input_layernorm = RMSNorm
-    submodules.pre_mlp_layernorm = RMSNorm
-    attention = submodules.self_attention.submodules
-    attention.core_attention = SDPAttention
-    if transformer.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # A spec of the block, because a layer spec alone keeps the stock final norm.
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(transformer, vp_stage), layer_norm=RMSNorm
-    )
+    return with_own_modules(block)
+
+
+def use_local_layers(model: GPTModelConfig) -> None:
+    """Build the layers of `model`, and those of multi-token prediction, of torch modules.
+
+    Raises:
+        PatchError: the installed Megatron is not a version that the patch fits.
+    """
+    model.transformer_layer_spec = local_layer_spec
+    if model.transformer.mtp_num_layers is not None:
+        PatchSet().apply_all({"megatron.training.models.gpt:mtp_block_spec": _wrap_mtp_spec})
+
+
+def _wrap_mtp_spec(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mtp_block_spec(*args: Any, **kwargs: Any) -> Any:
+        return with_own_modules(original(*args, **kwargs))
+
+    return mtp_block_spec
+
+
+def with_own_modules(spec: Any) -> Any:
+    """Replace Megatron's local norms and attention in a spec, in place, and return the spec."""
+    if isinstance(spec, ModuleSpec):
+        spec.module = _REPLACED.get(spec.module, spec.module)
+        with_own_modules(spec.submodules)
+    elif isinstance(spec, list):
+        for each in spec:
+            with_own_modules(each)
+    elif dataclasses.is_dataclass(spec):
+        if isinstance(spec, TransformerLayerSubmodules):
+            spec.sharded_state_dict_keys_map = _checkpoint_names(spec)
+        for field in dataclasses.fields(spec):
+            value = getattr(spec, field.name)
+            if isinstance(value, type):
+                setattr(spec, field.name, _REPLACED.get(value, value))
+            else:
+                with_own_modules(value)
+    return spec
+
+
+def _checkpoint_names(layer: TransformerLayerSubmodules) -> dict[str, str]:
+    """Return {name of a norm: its name in a checkpoint}, which is that of Transformer Engine.
+
+    It fuses a norm with the linear layer that follows. Experts' norm is not fused, but Megatron's
+    local spec names it as if it were; of latent attention it names none.
+    """
+    names = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if getattr(layer.mlp, "func", None) is MoELayer:
+        names = {}
+    if not issubclass(layer.self_attention.module, MLASelfAttention):
+        return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
+    of_attention = {"q_layernorm": "linear_q_up_proj", "kv_layernorm": "linear_kv_up_proj"}
+    fused = {
+        f"self_attention.{norm}.": f"self_attention.{linear}.layer_norm_"
+        for norm, linear in of_attention.items()
+    }
+    return {**fused, **names}

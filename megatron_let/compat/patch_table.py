@@ -84,6 +84,10 @@ _CPU_ROWS = (
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         "the RNG tracker writes a CUDA generator",
     ),
+    _cpu(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        "the split sizes of the experts' all-to-all become arrays on their way from a GPU only",
+    ),
 )
 
 _TRAINING = "megatron.training.training:"
@@ -249,6 +253,19 @@ _CONTROL_ROWS = (
     ),
 )
 
+_STUDENT_TESTS = "tests/distributed/test_students.py"
+
+_LAYER_ROWS = (
+    Patch(
+        target="megatron.training.models.gpt:mtp_block_spec",
+        reason="without Transformer Engine the layers of multi-token prediction are stock ones,"
+        " which support neither sequence parallelism nor multi-latent attention",
+        parameters=("config", "transformer_layer_spec", "vp_stage"),
+        unnecessary_when="GPTModelConfig takes a spec of these layers",
+        test=_STUDENT_TESTS + "::test_layout_matches_one_process",
+    ),
+)
+
 _DEEPSPEED_TESTS = "tests/distributed/test_deepspeed"
 
 
@@ -305,6 +322,7 @@ ROWS: tuple[Patch, ...] = (
     *_METRICS_ROWS,
     *_CONTROL_ROWS,
     *_WANDB_ROWS,
+    *_LAYER_ROWS,
     *_DEEPSPEED_ROWS,
 )
 PATCHES = {row.target: row for row in ROWS}

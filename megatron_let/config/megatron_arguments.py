@@ -19,6 +19,12 @@ _INSTEAD = {
     "rampup_batch_size": "--step-batch-size-schedule, whose thresholds are tokens",
     "use_flash_attn": "--attention-backend flash",
 }
+# Megatron's latent attention has a rotary embedding and projections of its own.
+_IGNORED_BY_LATENT_ATTENTION = (
+    "use_rope_scaling",
+    "rotary_seq_len_interpolation_factor",
+    "attention_output_gate",
+)
 _NO_TRANSFORMER_ENGINE = "needs Transformer Engine, which is not installed; drop it or install it"
 _NO_GPU = "needs a GPU; drop it"
 _CUSTOM_SCRIPT = (
@@ -83,9 +89,38 @@ def check_layers(args: argparse.Namespace, actions: Iterable[argparse.Action]) -
             f"--num-attention-heads {heads} is not a multiple of"
             f" --num-query-groups {args.num_query_groups}; change one of them."
         )
+    if args.multi_latent_attention:
+        reason = "has no effect with --multi-latent-attention; drop it"
+        _refuse(args, actions, dict.fromkeys(_IGNORED_BY_LATENT_ATTENTION, reason))
+    _check_layout(args)
     if args.transformer_impl == "local":
         names = read_lists()["transformer_engine"]
         _refuse(args, actions, dict.fromkeys(names, _NO_TRANSFORMER_ENGINE))
+
+
+def _check_layout(args: argparse.Namespace) -> None:
+    """Check for layouts in which the layers fail, or are wrong, after the run is set up."""
+    if args.mtp_num_layers and args.pipeline_model_parallel_layout:
+        raise LETError(
+            f"--mtp-num-layers {args.mtp_num_layers} cannot be used with"
+            " --pipeline-model-parallel-layout, which may move these layers to a stage without"
+            " data; drop one of them."
+        )
+    tp = args.tensor_model_parallel_size
+    kind = "--num-experts" if args.num_experts else "--multi-latent-attention"
+    if (args.num_experts or args.multi_latent_attention) and tp > 1 and not args.sequence_parallel:
+        raise LETError(
+            f"{kind} with --tensor-model-parallel-size {tp} gives wrong gradients, or none, without"
+            " sequence parallelism; add --sequence-parallel."
+        )
+    experts_tp = args.expert_tensor_parallel_size or tp
+    uneven = args.num_experts and args.moe_token_dispatcher_type == "alltoall" and experts_tp > 1
+    if uneven and args.distributed_backend == "gloo":
+        raise LETError(
+            f"--moe-token-dispatcher-type alltoall with --expert-tensor-parallel-size {experts_tp}"
+            " gathers tensors of different sizes, which gloo cannot; give"
+            " --expert-tensor-parallel-size 1, or --moe-token-dispatcher-type allgather."
+        )
 
 
 def _refuse(

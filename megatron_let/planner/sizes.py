@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_let.config.arguments import padded_vocab_size
+from megatron_let.config.arguments import flag, padded_vocab_size
 from megatron_let.errors import LETError
 
 
@@ -93,6 +93,9 @@ GPUS = {
     "h200-141g": Gpu(int(139.8 * 2**30), 989e12, 450e9, 50e9),
 }
 
+# Arguments of students whose parameters and FLOPs the planner does not count.
+_NOT_DENSE = ("num_experts", "multi_latent_attention", "mtp_num_layers", "attention_output_gate")
+
 # Teachers of the paper and of this repository, to plan without their files.
 TEACHERS = {
     "smollm2-135m": TransformerSize(30, 576, 1536, 9, 3, 64, True, 49152, True),
@@ -136,7 +139,17 @@ def teacher_size(name: str) -> TransformerSize:
 
 
 def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> TransformerSize:
-    """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does."""
+    """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does.
+
+    Raises:
+        LETError: the model is not a dense transformer with ordinary attention.
+    """
+    for name in _NOT_DENSE:
+        if value := getattr(args, name):
+            raise LETError(
+                f"The planner counts memory and time of dense transformers only, without"
+                f" {flag(name)} {value}; measure a few steps of the run instead."
+            )
     heads, hidden = args.num_attention_heads, args.hidden_size
     default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden
     return TransformerSize(

@@ -19,6 +19,9 @@ SILENT = {
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": (
         "torch would queue the call until CUDA starts, and tensor-parallel ranks share a mask"
     ),
+    "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": (
+        "called with several ranks of experts only"
+    ),
     "torch.cuda:get_device_properties": "called with sequence or context parallelism only",
 }
 

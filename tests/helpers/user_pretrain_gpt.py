@@ -100,9 +100,9 @@ if __name__ == "__main__":
     model = gpt_config_from_args(args)
     if os.environ.get("LOCAL_SPEC") == "1":
         # The layers of a host without Transformer Engine, so that two runs differ in LET alone.
-        from megatron_let.compat.local_layers import local_layer_spec
+        from megatron_let.compat.local_layers import use_local_layers
 
-        model.transformer_layer_spec = local_layer_spec
+        use_local_layers(model)
     container = pretrain_cfg_container_from_args(args, model)
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
     writer = get_tensorboard_writer()

@@ -368,17 +368,16 @@ def test_attention_dropout_uses_rng_tracker_and_is_off_in_eval(
 # What the torch layers do not support
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"normalization": "LayerNorm"}, "--normalization LayerNorm .* --normalization RMSNorm"),
-        ({"normalization": "RMSNorm", "num_moe_experts": 4}, "--num-experts 4"),
-    ],
-)
-def test_unsupported_model_raises_error_naming_flag(values: dict[str, Any], expected: str) -> None:
-    config = SimpleNamespace(transformer=transformer_config(**values))
-    with pytest.raises(LETError, match=expected):
+def test_unsupported_norm_raises_error_naming_flag() -> None:
+    config = SimpleNamespace(transformer=transformer_config(normalization="LayerNorm"))
+    with pytest.raises(LETError, match=r"--normalization LayerNorm .* --normalization RMSNorm"):
         local_layer_spec(config)
+
+
+def test_dispatcher_without_its_library_raises_error_naming_flag() -> None:
+    config = transformer_config(normalization="RMSNorm", moe_token_dispatcher_type="flex")
+    with pytest.raises(LETError, match="--moe-token-dispatcher-type flex"):
+        check_local_layers(config)
 
 
 def test_window_raises_error_naming_flag() -> None:

@@ -38,12 +38,14 @@ def test_defaults_are_accepted(parser: argparse.ArgumentParser) -> None:
         ("--kv-lora-rank 512", "--multi-latent-attention"),
         ("--yarn-beta-fast 16", "--position-embedding-type yarn"),
         ("--moe-router-topk 4", "--num-experts"),
+        ("--num-experts 4 --moe-shared-expert-gate", "--moe-shared-expert-intermediate-size"),
+        ("--mtp-loss-scaling-factor 0.3", "--mtp-num-layers"),
     ],
 )
 def test_argument_that_leaves_the_model_unchanged_is_refused(
     parser: argparse.ArgumentParser, flags: str, missing: str
 ) -> None:
-    given = flags.split()[0]
+    given = [word for word in flags.split() if word.startswith("--")][-1]
     with pytest.raises(LETError, match=f"^{given}.*without {missing}.*drop {given}.$"):
         check(parser, flags)
 

@@ -66,16 +66,15 @@ def test_each_argument_outside_the_honoured_lists_is_refused_by_its_flag(
 @pytest.mark.parametrize(
     "given",
     [
-        ["--multi-latent-attention"],
-        ["--qk-l2-norm"],
+        ["--moe-grouped-gemm", "--num-experts", "4"],
+        ["--moe-router-fusion", "--num-experts", "4"],
+        ["--mla-down-proj-fusion", "--multi-latent-attention"],
         ["--apply-layernorm-1p"],
         ["--experimental-attention-variant", "dsa"],
         ["--window-size", "4,0"],
         ["--softmax-type", "learnable"],
-        ["--attention-output-gate"],
         ["--no-rope-freq", "2"],
         ["--fp8-format", "e4m3"],
-        ["--num-experts", "4"],
     ],
     ids=lambda given: given[0],
 )
@@ -89,6 +88,49 @@ def test_model_that_local_layers_cannot_build_is_refused(
             check(args, actions)
     args.transformer_impl = "transformer_engine"
     check_known(args, actions)
+
+
+@pytest.mark.parametrize("given", [["--use-rope-scaling"], ["--attention-output-gate"]])
+def test_argument_that_latent_attention_ignores_is_refused(
+    parser: argparse.ArgumentParser, given: list[str]
+) -> None:
+    with pytest.raises(LETError, match=f"^{given[0]} has no effect with --multi-latent-attention"):
+        check_layers(
+            parser.parse_args([*given, "--multi-latent-attention"]), megatron_actions(parser)
+        )
+
+
+def test_layers_of_multi_token_prediction_stay_on_the_last_stage(
+    parser: argparse.ArgumentParser,
+) -> None:
+    args = parser.parse_args(
+        ["--mtp-num-layers", "1", "--pipeline-model-parallel-layout", "Et|tm|L"]
+    )
+    with pytest.raises(LETError, match="--pipeline-model-parallel-layout"):
+        check_layers(args, megatron_actions(parser))
+
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+EXPERTS = ["--num-experts", "4", "--moe-token-dispatcher-type", "alltoall"]
+GLOO = ["--distributed-backend", "gloo", "--sequence-parallel"]
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ([*EXPERTS, *TP2], ["--sequence-parallel"]),
+        (["--multi-latent-attention", *TP2], ["--sequence-parallel"]),
+        ([*EXPERTS, *TP2, *GLOO], ["--moe-token-dispatcher-type", "allgather"]),
+        ([*EXPERTS, *TP2, *GLOO], ["--expert-tensor-parallel-size", "1"]),
+    ],
+)
+def test_layers_that_tensor_parallelism_breaks_are_refused(
+    parser: argparse.ArgumentParser, given: list[str], remedy: list[str]
+) -> None:
+    actions = megatron_actions(parser)
+    with pytest.raises(LETError, match=" ".join(remedy)):
+        check_layers(parser.parse_args(given), actions)
+    check_layers(parser.parse_args([*given, *remedy]), actions)
 
 
 @pytest.mark.parametrize("implementation", ["local", "transformer_engine"])

@@ -70,12 +70,13 @@ def test_recipe_is_parsed_by_megatron(path: Path, parser: argparse.ArgumentParse
 
 
 @pytest.fixture
-def megatron_on_any_host() -> Iterator[None]:
-    """Megatron's validation reads a GPU's properties."""
+def megatron_on_any_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Megatron's validation reads a GPU's properties; experts need those of an A100."""
     from megatron_let.compat import PatchSet
     from megatron_let.compat.cpu_shims import cpu_shims
 
     patches = PatchSet().apply_all(cpu_shims())
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
     yield
     patches.undo()
 
@@ -87,14 +88,14 @@ def test_recipe_passes_megatrons_validation(
     from megatron.training.arguments import validate_args
 
     args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
-    args.rank, args.world_size = 0, PAPER_GPUS if is_paper(path) else 1
+    args.rank, args.world_size = 0, PAPER_GPUS if is_large(path) else 1
     args._is_global_batch_size_explicitly_specified = True
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
 
 
-def is_paper(path: Path) -> bool:
-    return path.stem.split("_")[-1] in ("1p4b", "3b", "7b")
+def is_large(path: Path) -> bool:
+    return path.stem.split("_")[-1] in ("1p4b", "3b", "7b", "a1b")
 
 
 # name -> layers, width, ffn, heads, micro batch, accumulation steps, peak learning rate
@@ -142,7 +143,22 @@ def test_paper_let_recipe_has_the_papers_alignment(
     assert args.let_teacher_layer == "last"
 
 
-@pytest.mark.parametrize("name", ["1p4b", "3b", "7b", "quickstart"])
+def test_mixture_of_experts_has_the_sizes_of_its_name(parser: argparse.ArgumentParser) -> None:
+    path = ROOT / "configs/let_moe_7b_a1b.yaml"
+    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
+    attention = 4 * args.hidden_size**2
+    expert = 3 * args.hidden_size * args.moe_ffn_hidden_size
+    embeddings = 2 * 49152 * args.hidden_size
+    for experts, size in ((args.num_experts, 6.9e9), (args.moe_router_topk, 1.3e9)):
+        found = args.num_layers * (attention + experts * expert) + embeddings
+        assert found == pytest.approx(size, rel=0.02)
+    tokens = args.seq_length * args.global_batch_size
+    assert tokens * args.train_iters == pytest.approx(2e10, 1e-3)
+    # The schedule of the paper's runs, in tokens.
+    assert tokens * args.let_stop_step == 1280 * 2048 * 1500
+
+
+@pytest.mark.parametrize("name", ["1p4b", "3b", "7b", "moe_7b_a1b", "quickstart"])
 def test_let_and_baseline_differ_in_the_alignment_only(name: str) -> None:
     pair = ("quickstart_baseline", "quickstart_let") if name == "quickstart" else None
     baseline, let = (
