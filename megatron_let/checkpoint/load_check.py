@@ -20,6 +20,7 @@ from megatron_let.checkpoint.formats import (
 )
 from megatron_let.checkpoint.torch_dist import FORMAT, is_torch_dist
 from megatron_let.config.arguments import flag
+from megatron_let.config.hybrid_pattern import without_stages
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 
@@ -74,16 +75,25 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     saved = None if folder is None else open_checkpoint(folder).state.get("args")
     if folder is None or saved is None:
         return
-    _check_equal(
-        args,
-        saved,
-        ARCHITECTURE_ARGUMENTS,
-        folder,
-        "use the checkpoint's value, or train without it",
-    )
+    names = ARCHITECTURE_ARGUMENTS
+    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
+        _check_weights_only(args, folder)
+        # Megatron pairs the entries with the checkpoint's layers, and counts both.
+        names = tuple(set(names) - {"num_layers", "hybrid_layer_pattern"})
+    _check_equal(args, saved, names, folder, "use the checkpoint's value, or train without it")
     if resumes:
         _check_schedule(args, saved, folder)
     _check_vocabulary(saved, tokenizer, folder)
+
+
+def _check_weights_only(args: argparse.Namespace, folder: Path) -> None:
+    """Check that a HybridModel takes nothing but weights from a checkpoint of GPTModel."""
+    if not (args.finetune and args.no_load_optim):
+        raise LETError(
+            f"The checkpoint {folder} is of a GPTModel, of which --hybrid-layer-pattern"
+            f" {args.hybrid_layer_pattern} takes the weights only; give --finetune and"
+            " --no-load-optim, or drop the pattern to continue the run."
+        )
 
 
 def _check_equal(
@@ -115,6 +125,8 @@ def _value(args: argparse.Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     if name == "kv_channels" and value is None:
         return args.hidden_size // args.num_attention_heads
+    if name == "hybrid_layer_pattern":
+        return without_stages(value)
     # Megatron sets it to the run's length only while it builds the optimizer.
     if name in ("lr_decay_iters", "lr_decay_samples") and value is None:
         return getattr(args, name.replace("lr_decay", "train"), None)

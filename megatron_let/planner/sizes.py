@@ -136,7 +136,16 @@ def teacher_size(name: str) -> TransformerSize:
 
 
 def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> TransformerSize:
-    """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does."""
+    """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does.
+
+    Raises:
+        LETError: the model is a HybridModel, whose layers differ in size.
+    """
+    if args.hybrid_layer_pattern is not None:
+        raise LETError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} cannot be planned, because its"
+            " layers differ in size; drop it to plan the GPTModel of the same sizes."
+        )
     heads, hidden = args.num_attention_heads, args.hidden_size
     default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden
     return TransformerSize(

@@ -20,6 +20,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "virtual_pipeline_model_parallel_size": ((None,), _NO_PIPELINES),
     "context_parallel_size": ((1,), "DeepSpeed averages gradients over data-parallel ranks only"),
     "expert_model_parallel_size": ((1,), "experts need a separate gradient average"),
+    "hybrid_layer_pattern": ((None,), "it builds Megatron's GPTModel"),
     "num_experts": ((None,), "mixtures of experts are untested"),
     "rampup_batch_size": ((None,), _FIXED_BATCH),
     "step_batch_size_schedule": ((None,), _FIXED_BATCH),
