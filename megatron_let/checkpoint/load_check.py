@@ -26,6 +26,7 @@ from megatron_let.files.names import TRACKER, checkpoint_name
 
 # Arguments that change what the weights compute, whatever the architecture is.
 ARCHITECTURE_ARGUMENTS = (
+    "hybrid_layer_pattern",
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias"),
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
@@ -40,7 +41,7 @@ ARCHITECTURE_ARGUMENTS = (
     *("moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function"),
     *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
     *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
-    *("moe_shared_expert_gate", "mtp_num_layers", "hybrid_layer_pattern"),
+    *("moe_shared_expert_gate", "mtp_num_layers"),
 )
 _FLAGS = {
     "layernorm_epsilon": "--norm-epsilon",
@@ -76,10 +77,11 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     if folder is None or saved is None:
         return
     names = ARCHITECTURE_ARGUMENTS
-    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
+    pattern, saved_pattern = (getattr(a, "hybrid_layer_pattern", None) for a in (args, saved))
+    if pattern and not saved_pattern:
         _check_weights_only(args, folder)
         # Megatron pairs the entries with the checkpoint's layers, and counts both.
-        names = tuple(set(names) - {"num_layers", "hybrid_layer_pattern"})
+        names = tuple(n for n in names if n not in ("num_layers", "hybrid_layer_pattern"))
     _check_equal(args, saved, names, folder, "use the checkpoint's value, or train without it")
     if resumes:
         _check_schedule(args, saved, folder)
@@ -88,11 +90,11 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
 
 def _check_weights_only(args: argparse.Namespace, folder: Path) -> None:
     """Check that a HybridModel takes nothing but weights from a checkpoint of GPTModel."""
-    if not (args.finetune and args.no_load_optim):
+    if not args.no_load_optim:
         raise LETError(
             f"The checkpoint {folder} is of a GPTModel, of which --hybrid-layer-pattern"
-            f" {args.hybrid_layer_pattern} takes the weights only; give --finetune and"
-            " --no-load-optim, or drop the pattern to continue the run."
+            f" {args.hybrid_layer_pattern} takes the weights only; give --no-load-optim, with"
+            " --finetune to begin at step 1, or drop the pattern to continue the run."
         )
 
 
