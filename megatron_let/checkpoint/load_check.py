@@ -76,7 +76,7 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     saved = None if folder is None else open_checkpoint(folder).state.get("args")
     if folder is None or saved is None:
         return
-    names = ARCHITECTURE_ARGUMENTS
+    names: tuple[str, ...] = ARCHITECTURE_ARGUMENTS
     pattern, saved_pattern = (getattr(a, "hybrid_layer_pattern", None) for a in (args, saved))
     if pattern and not saved_pattern:
         _check_weights_only(args, folder)
