@@ -8,10 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,9 +37,10 @@ class LocalHybridStack(HybridStack):
 
 
 def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
-    """Return a spec for `HybridModelConfig.hybrid_stack_spec`: attention, MLP and MoE entries.
+    """Return a spec for `HybridModelConfig.hybrid_stack_spec`: attention, MLP, MoE, Mamba.
 
-    Its entries are the halves of the layers that GPTModel has without Transformer Engine.
+    Attention and MLP are the halves of the layers that GPTModel has without Transformer Engine.
+    The mixer of Mamba entries runs kernels of the package mamba-ssm.
 
     Raises:
         LETError: the model needs Transformer Engine.
@@ -59,7 +64,20 @@ def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
     )
     # Any number: the layer takes it from the config.
     experts = replace(mlp, mlp=get_moe_module_spec(use_te=False, num_experts=1))
+    mamba = MambaLayerSubmodules(
+        norm=RMSNorm,
+        mixer=ModuleSpec(
+            module=MambaMixer,
+            submodules=MambaMixerSubmodules(
+                in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
+            ),
+        ),
+        mamba_bda=get_bias_dropout_add,
+        # As in the attention and MLP layers: the name in Transformer Engine's checkpoints.
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
     entries = HybridStackSubmodules(
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
         moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),

@@ -62,10 +62,10 @@ _REFUSED_VALUES = {
     "position_embedding_type": ("mrope", "relative"),
     "attention_backend": ("local",),
 }
-# Entries that Megatron's own layers build only -> what they need.
+# Entries -> what they need.
 _NEEDS_TE = "a GPU and Transformer Engine"
-_NEEDS_MAMBA = f"{_NEEDS_TE} and the packages mamba-ssm and causal-conv1d"
-_ENTRIES_OF_TE = {"M": _NEEDS_MAMBA, "G": _NEEDS_TE, "D": _NEEDS_TE, "+": _NEEDS_TE}
+_NEEDED_BY = {"G": _NEEDS_TE, "D": _NEEDS_TE, "+": _NEEDS_TE}
+_NEEDED_BY["M"] = "a GPU and the packages mamba-ssm and causal-conv1d"
 # Flags that are not named like their argument.
 _FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
@@ -127,10 +127,11 @@ def check_hybrid(args: argparse.Namespace) -> None:
 
 def _check_host(args: argparse.Namespace, pattern: str) -> None:
     """Check that the packages of the entries are installed."""
-    for symbol, needed in _ENTRIES_OF_TE.items():
-        missing = args.transformer_impl == "local"
+    for symbol, needed in _NEEDED_BY.items():
         if symbol == "M":
-            missing = missing or importlib.util.find_spec("mamba_ssm") is None
+            missing = importlib.util.find_spec("mamba_ssm") is None
+        else:
+            missing = args.transformer_impl == "local"
         if symbol in pattern and missing:
             raise LETError(
                 f"--hybrid-layer-pattern {pattern} has {symbol} entries, which need {needed}, not"

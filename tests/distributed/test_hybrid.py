@@ -93,6 +93,53 @@ def test_layout_matches_one_process(
     assert max(differences.values()) < TOLERANCE, differences
 
 
+# Layer 2 is entry 3, a Mamba entry without an MLP.
+MAMBA = ("--mamba-state-dim", 8, "--mamba-head-dim", 16, "--mamba-num-groups", 2)
+MAMBA_LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "tp2-sp": (2, ("--tensor-model-parallel-size", 2, "--sequence-parallel")),
+    "pp2-recompute-full": (
+        2,
+        (*PP2, *FULL, "--recompute-num-layers", 1, "--hybrid-layer-pattern", "M-M|*-M"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path) -> tuple[Path, Run]:
+    """Checkpoint of a model with Mamba entries, and a run of one process from it."""
+    folder = tmp_path_factory.mktemp("mamba")
+    checkpoint = folder / "checkpoint"
+    train(
+        folder / "before", "--data-path", data, "--train-iters", 3, "--lr", 1e-2, "--save",
+        checkpoint, "--eval-iters", 0, "--hybrid-layer-pattern", "M-M*-M", *MAMBA,
+        module="tests.helpers.mamba", TEACHER=str(teacher),
+    )  # fmt: skip
+    return checkpoint, _mamba(folder / "reference", teacher, data, checkpoint)
+
+
+def _mamba(
+    folder: Path, teacher: Path, data: Path, weights: Path, *flags: object, ranks: int = 1
+) -> Run:
+    return train(
+        folder, "--data-path", data, "--load", weights, "--finetune", "--no-load-optim",
+        "--no-load-rng", "--train-iters", 3, "--eval-iters", 0, *METHODS["let"],
+        "--hybrid-layer-pattern", "M-M*-M", *MAMBA, *flags,  # type: ignore[arg-type]
+        ranks=ranks, module="tests.helpers.mamba", TEACHER=str(teacher),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAMBA_LAYOUTS)
+def test_layout_of_mamba_entries_matches_one_process(
+    name: str, tmp_path: Path, teacher: Path, data: Path, mamba: tuple[Path, Run]
+) -> None:
+    weights, reference = mamba
+    ranks, flags = MAMBA_LAYOUTS[name]
+    run = _mamba(tmp_path, teacher, data, weights, *flags, ranks=ranks)
+    assert "layer 2 of 4 is entry 3 (M)" in run.log
+    differences = {key: largest_difference(run, reference, key) for key in KEYS["let"]}
+    assert max(differences.values()) < TOLERANCE, differences
+
+
 def test_resumed_run_has_the_same_losses_and_its_checkpoint_is_not_taken_for_a_gpt_model(
     tmp_path: Path, teacher: Path, data: Path
 ) -> None:
