@@ -20,6 +20,7 @@ from megatron.training import get_tokenizer, print_rank_0
 
 from megatron_let.compat import PatchSet
 from megatron_let.config.arguments import add_arguments, let_config_from_args, num_steps
+from megatron_let.config.hybrid_pattern import describe_layer
 from megatron_let.config.let_config import LETConfig
 from megatron_let.config.validation import (
     check_script_masks_documents,
@@ -169,6 +170,9 @@ def _method_wrappers(args: argparse.Namespace, config: LETConfig) -> dict[str, C
         )
     )
     print_rank_0("LET: " + method.describe())
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is not None and config.traits.learns_from == "states":
+        print_rank_0("LET: " + describe_layer(config.layer, pattern))
     return method.wrappers() | {_TRAINING + "training_log": drop_stale_averages}
 
 

@@ -55,6 +55,7 @@ def train(argv: list[str], host: Host) -> None:
     from megatron_let.checkpoint.load_check import check_loaded
     from megatron_let.compat import PatchSet, changed_schedule
     from megatron_let.compat.apply import apply_host_patches
+    from megatron_let.compat.local_hybrid import local_hybrid_spec
     from megatron_let.compat.local_layers import check_local_layers, use_local_layers
     from megatron_let.config.arguments import let_config_from_args
     from megatron_let.config.command_line import parse_command_line
@@ -89,8 +90,10 @@ def train(argv: list[str], host: Host) -> None:
     if args.rank == 0:
         claim(args, config)
     model = make_model(args)
-    if args.transformer_impl == "local":
+    if args.transformer_impl == "local" and args.hybrid_layer_pattern is None:
         use_local_layers(model)
+    elif args.transformer_impl == "local":
+        model.hybrid_stack_spec = local_hybrid_spec(model.transformer)
 
     # Train
     pretrain(

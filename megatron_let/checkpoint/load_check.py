@@ -20,11 +20,13 @@ from megatron_let.checkpoint.formats import (
 )
 from megatron_let.checkpoint.torch_dist import FORMAT, is_torch_dist
 from megatron_let.config.arguments import flag
+from megatron_let.config.hybrid_pattern import without_stages
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER, checkpoint_name
 
 # Arguments that change what the weights compute, whatever the architecture is.
 ARCHITECTURE_ARGUMENTS = (
+    "hybrid_layer_pattern",
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias"),
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
@@ -39,7 +41,7 @@ ARCHITECTURE_ARGUMENTS = (
     *("moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function"),
     *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
     *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
-    *("moe_shared_expert_gate", "mtp_num_layers", "hybrid_layer_pattern"),
+    *("moe_shared_expert_gate", "mtp_num_layers"),
 )
 _FLAGS = {
     "layernorm_epsilon": "--norm-epsilon",
@@ -74,16 +76,26 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     saved = None if folder is None else open_checkpoint(folder).state.get("args")
     if folder is None or saved is None:
         return
-    _check_equal(
-        args,
-        saved,
-        ARCHITECTURE_ARGUMENTS,
-        folder,
-        "use the checkpoint's value, or train without it",
-    )
+    names: tuple[str, ...] = ARCHITECTURE_ARGUMENTS
+    pattern, saved_pattern = (getattr(a, "hybrid_layer_pattern", None) for a in (args, saved))
+    if pattern and not saved_pattern:
+        _check_weights_only(args, folder)
+        # Megatron pairs the entries with the checkpoint's layers, and counts both.
+        names = tuple(n for n in names if n not in ("num_layers", "hybrid_layer_pattern"))
+    _check_equal(args, saved, names, folder, "use the checkpoint's value, or train without it")
     if resumes:
         _check_schedule(args, saved, folder)
     _check_vocabulary(saved, tokenizer, folder)
+
+
+def _check_weights_only(args: argparse.Namespace, folder: Path) -> None:
+    """Check that a HybridModel takes nothing but weights from a checkpoint of GPTModel."""
+    if not args.no_load_optim:
+        raise LETError(
+            f"The checkpoint {folder} is of a GPTModel, of which --hybrid-layer-pattern"
+            f" {args.hybrid_layer_pattern} takes the weights only; give --no-load-optim, with"
+            " --finetune to begin at step 1, or drop the pattern to continue the run."
+        )
 
 
 def _check_equal(
@@ -115,6 +127,8 @@ def _value(args: argparse.Namespace, name: str) -> Any:
     value = getattr(args, name, None)
     if name == "kv_channels" and value is None:
         return args.hidden_size // args.num_attention_heads
+    if name == "hybrid_layer_pattern":
+        return without_stages(value)
     # Megatron sets it to the run's length only while it builds the optimizer.
     if name in ("lr_decay_iters", "lr_decay_samples") and value is None:
         return getattr(args, name.replace("lr_decay", "train"), None)

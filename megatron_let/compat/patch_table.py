@@ -385,7 +385,7 @@ OBJECT_PATCHES = (
         test="tests/unit/methods/test_global_batch.py::test_peek_consumes_nothing",
     ),
     ObjectPatch(
-        target="compute_language_model_loss of the last stage's GPTModel: replaced on the object",
+        target="compute_language_model_loss of the last stage's model: replaced on the object",
         where="megatron_let.methods.distillation:LogitsHook",
         reason="the teacher's distribution enters the loss, whose logits are not output otherwise",
         removed_when="the first step whose weight is 0",

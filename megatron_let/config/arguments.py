@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_let.config.hybrid_pattern import pattern_layers
 from megatron_let.config.let_config import (
     METHODS,
     PLACEMENTS,
@@ -130,12 +131,18 @@ def _layer(text: str) -> int | str:
         ) from error
 
 
+def num_student_layers(args: argparse.Namespace) -> int:
+    """Return the number of the student's layers; `--num-layers` counts a HybridModel's entries."""
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    return int(args.num_layers) if pattern is None else len(pattern_layers(pattern))
+
+
 def layer_number(args: argparse.Namespace) -> int:
     """Return the 1-based number of the student's aligned layer."""
     layer = LETConfig.layer if args.let_layer is None else args.let_layer
     if layer == "last":
-        return int(args.num_layers)
-    return max(1, int(args.num_layers) // 2) if layer == "middle" else int(layer)
+        return num_student_layers(args)
+    return max(1, num_student_layers(args) // 2) if layer == "middle" else int(layer)
 
 
 def let_config_from_args(args: argparse.Namespace) -> LETConfig:

@@ -12,6 +12,7 @@ from importlib.resources import files
 
 import yaml
 
+from megatron_let.config.validation import check_hybrid
 from megatron_let.errors import LETError
 
 # Argument without effect -> the flag that has the effect.
@@ -31,6 +32,7 @@ _CUSTOM_SCRIPT = (
     "is not supported by this entry; use it in a custom training script with the three lines of"
     " megatron_let.integration"
 )
+_NO_MAMBA = "has no effect without a Mamba entry (M) in --hybrid-layer-pattern; drop it"
 _RUNS_CODE = (
     "is refused, because code in a folder is never run; give a tokenizer that transformers supports"
 )
@@ -61,6 +63,8 @@ def check_known(
     problems = {name: _no_effect(name) for name in lists["no_effect"]}
     problems |= dict.fromkeys(lists["custom_script"], _CUSTOM_SCRIPT)
     problems |= dict.fromkeys(lists["runs_code"], _RUNS_CODE)
+    if "M" not in (args.hybrid_layer_pattern or ""):
+        problems |= dict.fromkeys(lists["mamba"], _NO_MAMBA)
     if not cuda:
         problems |= dict.fromkeys(lists["gpu"], _NO_GPU)
         if not args.use_pytorch_profiler:
@@ -96,6 +100,7 @@ def check_layers(args: argparse.Namespace, actions: Iterable[argparse.Action]) -
     if args.transformer_impl == "local":
         names = read_lists()["transformer_engine"]
         _refuse(args, actions, dict.fromkeys(names, _NO_TRANSFORMER_ENGINE))
+    check_hybrid(args)
 
 
 def _check_layout(args: argparse.Namespace) -> None:

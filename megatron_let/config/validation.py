@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any
 
 from megatron_let.config.arguments import flag
+from megatron_let.config.hybrid_pattern import pattern_layers
 from megatron_let.config.let_config import METHODS
 from megatron_let.errors import LETError
 
@@ -17,7 +19,6 @@ REFUSED: Table = {
     "cuda_graph_impl": ("none", "CUDA graphs bypass the hook on layer k"),
     "overlap_moe_expert_parallel_comm": (False, "its schedule bypasses the hook on layer k"),
     "moe_expert_rank_capacity_factor": (None, "it runs a step twice, outside LET"),
-    "hybrid_layer_pattern": (None, "hybrid models have no k-th transformer layer"),
     "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
     "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
     "sft": (False, "the teacher reads whole sequences, not packed ones"),
@@ -37,6 +38,36 @@ REFUSED_WITH_PROJECTION: Table = {
     "ckpt_assume_constant_structure": (False, "it leaves the checkpoints at --let-stop-step"),
     "non_persistent_save_interval": (None, "non-persistent checkpoints do not store it"),
 }
+# What Megatron's HybridModel, its builder or its stack do not read, or read of entries.
+_IGNORED, _BY_SPEC = "HybridModel ignores it", "its layers have a fixed spec, which ignores it"
+_BY_ENTRY = "it would count entries, not layers"
+REFUSED_WITH_HYBRID: Table = {
+    "use_rope_scaling": (False, _IGNORED),
+    "rotary_interleaved": (False, "HybridModel's rotary embedding ignores it"),
+    "defer_embedding_wgrad_compute": (False, _IGNORED),
+    "fp8_output_proj": (False, _IGNORED),
+    "cpu_offloading_num_layers": (0, _IGNORED),
+    "moe_layer_freq": (1, "the E entries of the pattern are the MoE layers"),
+    "mtp_num_layers": (None, "the pattern would name its layers after a /, which is not supported"),
+    "linear_attention_freq": (None, "the G entries of the pattern are the linear attention"),
+    "experimental_attention_variant": (None, "the pattern names the attention of each entry"),
+    "qk_layernorm": (False, _BY_SPEC),
+    "qk_l2_norm": (False, _BY_SPEC),
+    "use_te_activation_func": (False, _BY_SPEC),
+    "use_grouped_gemm_for_dense_mlp": (False, _BY_SPEC),
+    "use_kitchen_attention": (False, _BY_SPEC),
+    "no_rope_freq": (None, _BY_ENTRY),
+    "window_attn_skip_freq": (None, _BY_ENTRY),
+}
+# Values with the same fate.
+_REFUSED_VALUES = {
+    "position_embedding_type": ("mrope", "relative"),
+    "attention_backend": ("local",),
+}
+# Entries -> what they need.
+_NEEDS_TE = "a GPU and Transformer Engine"
+_NEEDED_BY = {"G": _NEEDS_TE, "D": _NEEDS_TE, "+": _NEEDS_TE}
+_NEEDED_BY["M"] = "a GPU and the packages mamba-ssm and causal-conv1d"
 # Flags that are not named like their argument.
 _FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
@@ -56,6 +87,58 @@ def check_supported(args: argparse.Namespace) -> None:
         _refuse(args, REFUSED_WITH_LOGITS, method)
     elif getattr(args, "let_projection", None) == "learned":
         _refuse(args, REFUSED_WITH_PROJECTION, "--let-projection learned")
+
+
+def check_hybrid(args: argparse.Namespace) -> None:
+    """Check that the entry's HybridModel honours the arguments, and that this host can build it.
+
+    Args:
+        args: parsed, before or after Megatron's validation.
+
+    Raises:
+        LETError: names the flag or the entry, and what to do.
+    """
+    pattern = args.hybrid_layer_pattern
+    if pattern is None:
+        return
+    user = f"--hybrid-layer-pattern {pattern}"
+    if not pattern_layers(pattern):
+        raise LETError(f"{user} has no entry; give one, such as *-*-*-*-.")
+    if "/" in pattern:
+        raise LETError(
+            f"{user} predicts further tokens from its / on, which this entry does"
+            " not support; drop that part, or use a custom training script with"
+            " megatron_let.integration."
+        )
+    _refuse(args, REFUSED_WITH_HYBRID, user)
+    for name, values in _REFUSED_VALUES.items():
+        value = getattr(getattr(args, name), "name", getattr(args, name))
+        if value in values:
+            raise LETError(f"{user} cannot be used with {flag(name)} {value}: {_IGNORED}; drop it.")
+    if args.multi_latent_attention and not {"+", "D"} & set(pattern):
+        raise LETError(
+            f"{user} has no latent attention; give it + entries, not --multi-latent-attention."
+        )
+    if (args.num_experts is not None) != ("E" in pattern):
+        raise LETError(
+            f"{user} and --num-experts {args.num_experts} differ: experts are its E entries; give"
+            " both or neither."
+        )
+    _check_host(args, pattern)
+
+
+def _check_host(args: argparse.Namespace, pattern: str) -> None:
+    """Check that the packages of the entries are installed."""
+    for symbol, needed in _NEEDED_BY.items():
+        if symbol == "M":
+            missing = importlib.util.find_spec("mamba_ssm") is None
+        else:
+            missing = args.transformer_impl == "local"
+        if symbol in pattern and missing:
+            raise LETError(
+                f"--hybrid-layer-pattern {pattern} has {symbol} entries, which need {needed}, not"
+                " all of which this machine has; install them or drop these entries."
+            )
 
 
 def _refuse(args: argparse.Namespace, table: Table, user: str) -> None:

@@ -27,11 +27,13 @@ def enable(args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace
     Raises:
         LETError: `--load` has a checkpoint of the DeepSpeed engine.
     """
+    from megatron.training.argument_utils import hybrid_config_from_args
+
     from megatron_let.config.model_config import gpt_config
 
     if args.load is not None:
         refuse_deepspeed_checkpoint(Path(args.load) / checkpoint_name(resumed_step(args)))
-    return gpt_config
+    return gpt_config if args.hybrid_layer_pattern is None else hybrid_config_from_args
 
 
 def teacher_sharding(args: argparse.Namespace) -> None:

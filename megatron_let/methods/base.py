@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
+from megatron_let.config.hybrid_pattern import last_entry
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.metrics.write import WEIGHT_KEY
@@ -180,12 +181,17 @@ def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> A
 def find_layer(
     model: list[torch.nn.Module], layer_number: int
 ) -> tuple[int, torch.nn.Module] | None:
-    """Return the model chunk and transformer layer of a global 1-based layer number.
+    """Return the model chunk and the module whose output is the state after layer k.
 
-    None if the layer is on another pipeline stage.
+    It is a transformer layer, or the last entry of the layer in a HybridModel. None if it is on
+    another pipeline stage.
+
+    Args:
+        layer_number: k, global and 1-based.
     """
     for index, chunk in enumerate(unwrap_model(model)):
+        number = last_entry(layer_number, getattr(chunk, "hybrid_layer_pattern", None))
         for layer in chunk.decoder.layers:
-            if layer.layer_number == layer_number:
+            if layer.layer_number == number:
                 return index, layer
     return None

@@ -38,7 +38,7 @@ class LogitsHook:
         """Replace the model's loss method by the hook.
 
         Args:
-            model: the GPTModel of the last stage, or a wrapper that forwards its attributes.
+            model: the model of the last stage, or a wrapper that forwards its attributes.
         """
         method = getattr(model, _METHOD)
         # A wrapper forwards the method; an attribute set on the wrapper would never be called.

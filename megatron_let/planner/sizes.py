@@ -94,7 +94,10 @@ GPUS = {
 }
 
 # Arguments of students whose parameters and FLOPs the planner does not count.
-_NOT_DENSE = ("num_experts", "multi_latent_attention", "mtp_num_layers", "attention_output_gate")
+_NOT_DENSE = (
+    *("num_experts", "multi_latent_attention", "mtp_num_layers", "attention_output_gate"),
+    "hybrid_layer_pattern",
+)
 
 # Teachers of the paper and of this repository, to plan without their files.
 TEACHERS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.arguments import flag
+from megatron_let.config.hybrid_pattern import without_stages
 from megatron_let.config.let_config import METHODS, LETConfig
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
@@ -32,6 +33,7 @@ _DIGESTED_BYTES = 2**20
 # Settings that distinguish two runs; steps, batch size and layout may change on resume.
 _IDENTITY = (
     "num_layers",
+    "hybrid_layer_pattern",
     "hidden_size",
     "ffn_hidden_size",
     "num_attention_heads",
@@ -138,6 +140,7 @@ def _hub_id(model: str) -> tuple[str, str] | None:
 def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     """Return the settings that distinguish this run from another."""
     values = {name: getattr(args, name, None) for name in _IDENTITY}
+    values["hybrid_layer_pattern"] = without_stages(values["hybrid_layer_pattern"])
     values["tokenizer_model"] = _tokenizer_id(values["tokenizer_model"])
     for name in ("data_path", "train_data_path"):
         items = values[name]

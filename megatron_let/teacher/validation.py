@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_let.config.arguments import num_steps
+from megatron_let.config.arguments import num_steps, num_student_layers
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.losses import CCA_TOKENS_PER_FEATURE
@@ -38,10 +38,11 @@ def check_fits(config: LETConfig, folder: TeacherFolder, args: argparse.Namespac
 
 
 def _check_layers(config: LETConfig, folder: TeacherFolder, args: argparse.Namespace) -> None:
-    if config.layer > args.num_layers:
+    num_layers = num_student_layers(args)
+    if config.layer > num_layers:
         raise LETError(
-            f"--let-layer is {config.layer} but the student has {args.num_layers} layers; give a"
-            f" number from 1 to {args.num_layers}."
+            f"--let-layer is {config.layer} but the student has {num_layers} layers; give a"
+            f" number from 1 to {num_layers}."
         )
     tapped_layer(config.teacher_layer, folder.num_layers)
     tokens = args.micro_batch_size * args.seq_length

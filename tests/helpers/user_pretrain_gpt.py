@@ -1,6 +1,6 @@
-"""A user's training script like Megatron-LM's pretrain_gpt.py, with its own model builder, data
-provider and forward step. With LET=1 it has the three lines of megatron_let.integration; without,
-it is stock Megatron and imports nothing of LET.
+"""A user's training script like Megatron-LM's pretrain_gpt.py (pretrain_hybrid.py, if a pattern is
+given), with its own model builder, data provider and forward step. With LET=1 it has the three
+lines of megatron_let.integration; without, it is stock Megatron and imports nothing of LET.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import get_tensorboard_writer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -97,12 +101,17 @@ if __name__ == "__main__":
     args = parse_and_validate_args(extra_args_provider=let.add_arguments if LET else None)
     if LET:
         let.enable(args)
-    model = gpt_config_from_args(args)
+    is_hybrid = args.hybrid_layer_pattern is not None
+    model = hybrid_config_from_args(args) if is_hybrid else gpt_config_from_args(args)
     if os.environ.get("LOCAL_SPEC") == "1":
         # The layers of a host without Transformer Engine, so that two runs differ in LET alone.
+        from megatron_let.compat.local_hybrid import local_hybrid_spec
         from megatron_let.compat.local_layers import use_local_layers
 
-        use_local_layers(model)
+        if is_hybrid:
+            model.hybrid_stack_spec = local_hybrid_spec(model.transformer)
+        else:
+            use_local_layers(model)
     container = pretrain_cfg_container_from_args(args, model)
     pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
     writer = get_tensorboard_writer()

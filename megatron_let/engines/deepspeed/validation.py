@@ -20,6 +20,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "virtual_pipeline_model_parallel_size": ((None,), _NO_PIPELINES),
     "context_parallel_size": ((1,), "DeepSpeed averages gradients over data-parallel ranks only"),
     "expert_model_parallel_size": ((1,), "experts need a separate gradient average"),
+    "hybrid_layer_pattern": ((None,), "it builds Megatron's GPTModel"),
     "num_experts": ((None,), "mixtures of experts are untested"),
     "multi_latent_attention": ((False,), "latent attention is untested"),
     "mtp_num_layers": ((None,), "multi-token prediction is untested"),

@@ -135,3 +135,31 @@ def test_larger_vocabulary_is_refused(folder: Path) -> None:
     load_check.open_checkpoint(folder).state["args"] = small
     with pytest.raises(LETError, match=r"256 tokens and the checkpoint .* 100"):
         check(folder)
+
+
+PATTERN = {"hybrid_layer_pattern": "*-*-*-*-", "num_layers": 8}
+
+
+@pytest.fixture
+def hybrid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of a checkpoint of a HybridModel on two stages."""
+    saved = SAVED | PATTERN | {"hybrid_layer_pattern": "*-*-|*-*-"}
+    opened = SimpleNamespace(state={"args": argparse.Namespace(**saved)})
+    monkeypatch.setattr(load_check, "open_checkpoint", lambda folder: opened)
+    return folder
+
+
+def test_hybrid_model_resumes_with_other_stages_only(hybrid: Path) -> None:
+    check(hybrid, **PATTERN)
+    for other in ({"hybrid_layer_pattern": "*-*-*--*"}, {"hybrid_layer_pattern": None}):
+        with pytest.raises(LETError, match=r"--hybrid-layer-pattern is .* in this run and \*-"):
+            check(hybrid, **PATTERN | other)
+
+
+def test_hybrid_model_takes_only_weights_of_a_gpt_checkpoint(folder: Path) -> None:
+    for resumed in ({}, {"finetune": True}):
+        with pytest.raises(LETError, match="--no-load-optim"):
+            check(folder, **PATTERN, **resumed)
+    check(folder, **PATTERN, no_load_optim=True)
+    with pytest.raises(LETError, match="--rotary-base"):
+        check(folder, **PATTERN, no_load_optim=True, rotary_base=5)

@@ -48,7 +48,7 @@ def test_argument_of_a_later_megatron_is_refused_once_it_is_set(
 
 
 @pytest.mark.parametrize(
-    "refused", ["transformer_engine", "custom_script", "runs_code", "no_effect"]
+    "refused", ["transformer_engine", "custom_script", "mamba", "runs_code", "no_effect"]
 )
 def test_each_argument_outside_the_honoured_lists_is_refused_by_its_flag(
     parser: argparse.ArgumentParser, refused: str

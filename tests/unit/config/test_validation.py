@@ -10,11 +10,13 @@ import pytest
 
 from megatron_let.config.validation import (
     REFUSED,
+    REFUSED_WITH_HYBRID,
     REFUSED_WITH_LOGITS,
     REFUSED_WITH_PROJECTION,
     Table,
     check_document_mask,
     check_script_masks_documents,
+    check_hybrid,
     check_supported,
 )
 from megatron_let.errors import LETError
@@ -98,3 +100,64 @@ def test_script_with_masks_on_all_stages_is_supported(parser: argparse.ArgumentP
     args.virtual_pipeline_model_parallel_size = None
     check_script_masks_documents(args)
     check_document_mask(args)
+def hybrid_args(parser: argparse.ArgumentParser, *flags: str) -> argparse.Namespace:
+    """Return arguments of a HybridModel on a host without Transformer Engine."""
+    given = ("--hybrid-layer-pattern", "*-*-", "--transformer-impl", "local")
+    return parser.parse_args([*given, *flags])
+
+
+@pytest.mark.parametrize("name", REFUSED_WITH_HYBRID)
+def test_argument_that_a_hybrid_model_ignores_is_refused(
+    name: str, parser: argparse.ArgumentParser
+) -> None:
+    args = hybrid_args(parser)
+    # The neutral value is Megatron's default.
+    check_hybrid(args)
+    _, reason = REFUSED_WITH_HYBRID[name]
+    setattr(args, name, 2)
+    with pytest.raises(LETError, match=re.escape(reason)) as error:
+        check_hybrid(args)
+    assert_sentence_of_flags(str(error.value), parser)
+    args.hybrid_layer_pattern = None
+    check_hybrid(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--hybrid-layer-pattern", ""], "has no entry"),
+        (["--hybrid-layer-pattern", "*-/*-"], "/ on"),
+        (["--hybrid-layer-pattern", "M-*-"], "M entries, which need .* mamba-ssm"),
+        (["--hybrid-layer-pattern", "G-"], "G entries, which need .* Transformer Engine"),
+        (["--hybrid-layer-pattern", "D-"], "D entries, which need .* Transformer Engine"),
+        (["--hybrid-layer-pattern", "+-"], r"\+ entries, which need .* Transformer Engine"),
+        (["--hybrid-layer-pattern", "*E"], "--num-experts None"),
+        (["--num-experts", "4"], "--num-experts 4"),
+        (["--multi-latent-attention"], "--multi-latent-attention"),
+        (["--position-embedding-type", "relative"], "--position-embedding-type relative"),
+        (["--attention-backend", "local"], "--attention-backend local"),
+    ],
+    ids=" ".join,
+)
+def test_hybrid_model_that_cannot_be_built_is_refused(
+    flags: list[str], named: str, parser: argparse.ArgumentParser
+) -> None:
+    with pytest.raises(LETError, match=named) as error:
+        check_hybrid(hybrid_args(parser, *flags))
+    assert_sentence_of_flags(str(error.value), parser)
+
+
+def test_entries_of_megatrons_own_layers_need_its_packages(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = hybrid_args(parser, "--transformer-impl", "transformer_engine")
+    for args.hybrid_layer_pattern in ("G-*-", "*-*-"):
+        check_hybrid(args)
+    args.hybrid_layer_pattern = "M-*-"
+    for installed in (None, object()):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=installed: found)
+        if installed:
+            check_hybrid(args)
+        else:
+            with pytest.raises(LETError, match="mamba-ssm"):
+                check_hybrid(args)

@@ -84,7 +84,8 @@ def test_megatron_engine_refuses_a_deepspeed_checkpoint(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("5")
     folder = tmp_path / checkpoint_name(5)
     folder.mkdir()
-    args = argparse.Namespace(load=str(tmp_path), ckpt_step=None, finetune=False)
+    common = {"ckpt_step": None, "finetune": False, "hybrid_layer_pattern": None}
+    args = argparse.Namespace(load=str(tmp_path), **common)
     load_engine("megatron").enable(args, cuda=False)
     write_info(folder, CheckpointInfo(5, 1, 2, 1))
     with pytest.raises(LETError, match="--engine deepspeed"):

@@ -228,3 +228,9 @@ def test_size_that_does_not_divide_over_the_layout_is_named(
     size = TransformerSize(2, 24, 20 if tp != 3 else 21, 6, groups, 4, True, 40)
     found = does_not_divide(Layout(tp, pp, 1, 1, 1, 1, 1), size)
     assert found is None if words is None else found is not None and words in found
+
+
+def test_hybrid_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", "let_1p4b", "--gpus", "8", "--gpu", "a100-80g"]
+    assert plan.main([*flags, "--hybrid-layer-pattern", "*-*-"]) == 2
+    assert "--hybrid-layer-pattern *-*-" in capsys.readouterr().err

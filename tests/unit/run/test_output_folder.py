@@ -107,6 +107,15 @@ def test_steps_batch_and_layout_may_change_on_resume(
     claim(run_args(trained, **changed), LET)
 
 
+def test_stages_of_a_hybrid_model_may_change_on_resume(tmp_path: Path) -> None:
+    for pattern in ("*-*-", "*-|*-"):
+        args = run_args(tmp_path, hybrid_layer_pattern=pattern)
+        claim(args, LET)
+        (tmp_path / TRACKER).write_text("5")
+    args.hybrid_layer_pattern = "*-M-"
+    assert_refused(tmp_path, args, LET, "--hybrid-layer-pattern")
+
+
 def test_teacher_may_move_to_another_disk(trained: Path) -> None:
     claim(run_args(trained), LETConfig("let", Path("/another/disk/small")))
 
@@ -115,6 +124,7 @@ def test_teacher_may_move_to_another_disk(trained: Path) -> None:
     ("args", "config", "expected"),
     [
         ({"num_layers": 6}, LET, "--num-layers is 4 there and 6 here"),
+        ({"hybrid_layer_pattern": "*-*-"}, LET, r"--hybrid-layer-pattern is None there and \*-"),
         ({"seed": 1}, LET, "--seed is 1234 there and 1 here"),
         ({"data_path": ["/other"]}, LET, "--data-path is .* there and .*other.* here"),
         ({}, LETConfig("let", Path("/models/small"), weight=0.2), "--let-weight is 0.1 there"),

@@ -39,6 +39,7 @@ def megatron_args(**values: Any) -> argparse.Namespace:
     ("config", "args", "named"),
     [
         ({"layer": 25}, {}, ["--let-layer is 25", "24 layers"]),
+        ({"layer": 4}, {"hybrid_layer_pattern": "*-*-*-"}, ["--let-layer is 4", "3 layers"]),
         ({"teacher_layer": "13"}, {}, ["--let-teacher-layer is 13", "12 layers"]),
         (
             {"loss": "cca"},
