@@ -1,13 +1,13 @@
-"""Small Llama architectures."""
+"""Small architectures."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from megatron_let.checkpoint.architecture import Llama
+from megatron_let.checkpoint.architecture import Architecture
 
-LLAMA = Llama(
+LLAMA = Architecture(
     num_layers=2, hidden_size=24, ffn_hidden_size=20, num_heads=6, num_kv_heads=3, head_dim=4,
     vocab_size=40, max_positions=64, tied=False, norm_epsilon=1e-5,
 )  # fmt: skip
@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(name: str) -> Llama:
+def variant(name: str) -> Architecture:
     """Return the architecture with the changes of `VARIANTS[name]`."""
     return replace(LLAMA, **VARIANTS[name])
 

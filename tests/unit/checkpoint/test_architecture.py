@@ -10,13 +10,12 @@ from transformers import LlamaConfig
 
 from megatron_let.checkpoint.architecture import (
     first_difference,
-    from_hugging_face,
     from_megatron,
     recipe_settings,
-    to_hugging_face,
     to_megatron,
 )
 from megatron_let.checkpoint.load_check import ARCHITECTURE_ARGUMENTS
+from megatron_let.checkpoint.model_types import from_hugging_face, to_hugging_face
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from tests.helpers.llamas import LLAMA, VARIANTS, config_arguments, variant

@@ -107,7 +107,7 @@ def test_padded_rows_are_removed_on_export(source: Path, tmp_path: Path) -> None
     stored = TorchDist(tmp_path / "padded/release")
     assert stored.tensors()["embedding.word_embeddings.weight"].shape[0] == 768
     back = open_weights(tmp_path / "padded")
-    assert back.llama.vocab_size == 600
+    assert back.architecture.vocab_size == 600
     assert torch.equal(
         back.read("model.embed_tokens.weight"),
         open_weights(source).read("model.embed_tokens.weight"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_let.checkpoint.architecture import to_hugging_face
+from megatron_let.checkpoint.model_types import to_hugging_face
 from megatron_let.checkpoint.parameter_mapping import (
     ParameterMapping,
     merge,
