@@ -127,7 +127,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     if config.model_type in _OTHER_ORDERS:
         raise LETError(
             f"The model {folder} is a {config.model_type} model, which does not predict one token"
-            " after the other from left to right; give a causal decoder such as Llama, GPT-2 or OPT."
+            " after the other from left to right; give a causal decoder such as Llama or GPT-2."
         )
     is_decoder = getattr(config, "is_decoder", False)
     bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder
