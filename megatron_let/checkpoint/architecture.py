@@ -1,4 +1,4 @@
-"""A Llama's architecture, in Hugging Face's config and in Megatron's arguments."""
+"""An architecture that is converted, and Megatron's arguments for it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_let.planner.sizes import TransformerSize
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama(TransformerSize):
-    """Sizes and constants of a Llama-family model; `vocab_size` has no padding.
+class Architecture(TransformerSize):
+    """Sizes and constants of a decoder with RMSNorm, RoPE and SwiGLU; `vocab_size` has no padding.
 
     Attributes:
         max_positions: longest sequence.
@@ -22,6 +22,15 @@ class Llama(TransformerSize):
             scaling of the low frequencies by `rope_factor`, with Megatron's fixed bounds 1, 4
             and 8192).
         init_std: standard deviation of the initial weights.
+        qkv_bias: the projections to queries, keys and values have biases.
+        qk_norm: RMSNorm of each head's queries and keys, before RoPE.
+        num_experts: experts of a layer; 0 in a dense model, where the fields below have no meaning.
+        experts_per_token: experts that a token is routed to, by a softmax over their logits.
+        normalized_routing: the weights of a token's experts sum to 1.
+        expert_ffn_hidden_size: width of one expert; `ffn_hidden_size` is that of a dense layer.
+        dense_layers: 0-based numbers of the layers without experts.
+        shared_ffn_hidden_size: width of the gated shared expert; 0 without one.
+        aux_loss_coeff: coefficient of the load balancing loss, which no output depends on.
     """
 
     gated: bool = True
@@ -31,23 +40,23 @@ class Llama(TransformerSize):
     rope_type: str = "default"
     rope_factor: float = 1.0
     init_std: float = 0.02
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalized_routing: bool = True
+    expert_ffn_hidden_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+    shared_ffn_hidden_size: int = 0
+    aux_loss_coeff: float = 0.0
 
-    @property
-    def num_parameters(self) -> int:
-        """Return the number of parameters without padding; a tied embedding counts once."""
-        embeddings = self.embedding_params * (1 if self.tied else 2)
-        return self.num_layers * self.layer_params + embeddings + self.hidden_size
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer (0-based) is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
 
-# Constants of Megatron's `_apply_scaling`; only the factor is an argument.
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-# Megatron argument -> its value in a Llama.
-_LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
+# The only value of Megatron's arguments that every architecture of the converter has.
+_FIXED_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("normalization", "RMSNorm"),
     ("swiglu", True),
     ("quick_geglu", False),
@@ -55,11 +64,9 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("glu_linear_offset", 0.0),
     ("activation_func_clamp_value", None),
     ("add_bias_linear", False),
-    ("add_qkv_bias", False),
     ("position_embedding_type", "rope"),
     ("rotary_percent", 1.0),
     ("rotary_interleaved", False),
-    ("qk_layernorm", False),
     ("qk_l2_norm", False),
     ("attention_output_gate", False),
     ("layernorm_zero_centered_gamma", False),
@@ -67,7 +74,6 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("apply_residual_connection_post_layernorm", False),
     ("multi_latent_attention", False),
     ("experimental_attention_variant", None),
-    ("num_experts", None),
     ("mtp_num_layers", None),
     ("hybrid_layer_pattern", None),
     ("no_rope_freq", None),
@@ -77,9 +83,29 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("heterogeneous_layers_config_path", None),
     ("spec", None),
 )
+# The same for a mixture of experts.
+_FIXED_EXPERT_ARGUMENTS: tuple[tuple[str, Any], ...] = (
+    ("moe_router_score_function", "softmax"),
+    ("moe_router_enable_expert_bias", False),
+    ("moe_router_num_groups", None),
+    ("moe_router_group_topk", None),
+    ("moe_router_topk_limited_devices", None),
+    ("moe_router_topk_scaling_factor", None),
+    ("moe_router_force_load_balancing", False),
+    ("moe_router_force_biased", None),
+    ("moe_input_jitter_eps", None),
+    ("moe_expert_capacity_factor", None),
+    ("moe_apply_probs_on_input", False),
+    ("moe_latent_size", None),
+    ("moe_mlp_glu_interleave_size", None),
+    ("moe_shared_expert_glu_interleave_size", None),
+)
+# Routing that depends on more than a token's own logits.
+_BALANCED_ROUTING = ("sinkhorn", "quantile_balancing")
+_STOCK_ROPE_FACTOR = 8.0
 
 
-def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
+def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Architecture:
     """Return the architecture that a run's arguments describe.
 
     Args:
@@ -87,18 +113,12 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
         vocab_size: size of the vocabulary, without padding.
 
     Raises:
-        LETError: the model is not a Llama; names the argument.
+        LETError: the converter has no such architecture; names the argument.
     """
-    for name, wanted in _LLAMA_ARGUMENTS:
-        value = args.get(name, wanted)
-        if value != wanted and not (wanted is None and not value):
-            raise LETError(
-                f"The checkpoint's model is not a Llama: {name} is {value!r}, and a Llama's is"
-                f" {wanted!r}; only Llama models can be converted."
-            )
+    _check_fixed(args, _FIXED_ARGUMENTS)
     heads = int(args["num_attention_heads"])
     rope_type, factor = _rope_of_megatron(args)
-    return Llama(
+    return Architecture(
         num_layers=int(args["num_layers"]),
         hidden_size=int(args["hidden_size"]),
         ffn_hidden_size=int(args["ffn_hidden_size"]),
@@ -114,7 +134,59 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Llama:
         rope_type=rope_type,
         rope_factor=factor,
         init_std=float(args.get("init_method_std") or 0.02),
+        qkv_bias=bool(args.get("add_qkv_bias")),
+        qk_norm=bool(args.get("qk_layernorm")),
+        **_experts_of_megatron(args),
     )
+
+
+def _check_fixed(args: Mapping[str, Any], fixed: tuple[tuple[str, Any], ...]) -> None:
+    for name, wanted in fixed:
+        value = args.get(name, wanted)
+        if value != wanted and not (wanted is None and not value):
+            _refuse(name, value, repr(wanted))
+
+
+def _refuse(name: str, value: Any, wanted: str) -> None:
+    raise LETError(
+        f"The checkpoint's model is not a Llama, Qwen or Mixtral: {name} is {value!r}, and theirs"
+        f" is {wanted}; no other model can be converted."
+    )
+
+
+def _experts_of_megatron(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a mixture of experts; none of a dense model."""
+    if not args.get("num_experts"):
+        return {}
+    _check_fixed(args, _FIXED_EXPERT_ARGUMENTS)
+    balancing = args.get("moe_router_load_balancing_type", "aux_loss")
+    if any(kind in _BALANCED_ROUTING for kind in _as_list(balancing)):
+        _refuse("moe_router_load_balancing_type", balancing, "aux_loss, seq_aux_loss or none")
+    shared = int(args.get("moe_shared_expert_intermediate_size") or 0)
+    if shared and not args.get("moe_shared_expert_gate"):
+        _refuse("moe_shared_expert_gate", False, "True where they have a shared expert")
+    coefficient = args.get("moe_aux_loss_coeff")
+    has_aux_loss = balancing == "aux_loss" and isinstance(coefficient, float)
+    return {
+        "num_experts": int(args["num_experts"]),
+        "experts_per_token": int(args.get("moe_router_topk") or 2),
+        "normalized_routing": not args.get("moe_router_pre_softmax", False),
+        "expert_ffn_hidden_size": int(args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]),
+        "dense_layers": _dense_layers(args.get("moe_layer_freq", 1), int(args["num_layers"])),
+        "shared_ffn_hidden_size": shared,
+        "aux_loss_coeff": float(coefficient) if has_aux_loss and coefficient else 0.0,
+    }
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _dense_layers(frequency: int | list[int], num_layers: int) -> tuple[int, ...]:
+    """Return the 0-based layers without experts of `--moe-layer-freq`."""
+    if isinstance(frequency, int):
+        return tuple(layer for layer in range(num_layers) if layer % frequency)
+    return tuple(layer for layer, has_experts in enumerate(frequency) if not has_experts)
 
 
 def norm_epsilon(args: Mapping[str, Any]) -> float:
@@ -125,164 +197,135 @@ def norm_epsilon(args: Mapping[str, Any]) -> float:
 
 def _rope_of_megatron(args: Mapping[str, Any]) -> tuple[str, float]:
     if args.get("use_rope_scaling"):
-        return "llama3", float(args.get("rope_scaling_factor") or 8.0)
+        return "llama3", rope_scaling_factor(args)
     if args.get("rotary_seq_len_interpolation_factor"):
         return "linear", float(args["rotary_seq_len_interpolation_factor"])
     return "default", 1.0
 
 
-def to_megatron(llama: Llama) -> dict[str, Any]:
+def rope_scaling_factor(args: Mapping[str, Any]) -> float:
+    """Return the factor of `--use-rope-scaling` that the weights were trained with."""
+    if ignored_rope_factor(args) is not None:
+        return _STOCK_ROPE_FACTOR
+    return float(args.get("rope_scaling_factor") or _STOCK_ROPE_FACTOR)
+
+
+def ignored_rope_factor(args: Mapping[str, Any]) -> float | None:
+    """Return a `--rope-scaling-factor` that the run did not apply; None if there is none.
+
+    Megatron 0.19's `gpt_config_from_args` does not pass it on. This package's entry does, and a
+    converted checkpoint, which has no `train_iters`, is of a model with its factor.
+    """
+    factor = args.get("rope_scaling_factor")
+    is_stock_run = "train_iters" in args and not any(name.startswith("let_") for name in args)
+    if not args.get("use_rope_scaling") or not is_stock_run or factor in (None, _STOCK_ROPE_FACTOR):
+        return None
+    return float(factor)
+
+
+def to_megatron(architecture: Architecture) -> dict[str, Any]:
     """Return Megatron's arguments for an architecture."""
-    scaled = llama.rope_type == "llama3"
-    linear = llama.rope_type == "linear"
-    return dict(_LLAMA_ARGUMENTS) | {
-        "num_layers": llama.num_layers,
-        "hidden_size": llama.hidden_size,
-        "ffn_hidden_size": llama.ffn_hidden_size,
-        "num_attention_heads": llama.num_heads,
-        "group_query_attention": llama.num_kv_heads != llama.num_heads,
-        "num_query_groups": llama.num_kv_heads,
-        "kv_channels": llama.head_dim,
-        "vocab_size": llama.vocab_size,
-        "max_position_embeddings": llama.max_positions,
-        "untie_embeddings_and_output_weights": not llama.tied,
-        "layernorm_epsilon": llama.norm_epsilon,
-        "norm_epsilon": llama.norm_epsilon,
-        "rotary_base": int(llama.rotary_base),
-        "use_rope_scaling": scaled,
-        "rope_scaling_factor": llama.rope_factor if scaled else 8.0,
-        "rotary_seq_len_interpolation_factor": int(llama.rope_factor) if linear else None,
-        "init_method_std": llama.init_std,
-        "add_position_embedding": True,
-        "use_rotary_position_embeddings": False,
+    scaled = architecture.rope_type == "llama3"
+    linear = architecture.rope_type == "linear"
+    return (
+        dict(_FIXED_ARGUMENTS)
+        | _experts_to_megatron(architecture)
+        | {
+            "num_layers": architecture.num_layers,
+            "hidden_size": architecture.hidden_size,
+            "ffn_hidden_size": architecture.ffn_hidden_size,
+            "num_attention_heads": architecture.num_heads,
+            "group_query_attention": architecture.num_kv_heads != architecture.num_heads,
+            "num_query_groups": architecture.num_kv_heads,
+            "kv_channels": architecture.head_dim,
+            "vocab_size": architecture.vocab_size,
+            "max_position_embeddings": architecture.max_positions,
+            "untie_embeddings_and_output_weights": not architecture.tied,
+            "layernorm_epsilon": architecture.norm_epsilon,
+            "norm_epsilon": architecture.norm_epsilon,
+            "rotary_base": int(architecture.rotary_base),
+            "use_rope_scaling": scaled,
+            "rope_scaling_factor": architecture.rope_factor if scaled else _STOCK_ROPE_FACTOR,
+            "rotary_seq_len_interpolation_factor": int(architecture.rope_factor)
+            if linear
+            else None,
+            "init_method_std": architecture.init_std,
+            "add_qkv_bias": architecture.qkv_bias,
+            "qk_layernorm": architecture.qk_norm,
+            "add_position_embedding": True,
+            "use_rotary_position_embeddings": False,
+        }
+    )
+
+
+def _experts_to_megatron(architecture: Architecture) -> dict[str, Any]:
+    if not architecture.num_experts:
+        return {"num_experts": None}
+    layers = range(architecture.num_layers)
+    return dict(_FIXED_EXPERT_ARGUMENTS) | {
+        "num_experts": architecture.num_experts,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_pre_softmax": not architecture.normalized_routing,
+        "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+        # A list names the layers apart in checkpoints, also if all have experts.
+        "moe_layer_freq": [int(architecture.has_experts(layer)) for layer in layers]
+        if architecture.dense_layers
+        else 1,
+        "moe_shared_expert_intermediate_size": architecture.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": architecture.shared_ffn_hidden_size > 0,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": architecture.aux_loss_coeff,
     }
 
 
-def recipe_settings(llama: Llama) -> dict[str, Any]:
+def recipe_settings(architecture: Architecture) -> dict[str, Any]:
     """Return the `model` section of a recipe for an architecture, in Megatron's flags."""
     settings: dict[str, Any] = {
-        "num-layers": llama.num_layers,
-        "hidden-size": llama.hidden_size,
-        "ffn-hidden-size": llama.ffn_hidden_size,
-        "num-attention-heads": llama.num_heads,
+        "num-layers": architecture.num_layers,
+        "hidden-size": architecture.hidden_size,
+        "ffn-hidden-size": architecture.ffn_hidden_size,
+        "num-attention-heads": architecture.num_heads,
     }
-    if llama.num_kv_heads != llama.num_heads:
-        settings |= {"group-query-attention": True, "num-query-groups": llama.num_kv_heads}
-    if llama.head_dim * llama.num_heads != llama.hidden_size:
-        settings["kv-channels"] = llama.head_dim
+    if architecture.num_kv_heads != architecture.num_heads:
+        settings |= {"group-query-attention": True, "num-query-groups": architecture.num_kv_heads}
+    if architecture.head_dim * architecture.num_heads != architecture.hidden_size:
+        settings["kv-channels"] = architecture.head_dim
     settings |= {
-        "max-position-embeddings": llama.max_positions,
+        "max-position-embeddings": architecture.max_positions,
         "normalization": "RMSNorm",
-        "norm-epsilon": float(f"{llama.norm_epsilon:.6g}"),
+        "norm-epsilon": float(f"{architecture.norm_epsilon:.6g}"),
         "swiglu": True,
         "disable-bias-linear": True,
         "position-embedding-type": "rope",
-        "rotary-base": int(llama.rotary_base),
+        "rotary-base": int(architecture.rotary_base),
     }
-    if llama.rope_type == "llama3":
-        settings |= {"use-rope-scaling": True, "rope-scaling-factor": llama.rope_factor}
-    if llama.rope_type == "linear":
-        settings["rotary-seq-len-interpolation-factor"] = int(llama.rope_factor)
-    if not llama.tied:
+    if architecture.rope_type == "llama3":
+        settings |= {"use-rope-scaling": True, "rope-scaling-factor": architecture.rope_factor}
+    if architecture.rope_type == "linear":
+        settings["rotary-seq-len-interpolation-factor"] = int(architecture.rope_factor)
+    if not architecture.tied:
         settings["untie-embeddings-and-output-weights"] = True
-    return settings
+    if architecture.qkv_bias:
+        settings["add-qkv-bias"] = True
+    if architecture.qk_norm:
+        settings["qk-layernorm"] = True
+    return settings | _expert_settings(architecture)
 
 
-def from_hugging_face(config: Mapping[str, Any]) -> Llama:
-    """Return the architecture in a Llama's `config.json`, of any version of transformers.
-
-    Raises:
-        LETError: another architecture, or a setting that Megatron does not support.
-    """
-    kind = config.get("model_type")
-    if kind != "llama":
-        raise LETError(
-            f"The folder holds a model of type {kind!r}; only Llama models can be"
-            " converted (model_type 'llama': SmolLM2, Llama 1 to 3, TinyLlama and similar)."
-        )
-    if config.get("quantization_config"):
-        raise LETError(
-            "The model is quantised (quantization_config in config.json); give the full-precision"
-            " model."
-        )
-    for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if config.get(name, wanted) != wanted:
-            raise LETError(
-                f"The model's {name} is {config[name]!r}; the converter only supports {wanted!r}."
-            )
-    heads = int(config["num_attention_heads"])
-    base, rope_type, factor = _rope_of_hugging_face(config)
-    return Llama(
-        num_layers=int(config["num_hidden_layers"]),
-        hidden_size=int(config["hidden_size"]),
-        ffn_hidden_size=int(config["intermediate_size"]),
-        num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-        vocab_size=int(config["vocab_size"]),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rotary_base=base,
-        rope_type=rope_type,
-        rope_factor=factor,
-        init_std=float(config.get("initializer_range", 0.02)),
-    )
-
-
-def _rope_of_hugging_face(config: Mapping[str, Any]) -> tuple[float, str, float]:
-    # `rope_parameters` since transformers 5; `rope_theta` and `rope_scaling` before.
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    if base != int(base):
-        raise LETError(f"The model's rope_theta is {base}; Megatron's --rotary-base is an integer.")
-    if kind == "default":
-        return base, kind, 1.0
-    factor = float(rope.get("factor", 1.0))
-    if kind == "linear" and factor == int(factor):
-        return base, kind, factor
-    if kind == "llama3" and all(rope.get(k) == v for k, v in _LLAMA3_ROPE.items()):
-        return base, kind, factor
-    raise LETError(
-        f"The model's RoPE scaling is {rope}; Megatron supports llama3 with {_LLAMA3_ROPE} and"
-        " linear with an integer factor."
-    )
-
-
-def to_hugging_face(llama: Llama, dtype: str) -> dict[str, Any]:
-    """Return a `config.json` for transformers 4 and 5.
-
-    Args:
-        dtype: torch's name of the weights' type, such as `bfloat16`.
-    """
-    scaling: dict[str, Any] | None = None
-    if llama.rope_type != "default":
-        scaling = {"rope_type": llama.rope_type, "factor": llama.rope_factor}
-        scaling |= _LLAMA3_ROPE if llama.rope_type == "llama3" else {}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": llama.vocab_size,
-        "hidden_size": llama.hidden_size,
-        "intermediate_size": llama.ffn_hidden_size,
-        "num_hidden_layers": llama.num_layers,
-        "num_attention_heads": llama.num_heads,
-        "num_key_value_heads": llama.num_kv_heads,
-        "head_dim": llama.head_dim,
-        "max_position_embeddings": llama.max_positions,
-        "tie_word_embeddings": llama.tied,
-        "rms_norm_eps": llama.norm_epsilon,
-        "rope_theta": llama.rotary_base,
-        "rope_scaling": scaling,
-        "initializer_range": llama.init_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "use_cache": True,
-        "torch_dtype": dtype,
+def _expert_settings(architecture: Architecture) -> dict[str, Any]:
+    """Return the flags of a mixture of experts that differ from Megatron's defaults."""
+    if not architecture.num_experts:
+        return {}
+    fixed = dict(_FIXED_EXPERT_ARGUMENTS)
+    settings = {
+        name.replace("_", "-"): value
+        for name, value in _experts_to_megatron(architecture).items()
+        if name not in fixed and value
     }
+    pattern = settings.pop("moe-layer-freq")
+    if architecture.dense_layers:
+        settings["moe-layer-freq"] = str(pattern).replace(" ", "")
+    return settings
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -291,10 +334,11 @@ def _same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-# Field of Llama -> the flag that sets it, for the fields that change what weights compute.
+# Field of Architecture -> the flag that sets it, for the fields that change what weights compute.
 _CHECKED: tuple[tuple[str, str], ...] = (
     ("num_layers", "--num-layers"),
     ("hidden_size", "--hidden-size"),
+    ("num_experts", "--num-experts"),
     ("ffn_hidden_size", "--ffn-hidden-size"),
     ("num_heads", "--num-attention-heads"),
     ("num_kv_heads", "--num-query-groups (with --group-query-attention)"),
@@ -304,19 +348,29 @@ _CHECKED: tuple[tuple[str, str], ...] = (
     ("rotary_base", "--rotary-base"),
     ("rope_type", "--use-rope-scaling"),
     ("rope_factor", "--rope-scaling-factor"),
+    ("qkv_bias", "--add-qkv-bias"),
+    ("qk_norm", "--qk-layernorm"),
+    ("experts_per_token", "--moe-router-topk"),
+    ("normalized_routing", "--moe-router-pre-softmax"),
+    ("expert_ffn_hidden_size", "--moe-ffn-hidden-size"),
+    ("dense_layers", "--moe-layer-freq"),
+    ("shared_ffn_hidden_size", "--moe-shared-expert-intermediate-size"),
 )
 
 
-def first_difference(run: Llama, checkpoint: Llama) -> tuple[str, Any, Any] | None:
+def first_difference(run: Architecture, checkpoint: Architecture) -> tuple[str, Any, Any] | None:
     """Return the first flag whose value differs and changes the outputs.
 
     Returns:
         Flag, the run's value, the checkpoint's value; None if there is no difference.
     """
 
-    def value(llama: Llama, name: str) -> Any:
-        # The flag is the opposite of the field.
-        return not llama.tied if name == "tied" else getattr(llama, name)
+    def value(one: Architecture, name: str) -> Any:
+        found = getattr(one, name)
+        if name == "ffn_hidden_size" and one.num_experts and not one.dense_layers:
+            return None  # no layer has it
+        # These two flags are the opposite of the field.
+        return not found if name in ("tied", "normalized_routing") else found
 
     for name, flag in _CHECKED:
         ours, theirs = value(run, name), value(checkpoint, name)

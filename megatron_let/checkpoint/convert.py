@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from megatron_let.checkpoint.architecture import (
-    Llama,
-    to_hugging_face,
-    to_megatron,
-)
+from megatron_let.checkpoint.architecture import Architecture, to_megatron
+from megatron_let.checkpoint.model_types import model_type_of, to_hugging_face
 from megatron_let.checkpoint.parameter_mapping import (
-    EXTRA_STATES,
-    EXTRA_STATES_ONCE,
     ParameterMapping,
+    extra_states,
     merge,
     parameter_mappings,
+    unstacked,
 )
 from megatron_let.checkpoint.safetensors_files import write_safetensors
-from megatron_let.checkpoint.tokenizer_files import special_token_ids, write_tokenizer
+from megatron_let.checkpoint.tokenizer_files import (
+    SPECIAL_TOKENS,
+    generation_settings,
+    write_tokenizer,
+)
 from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_dist
 from megatron_let.checkpoint.weights import Weights
 from megatron_let.config.arguments import padded_vocab_size
@@ -43,7 +44,7 @@ def to_hugging_face_folder(
     max_shard_size: str | int = "5GB",
     force: bool = False,
 ) -> None:
-    """Write a Hugging Face Llama folder: config, generation config, safetensors, tokenizer.
+    """Write a Hugging Face folder: config, generation config, safetensors, tokenizer.
 
     Args:
         dtype: type of the written weights; None keeps the checkpoint's.
@@ -51,25 +52,26 @@ def to_hugging_face_folder(
         force: replace an existing `output`.
 
     Raises:
-        LETError: a tensor that is not part of a Llama, a tokenizer for which transformers gives
+        LETError: a tensor that is not part of the model, a tokenizer for which transformers gives
             other ids, or `output` exists; nothing is written.
     """
     _check_all_used(weights)
     dtype = dtype or weights.dtype
     plan = {
         name: torch.empty(shape, dtype=dtype, device="meta")
-        for mapping in parameter_mappings(weights.llama)
+        for mapping in parameter_mappings(weights.architecture)
         for name, shape in mapping.tensors
     }
     with atomic_folder(output, force) as folder:
-        config = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
+        config = to_hugging_face(weights.architecture, str(dtype).removeprefix("torch."))
         write_json(folder / "config.json", config)
-        special: dict[str, Any] = {}
+        generation: dict[str, Any] = {}
         if weights.tokenizer is not None:
             loaded = write_tokenizer(weights.tokenizer, folder)
-            special = special_token_ids(weights.tokenizer, loaded)
+            generation = generation_settings(weights.tokenizer, loaded)
+        special = {name: generation[name] for name in SPECIAL_TOKENS if name in generation}
         write_json(folder / "config.json", config | special)
-        write_json(folder / "generation_config.json", special)
+        write_json(folder / "generation_config.json", generation)
         write_safetensors(folder, plan, weights.read, max_shard_size)
 
 
@@ -82,8 +84,9 @@ def _check_all_used(weights: Weights) -> None:
     unused = weights.unused()
     if unused:
         raise LETError(
-            f"{weights.folder} has {len(unused)} tensors that are not part of a Llama, such as"
-            f" {unused[0]}; it is another architecture."
+            f"{weights.folder} has {len(unused)} tensors that are not part of a"
+            f" {model_type_of(weights.architecture).name} model, such as {unused[0]}; it is another"
+            " architecture."
         )
 
 
@@ -118,40 +121,46 @@ def to_megatron_checkpoint(
         LETError: the layout does not fit the model, or `output` exists; nothing is written.
     """
     parallel = Layout(layout.tensor_parallel, layout.pipeline_parallel, 1, 1, 1, 1, 1)
-    problem = does_not_divide(parallel, weights.llama)
+    problem = does_not_divide(parallel, weights.architecture)
     if problem is not None:
         raise LETError(problem)
     _check_all_used(weights)
     dtype = dtype or weights.dtype
     args = _release_arguments(weights, dtype, layout)
-    rows, mappings = args.padded_vocab_size, parameter_mappings(weights.llama)
-    shards = [_shard(weights, mapping, dtype, rows) for mapping in mappings]
+    rows, mappings = args.padded_vocab_size, parameter_mappings(weights.architecture)
+    shards = [shard for mapping in mappings for shard in _shards(weights, mapping, dtype, rows)]
     objects: dict[str, Any] = {COMMON_STATE: [_common_state(args)]}
-    objects |= {name: [None] for name in _extra_states(weights.llama.num_layers)}
+    objects |= {name: [None] for name in extra_states(weights.architecture)}
     with atomic_folder(output, force) as folder:
         write_torch_dist(folder / "release", shards, objects)
         (folder / TRACKER).write_text("release\n")
 
 
-def _extra_states(num_layers: int) -> list[str]:
-    stacked = [
-        f"{name}._extra_state/shard_{layer}_{num_layers}"
-        for name in EXTRA_STATES
-        for layer in range(num_layers)
-    ]
-    return stacked + [f"{name}._extra_state/shard_0_1" for name in EXTRA_STATES_ONCE]
+def _shards(
+    weights: Weights, mapping: ParameterMapping, dtype: torch.dtype, rows: int
+) -> list[Shard]:
+    """Return one of Megatron's tensors as a shard, or as two of equal values.
 
-
-def _shard(weights: Weights, mapping: ParameterMapping, dtype: torch.dtype, rows: int) -> Shard:
+    The norm before experts has another name with Megatron's local layers than with Transformer
+    Engine's; a run ignores the name that it does not have.
+    """
+    architecture = weights.architecture
     shape = (rows, *mapping.shape[1:]) if mapping.kind == "vocabulary" else mapping.shape
-    size = shape if mapping.layer is None else (weights.llama.num_layers, *shape)
+    index = mapping.index
+    axes: tuple[int, ...] = (architecture.num_layers, architecture.num_experts)
+    names = mapping.megatron[: 2 if mapping.megatron[0].endswith("pre_mlp_layernorm.weight") else 1]
+    if mapping.layer is not None and architecture.dense_layers:
+        names, index, axes = unstacked(mapping)[: len(names)], index[1:], axes[1:]
+    size = (*axes[: len(index)], *shape)
     read = functools.partial(_megatron_tensor, weights, mapping, shape[0])
-    return Shard(mapping.megatron[0], size, mapping.layer, dtype, read)
+    return [Shard(name, size, index, dtype, read) for name in names]
 
 
 def _megatron_tensor(weights: Weights, mapping: ParameterMapping, rows: int) -> torch.Tensor:
     """Read and merge the parts of one of Megatron's tensors; padded rows are 0."""
-    tensor = merge(mapping, tuple(weights.read(name) for name in mapping.names), weights.llama)
+    tensor = merge(
+        mapping, tuple(weights.read(name) for name in mapping.names), weights.architecture
+    )
     missing = rows - tensor.shape[0]
     padding = (0, 0) * (tensor.dim() - 1) + (0, missing)
     return torch.nn.functional.pad(tensor, padding) if missing else tensor
@@ -161,15 +170,17 @@ def _release_arguments(
     weights: Weights, dtype: torch.dtype, layout: MegatronLayout
 ) -> argparse.Namespace:
     """Return arguments that Megatron compares with a run's, or uses by `--use-checkpoint-args`."""
-    llama: Llama = weights.llama
-    rows = padded_vocab_size(llama.vocab_size, layout.vocab_divisible_by, layout.tensor_parallel)
-    values = to_megatron(llama) | {
+    architecture: Architecture = weights.architecture
+    rows = padded_vocab_size(
+        architecture.vocab_size, layout.vocab_divisible_by, layout.tensor_parallel
+    )
+    values = to_megatron(architecture) | {
         "padded_vocab_size": rows,
         "make_vocab_size_divisible_by": layout.vocab_divisible_by,
         "tensor_model_parallel_size": layout.tensor_parallel,
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": None,
-        "seq_length": llama.max_positions,
+        "seq_length": architecture.max_positions,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bf16": dtype == torch.bfloat16,

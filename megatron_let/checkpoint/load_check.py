@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_let.checkpoint.architecture import norm_epsilon
+from megatron_let.checkpoint.architecture import norm_epsilon, rope_scaling_factor
 from megatron_let.checkpoint.formats import (
     is_checkpoint,
     is_legacy,
@@ -41,7 +41,9 @@ ARCHITECTURE_ARGUMENTS = (
     *("moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function"),
     *("moe_router_pre_softmax", "moe_router_num_groups", "moe_router_group_topk"),
     *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size"),
-    *("moe_shared_expert_gate", "mtp_num_layers"),
+    *("moe_shared_expert_gate", "moe_router_enable_expert_bias", "moe_expert_capacity_factor"),
+    *("moe_apply_probs_on_input", "moe_latent_size", "moe_mlp_glu_interleave_size"),
+    *("moe_shared_expert_glu_interleave_size", "mtp_num_layers"),
 )
 _FLAGS = {
     "layernorm_epsilon": "--norm-epsilon",
@@ -124,6 +126,8 @@ def _value(args: argparse.Namespace, name: str) -> Any:
     # Without group-query attention Megatron's parser leaves it at 1.
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return args.num_attention_heads
+    if name == "rope_scaling_factor":
+        return rope_scaling_factor(vars(args))
     value = getattr(args, name, None)
     if name == "kv_channels" and value is None:
         return args.hidden_size // args.num_attention_heads

@@ -7,7 +7,7 @@ a comparison with transformers shares no code with the converter.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_let.checkpoint.architecture import Llama
+from megatron_let.checkpoint.architecture import Architecture
 from megatron_let.checkpoint.formats import Checkpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.weights import MegatronWeights, Weights
@@ -50,7 +50,8 @@ def _hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 def _megatron_logits(weights: MegatronWeights, tokens: torch.Tensor) -> torch.Tensor:
     with _megatron_on_cpu():
         rows = int(weights.checkpoint.tensors()["embedding.word_embeddings.weight"].shape[0])
-        model = _build(weights.llama, rows, weights.dtype)
+        model = _build(weights.architecture, rows, weights.dtype, weights.args)
+        _name_norms_as(model, weights.checkpoint.tensors())
         if isinstance(weights.checkpoint, TorchDist):
             _load_torch_dist(model, weights.folder)
         else:
@@ -58,7 +59,7 @@ def _megatron_logits(weights: MegatronWeights, tokens: torch.Tensor) -> torch.Te
         model = model.float().eval()
         positions = torch.arange(tokens.shape[1])[None]
         found = [model(row[None], positions, None) for row in tokens]
-    return torch.cat(found)[..., : weights.llama.vocab_size]
+    return torch.cat(found)[..., : weights.architecture.vocab_size]
 
 
 @contextmanager
@@ -86,24 +87,47 @@ def _megatron_on_cpu() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def _build(llama: Llama, rows: int, dtype: torch.dtype) -> Any:
+# Arguments of a mixture of experts that change what weights compute, and are fields of Megatron's
+# config: given to it as they are, so that a misread one is found.
+_EXPERT_ARGUMENTS = (
+    *("moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax"),
+    *("moe_router_score_function", "moe_shared_expert_intermediate_size"),
+    "moe_shared_expert_gate",
+)
+
+
+def _build(
+    architecture: Architecture, rows: int, dtype: torch.dtype, args: Mapping[str, Any]
+) -> Any:
+    """Build GPTModel from torch's layers.
+
+    Args:
+        rows: rows of the embedding, padding included.
+        args: the run's arguments.
+    """
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_let.compat.local_layers import local_layer_spec
 
+    experts = {name: args[name] for name in _EXPERT_ARGUMENTS if name in args}
     config = TransformerConfig(
-        num_layers=llama.num_layers,
-        hidden_size=llama.hidden_size,
-        ffn_hidden_size=llama.ffn_hidden_size,
-        num_attention_heads=llama.num_heads,
-        num_query_groups=llama.num_kv_heads,
-        kv_channels=llama.head_dim,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=llama.norm_epsilon,
+        layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        num_moe_experts=architecture.num_experts or None,
+        **(experts if architecture.num_experts else {}),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=True,
@@ -116,19 +140,38 @@ def _build(llama: Llama, rows: int, dtype: torch.dtype) -> Any:
         apply_rope_fusion=False,
         transformer_impl="local",
     )
+    if architecture.num_experts:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        )
+    else:
+        spec = local_layer_spec(SimpleNamespace(transformer=config))  # type: ignore[arg-type]
     return GPTModel(
         config,
-        local_layer_spec(SimpleNamespace(transformer=config)),  # type: ignore[arg-type]
+        spec,
         vocab_size=rows,
-        max_sequence_length=llama.max_positions,
+        max_sequence_length=architecture.max_positions,
         parallel_output=False,
-        share_embeddings_and_output_weights=llama.tied,
+        share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
-        rotary_base=int(llama.rotary_base),
-        rope_scaling=llama.rope_type == "llama3",
-        rope_scaling_factor=llama.rope_factor,
-        seq_len_interpolation_factor=llama.rope_factor if llama.rope_type == "linear" else None,
+        rotary_base=int(architecture.rotary_base),
+        rope_scaling=architecture.rope_type == "llama3",
+        rope_scaling_factor=architecture.rope_factor,
+        seq_len_interpolation_factor=architecture.rope_factor
+        if architecture.rope_type == "linear"
+        else None,
     )
+
+
+def _name_norms_as(model: Any, stored: Iterable[str]) -> None:
+    """Give the norm before experts the name that Transformer Engine's layers store it under.
+
+    Megatron's local layers have another one.
+    """
+    if any(name.endswith(".pre_mlp_layernorm.weight") for name in stored):
+        for layer in model.decoder.layers:
+            if hasattr(layer.mlp, "router"):
+                layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
 
 
 def _load_torch_dist(model: Any, folder: Path) -> None:

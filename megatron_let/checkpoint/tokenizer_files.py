@@ -24,6 +24,8 @@ from megatron_let.teacher.tokenizer import (
     read_tokenizer,
 )
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def write_tokenizer(tokenizer: Path, folder: Path) -> Any:
     """Write a tokenizer into a folder that has a `config.json`; return it as loaded from there.
@@ -82,24 +84,29 @@ def tokenizer_hash(tokenizer: Path | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def special_token_ids(tokenizer: Path, loaded: Any) -> dict[str, Any]:
-    """Return the ids of BOS, EOS and padding for generation.
+def generation_settings(tokenizer: Path, loaded: Any) -> dict[str, Any]:
+    """Return the content of `generation_config.json`: token ids, and how to sample.
 
-    They are the tokenizer's own. A list of end tokens that has the tokenizer's among them is taken
-    from its folder in transformers' order: `generation_config.json`, then `config.json`.
+    BOS and EOS are the tokenizer's own. A list of end tokens that has the tokenizer's among them is
+    taken from its folder in transformers' order: `generation_config.json`, then `config.json`. The
+    other settings are those of the folder's `generation_config.json`.
 
     Args:
         tokenizer: folder or `.model` file.
         loaded: the tokenizer, loaded by transformers.
     """
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: value for name in names if (value := getattr(loaded, name)) is not None}
-    for path in (tokenizer / "generation_config.json", tokenizer / "config.json"):
-        ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if ends is not None:
-            extends = isinstance(ends, list) and loaded.eos_token_id in ends
-            return ids | ({"eos_token_id": ends} if extends else {})
-    return ids
+    files = {name: tokenizer / name for name in ("generation_config.json", "config.json")}
+    found = {n: json.loads(path.read_text()) for n, path in files.items() if path.is_file()}
+    ids = {name: value for name in SPECIAL_TOKENS if (value := getattr(loaded, name)) is not None}
+    ends = next(
+        (c["eos_token_id"] for c in found.values() if c.get("eos_token_id") is not None), None
+    )
+    if isinstance(ends, list) and loaded.eos_token_id in ends:
+        ids["eos_token_id"] = ends
+    theirs = found.get("generation_config.json", {})
+    if theirs.get("pad_token_id") is not None:
+        ids["pad_token_id"] = theirs["pad_token_id"]
+    return theirs | ids
 
 
 def _checked(folder: Path, tokenizer: Path, encode: Encode) -> Any:

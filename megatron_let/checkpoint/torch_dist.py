@@ -143,19 +143,20 @@ class TorchDist:
         entry = self.metadata.state_dict_metadata.get(f"{PROJECTION}_weight")
         return (entry.size[0], entry.size[1]) if isinstance(entry, TensorStorageMetadata) else None
 
-    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """Read one tensor, or one layer of it.
+    def read(self, name: str, index: tuple[int, ...] = ()) -> torch.Tensor:
+        """Read one tensor, or one layer or expert of it.
 
         Args:
-            layer: index on the first axis, which is removed.
+            index: index on the first axes, which are removed.
 
         Raises:
             LETError: the index has only a part of the tensor, or the file is damaged.
         """
         entry = self.metadata.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
-        size = entry.size if layer is None else torch.Size([1, *entry.size[1:]])
-        start = torch.Size([layer or 0, *[0] * (len(size) - 1)])
+        inner = entry.size[len(index) :]
+        size = torch.Size([1] * len(index) + [*inner])
+        start = torch.Size([*index] + [0] * len(inner))
         target = torch.empty(size, dtype=entry.properties.dtype)
         wanted = ChunkStorageMetadata(offsets=start, sizes=size)
         items = create_read_items_for_chunk_list(name, entry, [wanted])
@@ -168,7 +169,7 @@ class TorchDist:
                 f"The tensor {name} in {self.folder} is damaged ({first_line(error)}); use another"
                 " checkpoint."
             ) from error
-        return target if layer is None else target[0]
+        return target.view(inner)
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:
@@ -271,24 +272,25 @@ def _load_data(content: bytes, path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a tensor to write: one layer of a stack, or the whole tensor.
+    """A part of a tensor to write: one layer or expert of a stack, or the whole tensor.
 
     Attributes:
-        size: shape of the whole tensor, with the layer axis.
-        layer: index on the layer axis; None if there is no such axis.
-        read: returns the part, without the layer axis.
+        size: shape of the whole tensor, with the axes of layers and experts.
+        index: index on these axes; empty if there is none.
+        read: returns the part, without these axes.
     """
 
     name: str
     size: tuple[int, ...]
-    layer: int | None
+    index: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
     def write_item(self) -> WriteItem:
         """Return the part as an item of torch's writer."""
-        part = self.size if self.layer is None else (1, *self.size[1:])
-        start = (self.layer or 0, *[0] * (len(part) - 1))
+        inner = self.size[len(self.index) :]
+        part = (*[1] * len(self.index), *inner)
+        start = (*self.index, *[0] * len(inner))
         chunk = ChunkStorageMetadata(offsets=torch.Size(start), sizes=torch.Size(part))
         return WriteItem(
             index=MetadataIndex(self.name, chunk.offsets),
@@ -326,7 +328,7 @@ class _StreamingPlanner(DefaultSavePlanner):
             return buffer
         shard = self._shards[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
         tensor = shard.read().to(shard.dtype)
-        whole = tensor if shard.layer is None else tensor[None]
+        whole = tensor[(None,) * len(shard.index)]
         assert write_item.tensor_data is not None
         if whole.shape != write_item.tensor_data.chunk.sizes:
             raise ValueError(f"{shard.name} is {whole.shape}, not {shard.size}")

@@ -56,7 +56,7 @@ def audit(first: Weights, second: Weights) -> TensorAudit:
         LETError: the architectures differ.
     """
     _check_same_architecture(first, second)
-    names = [name for mapping in parameter_mappings(first.llama) for name in mapping.names]
+    names = [name for mapping in parameter_mappings(first.architecture) for name in mapping.names]
     left_over = set(first.unused()), set(second.unused())
     names += sorted(left_over[0] & left_over[1])
     different, largest = [], 0.0
@@ -72,9 +72,9 @@ def audit(first: Weights, second: Weights) -> TensorAudit:
 
 
 def _check_same_architecture(first: Weights, second: Weights) -> None:
-    difference = first_difference(first.llama, second.llama)
-    if difference is None and first.llama.vocab_size != second.llama.vocab_size:
-        difference = ("--vocab-size", first.llama.vocab_size, second.llama.vocab_size)
+    difference = first_difference(first.architecture, second.architecture)
+    if difference is None and first.architecture.vocab_size != second.architecture.vocab_size:
+        difference = ("--vocab-size", first.architecture.vocab_size, second.architecture.vocab_size)
     if difference is not None:
         name, ours, theirs = difference
         raise LETError(
@@ -120,11 +120,11 @@ def sample_tokens(weights: Weights, count: int, length: int, data: Path | None) 
         ids = _from_text(weights.tokenizer, count * length)
     else:
         generator = torch.Generator().manual_seed(1234)
-        ids = torch.randint(weights.llama.vocab_size, (count * length,), generator=generator)
-    if int(ids.max()) >= weights.llama.vocab_size:
+        ids = torch.randint(weights.architecture.vocab_size, (count * length,), generator=generator)
+    if int(ids.max()) >= weights.architecture.vocab_size:
         raise LETError(
             f"The data {data} has token {int(ids.max())} and the model has"
-            f" {weights.llama.vocab_size} tokens; give data of the model's tokenizer."
+            f" {weights.architecture.vocab_size} tokens; give data of the model's tokenizer."
         )
     return ids.view(count, length)
 

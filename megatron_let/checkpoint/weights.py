@@ -1,4 +1,4 @@
-"""A Llama's weights under their Hugging Face names, from any checkpoint format."""
+"""A model's weights under their Hugging Face names, from any checkpoint format."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from megatron_let.checkpoint.architecture import (
-    from_hugging_face,
-    from_megatron,
-)
+from megatron_let.checkpoint.architecture import from_megatron, ignored_rope_factor
 from megatron_let.checkpoint.formats import (
     Checkpoint,
     is_checkpoint,
     iteration_folder,
     open_checkpoint,
 )
-from megatron_let.checkpoint.parameter_mapping import ParameterMapping, parameter_mappings, split
+from megatron_let.checkpoint.model_types import from_hugging_face
+from megatron_let.checkpoint.parameter_mapping import (
+    ParameterMapping,
+    parameter_mappings,
+    split,
+    unstacked,
+)
 from megatron_let.checkpoint.safetensors_files import DTYPES, SafetensorsFolder
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError, first_line
@@ -41,7 +44,7 @@ def open_weights(path: Path, tokenizer: Path | None = None) -> Weights:
         tokenizer: folder or file, instead of the one that the checkpoint names.
 
     Raises:
-        LETError: not a model, not complete, or not a Llama.
+        LETError: not a model, not complete, or of another architecture.
     """
     if not path.exists():
         raise LETError(f"The model {path} does not exist.")
@@ -59,6 +62,7 @@ class MegatronWeights:
     Attributes:
         dtype: type of the stored weights.
         tokenizer: folder or file of the tokenizer; None if unknown.
+        ignored_rope_factor: of `architecture.ignored_rope_factor`.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Path | None) -> None:
@@ -67,6 +71,7 @@ class MegatronWeights:
         if checkpoint.state.get("args") is None:
             raise LETError(f"The checkpoint {self.folder} has no arguments of its run.")
         self.args: dict[str, Any] = vars(checkpoint.state["args"])
+        self.ignored_rope_factor = ignored_rope_factor(self.args)
         own = _tokenizer_of(self.args)
         self.tokenizer = tokenizer or own
         self._stored = dict(checkpoint.tensors())
@@ -77,10 +82,10 @@ class MegatronWeights:
             )
         self.dtype: torch.dtype = embedding.dtype
         rows = int(embedding.shape[0])
-        self.llama = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
+        self.architecture = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
         if tokenizer is not None:
             _check_equal_ids(tokenizer, own, self.folder)
-        self._mappings = parameter_mappings(self.llama)
+        self._mappings = parameter_mappings(self.architecture)
         self._mapping_of = {name: m for m in self._mappings for name in m.names}
         # The parts of the last tensor that was read and split, which have not been returned yet.
         self._parts: dict[str, torch.Tensor] = {}
@@ -88,49 +93,45 @@ class MegatronWeights:
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its Hugging Face name, or one of `unused` by its own."""
         if name not in self._mapping_of:
-            return self.checkpoint.read(name, None)
+            return self.checkpoint.read(name)
         if name not in self._parts:
             # Freed first, so that two of Megatron's tensors are never held at once.
             self._parts = {}
             mapping = self._mapping_of[name]
-            parts = split(mapping, self._read_merged(mapping), self.llama)
+            parts = split(mapping, self._read_merged(mapping), self.architecture)
             self._parts = dict(zip(mapping.names, parts, strict=True))
         return self._parts.pop(name)
 
     def unused(self) -> list[str]:
         """Return the names of stored tensors that are not part of the model."""
-        names = {n for m in self._mappings for n in (self._stored_name(m)[0], *_unstacked(m))}
+        names = {n for m in self._mappings for n in self._stored_names(m)[0]}
         return sorted(self._stored.keys() - names)
 
-    def _stored_name(self, mapping: ParameterMapping) -> tuple[str, int | None]:
-        """Return the stored name and layer: stacked layers, or a separate name per layer."""
-        for name in mapping.megatron:
-            if name in self._stored:
-                return name, mapping.layer
-        for name in _unstacked(mapping):
-            if name in self._stored:
-                return name, None
+    def _stored_names(self, mapping: ParameterMapping) -> tuple[list[str], tuple[int, ...]]:
+        """Return the stored names and the index: stacked layers, or separate names per layer."""
+        for names, index in (
+            (mapping.megatron, mapping.index),
+            (unstacked(mapping), mapping.index[1:]),
+        ):
+            stored = [name for name in names if name in self._stored]
+            if stored:
+                return stored, index
         raise LETError(f"The checkpoint {self.folder} has no tensor {mapping.megatron[0]}.")
 
     def _read_merged(self, mapping: ParameterMapping) -> torch.Tensor:
-        name, layer = self._stored_name(mapping)
+        (name, *_), index = self._stored_names(mapping)
         size = tuple(self._stored[name].shape)
-        count, shape = (1, size) if layer is None else (size[0], size[1:])
+        axes, shape = size[: len(index)], size[len(index) :]
+        architecture = self.architecture
+        expected = (architecture.num_layers, architecture.num_experts)[: len(mapping.index)]
         padded = mapping.kind == "vocabulary" and shape[0] >= mapping.shape[0]
         fits = shape == mapping.shape or (padded and shape[1:] == mapping.shape[1:])
-        if not fits or (layer is not None and count != self.llama.num_layers):
+        if not fits or axes != expected[len(expected) - len(index) :]:
             raise LETError(
                 f"The checkpoint's tensor {name} is {size}, and its arguments ask for"
                 f" {mapping.shape}; checkpoint and arguments do not belong together."
             )
-        return self.checkpoint.read(name, layer)
-
-
-def _unstacked(mapping: ParameterMapping) -> list[str]:
-    if mapping.layer is None:
-        return []
-    stacked, single = "decoder.layers.", f"decoder.layers.{mapping.layer}."
-    return [name.replace(stacked, single, 1) for name in mapping.megatron]
+        return self.checkpoint.read(name, index)
 
 
 def _tokenizer_of(args: Mapping[str, Any]) -> Path | None:
@@ -197,16 +198,16 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
         self.folder = folder
         config = _read_config(folder)
-        self.llama = from_hugging_face(config)
+        self.architecture = from_hugging_face(config)
         self._files = SafetensorsFolder(folder)
-        if self.llama.tied and not self._is_tied():
-            self.llama = replace(self.llama, tied=False)
-        self._shapes = dict(t for m in parameter_mappings(self.llama) for t in m.tensors)
+        if self.architecture.tied and not self._is_tied():
+            self.architecture = replace(self.architecture, tied=False)
+        self._shapes = dict(t for m in parameter_mappings(self.architecture) for t in m.tensors)
         self.tokenizer = tokenizer or tokenizer_in(folder)
         self._check_shapes()
         self.dtype = DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
         if self.tokenizer is not None:
-            check_tokenizer_size(self.tokenizer, self.llama.vocab_size)
+            check_tokenizer_size(self.tokenizer, self.architecture.vocab_size)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor by its name."""
@@ -226,12 +227,13 @@ class HuggingFaceWeights:
         """Return the names of stored tensors that are not part of the model."""
         # Ignore buffers of old versions and tied copies.
         known = {n for n in self._files.names() if n.endswith("rotary_emb.inv_freq")}
-        tied = {"lm_head.weight"} if self.llama.tied else set()
+        tied = {"lm_head.weight"} if self.architecture.tied else set()
         return sorted(self._files.names() - self._shapes.keys() - known - tied)
 
     def _check_shapes(self) -> None:
         for name, wanted in self._shapes.items():
             if name not in self._files.names():
+                self._refuse_stacked_experts()
                 raise LETError(f"The folder {self.folder} has no tensor {name}; copy it again.")
             shape, dtype = self._files.shape_and_dtype(name)
             if shape != wanted or dtype not in DTYPES:
@@ -239,6 +241,15 @@ class HuggingFaceWeights:
                     f"The tensor {name} in {self.folder} is {shape} of {dtype}, and config.json"
                     f" asks for {wanted} of {', '.join(DTYPES)}."
                 )
+
+    def _refuse_stacked_experts(self) -> None:
+        stacked = [n for n in self._files.names() if n.endswith("experts.gate_up_proj")]
+        if stacked:
+            raise LETError(
+                f"The folder {self.folder} has the experts of a layer in one tensor ({stacked[0]},"
+                " transformers' save_original_format=False); load it with transformers, and write"
+                " it with save_pretrained()."
+            )
 
 
 Weights = MegatronWeights | HuggingFaceWeights

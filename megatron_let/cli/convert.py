@@ -1,4 +1,4 @@
-"""Convert Megatron checkpoints to Hugging Face Llama folders and back, verify and inspect them.
+"""Convert Megatron checkpoints to Hugging Face folders and back, verify and inspect them.
 
 It runs on the CPU and holds one tensor at a time. A checkpoint of any layout is given as a run's
 folder, for the last one, or as an iter_* folder.
@@ -64,7 +64,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_import(commands: Any) -> None:
-    text = "convert a Hugging Face Llama to a checkpoint for --load"
+    text = "convert a Hugging Face folder to a checkpoint for --load"
     parser = add_command(commands, "hf-to-megatron", _import, text)
     _add_conversion_flags(parser)
     add = parser.add_argument
@@ -121,11 +121,19 @@ def _dtype(given: argparse.Namespace) -> Any:
 
 def _export(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.checkpoint.convert import to_hugging_face_folder
-    from megatron_let.checkpoint.weights import open_weights
+    from megatron_let.checkpoint.weights import MegatronWeights, open_weights
 
     weights = open_weights(given.input, given.tokenizer)
     to_hugging_face_folder(weights, given.output, _dtype(given), given.max_shard_size, given.force)
     say(console, f"{_describe(weights)} -> {given.output}")
+    if isinstance(weights, MegatronWeights) and weights.ignored_rope_factor is not None:
+        say(
+            console,
+            f"--rope-scaling-factor is {weights.ignored_rope_factor} in the checkpoint's arguments,"
+            " and Megatron's own entry does not apply it: the exported factor is 8; change it in"
+            " config.json if your script did apply it",
+            "yellow",
+        )
     if weights.tokenizer is None:
         say(console, "no tokenizer was found; add one with --tokenizer DIR", "yellow")
     return 0
@@ -145,14 +153,19 @@ def _import(given: argparse.Namespace, console: Console) -> int:
     to_megatron_checkpoint(weights, given.output, _dtype(given), layout, given.force)
     say(console, f"{_describe(weights)} -> {given.output}")
     say(console, f"start from it with --load {given.output}; the recipe's model section is:")
-    print(yaml.safe_dump({"model": recipe_settings(weights.llama)}, sort_keys=False), end="")
+    print(yaml.safe_dump({"model": recipe_settings(weights.architecture)}, sort_keys=False), end="")
     return 0
 
 
 def _describe(weights: Weights) -> str:
-    llama = weights.llama
+    from megatron_let.checkpoint.model_types import model_type_of
+    from megatron_let.checkpoint.parameter_mapping import num_parameters
+
+    kind = model_type_of(weights.architecture).name
     dtype = str(weights.dtype).removeprefix("torch.")
-    return f"{weights.folder}: Llama, {llama.num_parameters:,} parameters in {dtype}"
+    return (
+        f"{weights.folder}: {kind}, {num_parameters(weights.architecture):,} parameters in {dtype}"
+    )
 
 
 def _verify(given: argparse.Namespace, console: Console) -> int:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from megatron_let.checkpoint.architecture import to_hugging_face
 from megatron_let.checkpoint.formats import is_checkpoint, is_complete, iteration_folder
+from megatron_let.checkpoint.model_types import to_hugging_face
 from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.torch_dist import INDEX
 from megatron_let.checkpoint.weights import (
@@ -85,26 +86,26 @@ def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
     Raises:
         LETError: transformers cannot load the folder, or not all of its weights.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if isinstance(weights, ModelFolder):
         loaded, report = from_pretrained(weights.folder, dtype, AutoModelForCausalLM)
         check_all_loaded(weights.folder, report)
         return loaded.eval().to(device)
     dtype = dtype or weights.dtype
-    settings = to_hugging_face(weights.llama, str(dtype).removeprefix("torch."))
-    with no_init_weights():
-        model: Any = LlamaForCausalLM(LlamaConfig(**settings))
-    # The constructor does not tie weights that it does not initialise.
-    model.tie_weights()
-    model = model.to(dtype)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for mapping in parameter_mappings(weights.llama):
-            for name in mapping.names:
-                parameters.pop(name).copy_(weights.read(name))
-    assert not parameters, f"not in the checkpoint: {sorted(parameters)}"
+    settings = to_hugging_face(weights.architecture, str(dtype).removeprefix("torch."))
+    config = AutoConfig.for_model(**settings)
+    # transformers stacks the experts of a layer, which the checkpoint and its folders have apart.
+    state = {
+        name: weights.read(name).to(dtype)
+        for mapping in parameter_mappings(weights.architecture)
+        for name in mapping.names
+    }
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    check_all_loaded(weights.folder, report)
     return model.eval().to(device)
 
 

@@ -94,6 +94,11 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return next((limit for limit in found if isinstance(limit, int)), None)
 
 
+# transformers has causal classes for them, but XLNet permutes the order and needs its target's
+# position, and ProphetNet predicts several tokens at once.
+_OTHER_ORDERS = ("xlnet", "prophetnet")
+
+
 def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise LETError(
@@ -118,6 +123,11 @@ def _read_config(folder: Path) -> PretrainedConfig:
             f"The model {folder} is quantised (quantization_config of {method} in config.json);"
             " give the full-precision model, or load it where its package is installed, call"
             " dequantize() and save_pretrained()."
+        )
+    if config.model_type in _OTHER_ORDERS:
+        raise LETError(
+            f"The model {folder} is a {config.model_type} model, which does not predict one token"
+            " after the other from left to right; give a causal decoder such as Llama or GPT-2."
         )
     is_decoder = getattr(config, "is_decoder", False)
     bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_let.checkpoint.architecture import recipe_settings
 from megatron_let.checkpoint.convert import to_hugging_face_folder, to_megatron_checkpoint
 from megatron_let.checkpoint.describe import describe
 from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
+from megatron_let.checkpoint.verify import compare_logits
 from megatron_let.checkpoint.weights import open_weights
-from tests.helpers.checkpoints import equal, save_llama, tensors_of
+from tests.helpers.checkpoints import equal, save_llama, save_model, tensors_of
 from tests.helpers.data import write_indexed_data
 from tests.helpers.runs import ROOT, environment, train
 
@@ -73,6 +75,47 @@ def test_round_trip_through_a_run_is_bitwise(case: str, tmp_path: Path, data_of_
     to_hugging_face_folder(returned, tmp_path / "back")
     assert equal(tensors_of(tmp_path / "back"), tensors_of(source))
     assert describe(tmp_path / "saved")["iteration"] == 1
+
+
+# The model's type, changes to it, the layout and its ranks.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[object, ...]]] = {
+    "tp2, qwen2 tied": (
+        "qwen2",
+        {"tie_word_embeddings": True, "head_dim": 32},
+        ("--tensor-model-parallel-size", 2),
+    ),
+    "pp2, qwen3": ("qwen3", {}, ("--pipeline-model-parallel-size", 2)),
+}
+
+
+def _flags(settings: dict[str, Any]) -> list[object]:
+    """Return a recipe's settings as flags; the recipe of the tests unties the embeddings."""
+    tied = "untie-embeddings-and-output-weights" not in settings
+    found: list[object] = ["--no-untie-embeddings-and-output-weights"] if tied else []
+    for name, value in settings.items():
+        found += [f"--{name}"] if value is True else [f"--{name}", value]
+    return found
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_run_of_the_printed_recipe_is_the_same_model_in_transformers(
+    case: str, tmp_path: Path, data_of_250: Path
+) -> None:
+    kind, changes, layout = ARCHITECTURES[case]
+    source = save_model(kind, tmp_path / "source", **changes)
+    weights = open_weights(source)
+    to_megatron_checkpoint(weights, tmp_path / "converted")
+    train(
+        tmp_path / "run", *UNTOUCHED, *_flags(recipe_settings(weights.architecture)), *layout,
+        "--data-path", data_of_250, "--load", tmp_path / "converted", "--save", tmp_path / "saved",
+        ranks=2, TEACHER="-",
+    )  # fmt: skip
+    returned = open_weights(tmp_path / "saved")
+    to_hugging_face_folder(returned, tmp_path / "back")
+    assert equal(tensors_of(tmp_path / "back"), tensors_of(source))
+    # The run's own arguments and checkpoint in Megatron's modules.
+    found = compare_logits(returned, weights, torch.arange(64)[None])
+    assert found.largest_difference < 1e-4
 
 
 def test_recipe_of_another_model_is_refused(tmp_path: Path, data: Path) -> None:

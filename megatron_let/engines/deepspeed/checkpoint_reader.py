@@ -104,9 +104,9 @@ class ZeroCheckpoint:
             "optimizer_files": len(list(self.folder.glob("*_optim_states.pt"))),
         }
 
-    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+    def read(self, name: str, index: tuple[int, ...] = ()) -> torch.Tensor:
         """Read one tensor in the model's type; layers are not stacked."""
-        assert layer is None, "each layer has a separate name"
+        assert not index, "each layer has a separate name"
         stored = self._stored_names[name]
         return merge_shards(stored, [shard.read(stored) for shard in self._shards], self.state)
 

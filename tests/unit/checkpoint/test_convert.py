@@ -12,23 +12,40 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
+from megatron_let.checkpoint.verify import compare_logits
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.cli.convert import main
 from megatron_let.errors import LETError
 from megatron_let.files import atomic
-from tests.helpers.checkpoints import as_megatron, equal, save_llama, tensors_of, with_tokenizer
+from tests.helpers.checkpoints import (
+    as_megatron,
+    equal,
+    save_llama,
+    save_model,
+    tensors_of,
+    with_tokenizer,
+)
 from tests.helpers.models import save_teacher
 
 pytestmark = pytest.mark.medium
 
-KINDS: dict[str, dict[str, Any]] = {
-    "gqa untied": {},
-    "mha tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "odd ffn": {"intermediate_size": 91},
-    "wide heads": {"head_dim": 32},
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gqa untied": ("llama", {}),
+    "mha tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "odd ffn": ("llama", {"intermediate_size": 91}),
+    "wide heads": ("llama", {"head_dim": 32}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3": ("qwen3", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3_moe tied, dense layers": (
+        "qwen3_moe",
+        {"tie_word_embeddings": True, "mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
 }
 
 
@@ -67,7 +84,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shard_bytes", [None, 40_000], ids=["one file", "shards"])
 def test_round_trip_is_bitwise(kind: str, shard_bytes: int | None, tmp_path: Path) -> None:
-    source = save_llama(tmp_path / "source", shard_bytes, **KINDS[kind])
+    model, changes = KINDS[kind]
+    source = save_model(model, tmp_path / "source", shard_bytes, **changes)
     assert (len(list(source.glob("*.safetensors"))) > 1) == (shard_bytes is not None)
     size = ("--max-shard-size", f"{shard_bytes // 1000}KB") if shard_bytes else ()
     megatron, back = tmp_path / "megatron", tmp_path / "back"
@@ -75,6 +93,60 @@ def test_round_trip_is_bitwise(kind: str, shard_bytes: int | None, tmp_path: Pat
     assert main(["megatron-to-hf", "--input", str(megatron), "--output", str(back), *size]) == 0
     assert equal(tensors_of(back), tensors_of(source))
     assert main(["verify", str(source), str(back), "--weights-only"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_gpt_model_and_transformers_have_the_same_logits(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Biases, norms and experts of random values; Megatron's loader and modules read the result.
+    source = save_model(kind, tmp_path / "source")
+    megatron = as_megatron(source, tmp_path / "megatron")
+    assert run(capsys, "verify", megatron, source, "--seq-length", 32)[0] == 0
+    # The same tensors, wrongly used.
+    changes = {"mixtral": {"num_experts_per_tok": 3}, "qwen2": {"rms_norm_eps": 1e-2}}
+    _config(source, **changes.get(kind, {"rope_theta": 500.0, "rope_parameters": None}))
+    ours, theirs = open_weights(megatron), open_weights(source)
+    tokens = torch.arange(32)[None]
+    assert compare_logits(ours, theirs, tokens).largest_difference > 1e-3
+
+
+def test_router_and_experts_of_megatron_are_not_interchanged(tmp_path: Path) -> None:
+    source = save_model("qwen3_moe", tmp_path / "source", mlp_only_layers=[0])
+    stored = TorchDist(as_megatron(source, tmp_path / "megatron") / "release")
+    theirs = tensors_of(source)
+    fused = theirs["model.layers.2.mlp.experts.gate_up_proj"]
+    name = "decoder.layers.2.mlp.experts.experts.linear_fc1.weight"
+    assert torch.equal(stored.read(name), fused) and torch.equal(stored.read(name, (3,)), fused[3])
+    assert torch.equal(
+        stored.read("decoder.layers.2.mlp.router.weight"), theirs["model.layers.2.mlp.gate.weight"]
+    )
+    assert stored.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].shape == (2 * 176, 64)
+
+
+def test_experts_in_one_tensor_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_model("mixtral", tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    command = ("hf-to-megatron", "--input", tmp_path / "stacked", "--output", tmp_path / "out")
+    code, line = run(capsys, *command)
+    assert code == 2 and "save_pretrained" in line
+
+
+def test_export_names_the_rope_factor_that_a_stock_run_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = as_megatron(save_llama(tmp_path / "source"), tmp_path / "megatron") / "release"
+    state = TorchDist(checkpoint).state
+    vars(state["args"]).update(use_rope_scaling=True, rope_scaling_factor=32.0, train_iters=5)
+    torch.save(state, checkpoint / "common.pt")
+    command = ("megatron-to-hf", "--input", checkpoint, "--output", tmp_path / "out")
+    assert main([str(argument) for argument in command]) == 0
+    assert "--rope-scaling-factor is 32.0" in capsys.readouterr().err
+    rope = json.loads((tmp_path / "out/config.json").read_text())["rope_scaling"]
+    assert rope["rope_type"] == "llama3" and rope["factor"] == 8.0
 
 
 def _without_transformer_engine(name: str) -> str:
@@ -107,7 +179,7 @@ def test_padded_rows_are_removed_on_export(source: Path, tmp_path: Path) -> None
     stored = TorchDist(tmp_path / "padded/release")
     assert stored.tensors()["embedding.word_embeddings.weight"].shape[0] == 768
     back = open_weights(tmp_path / "padded")
-    assert back.llama.vocab_size == 600
+    assert back.architecture.vocab_size == 600
     assert torch.equal(
         back.read("model.embed_tokens.weight"),
         open_weights(source).read("model.embed_tokens.weight"),
@@ -209,7 +281,7 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[object, ...], str]] 
     "tensor missing": (lambda f: _without_a_tensor(f), (), "has no tensor"),
     "no config": (lambda f: (f / "config.json").unlink(), (), "nor a Hugging Face model"),
     "pickles only": (lambda f: _as_pickle(f), (), "pickle pytorch_model.bin"),
-    "a tensor too many": (lambda f: _with_a_tensor(f), (), "not part of a Llama"),
+    "a tensor too many": (lambda f: _with_a_tensor(f), (), "not part of a llama model"),
     "another width": (lambda f: _config(f, intermediate_size=99), (), "config.json asks for"),
     "quantised": (
         lambda f: _config(f, quantization_config={"quant_method": "fp8"}),

@@ -18,6 +18,8 @@ SAVED: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
     "group_query_attention": False, "num_query_groups": 1, "kv_channels": 16,
     "layernorm_epsilon": 1e-5, "rotary_base": 10000, "qk_layernorm": True,
+    "moe_router_pre_softmax": False, "moe_router_enable_expert_bias": False,
+    "moe_expert_capacity_factor": None,
     "use_rope_scaling": False, "multi_latent_attention": False, "vocab_size": 256,
     "tokenizer_type": "NullTokenizer",
     "lr": 1e-3, "min_lr": 1e-4, "global_batch_size": 8, "train_iters": 10, "lr_decay_iters": 10,
@@ -53,6 +55,9 @@ MODEL_CHANGES = [
     ({"layernorm_epsilon": 1e-6}, "--norm-epsilon is 1e-06"),
     ({"use_rope_scaling": True}, "--use-rope-scaling"),
     ({"qk_layernorm": False}, "--qk-layernorm"),
+    ({"moe_router_pre_softmax": True}, "--moe-router-pre-softmax"),
+    ({"moe_router_enable_expert_bias": True}, "--moe-router-enable-expert-bias"),
+    ({"moe_expert_capacity_factor": 1.25}, "--moe-expert-capacity-factor"),
     ({"multi_latent_attention": True}, "--multi-latent-attention"),
     ({"group_query_attention": True, "num_query_groups": 2}, "--num-query-groups"),
 ]
@@ -163,3 +168,15 @@ def test_hybrid_model_takes_only_weights_of_a_gpt_checkpoint(folder: Path) -> No
     check(folder, **PATTERN, no_load_optim=True)
     with pytest.raises(LETError, match="--rotary-base"):
         check(folder, **PATTERN, no_load_optim=True, rotary_base=5)
+
+
+def test_rope_factor_that_the_checkpoints_run_ignored_is_refused(folder: Path) -> None:
+    ours = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
+    saved = SAVED | ours
+    load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(**saved)
+    with pytest.raises(LETError, match=r"--rope-scaling-factor is 32.0 .* and 8.0"):
+        check(folder, **ours, let_method="none")
+    load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(
+        **saved, let_method="none"
+    )
+    check(folder, **ours, let_method="none")

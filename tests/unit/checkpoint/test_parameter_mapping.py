@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_let.checkpoint.architecture import to_hugging_face
+from megatron_let.checkpoint.model_types import to_hugging_face
 from megatron_let.checkpoint.parameter_mapping import (
     ParameterMapping,
     merge,
+    num_parameters,
     parameter_mappings,
     split,
 )
-from tests.helpers.llamas import LLAMA, VARIANTS, config_arguments, variant
+from tests.helpers.llamas import LLAMA, VARIANTS, variant
 
 # Megatron-Bridge can only be imported with Transformer Engine.
 BRIDGE = "megatron.bridge.models"
@@ -23,16 +27,14 @@ REASON = "Megatron-Bridge is not installed: it needs CUDA and Transformer Engine
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_names_and_shapes_match_transformers(name: str) -> None:
+def test_names_and_shapes_are_those_that_transformers_writes(name: str, tmp_path: Path) -> None:
     llama = variant(name)
-    config = LlamaConfig(**config_arguments(to_hugging_face(llama, "float32")))
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM(config).state_dict()
-    if llama.tied:
-        del theirs["lm_head.weight"]
+    config = AutoConfig.for_model(**to_hugging_face(llama, "float32"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
     ours = dict(tensor for mapping in parameter_mappings(llama) for tensor in mapping.tensors)
     assert ours == {key: tuple(value.shape) for key, value in theirs.items()}
-    assert llama.num_parameters == sum(value.numel() for value in theirs.values())
+    assert num_parameters(llama) == sum(value.numel() for value in theirs.values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -75,16 +77,28 @@ def test_padded_rows_are_removed() -> None:
     assert torch.equal(cut, tensor[: LLAMA.vocab_size])
 
 
-def test_names_match_megatron_bridge() -> None:
-    llama_bridge = pytest.importorskip(f"{BRIDGE}.llama.llama_bridge", reason=REASON)
+BRIDGES = {
+    "gqa": ("llama.llama_bridge", "LlamaBridge"),
+    "qwen2": ("qwen.qwen2_bridge", "Qwen2Bridge"),
+    "qwen3": ("qwen.qwen3_bridge", "Qwen3Bridge"),
+    "qwen3_moe": ("qwen.qwen3_moe_bridge", "Qwen3MoEBridge"),
+}
+
+
+@pytest.mark.parametrize("name", BRIDGES)
+def test_names_match_megatron_bridge(name: str) -> None:
+    module, bridge = BRIDGES[name]
+    loaded = pytest.importorskip(f"{BRIDGE}.{module}", reason=REASON)
     theirs = {}
-    for mapping in llama_bridge.LlamaBridge().mapping_registry().get_all_mappings():
+    for mapping in getattr(loaded, bridge)().mapping_registry().get_all_mappings():
         names = mapping.hf_param
-        theirs[mapping.megatron_param] = set(names.values() if isinstance(names, dict) else [names])
-    for mapping in parameter_mappings(LLAMA):
+        # A module's expert has its number after `weight`, a checkpoint's is on an axis.
+        stored = mapping.megatron_param.replace("weight*", "weight")
+        theirs[stored] = set(names.values() if isinstance(names, dict) else [names])
+    for mapping in parameter_mappings(variant(name)):
         stacked = mapping.megatron[0].replace("decoder.layers.", "decoder.layers.*.")
-        ours = {name.replace(f".{mapping.layer}.", ".*.") for name in mapping.names}
-        assert ours == theirs[stacked]
+        ours = {re.sub(r"\.\d+\.", ".*.", name) for name in mapping.names}
+        assert ours == theirs[stacked.replace("experts.experts.", "experts.")]
 
 
 def test_qkv_order_matches_megatron_bridge() -> None:

@@ -109,3 +109,17 @@ def test_list_of_end_tokens_is_kept_in_a_round_trip(tmp_path: Path) -> None:
     assert main(["megatron-to-hf", "--input", str(checkpoint), "--output", str(output)]) == 0
     assert GenerationConfig.from_pretrained(output).eos_token_id == [7, 0, 8]
     assert AutoConfig.from_pretrained(output).eos_token_id == [7, 0, 8]
+
+
+def test_generation_settings_are_kept_in_a_round_trip(tmp_path: Path) -> None:
+    source = with_tokenizer(save_llama(tmp_path / "source", vocab_size=600))
+    GenerationConfig(
+        eos_token_id=[0, 7], pad_token_id=9, temperature=0.6, top_p=0.9, do_sample=True
+    ).save_pretrained(source)
+    checkpoint, output = as_megatron(source, tmp_path / "megatron"), tmp_path / "out"
+    assert main(["megatron-to-hf", "--input", str(checkpoint), "--output", str(output)]) == 0
+    theirs, ours = (GenerationConfig.from_pretrained(path) for path in (source, output))
+    names = ("temperature", "top_p", "do_sample", "pad_token_id")
+    assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
+    assert ours.pad_token_id == AutoConfig.from_pretrained(output).pad_token_id == 9
+    assert not hasattr(AutoConfig.from_pretrained(output), "temperature")

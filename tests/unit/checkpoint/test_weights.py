@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_let.checkpoint.architecture import to_hugging_face
+from megatron_let.checkpoint.model_types import to_hugging_face
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.cli.convert import main
 from tests.helpers.checkpoints import as_megatron, equal, save_llama, tensors_of
@@ -56,7 +56,7 @@ def test_output_layer_of_its_own_is_kept_in_spite_of_the_config(tmp_path: Path) 
     folder = tied_with_head(tmp_path / "model")
     theirs = logits(AutoModelForCausalLM.from_pretrained(folder))
     weights = open_weights(as_megatron(folder, tmp_path / "megatron"))
-    ours = LlamaForCausalLM(LlamaConfig(**to_hugging_face(weights.llama, "float32")))
+    ours = LlamaForCausalLM(LlamaConfig(**to_hugging_face(weights.architecture, "float32")))
     state = {name: weights.read(name) for name in ours.state_dict()}
     ours.load_state_dict(state)
     assert torch.equal(logits(ours), theirs)
@@ -65,7 +65,7 @@ def test_output_layer_of_its_own_is_kept_in_spite_of_the_config(tmp_path: Path) 
 def test_equal_copy_of_a_tied_embedding_is_no_output_layer(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", tie_word_embeddings=True)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    assert open_weights(with_tensor(folder, HEAD, embedding.clone())).llama.tied
+    assert open_weights(with_tensor(folder, HEAD, embedding.clone())).architecture.tied
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,14 @@ from megatron_let.evaluation.harness import Result, Settings, evaluate
 from megatron_let.evaluation.models import load_model, open_model
 from megatron_let.evaluation.perplexity import Perplexity
 from megatron_let.evaluation.tasks import tasks_named
-from tests.helpers.checkpoints import save_llama, with_tokenizer
+from tests.helpers.checkpoints import (
+    as_megatron,
+    equal,
+    save_llama,
+    save_model,
+    tensors_of,
+    with_tokenizer,
+)
 from tests.helpers.data import write_indexed
 from tests.helpers.models import random_model
 from tests.helpers.text_data import real_texts, save_sentence_piece, write_input
@@ -164,6 +171,20 @@ def test_pickled_weights_are_part_of_the_hash(tmp_path: Path) -> None:
     first = harness.checkpoint_hash(folder)
     torch.save({name: 2 * tensor for name, tensor in state.items()}, folder / "pytorch_model.bin")
     assert harness.checkpoint_hash(folder) != first
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("qwen3_moe", {"mlp_only_layers": [1]}), ("qwen2", {"tie_word_embeddings": True})],
+)
+def test_megatron_checkpoint_is_loaded_as_the_exported_model(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    source = save_model(kind, tmp_path / "source", **changes)
+    megatron = as_megatron(source, tmp_path / "megatron")
+    model = load_model(open_model(megatron), None, "cpu")
+    assert equal(model.state_dict(), tensors_of(source))
+    assert load_model(open_model(megatron), torch.bfloat16, "cpu").dtype == torch.bfloat16
 
 
 def test_tasks_take_any_architecture_and_a_sentence_piece_model(

@@ -53,7 +53,7 @@ def megatron_gradients(
     weights = open_weights(as_megatron(folder, megatron))
     settings = {"weight": WEIGHT, "stop_step": STOP_STEP, "teacher_dtype": "fp32"}
     with reference_models._megatron_on_cpu():
-        model = reference_models._build(weights.llama, 256, torch.float32)
+        model = reference_models._build(weights.architecture, 256, torch.float32, {})
         reference_models._load_torch_dist(model, weights.folder)
         method = build_method(
             TrainingRun(
@@ -120,7 +120,7 @@ def test_gradients_equal_the_megatron_path_and_the_plain_model(
         cosines.append(let.report["cosine"].item())
     ours = {name: p.grad for name, p in model.named_parameters()}
     # Megatron's path
-    llama = open_weights(folder).llama
+    llama = open_weights(folder).architecture
     for mapping in parameter_mappings(llama):
         names = [with_layer(name, mapping.layer) for name in mapping.megatron]
         (theirs,) = (megatron[name] for name in names if name in megatron)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from transformers import (
+    AutoConfig,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -102,6 +103,14 @@ def test_model_that_is_not_causal_raises(
 ) -> None:
     make().save_pretrained(tmp_path)
     assert f"is a {kind} model, not a causal language model" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "prophetnet"])
+def test_model_of_another_order_raises(kind: str, tmp_path: Path) -> None:
+    # transformers lists causal classes for both.
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    assert f"is a {kind} model" in message and "from left to right" in message
 
 
 def test_folder_without_weights_raises(copy: Path) -> None:
