@@ -21,12 +21,17 @@ class Costs:
         forward, backward: [num_stages], cost of a stage through all of its model chunks.
         teacher: teacher forward on one rank, on its share of the samples.
         transfer: sending an activation or its gradient to the next stage.
+        state_transfer: sending a teacher state to the aligned stage.
+        reduce: reducing a stage's gradients and gathering its parameters, as far as its own passes
+            do not hide it; the teacher overlaps it.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     teacher: float
     transfer: float = 0.0
+    state_transfer: float = 0.0
+    reduce: float = 0.0
 
     @staticmethod
     def uniform(num_stages: int, forward: float, backward: float, teacher: float) -> Costs:
@@ -90,13 +95,22 @@ class _Teacher(NamedTuple):
 
 @dataclass
 class Timeline:
-    """Work of every stage in one global batch, from time 0."""
+    """Work of every stage in one global batch, from time 0.
+
+    Attributes:
+        reduce: `Costs.reduce`.
+    """
 
     spans: list[list[Span]]
+    reduce: float = 0.0
     duration: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.duration = max(spans[-1].end for spans in self.spans if spans)
+        self.duration = max(self._end(spans) for spans in self.spans if spans)
+
+    def _end(self, spans: list[Span]) -> float:
+        passes = (span.end for span in reversed(spans) if span.kind != "teacher")
+        return max(spans[-1].end, next(passes, 0.0) + self.reduce)
 
     def idle(self, stage: int) -> IdleTimes:
         """Return the idle times of a stage that teacher work can fill."""
@@ -184,7 +198,7 @@ class _Run:
                     positions[stage] += 1
             if sum(positions) == before:
                 raise DeadlockError(f"the stages are blocked at {positions} of their passes")
-        return Timeline(self._spans)
+        return Timeline(self._spans, self._costs.reduce)
 
     def _take(self, stage: int, work: Pass | _Teacher) -> bool:
         """Run the work if all of its inputs are known; return whether it ran."""
@@ -193,7 +207,8 @@ class _Run:
             self._append(stage, "teacher", self._number(work), 0, free, self._costs.teacher)
             end = self._spans[stage][-1].end
             if not work.ahead:
-                self._state_ends[work.microbatch] = end
+                sent = self._costs.state_transfer if stage != self._aligned.stage else 0.0
+                self._state_ends[work.microbatch] = end + sent
             if work.after is not None:
                 self._pass_ends[stage, work.after] = end
             return True

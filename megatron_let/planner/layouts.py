@@ -12,7 +12,7 @@ from megatron_let.planner.memory import Layout, Recompute
 from megatron_let.planner.sizes import TransformerSize, student_size
 
 
-def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> Layout:
+def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
     """Build the layout that Megatron's parsed arguments describe.
 
     Raises:
@@ -36,7 +36,7 @@ def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> La
         pp=pp,
         cp=cp,
         dp=dp,
-        num_chunks=num_chunks,
+        num_chunks=args.num_virtual_stages_per_pipeline_rank or 1,
         micro_batch_size=b,
         num_microbatches=args.global_batch_size // (b * dp),
         recompute=recompute,

@@ -103,6 +103,8 @@ def _arguments(run: FakeRun) -> argparse.Namespace:
     ranks_per_stage = layout.tp * layout.cp * layout.dp
     os.environ.update(RANK=str(run.stage * ranks_per_stage), LOCAL_RANK="0")
     os.environ["WORLD_SIZE"] = str(layout.pp * ranks_per_stage)
+    # Megatron requires it for TP and CP.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     # Fake tensors have no values to initialise or to check.
     flags = [*GPU.argv(), "--use-cpu-initialization", "--no-initialization"]
     flags += ["--no-check-for-nan-in-loss-and-grad", *run.flags]
