@@ -63,9 +63,8 @@ def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimat
 
 
 def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
-    sizes, recomputes = (1, 2, 4, 8), ("none", "full")
     for tp, pp, vpp, b, recompute in itertools.product(
-        sizes, sizes, (1, 2), (1, 2, 4, 8, 16), recomputes
+        (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 5), (1, 2, 4, 8, 16), ("none", "full")
     ):
         cp = args.context_parallel_size
         dp, left = divmod(gpus, tp * pp * cp)

@@ -1,11 +1,13 @@
 """Tables of docs/scale.md: step time with a teacher over pipelines, and the cost of failures.
 
     python tools/benchmark/scale.py steps       # simulated; writes results/scale.csv
+    python tools/benchmark/scale.py teachers    # simulated; prints
     python tools/benchmark/scale.py failures    # closed forms; prints
 
 `steps` simulates the recipe's student over pipeline sizes and numbers of microbatches with the
 communication of the GPU's data sheet. A global batch has 1,024 sequences, so the number of
-microbatches also fixes that of the replicas.
+microbatches also fixes that of the replicas. `teachers` simulates the two layouts of the recipe
+with deeper and deeper teachers: SmolLM2-1.7B with a multiple of its layers.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from megatron_let.metrics.provenance import write_csv
 from megatron_let.placement.plan import samples_split, steady_timeline
 from megatron_let.planner.estimate import Estimate, Request, estimate
 from megatron_let.planner.failures import checkpoint_interval, interruption_seconds, useful_share
-from megatron_let.planner.memory import Layout
+from megatron_let.planner.memory import Layout, teacher_weights
 from megatron_let.planner.teacher_group import teacher_group
 
 RESULTS = RESULTS_FOLDER / "scale.csv"
@@ -37,6 +39,9 @@ GLOBAL_BATCH = 1024
 PIPELINES = {8: (80, 5), 16: (80, 5), 32: (96, 3)}
 MICROBATCHES = (16, 32, 64, 128, 256)
 TEACHERS = ("smollm2-1.7b", "llama-3.1-8b")
+# The layouts of configs/let_70b.yaml: ranks, GPU, microbatch.
+RECOMMENDED = (("512", "a100-80g", "2"), ("1024", "h100-80g", "1"))
+DEPTHS = (1, 2, 3, 4, 5)
 
 # Interruptions per GPU hour; docs/scale.md has the sources.
 RATES = {
@@ -58,13 +63,16 @@ RESTARTS = {"requeued": 600.0, "in the job": 180.0, "in the process": 60.0}
 def main() -> int:
     """Make one of the tables; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("table", choices=("steps", "failures"))
+    parser.add_argument("table", choices=("steps", "teachers", "failures"))
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write (steps)")
     options = parser.parse_args()
     if options.table == "failures":
         _print(list(failure_rows()))
         return 0
     prepare_process(CPU, 0)
+    if options.table == "teachers":
+        _print(list(teacher_rows()))
+        return 0
     rows = []
     for row in step_rows():
         print(*row.values(), flush=True)
@@ -91,6 +99,28 @@ def step_rows() -> Iterator[dict[str, Any]]:
                 )
                 if num_chunks == 1 or m % stages == 0:
                     yield {"teacher": teacher, **step_row(sized, layout)}
+
+
+def teacher_rows() -> Iterator[dict[str, Any]]:
+    """Yield a row per recommended layout and depth of the teacher."""
+    for gpus, gpu, micro_batch_size in RECOMMENDED:
+        argv = ["--config", "let_70b", "--gpus", gpus, "--gpu", gpu]
+        request, planned = plan_one([*argv, "--micro-batch-size", micro_batch_size])
+        assert request.teacher is not None
+        for depth in DEPTHS:
+            teacher = replace(request.teacher, num_layers=depth * request.teacher.num_layers)
+            deeper = replace(request, teacher=teacher)
+            row = step_row(deeper, planned.layout)
+            placed = min(row[name] for name in ("aligned-stage", "spread", "bubble"))
+            yield {
+                "layout": f"{gpus} {gpu}",
+                "teacher": f"{teacher_weights(teacher) / 2e9:.1f}B",
+                "GiB": f"{estimate(deeper, planned.layout).peak.total / 2**30:.1f}",
+                "best placement": placed,
+                "shared": row["shared"],
+                "group": row["group"],
+                "group_ranks": row["group_ranks"],
+            }
 
 
 def step_row(request: Request, layout: Layout) -> dict[str, Any]:
