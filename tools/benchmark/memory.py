@@ -42,9 +42,7 @@ TP8 = ("--tensor-model-parallel-size", "8", "--sequence-parallel")
 SP = ("--sequence-parallel",)
 PP2 = ("--pipeline-model-parallel-size", "2")
 PP4 = ("--pipeline-model-parallel-size", "4")
-PP16 = ("--pipeline-model-parallel-size", "16")
 B1 = ("--micro-batch-size", "1")
-BLOCK1 = (*WHOLE, "block", "--recompute-num-layers", "1")
 CP2 = ("--context-parallel-size", "2")
 
 
@@ -105,11 +103,6 @@ def cases_70b() -> Iterator[Case]:
     yield Case("let_70b", held, stages=ends, **a100)
     yield Case("let_70b", (*B1, *held), stages=ends, **h100)
     yield Case("let_70b", (*TP8, "--micro-batch-size", "4", *held), stages=ends, **a100)
-    yield Case("let_70b", (*TP8, *PP16, "--let-max-prefetch", "32"), stages=(0, 15), **h100)
-    yield Case("let_70b", (*TP8, *held), stages=ends, teacher="llama-3.1-8b", **a100)
-    yield Case("baseline_70b", FULL, **a100)
-    yield Case("baseline_70b", CP2, **a100)
-    yield Case("let_70b", (*BLOCK1, *held), teacher="llama-3.1-8b", **a100)
 
 
 def main() -> int:
