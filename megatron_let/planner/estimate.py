@@ -212,23 +212,23 @@ def memory_of_stages(
     request: Request, layout: Layout, placement: Placement | None
 ) -> tuple[StageMemory, ...]:
     """Return the memory of one rank of each stage."""
-    aligned = aligned_layer(request.layer, request.student.num_layers, layout).stage
+    aligned = aligned_layer(request.layer, request.student.num_layers, layout)
     return tuple(_memory(request, layout, stage, aligned, placement) for stage in range(layout.pp))
 
 
 def _memory(
-    request: Request, layout: Layout, stage: int, aligned: int, placement: Placement | None
+    request: Request, layout: Layout, stage: int, aligned: AlignedLayer, placement: Placement | None
 ) -> StageMemory:
     student = stage_memory(request.student, layout, request.seq_length, stage)
-    if request.teacher is None or (placement == "aligned-stage" and stage != aligned):
+    if request.teacher is None or (placement == "aligned-stage" and stage != aligned.stage):
         return student
     samples = layout.micro_batch_size // samples_split(
         layout.tp * layout.cp, layout.micro_batch_size
     )
     held = 1
-    if stage == aligned:
+    if stage == aligned.stage:
         # A state is held from its microbatch's forward to its backward, or from the start.
-        held = min(layout.pipeline.num_warmup(stage) + 1, layout.num_microbatches)
+        held = _in_flight(layout, aligned)
         held = held if placement == "aligned-stage" else max(held, request.prefetch(layout))
     state = teacher_state(request.teacher, layout, request.seq_length)
     work = teacher_work(request.teacher, samples, request.seq_length)
@@ -239,3 +239,13 @@ def _memory(
         teacher_weights=teacher_weights(request.teacher),
         teacher_buffers=held * state + max(0, work - unallocated),
     )
+
+
+def _in_flight(layout: Layout, aligned: AlignedLayer) -> int:
+    """Return the most microbatches between forward and backward of layer k at once."""
+    held = most = 0
+    for work in layout.pipeline.passes(aligned.stage):
+        if work.chunk == aligned.chunk:
+            held += 1 if work.kind == "forward" else -1
+            most = max(most, held)
+    return most
