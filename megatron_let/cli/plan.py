@@ -3,8 +3,9 @@
     megatron-let plan --config let_7b --gpus 32 --gpu a100-80g [--pp 4 ...]
 
 It prints memory per rank and a discrete-event simulation of Megatron's schedule with the teacher in
-it. `--sweep` ranks the layouts that fit. With `--engine deepspeed` it prints GPU and host memory
-under ZeRO, and the time of the passes. All other flags are Megatron's and LET's.
+it. `--sweep` ranks the layouts that fit; `--break-even` gives the cost of the whole run. With
+`--engine deepspeed` it prints GPU and host memory under ZeRO, and the time of the passes. All other
+flags are Megatron's and LET's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _SHORT_FLAGS = {
     "tp": "--tensor-model-parallel-size",
     "pp": "--pipeline-model-parallel-size",
     "cp": "--context-parallel-size",
+    "vpp": "--num-virtual-stages-per-pipeline-rank",
     "micro_batch_size": "--micro-batch-size",
 }
 # The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
@@ -69,7 +71,6 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--gpu", choices=sorted(GPUS), required=True)
     for name in _SHORT_FLAGS:
         add(flag(name), type=int, help="replaces the recipe's value")
-    add("--vpp", type=int, default=1, help="model chunks per stage (default: 1)")
     add("--teacher", help=f"model folder, or one of {', '.join(TEACHERS)} (default: the paper's)")
     add("--vocab-size", type=int, help="vocabulary size of the data (default: the teacher's)")
     add("--efficiency", type=float, default=0.5, help="share of the peak FLOP/s (default: 0.5)")
@@ -77,6 +78,11 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--sweep", action="store_true", help="rank all layouts that fit")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--plot", type=Path, help="draw the stages' timeline (.png, .svg)")
+    add(
+        "--break-even",
+        type=Path,
+        help="print GPU hours to the baseline's loss by speed-up, and draw them (.png, .svg)",
+    )
     options, flags = parser.parse_known_args(argv)
     for name, megatron_flag in _SHORT_FLAGS.items():
         if getattr(options, name) is not None:
@@ -89,6 +95,7 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
 
     prepare_process(detect_host(), 0)
     from megatron_let.planner import display
+    from megatron_let.planner.break_even import run_cost
     from megatron_let.planner.layouts import sweep
 
     args = megatron_arguments(options.config, flags)
@@ -108,6 +115,11 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
         display.print_estimate(console, found[0], *titles)
     if options.plot is not None:
         display.plot_stages(found[0], options.plot)
+    if options.break_even is not None and found:
+        cost = run_cost(found[0], args.train_iters, args.let_stop_step)
+        if not options.json:
+            display.print_break_even(console, cost)
+        display.plot_break_even(cost, options.break_even)
     return 0 if found and found[0].fits else 1
 
 
@@ -155,7 +167,7 @@ def _estimate(request: Request, args: argparse.Namespace, options: argparse.Name
     from megatron_let.planner.layouts import layout_from_args
     from megatron_let.planner.zero import estimate_zero
 
-    layout = layout_from_args(args, options.gpus, options.vpp)
+    layout = layout_from_args(args, options.gpus)
     if args.engine == "deepspeed":
         return estimate_zero(request, layout, _zero(args, layout))
     return estimate(request, layout)

@@ -31,12 +31,17 @@ class Costs:
         forward, backward: [num_stages], cost of a stage through all of its model chunks.
         teacher: teacher forward on one rank, on its share of the samples.
         transfer: sending an activation or its gradient to the next stage.
+        state_transfer: sending a teacher state to the aligned stage.
+        reduce: reducing a stage's gradients and gathering its parameters, as far as its own passes
+            do not hide it; the teacher overlaps it.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     teacher: float
     transfer: float = 0.0
+    state_transfer: float = 0.0
+    reduce: float = 0.0
 
     @staticmethod
     def uniform(num_stages: int, forward: float, backward: float, teacher: float) -> Costs:
@@ -60,13 +65,22 @@ class Span(NamedTuple):
 
 @dataclass
 class Timeline:
-    """Work of every stage in one global batch, from time 0."""
+    """Work of every stage in one global batch, from time 0.
+
+    Attributes:
+        reduce: `Costs.reduce`.
+    """
 
     spans: list[list[Span]]
+    reduce: float = 0.0
     duration: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.duration = max(spans[-1].end for spans in self.spans if spans)
+        self.duration = max(self._end(spans) for spans in self.spans if spans)
+
+    def _end(self, spans: list[Span]) -> float:
+        passes = (span.end for span in reversed(spans) if span.kind != "teacher")
+        return max(spans[-1].end, next(passes, 0.0) + self.reduce)
 
     def idle(self, stage: int) -> IdleTimes:
         """Return the idle times of a stage that teacher work can fill."""
@@ -111,7 +125,7 @@ def simulate(
         pass
     if not all(run.is_complete for run in runs):
         raise DeadlockError(f"the stages are blocked at {[len(run.spans) for run in runs]} spans")
-    return Timeline([run.spans for run in runs])
+    return Timeline([run.spans for run in runs], costs.reduce)
 
 
 @dataclass
@@ -182,6 +196,12 @@ class _Stage:
             if messages[message].num_posted < 2:
                 return False
             # The bytes are on their way while the sender continues.
-            transfer = self._costs.transfer * (is_received and isinstance(message.content, Pass))
+            transfer = self._transfer(message) if is_received else 0.0
             self._now = max(self._now, messages[message].seconds + transfer)
         return True
+
+    def _transfer(self, message: Message) -> float:
+        if message.source == message.target:
+            return 0.0
+        is_activation = isinstance(message.content, Pass)
+        return self._costs.transfer if is_activation else self._costs.state_transfer

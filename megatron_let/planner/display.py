@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from megatron_let.errors import LETError
 from megatron_let.placement.plan import steady_timeline
+from megatron_let.planner.break_even import RunCost
 from megatron_let.planner.estimate import Estimate
 from megatron_let.planner.memory import Layout
 
@@ -18,6 +19,8 @@ _COLUMNS = ("params", "grads", "optimizer", "activations", "buffers", "teacher_w
             "teacher_buffers", "total", "host")  # fmt: skip
 _SPAN_COLOURS = {"forward": "#9ecae1", "backward": "#4292c6", "teacher": "#fd8d3c"}
 _GIB = 2**30
+# The paper's speed-up, a smaller one, and none.
+_SPEEDUPS = (1.6, 1.2, 1.0)
 
 
 def as_json(found: Estimate) -> dict[str, Any]:
@@ -140,5 +143,44 @@ def plot_stages(found: Estimate, path: Path) -> None:
     panels[-1].set_xlabel("seconds (dotted: end of the step without a teacher)")
     legend = [Patch(color=colour, label=kind) for kind, colour in _SPAN_COLOURS.items()]
     figure.legend(handles=legend, loc="upper right", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def print_break_even(console: Console, cost: RunCost) -> None:
+    """Print GPU hours and tokens to the baseline's loss, by where the teacher runs."""
+    title = (
+        f"baseline: {cost.gpu_hours:,.0f} GPU hours, {cost.tokens:.3g} tokens;"
+        f" teacher in {cost.teacher_share:.1%} of its steps"
+    )
+    headings = [f"GPU hours at {speedup:.1f}x" for speedup in _SPEEDUPS]
+    table = _table(title, "teacher", "GPU time of a step", *headings, "break-even")
+    for name, ratio in cost.ratios.items():
+        hours = [f"{cost.let_gpu_hours(speedup, ratio):,.0f}" for speedup in _SPEEDUPS]
+        table.add_row(name, f"{ratio:.3f}", *hours, f"{cost.break_even(ratio):.3f}x")
+    tokens = [f"{cost.tokens / speedup:.3g}" for speedup in _SPEEDUPS]
+    table.add_row("tokens", "", *tokens, "")
+    console.print(table)
+
+
+def plot_break_even(cost: RunCost, path: Path) -> None:
+    """Draw GPU hours to the baseline's loss over the speed-up in tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    speedups = [1 + 0.01 * i for i in range(71)]
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, ratio in cost.ratios.items():
+        hours = [cost.let_gpu_hours(speedup, ratio) / 1e3 for speedup in speedups]
+        label = f"{name}: step x {ratio:.3f}, pays above {cost.break_even(ratio):.3f}x"
+        axes.plot(speedups, hours, label=label)
+    axes.axhline(cost.gpu_hours / 1e3, color="grey", linestyle=":", label="baseline")
+    for speedup in _SPEEDUPS[:2]:
+        axes.axvline(speedup, color="lightgrey", linewidth=0.8)
+    axes.set_xlabel("speed-up in tokens to the baseline's loss (the paper reports 1.6)")
+    axes.set_ylabel("thousand GPU hours")
+    axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

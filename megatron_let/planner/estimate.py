@@ -11,6 +11,12 @@ from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import FIXED_PLACEMENTS, fastest, samples_split, steady_timeline
 from megatron_let.placement.program import AlignedLayer
 from megatron_let.placement.simulate import Costs, simulate
+from megatron_let.planner.communication import (
+    activation_transfer,
+    exposed_reduction,
+    layer_exchange,
+    state_transfer,
+)
 from megatron_let.planner.memory import (
     Layout,
     StageMemory,
@@ -172,14 +178,12 @@ def _in_long_batches(pipeline: Pipeline, duration: Callable[[Pipeline], float]) 
 def stage_costs(request: Request, layout: Layout) -> Costs:
     """Return seconds per microbatch and stage, from FLOPs and bytes.
 
-    Matrix products run at `efficiency`. A tensor-parallel layer communicates its activations four
-    times per pass, not overlapped. The backward costs two forwards, three with recomputation.
+    Matrix products run at `efficiency`. The backward costs two forwards, three with recomputation.
     """
     student, seq_length = request.student, request.seq_length
     tokens = layout.micro_batch_size * seq_length / layout.cp
     layers = student.num_layers // layout.pp
-    activation = 2 * tokens * student.hidden_size
-    exchange = layers * 4 * activation * (layout.tp - 1) / layout.tp / request.gpu.link
+    exchange = layers * layer_exchange(student, layout, seq_length, request.gpu)
     compute = tokens * layers * student.layer_forward_flops(seq_length) / layout.tp / request.flops
     head = tokens * student.logits_forward_flops / layout.tp / request.flops
     recomputed = {"none": 0.0, "full": 1.0}.get(layout.recompute, layout.recompute_layers / layers)
@@ -191,7 +195,9 @@ def stage_costs(request: Request, layout: Layout) -> Costs:
         tuple(forward),
         tuple(backward),
         teacher=_teacher_seconds(request, layout),
-        transfer=activation / layout.tp / request.gpu.network if layout.pp > 1 else 0.0,
+        transfer=activation_transfer(student, layout, seq_length, request.gpu),
+        state_transfer=state_transfer(request.teacher, layout, seq_length, request.gpu),
+        reduce=exposed_reduction(student, layout, request.gpu, forward, backward),
     )
 
 
@@ -207,23 +213,24 @@ def memory_of_stages(
     request: Request, layout: Layout, placement: Placement | None
 ) -> tuple[StageMemory, ...]:
     """Return the memory of one rank of each stage."""
-    aligned = aligned_layer(request.layer, request.student.num_layers, layout).stage
+    aligned = aligned_layer(request.layer, request.student.num_layers, layout)
     return tuple(_memory(request, layout, stage, aligned, placement) for stage in range(layout.pp))
 
 
 def _memory(
-    request: Request, layout: Layout, stage: int, aligned: int, placement: Placement | None
+    request: Request, layout: Layout, stage: int, aligned: AlignedLayer, placement: Placement | None
 ) -> StageMemory:
     student = stage_memory(request.student, layout, request.seq_length, stage)
-    if request.teacher is None or (placement == "aligned-stage" and stage != aligned):
+    if request.teacher is None or (placement == "aligned-stage" and stage != aligned.stage):
         return student
     samples = layout.micro_batch_size // samples_split(
         layout.tp * layout.cp, layout.micro_batch_size
     )
     held = 1
-    if stage == aligned:
-        in_flight = layout.pp - stage
-        held = in_flight if placement == "aligned-stage" else request.prefetch(layout)
+    if stage == aligned.stage:
+        # A state is held from its microbatch's forward to its backward, or from the start.
+        held = _in_flight(layout, aligned)
+        held = held if placement == "aligned-stage" else max(held, request.prefetch(layout))
     state = teacher_state(request.teacher, layout, request.seq_length)
     work = teacher_work(request.teacher, samples, request.seq_length)
     # The teacher runs before a forward or a first backward, when the pass's work is not allocated.
@@ -233,3 +240,13 @@ def _memory(
         teacher_weights=teacher_weights(request.teacher),
         teacher_buffers=held * state + max(0, work - unallocated),
     )
+
+
+def _in_flight(layout: Layout, aligned: AlignedLayer) -> int:
+    """Return the most microbatches between forward and backward of layer k at once."""
+    held = most = 0
+    for work in layout.pipeline.passes(aligned.stage):
+        if work.chunk == aligned.chunk:
+            held += 1 if work.kind == "forward" else -1
+            most = max(most, held)
+    return most

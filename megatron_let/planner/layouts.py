@@ -12,7 +12,7 @@ from megatron_let.planner.memory import Layout, Recompute
 from megatron_let.planner.sizes import TransformerSize, student_size
 
 
-def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> Layout:
+def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
     """Build the layout that Megatron's parsed arguments describe.
 
     Raises:
@@ -36,7 +36,7 @@ def layout_from_args(args: argparse.Namespace, gpus: int, num_chunks: int) -> La
         pp=pp,
         cp=cp,
         dp=dp,
-        num_chunks=num_chunks,
+        num_chunks=args.num_virtual_stages_per_pipeline_rank or 1,
         micro_batch_size=b,
         num_microbatches=args.global_batch_size // (b * dp),
         recompute=recompute,
@@ -63,9 +63,8 @@ def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimat
 
 
 def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
-    sizes, recomputes = (1, 2, 4, 8), ("none", "full")
     for tp, pp, vpp, b, recompute in itertools.product(
-        sizes, sizes, (1, 2), (1, 2, 4, 8, 16), recomputes
+        (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 5), (1, 2, 4, 8, 16), ("none", "full")
     ):
         cp = args.context_parallel_size
         dp, left = divmod(gpus, tp * pp * cp)

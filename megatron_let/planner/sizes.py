@@ -104,6 +104,7 @@ TEACHERS = {
     "smollm2-135m": TransformerSize(30, 576, 1536, 9, 3, 64, True, 49152, True),
     "smollm2-1.7b": TransformerSize(24, 2048, 8192, 32, 32, 64, True, 49152, True),
     "llama-3.2-1b": TransformerSize(16, 2048, 8192, 32, 8, 64, True, 128256, True),
+    "llama-3.1-8b": TransformerSize(32, 4096, 14336, 32, 8, 128, True, 128256, False),
     "opt-125m": TransformerSize(12, 768, 3072, 12, 12, 64, False, 50272, True),
     "pythia-160m": TransformerSize(12, 768, 3072, 12, 12, 64, False, 50304, False),
 }

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_let.cli.plan import megatron_arguments
-from megatron_let.compat.device import Host, prepare_process
+from megatron_let.compat.device import Host, prepare_process, set_hardware_queues
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import plan
 from megatron_let.planner.estimate import Estimate, Request
@@ -109,6 +109,7 @@ def _arguments(run: FakeRun) -> argparse.Namespace:
     if layout.num_chunks > 1:
         flags += ["--num-virtual-stages-per-pipeline-rank", str(layout.num_chunks)]
     parsed = megatron_arguments(run.config, flags)
+    set_hardware_queues(parsed)
     args = parse_args(lambda parser: SimpleNamespace(parse_args=lambda: parsed))
     validate_args(args)
     args.padded_vocab_size = run.request.student.vocab_size

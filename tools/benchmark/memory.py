@@ -1,10 +1,10 @@
-"""Memory of the paper's runs: Megatron's code under fake tensors, next to the planner's figures.
+"""Memory of the recipes' runs: Megatron's code under fake tensors, next to the planner's figures.
 
     python tools/benchmark/memory.py
 
-Every row is one rank of 32: its parameters, gradients, optimizer and everything else that the
-forward and backward passes of a step hold at their peak, as `fake_training.measure` counts them,
-and what `tools/plan_run.py` predicts. It needs no GPU and little memory.
+Every row is one rank: its parameters, gradients, optimizer and everything else that the forward
+and backward passes of a step hold at their peak, as `fake_training.measure` counts them, and what
+`tools/plan_run.py` predicts. It needs no GPU and little memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from megatron_let.planner.estimate import Estimate, Request
 from megatron_let.planner.memory import StageMemory
 
 RESULTS = RESULTS_FOLDER / "memory.csv"
-GPUS = 32
 GIB = 2**30
 PARTS = ("params", "grads", "optimizer", "activations", "teacher_weights", "total")
 NONE: tuple[str, ...] = ()
@@ -43,6 +42,7 @@ TP8 = ("--tensor-model-parallel-size", "8", "--sequence-parallel")
 SP = ("--sequence-parallel",)
 PP2 = ("--pipeline-model-parallel-size", "2")
 PP4 = ("--pipeline-model-parallel-size", "4")
+B1 = ("--micro-batch-size", "1")
 CP2 = ("--context-parallel-size", "2")
 
 
@@ -55,12 +55,16 @@ class Case:
         flags: Megatron flags.
         chunks: model chunks per stage.
         stages: pipeline stages to measure.
+        gpus: number and type of the ranks.
+        teacher: name in the planner's `TEACHERS`; empty for the recipe's.
     """
 
     recipe: str
     flags: tuple[str, ...] = ()
     chunks: int = 1
     stages: tuple[int, ...] = (0,)
+    gpus: str = "32 a100-80g"
+    teacher: str = ""
 
 
 def cases() -> Iterator[Case]:
@@ -85,6 +89,20 @@ def cases() -> Iterator[Case]:
     yield Case("let_7b", (*PP4, "--let-max-prefetch", "8"), stages=(0, 3))
     yield Case("baseline_7b", PP2, chunks=2, stages=(0, 1))
     yield Case("baseline_7b", (*TP2, *SP, *PP2, *CP2), stages=(0, 1))
+    yield from cases_70b()
+
+
+def cases_70b() -> Iterator[Case]:
+    """Yield the fullest and the emptiest rank of each layout of docs/scale.md, and its choices.
+
+    A measured pipeline has as many microbatches as fill it: `--let-max-prefetch` is that number.
+    """
+    held, ends = ("--let-max-prefetch", "16"), (0, 7)
+    a100: dict[str, Any] = {"chunks": 5, "gpus": "512 a100-80g"}
+    h100: dict[str, Any] = {"chunks": 5, "gpus": "1024 h100-80g"}
+    yield Case("let_70b", held, stages=ends, **a100)
+    yield Case("let_70b", (*B1, *held), stages=ends, **h100)
+    yield Case("let_70b", (*TP8, "--micro-batch-size", "4", *held), stages=ends, **a100)
 
 
 def main() -> int:
@@ -100,8 +118,11 @@ def main() -> int:
     tasks = [(*run, stage) for run in planned for stage in run[0].stages]
     # One fork per measurement, which changes torch for the rest of its process.
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
-        rows = list(pool.imap(_row, tasks, chunksize=1))
-    write_csv(options.csv, rows, source())
+        rows = []
+        for row in pool.imap(_row, tasks, chunksize=1):
+            rows.append(row)
+            # Every row takes minutes: keep those of a run that is stopped.
+            write_csv(options.csv, rows, source())
     return 0
 
 
@@ -122,6 +143,8 @@ def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
         "flags": " ".join(case.flags),
         "chunks": case.chunks,
         "stage": stage,
+        "gpus": case.gpus,
+        "teacher": case.teacher,
     }
     for part in PARTS:
         row[f"measured_{part}_gib"] = round(measured[part] / GIB, 4)
@@ -140,8 +163,10 @@ def predicted_parts(stage: StageMemory) -> dict[str, int]:
 
 def planned_run(case: Case) -> tuple[Request, Estimate]:
     """Return the request and the estimate of `tools/plan_run.py` for a case."""
-    argv = ["--config", case.recipe, "--gpus", str(GPUS), "--gpu", "a100-80g"]
-    return plan_one([*argv, "--vpp", str(case.chunks), *case.flags])
+    number, gpu = case.gpus.split()
+    argv = ["--config", case.recipe, "--gpus", number, "--gpu", gpu, "--vpp", str(case.chunks)]
+    argv += ["--teacher", case.teacher] if case.teacher else []
+    return plan_one([*argv, *case.flags])
 
 
 def _measure(run: FakeRun) -> dict[str, int]:

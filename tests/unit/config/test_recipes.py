@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_let.compat.device import set_hardware_queues
 from megatron_let.config.recipes import RecipeError, load_recipe, recipe_argv
 from tests.helpers.runs import ROOT
 
@@ -21,6 +22,8 @@ CONFIGS = sorted(
 )
 VARIABLES = {"DATA": "/d/pile", "TEACHER": "/t/small", "OUTPUT": "/o/run", "TOKENIZER": "/tok"}
 PAPER_GPUS = 32
+# Ranks of the recipes that do not run on one.
+RANKS = {"1p4b": PAPER_GPUS, "3b": PAPER_GPUS, "7b": PAPER_GPUS, "a1b": PAPER_GPUS, "70b": 512}
 
 
 @pytest.fixture
@@ -71,7 +74,11 @@ def test_recipe_is_parsed_by_megatron(path: Path, parser: argparse.ArgumentParse
 
 @pytest.fixture
 def megatron_on_any_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Megatron's validation reads a GPU's properties; experts need those of an A100."""
+    """Megatron's validation reads a GPU's properties and, with TP, this variable.
+
+    Experts need the properties of an A100.
+    """
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     from megatron_let.compat import PatchSet
     from megatron_let.compat.cpu_shims import cpu_shims
 
@@ -85,17 +92,30 @@ def megatron_on_any_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_recipe_passes_megatrons_validation(
     path: Path, parser: argparse.ArgumentParser, megatron_on_any_host: None
 ) -> None:
+    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
+    validate(args, RANKS.get(path.stem.split("_")[-1], 1))
+
+
+@pytest.mark.parametrize("name", ["baseline_70b", "let_70b"])
+def test_70b_recipe_passes_megatrons_validation_on_1024_ranks(
+    name: str, parser: argparse.ArgumentParser, megatron_on_any_host: None
+) -> None:
+    settings = load_recipe(ROOT / f"configs/{name}.yaml")
+    argv = recipe_argv(settings, parser, ["--micro-batch-size", "1"], VARIABLES)
+    args = parser.parse_args(argv)
+    validate(args, 1024)
+    assert args.data_parallel_size == 32 and args.virtual_pipeline_model_parallel_size == 5
+
+
+def validate(args: argparse.Namespace, num_ranks: int) -> None:
+    """Run Megatron's validation as rank 0 of `num_ranks`."""
     from megatron.training.arguments import validate_args
 
-    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
-    args.rank, args.world_size = 0, PAPER_GPUS if is_large(path) else 1
+    args.rank, args.world_size = 0, num_ranks
+    set_hardware_queues(args)
     args._is_global_batch_size_explicitly_specified = True
     with contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
-
-
-def is_large(path: Path) -> bool:
-    return path.stem.split("_")[-1] in ("1p4b", "3b", "7b", "a1b")
 
 
 # name -> layers, width, ffn, heads, micro batch, accumulation steps, peak learning rate
@@ -158,7 +178,7 @@ def test_mixture_of_experts_has_the_sizes_of_its_name(parser: argparse.ArgumentP
     assert tokens * args.let_stop_step == 1280 * 2048 * 1500
 
 
-@pytest.mark.parametrize("name", ["1p4b", "3b", "7b", "moe_7b_a1b", "quickstart"])
+@pytest.mark.parametrize("name", ["1p4b", "3b", "7b", "70b", "moe_7b_a1b", "quickstart"])
 def test_let_and_baseline_differ_in_the_alignment_only(name: str) -> None:
     pair = ("quickstart_baseline", "quickstart_let") if name == "quickstart" else None
     baseline, let = (
@@ -168,6 +188,19 @@ def test_let_and_baseline_differ_in_the_alignment_only(name: str) -> None:
     differing = {key for key in baseline | let if baseline.get(key) != let.get(key)}
     assert all(key.startswith("let-") or key == "tokenizer-model" for key in differing), differing
     assert "let-method" in differing
+
+
+def test_70b_recipe_reads_a_trillion_tokens_in_batches_of_4_million(
+    parser: argparse.ArgumentParser,
+) -> None:
+    path = ROOT / "configs/let_70b.yaml"
+    args = parser.parse_args(recipe_argv(load_recipe(path), parser, [], VARIABLES))
+    shape = (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.num_attention_heads)
+    assert (*shape, args.num_query_groups) == (80, 8192, 28672, 64, 8)
+    assert args.seq_length * args.global_batch_size == 2**22
+    assert 2**22 * args.train_iters == pytest.approx(1e12, rel=1e-5)
+    # The share of the paper's steps.
+    assert args.let_stop_step / args.train_iters == pytest.approx(0.2, abs=1e-5)
 
 
 # The command line

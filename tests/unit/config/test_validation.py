@@ -15,8 +15,8 @@ from megatron_let.config.validation import (
     REFUSED_WITH_PROJECTION,
     Table,
     check_document_mask,
-    check_script_masks_documents,
     check_hybrid,
+    check_script_masks_documents,
     check_supported,
 )
 from megatron_let.errors import LETError
@@ -100,6 +100,8 @@ def test_script_with_masks_on_all_stages_is_supported(parser: argparse.ArgumentP
     args.virtual_pipeline_model_parallel_size = None
     check_script_masks_documents(args)
     check_document_mask(args)
+
+
 def hybrid_args(parser: argparse.ArgumentParser, *flags: str) -> argparse.Namespace:
     """Return arguments of a HybridModel on a host without Transformer Engine."""
     given = ("--hybrid-layer-pattern", "*-*-", "--transformer-impl", "local")

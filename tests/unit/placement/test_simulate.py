@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_let.placement.pipeline import Pipeline
@@ -75,6 +77,27 @@ def test_stage_waits_until_its_output_is_awaited() -> None:
 def test_duration_includes_transfers() -> None:
     costs = Costs((1, 1), (2, 2), teacher=0, transfer=0.25)
     assert simulate(Pipeline(2, 1), costs, FIRST).duration == pytest.approx(6.5)
+
+
+def test_state_of_another_stage_arrives_after_its_transfer() -> None:
+    costs = replace(Costs.uniform(2, 1, 2, 10), state_transfer=0.5)
+    on_other = [StagePlan(), StagePlan(before=(0,))]
+    on_aligned = [StagePlan(before=(0,)), StagePlan()]
+    # Teacher 10, last stage 3, transfer in the meantime, first stage 2.
+    assert simulate(Pipeline(2, 1), costs, FIRST, on_other).duration == 15
+    late = replace(costs, state_transfer=5)
+    assert simulate(Pipeline(2, 1), late, FIRST, on_other).duration == 17
+    # Its own state needs no transfer: teacher 10, both stages' forward and backward 6.
+    assert simulate(Pipeline(2, 1), late, FIRST, on_aligned).duration == 16
+
+
+@pytest.mark.parametrize(("ahead", "duration"), [((), 7), ((0, 1), 8)])
+def test_reduction_follows_the_last_backward_and_overlaps_the_teacher(
+    ahead: tuple[int, ...], duration: float
+) -> None:
+    costs = replace(Costs.uniform(2, 1, 2, 1), reduce=1)
+    plans = [StagePlan(after=ahead), StagePlan()]
+    assert simulate(Pipeline(2, 1), costs, FIRST, plans).duration == duration
 
 
 def test_backward_of_layer_k_waits_for_its_state() -> None:

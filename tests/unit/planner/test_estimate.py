@@ -13,7 +13,7 @@ import pytest
 
 from megatron_let.cli import plan
 from megatron_let.errors import LETError
-from megatron_let.planner.estimate import Request, aligned_layer, estimate
+from megatron_let.planner.estimate import Request, aligned_layer, estimate, memory_of_stages
 from megatron_let.planner.layouts import does_not_divide
 from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
 from megatron_let.planner.sizes import GPUS, TEACHERS, TransformerSize, teacher_size
@@ -27,18 +27,22 @@ SIZE_7B = TransformerSize(32, 4096, 11008, 32, 32, 128, True, 49152)
 SIZE_1P4B = TransformerSize(24, 2048, 5461, 32, 32, 64, True, 49152)
 RUN_7B = Request(SIZE_7B, TEACHERS["smollm2-1.7b"], 3, 1280, GPUS["a100-80g"])
 RUN_1P4B = Request(SIZE_1P4B, TEACHERS["smollm2-135m"], 3, 1280, GPUS["a100-80g"])
-# The planner refuses mixtures of experts.
-RECIPES = [p for p in sorted((ROOT / "configs").glob("*_[0-9]*b.yaml")) if "moe" not in p.stem]
+RECIPES = sorted(
+    ROOT / f"configs/{m}_{s}.yaml" for m in ("baseline", "let") for s in ("1p4b", "3b", "7b")
+)
 
 MEASURED = list(csv.DictReader(memory.RESULTS.open(newline="")))
 
 
 def case_of(row: dict[str, str]) -> memory.Case:
-    return memory.Case(row["recipe"], tuple(row["flags"].split()), int(row["chunks"]))
+    flags, chunks = tuple(row["flags"].split()), int(row["chunks"])
+    return memory.Case(row["recipe"], flags, chunks, gpus=row["gpus"], teacher=row["teacher"])
 
 
 @pytest.mark.parametrize(
-    "row", MEASURED, ids=lambda row: "-".join((row["recipe"], row["flags"], row["stage"]))
+    "row",
+    MEASURED,
+    ids=lambda row: "-".join((row["recipe"], row["flags"], row["stage"], row["teacher"])),
 )
 def test_memory_within_5_percent_of_megatron_under_fake_tensors(row: dict[str, str]) -> None:
     _, planned = memory.planned_run(case_of(row))
@@ -117,6 +121,27 @@ def test_paper_recipe_fits_32_a100_with_10_percent_free(
     assert code == 0 and found["fits"]
     assert max(stage["total"] for stage in found["memory_gib"]) < 0.9 * 80
     assert bool(found["seconds"]) == recipe.stem.startswith("let_")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "flags"),
+    [("512", "a100-80g", ()), ("1024", "h100-80g", ("--micro-batch-size", "1"))],
+)
+def test_70b_fits_and_the_teacher_costs_at_most_2_percent(
+    gpus: str, gpu: str, flags: tuple[str, ...]
+) -> None:
+    _, found = plan.plan_one(["--config", "let_70b", "--gpus", gpus, "--gpu", gpu, *flags])
+    assert found.fits and found.best_seconds <= 1.02 * found.baseline_seconds
+
+
+def test_aligned_stage_holds_two_groups_of_states_when_interleaved() -> None:
+    """The second group of p microbatches enters chunk 0 before the first one's backward there."""
+    layout = Layout(1, 2, 1, 1, 4, 4, 32)
+    teacher = TEACHERS["smollm2-1.7b"]
+    held = memory_of_stages(RUN_7B, layout, "aligned-stage")[0].teacher_buffers
+    assert held == 4 * teacher_state(teacher, layout, 1280)
+    few = memory_of_stages(replace(RUN_7B, max_prefetch=2), layout, "bubble")[0].teacher_buffers
+    assert few == held
 
 
 def run(*flags: str) -> int:
