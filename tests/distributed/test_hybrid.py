@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[str, int, tuple[object, ...]]] = {
     "recompute-full": ("let", 1, (*FULL, "--recompute-num-layers", 3, *PATTERN)),
     "rkd-pp2": ("rkd", 2, (*PP2, "--hybrid-layer-pattern", "*-*|-*-*-")),
 }
-SLOW = ("cp2", "rkd-pp2")
+SLOW = ("cp2", "dp2", "rkd-pp2", "vpp2")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,27 @@ def test_hybrid_model_is_bitwise_equal_to_the_gpt_model(
     assert ("layer 2 of 4 is entries 3 to 4 (*-)" in run.log) == (method == "let")
     for key in KEYS[method]:
         assert largest_difference(run, gpt[method], key) == 0.0, key
+
+
+def test_experts_are_bitwise_equal_to_those_of_the_gpt_model(
+    tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    experts = (
+        "--num-experts", 4, "--moe-router-topk", 2, "--moe-ffn-hidden-size", 64,
+        "--moe-aux-loss-coeff", 0.01,
+    )  # fmt: skip
+    weights = tmp_path / "weights"
+    train(
+        tmp_path / "first", "--data-path", data, "--save", weights, "--train-iters", 1,
+        "--lr-warmup-iters", 0, "--eval-iters", 0, "--let-method", "none", *experts,
+        TEACHER=str(teacher),
+    )  # fmt: skip
+    runs = [
+        _train(tmp_path / name, teacher, data, weights, "let", *experts, *pattern)
+        for name, pattern in (("gpt", ()), ("hybrid", ("--hybrid-layer-pattern", "*E*E*E*E")))
+    ]
+    for key in KEYS["let"]:
+        assert largest_difference(runs[1], runs[0], key) == 0.0, key
 
 
 @pytest.mark.parametrize(
