@@ -85,6 +85,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[object, ...]]] = {
         ("--tensor-model-parallel-size", 2),
     ),
     "pp2, qwen3": ("qwen3", {}, ("--pipeline-model-parallel-size", 2)),
+    "ep2, qwen3_moe with a dense layer": (
+        "qwen3_moe",
+        {"mlp_only_layers": [1], "norm_topk_prob": False},
+        ("--expert-model-parallel-size", 2),
+    ),
+    "pp2, mixtral": ("mixtral", {}, ("--pipeline-model-parallel-size", 2)),
+    "tp2, qwen2_moe": (
+        "qwen2_moe",
+        {},
+        ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    ),
 }
 
 
@@ -97,7 +108,12 @@ def _flags(settings: dict[str, Any]) -> list[object]:
     return found
 
 
-@pytest.mark.parametrize("case", ARCHITECTURES)
+SLOW = ("pp2, mixtral", "tp2, qwen2_moe")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in ARCHITECTURES]
+)
 def test_run_of_the_printed_recipe_is_the_same_model_in_transformers(
     case: str, tmp_path: Path, data_of_250: Path
 ) -> None:
