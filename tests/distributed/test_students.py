@@ -40,12 +40,12 @@ STUDENTS: dict[str, tuple[str | int | float, ...]] = {
 LAYOUTS = {
     "ep2": ("experts", 3, 2, (*EP2, *ALL_TO_ALL)),
     "ep2-tp2-sp": ("experts", 3, 4, (*EP2, *TP2, *SP)),
-    "ep2-pp2": ("experts", 3, 4, (*EP2, *PP2, *ALL_TO_ALL)),
     "latent-tp2-sp": ("latent", 3, 2, (*TP2, *SP)),
     # The layers of multi-token prediction follow, with numbers of their own.
     "latent-pp2-last-layer": ("latent", 4, 2, (*PP2, "--let-layer", "last")),
 }
 SLOW = {
+    "ep2-pp2": ("experts", 3, 4, (*EP2, *PP2, *ALL_TO_ALL)),
     "cp2": ("experts", 3, 2, CP2),
     "ep2-etp1-tp2-sp": (
         "experts", 3, 4, (*EP2, *TP2, *SP, *ALL_TO_ALL, "--expert-tensor-parallel-size", 1),
