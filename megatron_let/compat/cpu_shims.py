@@ -71,7 +71,7 @@ class CudaDeviceAsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream on a CPU, which runs everything in program order."""
+    """A CUDA stream on a CPU, which runs everything in program order, and its events."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -85,7 +85,10 @@ class _Stream:
     def synchronize(self) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> None:
+    def record_event(self, event: Any = None) -> _Stream:
+        return self
+
+    def wait(self, stream: Any = None) -> None:
         pass
 
 
@@ -105,6 +108,13 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
         return "torch.cuda." + original(self).removeprefix("torch.").removeprefix("cuda.")
 
     return tensor_type
+
+
+def _mesh_from_group(original: Callable[..., Any]) -> Any:
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return original(group, "cpu", *args, **kwargs)
+
+    return staticmethod(from_group)
 
 
 def _replace_by(function: Any) -> Callable[[Any], Any]:
@@ -128,6 +138,7 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         "torch.cuda:stream": _replace_by(contextlib.nullcontext),
         "torch.cuda:is_current_stream_capturing": _replace_by(lambda: False),
         "torch.accelerator:is_available": _replace_by(lambda: False),
+        "torch.distributed.device_mesh:DeviceMesh.from_group": _mesh_from_group,
         "torch:Tensor.cuda": _replace_by(lambda self, *args, **kwargs: self),
         "torch:Tensor.type": _tensor_type,
         rng + "_get_cuda_rng_state": _replace_by(

@@ -18,8 +18,6 @@ REFUSED: Table = {
     "overlap_moe_expert_parallel_comm": (False, "its schedule bypasses the hook on layer k"),
     "moe_expert_rank_capacity_factor": (None, "it runs a step twice, outside LET"),
     "hybrid_layer_pattern": (None, "hybrid models have no k-th transformer layer"),
-    "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
-    "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
     "sft": (False, "the teacher reads whole sequences, not packed ones"),
     "reset_attention_mask": (False, "the teacher attends across documents"),
     "reset_position_ids": (False, "the teacher counts positions from the sequence's start"),
@@ -35,6 +33,13 @@ REFUSED_WITH_PROJECTION: Table = {
     "ckpt_format": ("torch_dist", "other formats store only the model's weights"),
     "ckpt_assume_constant_structure": (False, "it leaves the checkpoints at --let-stop-step"),
     "non_persistent_save_interval": (None, "non-persistent checkpoints do not store it"),
+}
+_UNTESTED = "it is tested with data parallelism only"
+REFUSED_WITH_FSDP: Table = {
+    "tensor_model_parallel_size": (1, _UNTESTED),
+    "pipeline_model_parallel_size": (1, _UNTESTED),
+    "context_parallel_size": (1, _UNTESTED),
+    "let_projection": ("interpolate", "the checkpoints of FSDP do not store it"),
 }
 # Flags that are not named like their argument.
 _FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
@@ -55,6 +60,9 @@ def check_supported(args: argparse.Namespace) -> None:
         _refuse(args, REFUSED_WITH_LOGITS, method)
     elif getattr(args, "let_projection", None) == "learned":
         _refuse(args, REFUSED_WITH_PROJECTION, "--let-projection learned")
+    for sharding in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, sharding, False):
+            _refuse(args, REFUSED_WITH_FSDP, f"{method} with {flag(sharding)}")
 
 
 def _refuse(args: argparse.Namespace, table: Table, user: str) -> None:

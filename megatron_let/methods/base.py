@@ -174,6 +174,14 @@ def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> A
     return losses
 
 
+def unwrap_chunks(model: list[torch.nn.Module]) -> list[Any]:
+    """Return the model chunks below every wrapper.
+
+    Megatron's `unwrap_model` stops at the inner one of Megatron-FSDP's two wrappers.
+    """
+    return unwrap_model([getattr(chunk, "module", chunk) for chunk in unwrap_model(model)])
+
+
 def find_layer(
     model: list[torch.nn.Module], layer_number: int
 ) -> tuple[int, torch.nn.Module] | None:
@@ -181,7 +189,7 @@ def find_layer(
 
     None if the layer is on another pipeline stage.
     """
-    for index, chunk in enumerate(unwrap_model(model)):
+    for index, chunk in enumerate(unwrap_chunks(model)):
         for layer in chunk.decoder.layers:
             if layer.layer_number == layer_number:
                 return index, layer
