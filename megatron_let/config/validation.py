@@ -26,7 +26,11 @@ REFUSED: Table = {
     "perform_rl_step": (False, "LET is for pretraining"),
     "gtp_weight_remat_size": (1, "it is untested"),
 }
-REFUSED_WITH_LOGITS: Table = {"mtp_num_layers": (None, "the teacher predicts one token ahead")}
+REFUSED_WITH_LOGITS: Table = {
+    "mtp_num_layers": (None, "the teacher predicts one token ahead"),
+    "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
+    "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
+}
 REFUSED_WITH_PROJECTION: Table = {
     "optimizer": ("adam", "its linear layer is trained by Adam"),
     "optimizer_cuda_graph": (False, "its update is in the optimizer's step"),
@@ -35,11 +39,16 @@ REFUSED_WITH_PROJECTION: Table = {
     "non_persistent_save_interval": (None, "non-persistent checkpoints do not store it"),
 }
 _UNTESTED = "it is tested with data parallelism only"
+_NO_CHECKPOINTS = (
+    "no checkpoint of FSDP could be resumed in a test; use --use-distributed-optimizer"
+)
 REFUSED_WITH_FSDP: Table = {
     "tensor_model_parallel_size": (1, _UNTESTED),
     "pipeline_model_parallel_size": (1, _UNTESTED),
     "context_parallel_size": (1, _UNTESTED),
-    "let_projection": ("interpolate", "the checkpoints of FSDP do not store it"),
+    "let_projection": ("interpolate", "it is untested"),
+    "save": (None, _NO_CHECKPOINTS),
+    "load": (None, _NO_CHECKPOINTS),
 }
 # Flags that are not named like their argument.
 _FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}

@@ -19,6 +19,7 @@ SILENT = {
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": (
         "torch would queue the call until CUDA starts, and tensor-parallel ranks share a mask"
     ),
+    "torch.distributed.device_mesh:DeviceMesh.from_group": "called with --use-torch-fsdp2 only",
     "torch.cuda:get_device_properties": "called with sequence or context parallelism only",
 }
 
