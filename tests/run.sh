@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run all checks and tests, on a fresh machine too: bash tests/run.sh [--fast] [pytest arguments]
 #   --fast  ruff and the quick unit tests: one to two minutes once the environment exists
+#   MEGATRON_LM=DIR  with the Megatron of this checkout of Megatron-LM instead of pip's
 set -euo pipefail
 
 # Twice what the whole suite takes on two quiet cores, without the install.
@@ -36,6 +37,11 @@ fi
 echo "environment: ${SECONDS} s"
 SECONDS=0
 PATH="$(dirname -- "$LET_PYTHON"):$PATH"
+if [[ -n ${MEGATRON_LM:-} ]]; then
+    PYTHONPATH="$(bash tests/megatron_checkout.sh "$MEGATRON_LM" "$LET_PYTHON")"
+    export PYTHONPATH
+    trap 'rm -rf -- "$PYTHONPATH"' EXIT
+fi
 # One thread per process: several processes share two cores.
 export OMP_NUM_THREADS=1
 

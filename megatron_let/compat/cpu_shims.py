@@ -71,7 +71,7 @@ class CudaDeviceAsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream on a CPU, which runs everything in program order."""
+    """A CUDA stream on a CPU, which runs everything in program order, and its events."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -88,6 +88,9 @@ class _Stream:
     def record_event(self, event: Any = None) -> Any:
         # MoE's dispatcher synchronises with the event that is returned.
         return event or self
+
+    def wait(self, stream: Any = None) -> None:
+        pass
 
 
 def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
@@ -112,6 +115,13 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
+def _mesh_from_group(original: Callable[..., Any]) -> Any:
+    def from_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return original(group, "cpu", *args, **kwargs)
+
+    return staticmethod(from_group)
+
+
 def _replace_by(function: Any) -> Callable[[Any], Any]:
     return lambda original: function
 
@@ -133,6 +143,7 @@ def cpu_shims() -> dict[str, Callable[[Any], Any]]:
         "torch.cuda:stream": _replace_by(contextlib.nullcontext),
         "torch.cuda:is_current_stream_capturing": _replace_by(lambda: False),
         "torch.accelerator:is_available": _replace_by(lambda: False),
+        "torch.distributed.device_mesh:DeviceMesh.from_group": _mesh_from_group,
         "torch:Tensor.cuda": _replace_by(lambda self, *args, **kwargs: self),
         "torch:Tensor.type": _tensor_type,
         rng + "_get_cuda_rng_state": _replace_by(

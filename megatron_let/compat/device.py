@@ -46,6 +46,8 @@ class Host:
         if not self.cuda:
             flags += ["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion"]
             flags += ["--no-bias-dropout-fusion", "--disable-jit-fuser"]
+            # Megatron's FSDP would reduce with an operation that gloo lacks.
+            flags += ["--no-gradient-reduce-div-fusion"]
         return flags
 
 

@@ -62,8 +62,13 @@ def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
         self_attn_bda=IdentityFuncOp,
         pre_mlp_layernorm=RMSNorm,
     )
-    # Any number: the layer takes it from the config.
-    experts = replace(mlp, mlp=get_moe_module_spec(use_te=False, num_experts=1))
+    experts = replace(
+        mlp,
+        # Any number: the layer takes it from the config.
+        mlp=get_moe_module_spec(use_te=False, num_experts=1),
+        # Transformer Engine fuses no norm with experts.
+        sharded_state_dict_keys_map={},
+    )
     mamba = MambaLayerSubmodules(
         norm=RMSNorm,
         mixer=ModuleSpec(

@@ -12,7 +12,7 @@ from typing import Literal
 from megatron_let.errors import LETError
 
 # pip's version is 0.19.2; a user's checkout of Megatron-LM 0.19 may be older.
-MEGATRON_VERSIONS = ">=0.19.0.dev0,<0.20"
+MEGATRON_VERSIONS = ">=0.19.0.dev0,<=0.20.0"
 TORCH_VERSIONS = ">=2.9"
 
 
@@ -74,6 +74,10 @@ _CPU_ROWS = (
     _cpu("torch.cuda:stream", "DDP is built on a side stream"),
     _cpu("torch.cuda:is_current_stream_capturing", "torch's Adam asks it before torch 2.13"),
     _cpu("torch.accelerator:is_available", "DataLoader would pin memory for a GPU"),
+    _cpu(
+        "torch.distributed.device_mesh:DeviceMesh.from_group",
+        "Megatron's wrapper of FSDP2 shards over a mesh of GPUs",
+    ),
     _cpu("torch:Tensor.cuda", "batches and models are moved to the GPU"),
     _cpu("torch:Tensor.type", "optimizers accept parameters of type torch.cuda.*Tensor only"),
     _cpu(

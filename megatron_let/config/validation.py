@@ -19,8 +19,6 @@ REFUSED: Table = {
     "cuda_graph_impl": ("none", "CUDA graphs bypass the hook on layer k"),
     "overlap_moe_expert_parallel_comm": (False, "its schedule bypasses the hook on layer k"),
     "moe_expert_rank_capacity_factor": (None, "it runs a step twice, outside LET"),
-    "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
-    "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
     "sft": (False, "the teacher reads whole sequences, not packed ones"),
     "dataloader_inter_document_masking": (
         False,
@@ -30,7 +28,11 @@ REFUSED: Table = {
     "perform_rl_step": (False, "LET is for pretraining"),
     "gtp_weight_remat_size": (1, "it is untested"),
 }
-REFUSED_WITH_LOGITS: Table = {"mtp_num_layers": (None, "the teacher predicts one token ahead")}
+REFUSED_WITH_LOGITS: Table = {
+    "mtp_num_layers": (None, "the teacher predicts one token ahead"),
+    "use_megatron_fsdp": (False, "it is untested; shard by --use-distributed-optimizer"),
+    "use_torch_fsdp2": (False, "it is untested; shard by --use-distributed-optimizer"),
+}
 REFUSED_WITH_PROJECTION: Table = {
     "optimizer": ("adam", "its linear layer is trained by Adam"),
     "optimizer_cuda_graph": (False, "its update is in the optimizer's step"),
@@ -68,6 +70,22 @@ _REFUSED_VALUES = {
 _NEEDS_TE = "a GPU and Transformer Engine"
 _NEEDED_BY = {"G": _NEEDS_TE, "D": _NEEDS_TE, "+": _NEEDS_TE}
 _NEEDED_BY["M"] = "a GPU and the packages mamba-ssm and causal-conv1d"
+_UNTESTED = "it is tested with data parallelism only"
+_NO_CHECKPOINTS = (
+    "no checkpoint of FSDP could be resumed in a test; use --use-distributed-optimizer"
+)
+REFUSED_WITH_FSDP: Table = {
+    "tensor_model_parallel_size": (1, _UNTESTED),
+    "pipeline_model_parallel_size": (1, _UNTESTED),
+    "context_parallel_size": (1, _UNTESTED),
+    "num_experts": (None, "it is untested"),
+    "multi_latent_attention": (False, "it is untested"),
+    "mtp_num_layers": (None, "it is untested"),
+    "hybrid_layer_pattern": (None, "it is untested"),
+    "let_projection": ("interpolate", "it is untested"),
+    "save": (None, _NO_CHECKPOINTS),
+    "load": (None, _NO_CHECKPOINTS),
+}
 # Flags that are not named like their argument.
 _FLAGS = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 
@@ -87,6 +105,9 @@ def check_supported(args: argparse.Namespace) -> None:
         _refuse(args, REFUSED_WITH_LOGITS, method)
     elif getattr(args, "let_projection", None) == "learned":
         _refuse(args, REFUSED_WITH_PROJECTION, "--let-projection learned")
+    for sharding in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, sharding, False):
+            _refuse(args, REFUSED_WITH_FSDP, f"{method} with {flag(sharding)}")
 
 
 def check_hybrid(args: argparse.Namespace) -> None:

@@ -178,6 +178,14 @@ def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> A
     return losses
 
 
+def unwrap_chunks(model: list[torch.nn.Module]) -> list[Any]:
+    """Return the model chunks below every wrapper.
+
+    Megatron's `unwrap_model` stops at the inner one of Megatron-FSDP's two wrappers.
+    """
+    return unwrap_model([getattr(chunk, "module", chunk) for chunk in unwrap_model(model)])
+
+
 def find_layer(
     model: list[torch.nn.Module], layer_number: int
 ) -> tuple[int, torch.nn.Module] | None:
@@ -189,7 +197,7 @@ def find_layer(
     Args:
         layer_number: k, global and 1-based.
     """
-    for index, chunk in enumerate(unwrap_model(model)):
+    for index, chunk in enumerate(unwrap_chunks(model)):
         number = last_entry(layer_number, getattr(chunk, "hybrid_layer_pattern", None))
         for layer in chunk.decoder.layers:
             if layer.layer_number == number:

@@ -22,6 +22,7 @@ SILENT = {
     "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": (
         "called with several ranks of experts only"
     ),
+    "torch.distributed.device_mesh:DeviceMesh.from_group": "called with --use-torch-fsdp2 only",
     "torch.cuda:get_device_properties": "called with sequence or context parallelism only",
 }
 

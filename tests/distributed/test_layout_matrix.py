@@ -48,6 +48,15 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str | int, ...]]] = {
     "eight-microbatches": (1, 3, ("--micro-batch-size", 1)),
 }
 
+# Sharded parameters, from random weights: Megatron loads no other format into Megatron-FSDP.
+MEGATRON_FSDP = (
+    "--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params",
+    "--ckpt-format", "fsdp_dtensor",
+)  # fmt: skip
+FSDP: dict[str, tuple[str | int, ...]] = {
+    "torch": ("--use-torch-fsdp2",),
+    "megatron": MEGATRON_FSDP,
+}
 
 # (loss, layout); CCA's collectives interleave with the schedule's, and recompute repeats them.
 LOSSES = [
@@ -124,6 +133,18 @@ def test_layout_matches_one_process(
     ranks, layer, flags = LAYOUTS[name]
     run = _train(tmp_path, teacher, data, weights, ranks, layer, *flags)
     _assert_same(run, reference(layer))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharded", FSDP)
+def test_fsdp_on_two_ranks_matches_one_process(
+    sharded: str, tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    flags = ("--data-path", data, "--train-iters", 5, "--eval-iters", 0, "--let-weight", 2,
+             "--let-stop-step", 4)  # fmt: skip
+    one = train(tmp_path / "one", *flags, TEACHER=str(teacher))  # type: ignore[arg-type]
+    run = train(tmp_path / "fsdp", *flags, *FSDP[sharded], ranks=2, TEACHER=str(teacher))  # type: ignore[arg-type]
+    _assert_same(run, one)
 
 
 @pytest.mark.distributed

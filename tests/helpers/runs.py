@@ -70,8 +70,13 @@ def command(ranks: int, module: str = "megatron_let.pretrain") -> list[str]:
 
 def environment(**variables: str) -> dict[str, str]:
     """Return the environment of a run: one thread per process, and no network."""
-    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path()}
     return {**os.environ, **fixed, **variables}
+
+
+def search_path() -> str:
+    """Return the PYTHONPATH of this repository and of the Megatron that is tested."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def train(

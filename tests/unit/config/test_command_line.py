@@ -29,8 +29,7 @@ TINY = ["--config", str(ROOT / "configs/tiny.yaml"), "--let-teacher", "/t"]
         ("--hybrid-layer-pattern *-*-*-*- --use-rope-scaling", "drop --use-rope-scaling"),
         ("--hybrid-layer-pattern *-X", "'X' is not a valid layer symbol"),
         ("--hybrid-layer-pattern *-*- --engine deepspeed", "--engine deepspeed"),
-        ("--use-megatron-fsdp", "--use-megatron-fsdp"),
-        ("--use-torch-fsdp2", "--use-torch-fsdp2"),
+        ("--use-torch-fsdp2 --context-parallel-size 2", "--context-parallel-size 2"),
         ("--sft", "--sft"),
         # The layers of a host with Transformer Engine.
         ("--reset-attention-mask", "--transformer-impl local"),

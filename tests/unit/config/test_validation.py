@@ -10,6 +10,7 @@ import pytest
 
 from megatron_let.config.validation import (
     REFUSED,
+    REFUSED_WITH_FSDP,
     REFUSED_WITH_HYBRID,
     REFUSED_WITH_LOGITS,
     REFUSED_WITH_PROJECTION,
@@ -42,6 +43,11 @@ def test_megatrons_defaults_are_supported(method: str, parser: argparse.Argument
         *(
             (REFUSED_WITH_PROJECTION, name, {"let_method": "let", "let_projection": "learned"})
             for name in REFUSED_WITH_PROJECTION
+        ),
+        *(
+            (REFUSED_WITH_FSDP, name, {"let_method": "let", sharding: True})
+            for name in REFUSED_WITH_FSDP
+            for sharding in ("use_torch_fsdp2", "use_megatron_fsdp")
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
