@@ -38,8 +38,7 @@ def cca_loss(
     student = interpolation.apply(rows(hidden).to(dtype))
     moments = _moments(student, rows(teacher).to(dtype), group)
     num_directions = min(hidden.shape[-1], teacher.shape[-1])
-    # In fp64, because the factors' condition is up to the features over the ridge.
-    of_moments = mean_correlation(moments.covariances.double(), num_directions)
+    of_moments = mean_correlation(moments.covariances, num_directions)
     correlation, of_student, of_cross = (value.to(dtype) for value in of_moments)
     # d corr / d x = 2 G_ss (x - mean) + G_st (y - mean), both over N - 1 from the covariances.
     factor = -scale * (moments.number / (moments.number - 1))
@@ -55,7 +54,7 @@ class _Moments(NamedTuple):
     student: Tensor
     teacher: Tensor
     number: Tensor
-    covariances: Tensor  # see `mean_correlation`
+    covariances: Tensor  # fp64; see `mean_correlation`
 
 
 def _moments(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> _Moments:
@@ -64,7 +63,10 @@ def _moments(student: Tensor, teacher: Tensor, group: ProcessGroup | None) -> _M
     number, means = sums[-1], sums[:-1].view(2, -1) / sums[-1]
     # Centred before the products: a difference of large squares would lose fp32's digits.
     x, y = student - means[0], teacher - means[1]
-    products = _all_reduce(torch.stack((x.T @ x, x.T @ y, y.T @ y)), group)
+    # In fp64, because the factors' condition is up to the features over the ridge.
+    wide_x, wide_y = x.double(), y.double()
+    products = torch.stack((wide_x.T @ wide_x, wide_x.T @ wide_y, wide_y.T @ wide_y))
+    products = _all_reduce(products, group)
     return _Moments(x, y, number, products / (number - 1))
 
 

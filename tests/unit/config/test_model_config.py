@@ -66,7 +66,10 @@ def test_each_argument_of_the_model_changes_its_config(parser: argparse.Argument
     actions = {action.dest: action for action in reversed(parser._actions)}
     unread = set()
     for name in read_lists()["layers"]:
-        args = parse(parser, *needs.get(name, "").split())
+        flags = needs.get(name, "").split()
+        if len(flags) == 1 and parser._option_string_actions[flags[0]].nargs is None:
+            flags.append("2")
+        args = parse(parser, *flags)
         changed = copy.deepcopy(args)
         setattr(changed, name, other_value(actions[name], getattr(args, name)))
         try:
