@@ -18,7 +18,7 @@ from megatron_let.errors import LETError
 
 @functools.cache
 def read_needs() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return {"model" or "run": {flag, or flag and value: arguments}}."""
+    """Return {"model" or "run": {flags, some with a value, joined by " or ": arguments}}."""
     text = files(__package__).joinpath("argument_needs.yaml").read_text(encoding="utf-8")
     return {
         part: {given: tuple(names.split()) for given, names in needs.items()}
@@ -56,7 +56,7 @@ def _without_effect(
     # Of several flags of one argument, argparse takes the default of the first.
     by_name = {action.dest: action for action in reversed(by_option.values())}
     for given, names in read_needs()[part].items():
-        if _is_given(args, by_option, given):
+        if any(_is_given(args, by_option, each) for each in given.split(" or ")):
             continue
         for action in (by_name[name] for name in names):
             value = getattr(args, action.dest, action.default)

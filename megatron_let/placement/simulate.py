@@ -201,7 +201,6 @@ class _Stage:
         return True
 
     def _transfer(self, message: Message) -> float:
-        if message.source == message.target:
-            return 0.0
-        is_activation = isinstance(message.content, Pass)
-        return self._costs.transfer if is_activation else self._costs.state_transfer
+        if isinstance(message.content, Pass):
+            return self._costs.transfer
+        return self._costs.state_transfer if message.source != message.target else 0.0

@@ -22,7 +22,8 @@ def test_table_names_flags_and_arguments_of_megatron(parser: argparse.ArgumentPa
     names = {action.dest for action in megatron_actions(parser)}
     for needs in read_needs().values():
         for flag, arguments in needs.items():
-            assert flag.split()[0] in parser._option_string_actions
+            for each in flag.split(" or "):
+                assert each.split()[0] in parser._option_string_actions
             assert set(arguments) <= names
 
 
@@ -37,6 +38,7 @@ def test_defaults_are_accepted(parser: argparse.ArgumentParser) -> None:
         ("--rope-scaling-factor 32", "--use-rope-scaling"),
         ("--kv-lora-rank 512", "--multi-latent-attention"),
         ("--yarn-beta-fast 16", "--position-embedding-type yarn"),
+        ("--mscale 0.7", "--multi-latent-attention or --position-embedding-type yarn"),
         ("--moe-router-topk 4", "--num-experts"),
         ("--num-experts 4 --moe-shared-expert-gate", "--moe-shared-expert-intermediate-size"),
         ("--mtp-loss-scaling-factor 0.3", "--mtp-num-layers"),
