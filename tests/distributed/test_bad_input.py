@@ -85,7 +85,7 @@ REFUSED: dict[str, Case] = {
         ("--rampup-batch-size", 2, 2, 32),
         ("--rampup-batch-size 2 2 32", "--step-batch-size-schedule"),
     ),
-    "model of other layers": (("--multi-latent-attention",), ("--multi-latent-attention needs",)),
+    "model of other layers": (("--softmax-type", "learnable"), ("--softmax-type learnable needs",)),
     "nothing to load": (("--load", "{nowhere}", "--finetune"), ("--load {nowhere}",)),
     "more steps without saying how": (
         ("--save", "{let_run}", "--load", "{let_run}", "--train-iters", 20),
