@@ -69,12 +69,12 @@ else
 fi
 echo "before pytest: ${#failed[@]} checks failed${failed[*]:+ (${failed[*]})}"
 
-# Two files at a time: a test that starts ranks leaves one core idle while they load.
+# Three files at a time: a test that starts ranks or waits for Slurm leaves a core idle.
 # pytest comes last because its closing line is read as the result. It writes that line on SIGINT;
 # in a terminal Ctrl-C must reach it too.
 foreground=()
 [[ ! -t 0 ]] || foreground=(--foreground)
 timeout "${foreground[@]}" --signal=INT --kill-after=60 "$((LIMIT_SECONDS - SECONDS))" \
-    python -m pytest -q --numprocesses 2 --dist loadfile "${arguments[@]}" "$@" </dev/null ||
+    python -m pytest -q --numprocesses 3 --dist loadfile "${arguments[@]}" "$@" </dev/null ||
     failed+=(pytest)
 [[ ${#failed[@]} == 0 ]]
