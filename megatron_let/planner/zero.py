@@ -6,6 +6,7 @@ on, gradients are accumulated and reduced in fp32, as the engine's configs set i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -181,10 +182,13 @@ def estimate_zero(request: Request, layout: Layout, zero: Zero) -> Estimate:
 
     The time of ZeRO's communication and of offload is not predicted.
     """
-    passes = estimate(request, layout)
+    # Without pipeline parallelism, only the gradients' reduction crosses nodes.
+    no_reduction = replace(request, gpu=replace(request.gpu, network=math.inf))
+    passes = estimate(no_reduction, layout)
     has_teacher = request.teacher is not None
     return replace(
         passes,
+        request=request,
         memory=(zero_memory(request, layout, zero),),
         seconds={"aligned-stage": passes.best_seconds} if has_teacher else {},
         placement="aligned-stage" if has_teacher else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_let.planner.memory import Layout
 from megatron_let.planner.sizes import GPUS, TEACHERS, Gpu, TransformerSize
 from megatron_let.planner.teacher_group import teacher_group
 from tests.helpers.runs import ROOT
+from tools.benchmark import scale
 
 pytestmark = pytest.mark.medium
 
@@ -165,6 +167,12 @@ def test_break_even_without_a_teacher_returns_2(
     argv = ["--config", "baseline_7b", "--gpus", "32", "--gpu", "h100-80g"]
     assert plan.main([*argv, "--break-even", str(tmp_path / "cost.svg")]) == 2
     assert "--let-method let" in capsys.readouterr().err
+
+
+def test_first_row_of_the_step_table_is_reproduced() -> None:
+    row = next(iter(scale.step_rows()))
+    recorded = next(csv.DictReader(scale.RESULTS.open(newline="")))
+    assert {name: str(value) for name, value in row.items()}.items() <= recorded.items()
 
 
 def test_llama_3_1_8b_has_its_published_parameters() -> None:
