@@ -60,6 +60,9 @@ _SCHEDULE = (
     *("lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 
+# In the parameter groups of a checkpoint, which Megatron restores whatever the arguments say.
+_KEPT_BY_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
+
 
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     """Check that the settings fit the checkpoint of `--load` or `--pretrained-checkpoint`.
@@ -87,6 +90,8 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     _check_equal(args, saved, names, folder, "use the checkpoint's value, or train without it")
     if resumes:
         _check_schedule(args, saved, folder)
+        remedy = "the optimizer's state keeps it: use the checkpoint's value, or --no-load-optim"
+        _check_equal(args, saved, _KEPT_BY_OPTIMIZER, folder, remedy)
     _check_vocabulary(saved, tokenizer, folder)
 
 

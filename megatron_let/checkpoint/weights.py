@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -205,7 +206,9 @@ class HuggingFaceWeights:
         self._shapes = dict(t for m in parameter_mappings(self.architecture) for t in m.tensors)
         self.tokenizer = tokenizer or tokenizer_in(folder)
         self._check_shapes()
-        self.dtype = DTYPES[self._files.shape_and_dtype("model.embed_tokens.weight")[1]]
+        # The widest of a folder that mixes types, so that no weight is rounded.
+        types = (DTYPES[self._files.shape_and_dtype(name)[1]] for name in self._shapes)
+        self.dtype = functools.reduce(torch.promote_types, types)
         if self.tokenizer is not None:
             check_tokenizer_size(self.tokenizer, self.architecture.vocab_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def find_inputs(patterns: Sequence[str]) -> tuple[dict[str, FileInfo], dict[str,
     """
     found: dict[str, FileInfo] = {}
     ignored: dict[str, str] = {}
+    # Links to a file that is read already would repeat its documents.
+    files_read: dict[tuple[int, int], str] = {}
     for pattern in patterns:
         try:
             fs, path = url_to_fs(pattern)
@@ -46,8 +49,14 @@ def find_inputs(patterns: Sequence[str]) -> tuple[dict[str, FileInfo], dict[str,
             url = name if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(name)
             if reason := _reason_to_ignore(fs, path, name):
                 ignored[url] = reason
-            else:
-                found[url] = info
+                continue
+            if isinstance(fs, LocalFileSystem):
+                status = os.stat(name)
+                first = files_read.setdefault((status.st_dev, status.st_ino), url)
+                if first != url:
+                    ignored[url] = f"the same file as {first}"
+                    continue
+            found[url] = info
     if not found:
         raise LETError(f"--input {' '.join(patterns)} holds no file with a suffix {SUFFIXES}.")
     return found, {url: reason for url, reason in ignored.items() if url not in found}

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ _IDENTITY = (
     "seed",
     "data_path",
     "train_data_path",
+    "data_args_path",
+    "per_split_data_args_path",
     "tokenizer_type",
     "tokenizer_model",
 )
@@ -145,11 +148,20 @@ def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     for name in ("data_path", "train_data_path"):
         items = values[name]
         values[name] = items and [_data_id(item) for item in items]
+    for name in ("data_args_path", "per_split_data_args_path"):
+        file = values[name]
+        values[name] = file and _data_list_id(Path(file))
     if config.method == "none":
         return values | {"let_method": "none"}
     let = {f"let_{name}": value for name, value in dataclasses.asdict(config).items()}
     let = {name: value for name, value in let.items() if name not in _HOW}
     return values | let | {"let_teacher": _teacher_id(str(config.teacher))}
+
+
+def _data_list_id(file: Path) -> str:
+    """Return a digest of a file that names data sets, with their content instead of their path."""
+    words = re.split(r"([\s\"',]+)", file.read_text())
+    return hashlib.sha256("".join(map(_data_id, words)).encode()).hexdigest()[:16]
 
 
 def _data_id(item: str) -> str:

@@ -21,7 +21,7 @@ from megatron_let.teacher.gguf_tokenizer import set_pre_tokenizer
 from megatron_let.teacher.tokenizer import encoder_of, first_different_text, read_tokenizer
 
 # Increased when a conversion's result changes, so that no folder of an older one is used.
-_VERSION = 3
+_VERSION = 4
 
 
 def convert_gguf(file: Path) -> Path:

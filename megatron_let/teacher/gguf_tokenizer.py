@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers.integrations import gguf as transformers_gguf
 
 from megatron_let.errors import LETError
@@ -28,17 +28,21 @@ def set_pre_tokenizer(file: Path, tokenizer: Any) -> None:
     """Make the tokenizer that transformers read from a GGUF file split text as the file states.
 
     Raises:
-        LETError: the file names a pre-tokenizer that is not known.
+        LETError: the file names a pre-tokenizer that is not known, or user-defined tokens that
+            would be found in another text.
     """
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
-    kind, name = (
+    kind, name, prefix, tokens, types = (
         field.contents() if (field := fields.get(f"tokenizer.ggml.{key}")) else None
-        for key in ("model", "pre")
+        for key in ("model", "pre", "add_space_prefix", "tokens", "token_type")
     )
+    if kind == "llama":
+        _check_user_defined(file, dict(zip(tokens or [], types or [], strict=False)), prefix)
+        _set_sentence_piece(tokenizer.backend_tokenizer, prefix is not False)
     if kind != "gpt2":
-        return  # SentencePiece's
+        return
     if name in _SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -57,6 +61,29 @@ def set_pre_tokenizer(file: Path, tokenizer: Any) -> None:
             f"The teacher {file} has {given}, so that its tokenizer may split text wrongly; give"
             " the model's Hugging Face folder."
         )
+
+
+def _check_user_defined(file: Path, types: dict[str, int], prefix: bool | None) -> None:
+    """Check that transformers, which cuts the text at user-defined tokens first, may do so.
+
+    SentencePiece replaces spaces before, and puts one at the beginning of the text only.
+    """
+    from gguf import TokenType
+
+    for token, kind in types.items():
+        in_text = prefix is not False or any(c.isspace() or c == "▁" for c in token)
+        if kind == TokenType.USER_DEFINED and in_text:
+            raise LETError(
+                f"The teacher {file} has the user-defined token {token!r}, at which its tokenizer"
+                " may split text wrongly; give the model's Hugging Face folder."
+            )
+
+
+def _set_sentence_piece(backend: Any, space_prefix: bool) -> None:
+    """Replace spaces as SentencePiece does; transformers drops one that begins the text."""
+    steps = [normalizers.Prepend("▁")] if space_prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
 
 
 def _known_to_transformers() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import torch
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _LAYER = {
@@ -27,6 +28,8 @@ def save_gguf(
     without: str = "",
     pre: str | None = "gpt-2",
     tokenizer: PreTrainedTokenizerFast | None = None,
+    sentence_piece: SentencePieceProcessor | None = None,
+    space_prefix: bool | None = None,
 ) -> Path:
     """Write a Llama in fp32, with more metadata under `llama.`, and more tensors or one less.
 
@@ -34,6 +37,8 @@ def save_gguf(
         pre: name of the pre-tokenizer; None for a file of the time before it was stored.
         tokenizer: byte-level BPE with an id for each row of the embedding; None for one of
             arbitrary characters.
+        sentence_piece: takes the place of the byte-level BPE.
+        space_prefix: `tokenizer.ggml.add_space_prefix`; None leaves it out.
     """
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -48,14 +53,19 @@ def save_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    tokens, merges = _tokens_and_merges(config.vocab_size, tokenizer)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (config.vocab_size - 1))
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(0)
+    if sentence_piece is None:
+        writer.add_tokenizer_model("gpt2")
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+        tokens, merges = _tokens_and_merges(config.vocab_size, tokenizer)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] + [1] * (config.vocab_size - 1))
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(0)
+    else:
+        _add_sentence_piece(writer, sentence_piece)
+    if space_prefix is not None:
+        writer.add_add_space_prefix(space_prefix)
     for name, value in (metadata or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"llama.{name}", value)
@@ -70,6 +80,17 @@ def save_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_sentence_piece(writer: gguf.GGUFWriter, processor: SentencePieceProcessor) -> None:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(processor.serialized_model_proto())
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece.piece.encode() for piece in proto.pieces])
+    writer.add_token_scores([piece.score for piece in proto.pieces])
+    writer.add_token_types([int(piece.type) for piece in proto.pieces])
+    writer.add_unk_token_id(processor.unk_id())
+    writer.add_eos_token_id(processor.eos_id())
 
 
 def _tokens_and_merges(

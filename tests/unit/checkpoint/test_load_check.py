@@ -38,6 +38,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_optimizer_setting_that_the_state_keeps_is_refused(folder: Path) -> None:
+    saved = argparse.Namespace(**SAVED, adam_beta1=0.9)
+    load_check.open_checkpoint(folder).state["args"] = saved
+    check(folder, adam_beta1=0.9)
+    for resumed in ({}, {"override_opt_param_scheduler": True}):
+        with pytest.raises(LETError, match=r"--adam-beta1 is 0.5 .* 0.9 .* --no-load-optim"):
+            check(folder, adam_beta1=0.5, **resumed)
+    for fresh in ({"no_load_optim": True}, {"finetune": True}):
+        check(folder, adam_beta1=0.5, **fresh)
+
+
 def check(folder: Path, **changes: Any) -> None:
     ours = {
         "load": str(folder), "finetune": False, "train_samples": None, "no_load_optim": None,

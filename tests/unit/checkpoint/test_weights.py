@@ -52,6 +52,19 @@ def test_file_beside_a_stale_index_is_read_as_by_transformers(tmp_path: Path) ->
     assert all(torch.equal(weights.read(name), new[name]) for name in new)
 
 
+def test_folder_of_two_types_keeps_the_wider_one(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = open_weights(folder)
+    assert weights.dtype == torch.float32
+    kept = open_weights(as_megatron(folder, tmp_path / "megatron"))
+    last = "model.norm.weight"
+    assert torch.equal(kept.read(last), tensors[last]) and kept.dtype == torch.float32
+
+
 def test_output_layer_of_its_own_is_kept_in_spite_of_the_config(tmp_path: Path) -> None:
     folder = tied_with_head(tmp_path / "model")
     theirs = logits(AutoModelForCausalLM.from_pretrained(folder))

@@ -91,6 +91,19 @@ def test_hub_cache_links_are_read_by_their_name(hugging_face: Path, tmp_path: Pa
     assert report["ignored_files"] == {}
 
 
+def test_links_to_one_file_are_read_once_and_named(hugging_face: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
+    (folder / "c.jsonl").hardlink_to(folder / "a.jsonl")
+    report = run([folder], tmp_path / "out", hugging_face)
+    assert report["written"]["documents"] == 2
+    reasons = report["ignored_files"]
+    assert {Path(path).name for path in reasons} == {"b.jsonl", "c.jsonl"}
+    assert all(reason.endswith("a.jsonl") for reason in reasons.values())
+
+
 def test_files_that_are_not_read_are_named_with_the_reason(
     hugging_face: Path, tmp_path: Path
 ) -> None:

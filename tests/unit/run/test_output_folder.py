@@ -470,3 +470,20 @@ def test_settings_changed_on_resume_are_recorded_in_the_metrics(run_root: Path) 
         claim(args, LET)
     rows = [json.loads(line) for line in args.let_metrics_path.read_text().splitlines()]
     assert rows[1:] == [{"iteration": 5, "changed": {"train_iters": [10, 20], "lr": [1e-3, 2e-3]}}]
+
+
+@pytest.mark.parametrize("name", ["data_args_path", "per_split_data_args_path"])
+def test_other_data_in_a_file_of_data_sets_is_another_run(name: str, tmp_path: Path) -> None:
+    for data in ("pile", "books"):
+        (tmp_path / f"{data}.bin").write_bytes(data.encode())
+        (tmp_path / data).write_text(f'{{"train": ["0.5", "{tmp_path / data}"]}}')
+    run = tmp_path / "run"
+    claim(run_args(run, data_path=None, **{name: str(tmp_path / "pile")}), LET)
+    (run / TRACKER).write_text("5")
+    other = run_args(run, data_path=None, **{name: str(tmp_path / "books")})
+    assert_refused(run, other, LET, name.replace("_", "-"))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(tmp_path / "pile.bin", moved / "pile.bin")
+    (moved / "list").write_text(f'{{"train": ["0.5", "{moved / "pile"}"]}}')
+    claim(run_args(run, data_path=None, **{name: str(moved / "list")}), LET)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -102,3 +104,41 @@ def test_unknown_pre_tokenizer_is_refused(
     with pytest.raises(LETError, match=r"tokenizer\.ggml\.pre"):
         convert_gguf(file)
     assert not list(tmp_path.glob("cache/teachers/*/config.json"))
+
+
+def sentence_piece_of(**options: Any) -> SentencePieceProcessor:
+    """Return a model of up to 420 pieces that replaces nothing but spaces."""
+    written = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([text * 20 for text in TEXTS]), model_writer=written,
+        vocab_size=420, model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        character_coverage=0.98, **options,
+    )  # fmt: skip
+    return SentencePieceProcessor(model_proto=written.getvalue())
+
+
+@pytest.mark.parametrize("space_prefix", [None, True, False])
+def test_ids_are_those_of_sentence_piece(
+    space_prefix: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_LET_CACHE", str(tmp_path / "cache"))
+    processor = sentence_piece_of(add_dummy_prefix=space_prefix is not False)
+    folder = save_llama(tmp_path / "llama", num_hidden_layers=1, vocab_size=processor.vocab_size())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    file = save_gguf(
+        tmp_path / "m.gguf", model, sentence_piece=processor, space_prefix=space_prefix
+    )
+    found = encoder_of(read_tokenizer(convert_gguf(file)))
+    for text in (*TEXTS, "  two spaces", "\ttab", "\u2581 block"):
+        assert found(text) == processor.encode(text), text
+
+
+def test_user_defined_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_LET_CACHE", str(tmp_path / "cache"))
+    processor = sentence_piece_of(user_defined_symbols=["<start>"])
+    folder = save_llama(tmp_path / "llama", num_hidden_layers=1, vocab_size=processor.vocab_size())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    file = save_gguf(tmp_path / "m.gguf", model, sentence_piece=processor)
+    with pytest.raises(LETError, match="user-defined token '<start>'"):
+        convert_gguf(file)
