@@ -103,7 +103,12 @@ def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
     }
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, report = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     check_all_loaded(weights.folder, report)
     return model.eval().to(device)

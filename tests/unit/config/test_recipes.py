@@ -78,7 +78,9 @@ def megatron_on_any_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     Experts need the properties of an A100.
     """
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    # Set first, so that what the recipe's layout sets is undone.
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     from megatron_let.compat import PatchSet
     from megatron_let.compat.cpu_shims import cpu_shims
 
