@@ -16,7 +16,7 @@ class RunCost:
         gpu_hours: the baseline's.
         tokens: the baseline's.
         teacher_share: steps with the teacher over all steps of the baseline.
-        ratios: GPU time of a step with the teacher over one without, by where the teacher runs.
+        ratios: GPU time per step relative to a step without a teacher, by placement.
     """
 
     gpu_hours: float

@@ -154,7 +154,7 @@ def print_break_even(console: Console, cost: RunCost) -> None:
         f" teacher in {cost.teacher_share:.1%} of its steps"
     )
     headings = [f"GPU hours at {speedup:.1f}x" for speedup in _SPEEDUPS]
-    table = _table(title, "teacher", "GPU time of a step", *headings, "break-even")
+    table = _table(title, "teacher", "relative GPU time per step", *headings, "break-even")
     for name, ratio in cost.ratios.items():
         hours = [f"{cost.let_gpu_hours(speedup, ratio):,.0f}" for speedup in _SPEEDUPS]
         table.add_row(name, f"{ratio:.3f}", *hours, f"{cost.break_even(ratio):.3f}x")

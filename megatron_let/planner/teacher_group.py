@@ -16,7 +16,7 @@ class TeacherGroup:
 
     Attributes:
         num_ranks: ranks of the group.
-        cost_ratio: GPU time of a step over that of a step without a teacher.
+        cost_ratio: GPU time per step relative to a step without a teacher.
         receive_seconds: time in which a rank of the aligned stage receives a step's states.
     """
 

@@ -293,6 +293,8 @@ def _check_same(save: Path, stored: dict[str, Any], ours: dict[str, Any]) -> Non
 
 
 def _is_same(name: str, stored: dict[str, Any], ours: dict[str, Any]) -> bool:
+    if name not in stored and name.endswith("data_args_path"):
+        return True  # older versions did not store it
     if name not in stored:
         # An older version had no such flag, and did what its default does.
         default = getattr(LETConfig(), name.removeprefix("let_"), None)

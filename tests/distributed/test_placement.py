@@ -178,3 +178,16 @@ def test_bubble_completes_under_nccl_rules(
         TEACHER=str(teacher),
     )  # fmt: skip
     assert [row["iteration"] for row in run.steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("placement", "waits"), [("bubble", "False"), ("aligned-stage", "True")])
+def test_communication_waits_for_the_device_only_without_states(
+    placement: str, waits: str, tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    run = train(
+        tmp_path, "--data-path", data, *PP2, "--train-iters", 3, "--eval-iters", 0,
+        "--let-layer", 1, "--let-stop-step", 2, "--let-placement", placement, ranks=2,
+        module="tests.helpers.device_waits", TEACHER=str(teacher),
+    )  # fmt: skip
+    found = set(re.findall(r"step (\d+) waits (\w+)", run.log))
+    assert found == {("0", waits), ("1", waits), ("2", "True")}

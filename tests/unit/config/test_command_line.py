@@ -42,6 +42,7 @@ TINY = ["--config", str(ROOT / "configs/tiny.yaml"), "--let-teacher", "/t"]
         ("--let-projection learned --engine deepspeed", "--engine deepspeed"),
         ("--let-method none --fim-data", "--fim-data"),
         ("--rampup-batch-size 2 2 32", "--step-batch-size-schedule"),
+        ("--num-query-groups 2", "--group-query-attention"),
         ("--train-samples 80", "--train-iters 10 and --train-samples 80"),
         ("--train-iters 2 --lr-warmup-iters 2", "--lr-warmup-iters 2"),
         ("--load /nowhere", "--load /nowhere"),
@@ -69,6 +70,14 @@ def test_command_line_overrides_recipe_and_recipe_overrides_host(no_validation: 
     args = parse_command_line([*TINY, "--num-layers", "6"], host_flags, checked.append)
     assert (args.num_layers, args.seq_length, args.apply_rope_fusion) == (6, 64, False)
     assert checked == [args], "the flags are parsed once"
+
+
+def test_flag_without_effect_is_reported(no_validation: None) -> None:
+    said: list[str] = []
+    parse_command_line(
+        [*TINY, "--recompute-num-layers", "2"], [], lambda args: None, True, said.append
+    )
+    assert len(said) == 1 and "--recompute-num-layers 2" in said[0]
 
 
 def test_command_line_without_recipe_is_parsed_alone(no_validation: None) -> None:

@@ -487,3 +487,15 @@ def test_other_data_in_a_file_of_data_sets_is_another_run(name: str, tmp_path: P
     shutil.copy(tmp_path / "pile.bin", moved / "pile.bin")
     (moved / "list").write_text(f'{{"train": ["0.5", "{moved / "pile"}"]}}')
     claim(run_args(run, data_path=None, **{name: str(moved / "list")}), LET)
+
+
+def test_run_of_a_version_that_did_not_store_its_data_list_continues(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("0.5 /data/pile")
+    run = tmp_path / "run"
+    args = run_args(run, data_path=None, data_args_path=str(tmp_path / "list"))
+    claim(args, LET)
+    (run / TRACKER).write_text("5")
+    stored = json.loads((run / RUN).read_text())
+    del stored["data_args_path"]
+    (run / RUN).write_text(json.dumps(stored))
+    claim(args, LET)
