@@ -48,9 +48,21 @@ def wrap_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_state_dict
 
 
+def wrap_set_states(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `_set_main_param_and_optimizer_states`: a checkpoint has no step per parameter."""
+
+    @functools.wraps(original)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # None is skipped; `load_state_dict` has set the step.
+        original(self, model_param, {"step": None, **tensors})
+
+    return set_states
+
+
 def wrappers() -> dict[str, Callable[[Any], Any]]:
     """Return {patch target: wrapper} for hosts on which Adam is torch's."""
     return {
         _OPTIMIZER + "state_dict": wrap_state_dict,
         _OPTIMIZER + "load_state_dict": wrap_load_state_dict,
+        _OPTIMIZER + "_set_main_param_and_optimizer_states": wrap_set_states,
     }

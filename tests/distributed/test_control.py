@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,27 @@ def test_rejected_result_ends_a_run_without_save(tmp_path: Path, teacher: Path, 
     assert run.returncode == 1
     assert re.search(rf"code\s*:? {EXIT_CODE_RESUME_TO_DISAMBIGUATE}\b", run.log)
     assert "nothing is saved without --save" in run.log and "TypeError" not in run.log
+
+
+def test_sharded_optimizer_resumes_in_another_layout(
+    tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    common = (
+        "--data-path", data, "--load", checkpoints, "--eval-iters", 0, "--ckpt-format",
+        "torch_dist", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable",
+    )  # fmt: skip
+    saved = train(
+        tmp_path / "saved", *common, "--save", checkpoints, "--save-interval", 5, ranks=2,
+        TEACHER=str(teacher),
+    )  # fmt: skip
+    shutil.rmtree(checkpoints / "iter_0000010")
+    (checkpoints / TRACKER).write_text("5")
+    resumed = train(
+        tmp_path / "resumed", *common, "--tensor-model-parallel-size", 2, "--sequence-parallel",
+        ranks=2, TEACHER=str(teacher),
+    )  # fmt: skip
+    assert [row["iteration"] for row in resumed.steps] == [6, 7, 8, 9, 10]
+    for key in ("lm_loss", "grad_norm"):
+        expected = [row[key] for row in saved.steps[5:]]
+        assert [row[key] for row in resumed.steps] == pytest.approx(expected, rel=1e-5), key

@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str | int, ...]]] = {
     "dp2": (2, 3, ()),
     "tp2-pp2-sp": (4, 2, (*TP2, *PP2, *SP)),
     "dp2-distributed-optimizer": (2, 3, OVERLAP),
+    "pp2-uneven": (2, 1, (*PP2, "--decoder-first-pipeline-num-layers", 1)),
     "recompute-full": (1, 3, (*FULL, "--recompute-num-layers", 1)),
     "recompute-full-2-layers": (1, 3, (*FULL, "--recompute-num-layers", 2)),
     "recompute-block": (1, 3, (*BLOCK, "--recompute-num-layers", 2)),
