@@ -21,7 +21,7 @@ from megatron.training import get_tokenizer, print_rank_0
 from megatron_let.compat import PatchSet
 from megatron_let.config.arguments import add_arguments, let_config_from_args, num_steps
 from megatron_let.config.hybrid_pattern import describe_layer
-from megatron_let.config.let_config import LETConfig
+from megatron_let.config.let_config import METHODS, LETConfig
 from megatron_let.config.validation import (
     check_script_masks_documents,
     check_supported,
@@ -68,7 +68,7 @@ def enable(args: argparse.Namespace) -> PatchSet:
             f"--engine {args.engine} builds its own model and optimizer, which only the entry"
             " megatron_let.pretrain sets up; train with that entry, or give --engine megatron."
         )
-    if args.let_method != "none":
+    if METHODS[args.let_method or "none"].learns_from is not None:
         check_script_masks_documents(args)
     pin_hub_ids(args)
     if choice := resolve_teacher_dtype(args):

@@ -124,6 +124,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     Raises:
         LETError: names the flag and what to do.
     """
+    from megatron_let.config.megatron_arguments import APPLIES_ROPE_FACTOR
     from megatron_let.config.run_settings import complete_run_settings
     from megatron_let.config.validation import check_document_mask, check_supported
     from megatron_let.engines import load_engine
@@ -133,6 +134,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     from megatron_let.teacher.inspect import resolve_teacher
 
     set_hardware_queues(args)
+    setattr(args, APPLIES_ROPE_FACTOR, True)
     check_supported(args)
     check_document_mask(args)
     complete_run_settings(args, report_once)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_let.config.megatron_arguments import APPLIES_ROPE_FACTOR
 from megatron_let.errors import LETError
 from megatron_let.planner.sizes import TransformerSize
 
@@ -213,12 +214,12 @@ def rope_scaling_factor(args: Mapping[str, Any]) -> float:
 def ignored_rope_factor(args: Mapping[str, Any]) -> float | None:
     """Return a `--rope-scaling-factor` that the run did not apply; None if there is none.
 
-    Megatron 0.19's `gpt_config_from_args` does not pass it on. This package's entry does, and a
-    converted checkpoint, which has no `train_iters`, is of a model with its factor.
+    Megatron 0.19's `gpt_config_from_args` does not pass it on. This package's entry does and marks
+    its arguments; a converted checkpoint, which has no `train_iters`, has the model's factor.
     """
     factor = args.get("rope_scaling_factor")
-    is_stock_run = "train_iters" in args and not any(name.startswith("let_") for name in args)
-    if not args.get("use_rope_scaling") or not is_stock_run or factor in (None, _STOCK_ROPE_FACTOR):
+    is_ignored = "train_iters" in args and not args.get(APPLIES_ROPE_FACTOR)
+    if not args.get("use_rope_scaling") or not is_ignored or factor in (None, _STOCK_ROPE_FACTOR):
         return None
     return float(factor)
 
@@ -267,7 +268,7 @@ def _experts_to_megatron(architecture: Architecture) -> dict[str, Any]:
         "moe_router_topk": architecture.experts_per_token,
         "moe_router_pre_softmax": not architecture.normalized_routing,
         "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
-        # A list names the layers apart in checkpoints, also if all have experts.
+        # With a list, each layer has its own names in checkpoints.
         "moe_layer_freq": [int(architecture.has_experts(layer)) for layer in layers]
         if architecture.dense_layers
         else 1,

@@ -99,7 +99,7 @@ def _check_weights_only(args: argparse.Namespace, folder: Path) -> None:
     """Check that a HybridModel takes nothing but weights from a checkpoint of GPTModel."""
     if not args.no_load_optim:
         raise LETError(
-            f"The checkpoint {folder} is of a GPTModel, of which --hybrid-layer-pattern"
+            f"The checkpoint {folder} holds a GPTModel, of which --hybrid-layer-pattern"
             f" {args.hybrid_layer_pattern} takes the weights only; give --no-load-optim, with"
             " --finetune to begin at step 1, or drop the pattern to continue the run."
         )

@@ -86,7 +86,7 @@ def model_type_of(architecture: Architecture) -> ModelType:
             return kind
     raise LETError(
         "No architecture of transformers that the converter knows"
-        f" ({', '.join(_BY_NAME)}) has together add_qkv_bias {architecture.qkv_bias}, qk_layernorm"
+        f" ({', '.join(_BY_NAME)}) has all of add_qkv_bias {architecture.qkv_bias}, qk_layernorm"
         f" {architecture.qk_norm}, num_experts {architecture.num_experts or None} and"
         f" moe_shared_expert_intermediate_size {shared or None}."
     )

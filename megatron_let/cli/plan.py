@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_let.cli.common import output_console, run_command
-from megatron_let.config.arguments import flag
+from megatron_let.config.arguments import flag, num_steps
+from megatron_let.config.let_config import LETConfig
 from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.planner.sizes import GPUS, TEACHERS
@@ -116,7 +117,8 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
     if options.plot is not None:
         display.plot_stages(found[0], options.plot)
     if options.break_even is not None and found:
-        cost = run_cost(found[0], args.train_iters, args.let_stop_step)
+        stop_step = LETConfig.stop_step if args.let_stop_step is None else args.let_stop_step
+        cost = run_cost(found[0], num_steps(args), stop_step)
         if not options.json:
             display.print_break_even(console, cost)
         display.plot_break_even(cost, options.break_even)

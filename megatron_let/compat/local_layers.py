@@ -189,7 +189,7 @@ class LatentAttention(MLASelfAttention):
         """Return the projections and norms to build."""
         if self.config.q_lora_rank is not None:
             return super()._resolve_qk_norm_config(submodules)
-        # Megatron's resolver requires a norm of compressed queries, and refuses it.
+        # Megatron's resolver requires q_layernorm even without q_lora_rank, then rejects it.
         return {name: getattr(submodules, name) for name in _WITHOUT_QUERY_LATENTS}
 
 
@@ -217,10 +217,9 @@ def check_local_layers(settings: Any) -> None:
         value = getattr(settings, name, possible[0])
         if value not in possible:
             given = flag(name)
-            remedy = f"give {given} {possible[0]}" if possible[0] else f"drop {given}"
             raise LETError(
-                f"{given} {value} needs Transformer Engine, which is not installed; {remedy}, or"
-                " install Transformer Engine."
+                f"{given} {value} needs Transformer Engine, which is not installed; give {given}"
+                f" {possible[0]}, or install Transformer Engine."
             )
 
     if dataclasses.is_dataclass(settings):

@@ -58,7 +58,8 @@ def parse_command_line(
         # the arguments from parse_args() of what this returns, so the flags are parsed once.
         check(args)
         check_known(args, actions, cuda)
-        check_needs(args, actions, report)
+        if not args.use_checkpoint_args:
+            check_needs(args, actions, report)
         return SimpleNamespace(parse_args=lambda: args)
 
     args: argparse.Namespace = parse_and_validate_args(extra_args_provider=parse)

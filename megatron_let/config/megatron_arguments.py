@@ -15,6 +15,10 @@ import yaml
 from megatron_let.config.validation import check_hybrid
 from megatron_let.errors import LETError
 
+# Set by this entry, which gives the model the factor of --rope-scaling-factor. Other scripts, and
+# earlier versions, trained with 8.
+APPLIES_ROPE_FACTOR = "applies_rope_scaling_factor"
+
 # Argument without effect -> the flag that has the effect.
 _INSTEAD = {
     "rampup_batch_size": "--step-batch-size-schedule, whose thresholds are tokens",

@@ -61,7 +61,7 @@ REFUSED_WITH_HYBRID: Table = {
     "no_rope_freq": (None, _BY_ENTRY),
     "window_attn_skip_freq": (None, _BY_ENTRY),
 }
-# Values with the same fate.
+# Values that are refused for the same reason.
 _REFUSED_VALUES = {
     "position_embedding_type": ("mrope", "relative"),
     "attention_backend": ("local",),

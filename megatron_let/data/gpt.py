@@ -148,7 +148,7 @@ def get_batch(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=bool(args.mtp_num_layers) and parallel_state.is_pipeline_last_stage(),
+        mtp_on_this_rank=bool(args.mtp_num_layers) and is_last,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         # To a middle stage Megatron broadcasts no mask; what else it gets here is dropped.
         is_pipeline_first_stage=not is_last,

@@ -61,7 +61,7 @@ def transformer_engine(host: Host) -> Check:
     """Check whether layers and Adam are Transformer Engine's or torch's."""
     version = version_of("transformer_engine")
     if not host.transformer_engine:
-        path = "layers by torch: dense models with RMSNorm only"
+        path = "layers by torch: RMSNorm only, experts one after another"
         return Check("Transformer Engine", version or "none", path)
     problem = import_error("transformer_engine.pytorch")
     if problem:

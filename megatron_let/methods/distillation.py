@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.utils import VocabUtility
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.losses.distilled_cross_entropy import SoftTargets, distilled_cross_entropy
-from megatron_let.methods.base import ForwardBackward, TeacherMethod, TrainingRun, add_metrics
+from megatron_let.methods.base import (
+    ForwardBackward,
+    TeacherMethod,
+    TrainingRun,
+    add_metrics,
+    unwrap_chunks,
+)
 from megatron_let.methods.global_batch import TokenSharing, read_ahead
 from megatron_let.metrics.write import SOFT_LOSS_KEY
 from megatron_let.placement.sample_sharing import (
@@ -171,7 +176,7 @@ class DistillationMethod(TeacherMethod):
 
     def _start(self, model: list[torch.nn.Module], micro_batch_size: int) -> _Context | None:
         """Load the teacher on the ranks of the last stage; collective over all ranks."""
-        last = next((chunk for chunk in unwrap_model(model) if chunk.post_process), None)
+        last = next((chunk for chunk in unwrap_chunks(model) if chunk.post_process), None)
         group = samples_group(micro_batch_size, has_teacher=last is not None)
         if last is None:
             return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.adam import adam
@@ -19,7 +19,7 @@ from megatron_let.checkpoint.torch_dist import FORMAT, TorchDist
 from megatron_let.errors import LETError
 from megatron_let.losses import AlignmentLoss
 from megatron_let.losses.interpolation import work_dtype
-from megatron_let.methods.base import find_layer
+from megatron_let.methods.base import find_layer, unwrap_chunks
 
 # With --seed alone W would repeat the first random numbers of the student's embedding.
 _SEED_OFFSET = 7919
@@ -191,7 +191,7 @@ class ProjectionTraining:
         found = find_layer(model, self._layer)
         if found is None:
             return
-        chunk, config = unwrap_model(model)[found[0]], get_model_config(model[0])
+        chunk, config = unwrap_chunks(model)[found[0]], get_model_config(model[0])
         device = next(chunk.parameters()).device
         module = LearnedProjection(
             config.hidden_size, self._teacher_width, config.init_method_std, self._seed, device

@@ -63,6 +63,15 @@ class Pipeline:
         steady = [work for pair in zip(forwards[warmup:], backwards, strict=False) for work in pair]
         return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
 
+    def num_in_flight(self, stage: int, chunk: int) -> int:
+        """Return the most microbatches between forward and backward of one chunk at a time."""
+        held = most = 0
+        for work in self.passes(stage):
+            if work.chunk == chunk:
+                held += 1 if work.kind == "forward" else -1
+                most = max(most, held)
+        return most
+
     def producer(self, work: Pass, stage: int) -> tuple[int, Pass] | None:
         """Return the stage and pass whose output `work` on `stage` consumes; None at the ends.
 

@@ -1,8 +1,9 @@
-"""Check that a plan completes under NCCL's rules, which gloo does not impose.
+"""Check that a plan completes, also under rules of NCCL that gloo does not impose.
 
-Under NCCL a message completes only when both ranks have posted it, and a rank may have to wait for
-all of its messages: Megatron's pipeline communication ends in `torch.cuda.synchronize()` unless
-`overlap_p2p_comm` is set (`p2p_communication.py`, `batch_p2p_sync`). With a single hardware queue
+Under both, a message completes only when both ranks have posted it. In addition a rank may have to
+wait for all of its messages: Megatron's pipeline communication ends in `torch.cuda.synchronize()`
+unless `overlap_p2p_comm` is set or `batch_p2p_sync` is off, as it is while states are sent
+(`transfer.py`). With a single hardware queue
 (`CUDA_DEVICE_MAX_CONNECTIONS=1`), a message queued behind an unfinished one of the same pair blocks
 everything that the rank launches later.
 """

@@ -129,8 +129,8 @@ class PlacementScheduler:
 
         Beyond the prefetched ones, a state is computed in its forward and held to its backward.
         """
-        in_flight = self._sized(num_microbatches).num_warmup(self._aligned.stage) + 1
-        return min(max(self.max_prefetch(num_microbatches), in_flight), num_microbatches)
+        in_flight = self._sized(num_microbatches).num_in_flight(*self._aligned)
+        return max(self.max_prefetch(num_microbatches), in_flight)
 
     def plan(self, num_microbatches: int, num_ready: int, look_ahead: bool) -> Plan:
         """Plan the work of one step; see `megatron_let.placement.plan.plan`."""

@@ -229,7 +229,7 @@ def _memory(
     held = 1
     if stage == aligned.stage:
         # A state is held from its microbatch's forward to its backward, or from the start.
-        held = _in_flight(layout, aligned)
+        held = layout.pipeline.num_in_flight(*aligned)
         held = held if placement == "aligned-stage" else max(held, request.prefetch(layout))
     state = teacher_state(request.teacher, layout, request.seq_length)
     work = teacher_work(request.teacher, samples, request.seq_length)
@@ -240,13 +240,3 @@ def _memory(
         teacher_weights=teacher_weights(request.teacher),
         teacher_buffers=held * state + max(0, work - unallocated),
     )
-
-
-def _in_flight(layout: Layout, aligned: AlignedLayer) -> int:
-    """Return the most microbatches between forward and backward of layer k at once."""
-    held = most = 0
-    for work in layout.pipeline.passes(aligned.stage):
-        if work.chunk == aligned.chunk:
-            held += 1 if work.kind == "forward" else -1
-            most = max(most, held)
-    return most

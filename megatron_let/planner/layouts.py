@@ -36,7 +36,7 @@ def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
         pp=pp,
         cp=cp,
         dp=dp,
-        num_chunks=args.num_virtual_stages_per_pipeline_rank or 1,
+        num_chunks=_chunks(args, pp),
         micro_batch_size=b,
         num_microbatches=args.global_batch_size // (b * dp),
         recompute=recompute,
@@ -48,6 +48,24 @@ def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
     if problem is not None:
         raise LETError(problem)
     return layout
+
+
+def _chunks(args: argparse.Namespace, pp: int) -> int:
+    """Return the model chunks per stage."""
+    if args.pipeline_model_parallel_layout:
+        raise LETError(
+            f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} cannot be"
+            " planned; give equal stages instead."
+        )
+    layers = args.num_layers_per_virtual_pipeline_stage
+    if not layers:
+        return args.num_virtual_stages_per_pipeline_rank or 1
+    if args.num_layers % (pp * layers):
+        raise LETError(
+            f"--num-layers {args.num_layers} is not a multiple of PP {pp} x"
+            f" --num-layers-per-virtual-pipeline-stage {layers}."
+        )
+    return int(args.num_layers // (pp * layers))
 
 
 def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimate]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Request
-from megatron_let.planner.memory import Layout, teacher_state
+from megatron_let.planner.memory import Layout
+
+# The group takes whole nodes.
+_NODE_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -17,17 +20,13 @@ class TeacherGroup:
     Attributes:
         num_ranks: ranks of the group.
         cost_ratio: GPU time per step relative to a step without a teacher.
-        receive_seconds: time in which a rank of the aligned stage receives a step's states.
     """
 
     num_ranks: int
     cost_ratio: float
-    receive_seconds: float
 
 
-def teacher_group(
-    request: Request, layout: Layout, step_seconds: float, node_ranks: int = 8
-) -> TeacherGroup:
+def teacher_group(request: Request, layout: Layout, step_seconds: float) -> TeacherGroup:
     """Size a teacher group whose states arrive one global batch ahead.
 
     Each rank of the group holds the whole teacher and runs whole samples, so no work is done twice.
@@ -35,7 +34,6 @@ def teacher_group(
 
     Args:
         step_seconds: a step without a teacher.
-        node_ranks: ranks of a node, which the group takes whole.
 
     Raises:
         LETError: the run has no teacher.
@@ -45,11 +43,9 @@ def teacher_group(
     samples = layout.dp * layout.num_microbatches * layout.micro_batch_size
     flops = request.teacher.forward_flops(request.seq_length, logits=False)
     busy = samples * request.seq_length * flops / request.flops
-    num_ranks = math.ceil(busy / step_seconds / node_ranks) * node_ranks
+    num_ranks = math.ceil(busy / step_seconds / _NODE_RANKS) * _NODE_RANKS
     student_ranks = layout.tp * layout.pp * layout.cp * layout.dp
-    state = teacher_state(request.teacher, layout, request.seq_length)
     return TeacherGroup(
         num_ranks=num_ranks,
         cost_ratio=(student_ranks + num_ranks) / student_ranks,
-        receive_seconds=layout.num_microbatches * state / request.gpu.network,
     )

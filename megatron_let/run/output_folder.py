@@ -45,6 +45,9 @@ _IDENTITY = (
     "train_data_path",
     "data_args_path",
     "per_split_data_args_path",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "eod_mask_loss",
     "tokenizer_type",
     "tokenizer_model",
 )

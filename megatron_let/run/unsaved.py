@@ -1,4 +1,4 @@
-"""A run without `--save` whose last result Megatron rejects ends as one with `--save` does."""
+"""End a run without `--save` with a message when Megatron rejects the result of a step."""
 
 from __future__ import annotations
 

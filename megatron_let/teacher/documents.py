@@ -25,12 +25,13 @@ class Documents:
     def inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return transformers' `position_ids` and `attention_mask` of tokens, all `[b, s]`.
 
-        The rule is that of Megatron's `_get_ltor_masks_and_position_ids`. The mask is the one that
-        `use_document_attention` reads: true at each token that begins a document.
+        The rule is that of Megatron's `_get_ltor_masks_and_position_ids`. With `reset_attention` it
+        is the mask that `use_document_attention` reads, true at each token that begins a document;
+        else ones, for a row without padding.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         starts = F.pad(tokens[:, :-1] == self.eod, (1, 0), value=True)
-        mask = starts if self.reset_attention else positions == 0
+        mask = starts if self.reset_attention else torch.ones_like(tokens)
         if self.reset_positions:
             positions = positions - (positions * starts).cummax(dim=1).values
         return {"position_ids": positions, "attention_mask": mask}

@@ -64,7 +64,7 @@ def set_pre_tokenizer(file: Path, tokenizer: Any) -> None:
 
 
 def _check_user_defined(file: Path, types: dict[str, int], prefix: bool | None) -> None:
-    """Check that transformers, which cuts the text at user-defined tokens first, may do so.
+    """Refuse user-defined tokens at which splitting the text first changes the ids.
 
     SentencePiece replaces spaces before, and puts one at the beginning of the text only.
     """

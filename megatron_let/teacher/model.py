@@ -15,6 +15,7 @@ from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError, first_line
 from megatron_let.teacher.attention import (
     ARCHITECTURES,
+    UNMASKED,
     use_document_attention,
     use_unmasked_attention,
     uses_unmasked_attention,
@@ -129,6 +130,9 @@ class Teacher:
         self.width = self._check_causal()
         if documents is not None:
             self._check_documents(documents)
+            if not documents.reset_attention:
+                # Causal attention needs no mask.
+                model.set_attn_implementation(UNMASKED)
         self.num_bytes = sum(
             t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())
         )

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.distributed
 UNTOUCHED = ("--let-method", "none", "--train-iters", 1, "--lr", 0, "--min-lr", 0,
              "--weight-decay", 0, "--lr-warmup-iters", 0, "--eval-iters", 0, "--save-interval", 1,
              "--vocab-size", 250)  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192, "rope_theta": 50000.0}  # fmt: skip
 GQA = ("--group-query-attention", "--num-query-groups", 2)
 # The model, the recipe's flags for it, the layout and its ranks.
@@ -41,7 +41,14 @@ CASES: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[object, ...], i
     "dp2, distributed optimizer": ({}, GQA, ("--use-distributed-optimizer",), 2),
     "pp2, vpp2, tied, mha, llama3": (
         {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
-        ("--no-untie-embeddings-and-output-weights", "--rotary-base", 50000, "--use-rope-scaling"),
+        (
+            "--no-untie-embeddings-and-output-weights",
+            "--rotary-base",
+            50000,
+            "--use-rope-scaling",
+            "--rope-scaling-factor",
+            32,
+        ),
         ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
         2,
     ),

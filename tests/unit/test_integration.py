@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let import integration as let
+from megatron_let.compat import PatchSet
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 
@@ -16,6 +17,16 @@ def test_enable_with_another_engine_names_the_flag_and_the_entry() -> None:
     args = let.add_arguments(argparse.ArgumentParser()).parse_args(["--engine", "deepspeed"])
     with pytest.raises(LETError, match=r"--engine deepspeed .* megatron_let\.pretrain"):
         let.enable(args)
+
+
+def test_documents_of_a_script_are_checked_if_a_teacher_reads_them(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--reset-attention-mask", "--transformer-impl", "transformer_engine"]
+    monkeypatch.setattr(let, "enable_on_engine", lambda args, config: PatchSet())
+    let.enable(parser.parse_args(flags))
+    with pytest.raises(LETError, match="--reset-attention-mask"):
+        let.enable(parser.parse_args([*flags, "--let-method", "let", "--let-teacher", "/t"]))
 
 
 @pytest.mark.parametrize("method", ["rkd", "salt"])

@@ -281,7 +281,8 @@ STOCK_RUN = {"train_iters": 5, "use_rope_scaling": True, "rope_scaling_factor": 
     [
         ({}, 8.0, 32.0),
         ({"rope_scaling_factor": 8.0}, 8.0, None),
-        ({"let_method": "none"}, 32.0, None),
+        ({"applies_rope_scaling_factor": True}, 32.0, None),
+        ({"let_method": "let"}, 8.0, 32.0),
         ({"use_rope_scaling": False}, 1.0, None),
     ],
 )

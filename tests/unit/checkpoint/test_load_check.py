@@ -186,8 +186,8 @@ def test_rope_factor_that_the_checkpoints_run_ignored_is_refused(folder: Path) -
     saved = SAVED | ours
     load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(**saved)
     with pytest.raises(LETError, match=r"--rope-scaling-factor is 32.0 .* and 8.0"):
-        check(folder, **ours, let_method="none")
+        check(folder, **ours, applies_rope_scaling_factor=True)
     load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(
-        **saved, let_method="none"
+        **saved, applies_rope_scaling_factor=True
     )
-    check(folder, **ours, let_method="none")
+    check(folder, **ours, applies_rope_scaling_factor=True)

@@ -80,6 +80,13 @@ def test_flag_without_effect_is_reported(no_validation: None) -> None:
     assert len(said) == 1 and "--recompute-num-layers 2" in said[0]
 
 
+def test_checkpoint_may_bring_the_flag_that_another_needs(no_validation: None) -> None:
+    flags = ["--moe-aux-loss-coeff", "0.1"]
+    with pytest.raises(LETError, match="--num-experts"):
+        parse_command_line([*TINY, *flags], [], lambda args: None)
+    parse_command_line([*TINY, *flags, "--use-checkpoint-args"], [], lambda args: None)
+
+
 def test_command_line_without_recipe_is_parsed_alone(no_validation: None) -> None:
     args = parse_command_line(["--num-layers", "6"], [], lambda args: None)
     assert (args.num_layers, args.hidden_size, args.let_method) == (6, None, None)

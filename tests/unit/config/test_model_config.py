@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from megatron_let.config.argument_needs import read_needs
 from megatron_let.config.megatron_arguments import read_lists
 from megatron_let.config.model_config import gpt_config
+from tests.helpers.runs import ROOT
 
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64"
@@ -87,3 +89,15 @@ def test_factor_of_rope_scaling_reaches_the_model(
 ) -> None:
     args = parse(parser, "--use-rope-scaling", "--rope-scaling-factor", str(factor))
     assert gpt_config(args).rope_scaling_factor == factor
+
+
+def test_models_of_all_engines_are_made_here() -> None:
+    """Megatron's function alone drops an argument."""
+    callers = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "megatron_let").rglob("*.py")
+        if re.search(
+            r"^\s*(from .* import|.*=|return) .*\bgpt_config_from_args\b", path.read_text(), re.M
+        )
+    ]
+    assert callers == ["megatron_let/config/model_config.py"]

@@ -67,3 +67,18 @@ def test_producer_of_interleaved_chunk_wraps_around_the_pipeline() -> None:
 def test_num_forwards_to_wait_without_overlap_is_one_less() -> None:
     assert Pipeline(2, 4, 2).num_forwards_to_wait(0) == 5
     assert Pipeline(2, 4, 2, overlap_p2p=False).num_forwards_to_wait(0) == 4
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "stage", "chunk", "number"),
+    [
+        (Pipeline(4, 16), 0, 0, 4),
+        (Pipeline(4, 16), 3, 0, 1),
+        (Pipeline(4, 2), 0, 0, 2),
+        # Two groups of p microbatches, whatever the number of chunks.
+        (Pipeline(8, 32, 5), 0, 0, 16),
+        (Pipeline(2, 32, 4), 0, 0, 4),
+    ],
+)
+def test_microbatches_in_flight(pipeline: Pipeline, stage: int, chunk: int, number: int) -> None:
+    assert pipeline.num_in_flight(stage, chunk) == number

@@ -155,6 +155,15 @@ def test_layout_that_does_not_fit_returns_1(capsys: pytest.CaptureFixture[str]) 
     assert "does NOT fit" in capsys.readouterr().out
 
 
+def test_layers_per_virtual_stage_give_the_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for flags in (("--vpp", "2"), ("--num-layers-per-virtual-pipeline-stage", "4"), ()):
+        run("--pp", "4", "--json", *flags)
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] != found[2]
+    assert run("--pp", "4", "--num-layers-per-virtual-pipeline-stage", "3") == 2
+
+
 def test_megatron_and_let_flags_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--pp", "4", "--json", "--let-max-prefetch", "8") == 0
     few = json.loads(capsys.readouterr().out)

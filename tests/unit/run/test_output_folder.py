@@ -126,6 +126,7 @@ def test_teacher_may_move_to_another_disk(trained: Path) -> None:
         ({"num_layers": 6}, LET, "--num-layers is 4 there and 6 here"),
         ({"hybrid_layer_pattern": "*-*-"}, LET, r"--hybrid-layer-pattern is None there and \*-"),
         ({"seed": 1}, LET, "--seed is 1234 there and 1 here"),
+        ({"reset_attention_mask": True}, LET, "--reset-attention-mask is None there and True here"),
         ({"data_path": ["/other"]}, LET, "--data-path is .* there and .*other.* here"),
         ({}, LETConfig("let", Path("/models/small"), weight=0.2), "--let-weight is 0.1 there"),
         ({}, LETConfig("let", Path("/models/large")), "--let-teacher is small there and large"),

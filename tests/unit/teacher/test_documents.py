@@ -70,6 +70,10 @@ def test_packed_states_are_those_of_each_document_alone(
         state = teacher.hidden_state(tokens)
     assert not reads.found
     torch.testing.assert_close(state, each_alone(alone, tokens), atol=2e-5, rtol=2e-5)
+    restarted = Documents(EOD, True, False)
+    state = teacher_of(architecture, restarted, **values).hidden_state(tokens)
+    expected = alone._run(input_ids=tokens, use_cache=False, **restarted.inputs(tokens))
+    assert torch.equal(state, expected.last_hidden_state)
     # Each flag alone does something else, and neither does nothing.
     whole = alone.hidden_state(tokens)
     for documents in (Documents(EOD, True, False), Documents(EOD, False, True)):
@@ -88,6 +92,9 @@ def test_borders_are_those_of_megatrons_data_set(positions: bool, attention: boo
         )
         assert torch.equal(ids, expected)
         same = number[:, None] == number[None, :]
+        if not attention:
+            assert found["attention_mask"].all()
+            same = torch.ones_like(same)
         assert torch.equal(same.tril(), ~mask[0])
 
 
