@@ -299,7 +299,7 @@ def outcomes(
     }  # fmt: skip
     code, log = run_forked(
         "tests.distributed.test_bad_input", root / "cases.json",
-        folder=root, seconds=900, **variables,
+        folder=root, seconds=3600, **variables,
     )  # fmt: skip
     assert code == 0, log
     found = json.loads((root / "found.json").read_text())

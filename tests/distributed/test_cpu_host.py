@@ -39,7 +39,7 @@ def test_every_shim_is_needed_or_documented(tmp_path: Path, teacher: Path, data:
         "--config", ROOT / "configs/tiny.yaml", "--data-path", data,
         "--train-iters", 2, "--save-interval", 2, "--eval-interval", 2,
         "--hidden-dropout", 0.1, "--attention-dropout", 0.1,
-        folder=tmp_path, seconds=900, **variables,
+        folder=tmp_path, seconds=1800, **variables,
     )  # fmt: skip
     assert code == 0, log[-3000:]
     codes = json.loads(result.read_text())
