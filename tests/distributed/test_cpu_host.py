@@ -37,7 +37,7 @@ def test_every_shim_is_needed_or_documented(tmp_path: Path, teacher: Path, data:
     code, log = run_forked(
         "tests.helpers.without_shims", result,
         "--config", ROOT / "configs/tiny.yaml", "--data-path", data,
-        "--train-iters", 2, "--save-interval", 2, "--eval-interval", 2,
+        "--train-iters", 3, "--save-interval", 2, "--eval-interval", 2,
         "--hidden-dropout", 0.1, "--attention-dropout", 0.1,
         folder=tmp_path, seconds=1800, **variables,
     )  # fmt: skip
