@@ -329,6 +329,7 @@ def arguments(folder: Path, broken: dict[str, Path], flags: tuple[Any, ...]) -> 
 
 def serve(request: Path) -> None:
     """Fork for each case; exit codes go to found.json."""
+    import tests.helpers.preload  # noqa: F401
     from megatron_let.pretrain import main
 
     asked = json.loads(request.read_text())

@@ -104,13 +104,11 @@ def train(
     metrics = folder / "metrics.jsonl"
     recipe = ["--config", str(ROOT / config)] if config else []
     argv = [*recipe, "--let-metrics-path", str(metrics), *map(str, flags)]
-    if HAS_GPU or not variables.keys() <= READ_BY_A_RANK:
-        returncode, log = _torchrun(module, argv, ranks, folder, environment(**variables))
-    else:
-        returncode, log = run_forked(module, *argv, folder=folder, ranks=ranks, **variables)
-    run = Run(returncode, log, metrics)
-    assert not check or run.returncode == 0, _first_failure(run.log)
-    return run
+    run = run_forked if variables.keys() <= READ_BY_A_RANK else _torchrun
+    returncode, log = run(module, *argv, folder=folder, ranks=ranks, **variables)
+    finished = Run(returncode, log, metrics)
+    assert not check or finished.returncode == 0, _first_failure(finished.log)
+    return finished
 
 
 def run_forked(
@@ -121,11 +119,13 @@ def run_forked(
     seconds: float = TIMEOUT_SECONDS,
     **variables: str,
 ) -> tuple[int, str]:
-    """Run `-m module argv` as forks in `folder`.
+    """Run `-m module argv` as forks in `folder`; on a GPU, which a fork cannot use, by torchrun.
 
     Returns:
         torchrun's exit code, and what all ranks printed.
     """
+    if HAS_GPU:
+        return _torchrun(module, *argv, folder=folder, ranks=ranks, seconds=seconds, **variables)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as other:
         log = Path(other) / "log"
@@ -138,15 +138,20 @@ def run_forked(
 
 
 def _torchrun(
-    module: str, argv: list[str], ranks: int, folder: Path, variables: dict[str, str]
+    module: str,
+    *argv: object,
+    folder: Path,
+    ranks: int,
+    seconds: float = TIMEOUT_SECONDS,
+    **variables: str,
 ) -> tuple[int, str]:
     """Return the exit code of torchrun and what was printed."""
     process = subprocess.Popen(
-        [*command(ranks, module), *argv], cwd=folder, env=variables,
+        [*command(ranks, module), *map(str, argv)], cwd=folder, env=environment(**variables),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        log, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        log, _ = process.communicate(timeout=seconds)
     finally:
         # The ranks survive a torchrun that is killed.
         with contextlib.suppress(ProcessLookupError):
