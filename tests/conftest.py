@@ -23,11 +23,17 @@ settings.load_profile("shared")
 
 # The files that take minutes, the longest first.
 LONGEST = (
-    "test_on_slurm", "test_training", "test_layout_matrix", "test_against_plain_reference",
-    "test_quickstart", "test_checkpoint_writer", "test_cpu_host", "test_placement",
-)  # fmt: skip
+    "launch/test_on_slurm",
+    "distributed/test_training",
+    "distributed/test_layout_matrix",
+    "distributed/test_against_plain_reference",
+    "distributed/test_quickstart",
+    "distributed/test_checkpoint_writer",
+    "distributed/test_cpu_host",
+    "distributed/test_placement",
+)
 # It waits for a job that runs beside all others.
-LAST = "test_oldest_torch"
+LAST = "distributed/test_oldest_torch"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,15 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _position(item: pytest.Item) -> int:
     """Return a place in the order of files; a file has that of its first test."""
-    if item.path.stem in LONGEST:
-        return LONGEST.index(item.path.stem)
-    later = (
-        item.get_closest_marker("distributed") is not None and item.path.stem != LAST,
-        item.get_closest_marker("medium") is not None,
-        item.path.stem != LAST,
-        True,
-    )
-    return len(LONGEST) + later.index(True)
+    name = f"{item.path.parent.name}/{item.path.stem}"
+    if name in LONGEST:
+        return LONGEST.index(name)
+    if name == LAST:
+        return len(LONGEST) + 3
+    marks = ("distributed", "medium")
+    later = [item.get_closest_marker(mark) is not None for mark in marks]
+    return len(LONGEST) + [*later, True].index(True)
 
 
 @pytest.fixture(autouse=True)
