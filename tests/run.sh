@@ -18,20 +18,32 @@ fast=""
 }
 
 SECONDS=0
+# Python compiles what is imported; pip would compile 350 MB of source for more than a minute.
+export PIP_COMPILE=0
 if [[ -n $fast ]]; then
     ensure_environment dev
 else
+    bash tests/launch/install_slurm.sh </dev/null &
+    slurm_pid=$!
     # DeepSpeed is built from source. If its build fails, its tests are skipped.
     ensure_environment dev evaluation deepspeed || {
         echo "DeepSpeed could not be installed: tests of --engine deepspeed are skipped"
         ensure_environment dev evaluation
     }
-    bash tests/launch/install_slurm.sh
+    wait "$slurm_pid"
     # In the background, because most of it is a download: one training test on the oldest torch.
-    oldest_log="$(mktemp)"
-    bash tests/oldest_torch.sh \
-        "tests/distributed/test_layout_matrix.py::test_layout_matches_one_process[tp2-sp]" \
-        >"$oldest_log" 2>&1 </dev/null &
+    # tests/distributed/test_oldest_torch.py waits for its exit code.
+    OLDEST_TORCH="$(mktemp -d)"
+    export OLDEST_TORCH
+    oldest_torch() {
+        local code=0
+        timeout 1500 bash tests/oldest_torch.sh \
+            "tests/distributed/test_layout_matrix.py::test_layout_matches_one_process[tp2-sp]" \
+            >"$OLDEST_TORCH/log" 2>&1 </dev/null || code=$?
+        echo "$code" >"$OLDEST_TORCH/code"
+        return "$code"
+    }
+    oldest_torch &
     oldest_pid=$!
 fi
 echo "environment: ${SECONDS} s"
@@ -58,23 +70,27 @@ phase() {
 
 phase ruff ruff check .
 if [[ -z $fast ]]; then
+    # Meanwhile one process compiles what all of pytest's processes import.
+    python -c "import tests.helpers.preload" >/dev/null 2>&1 &
     phase mypy mypy megatron_let tools
     phase shellcheck shellcheck --external-sources \
         launch/*.sh launch/*/*.sh tests/*.sh tests/*/*.sh tools/*/*.sh .ci/run
-    phase "oldest torch" wait "$oldest_pid"
-    tail -n 3 "$oldest_log"
     arguments=(--durations=15)
 else
     arguments=(-m "not slow and not medium" tests/unit)
 fi
 echo "before pytest: ${#failed[@]} checks failed${failed[*]:+ (${failed[*]})}"
 
-# Three files at a time: a test that starts ranks or waits for Slurm leaves a core idle.
+# Three files at a time: a test that starts ranks or waits for Slurm leaves a core idle. The files
+# keep the order of tests/conftest.py, the longest first.
 # pytest comes last because its closing line is read as the result. It writes that line on SIGINT;
 # in a terminal Ctrl-C must reach it too.
 foreground=()
 [[ ! -t 0 ]] || foreground=(--foreground)
 timeout "${foreground[@]}" --signal=INT --kill-after=60 "$((LIMIT_SECONDS - SECONDS))" \
-    python -m pytest -q --numprocesses 3 --dist loadfile "${arguments[@]}" "$@" </dev/null ||
+    python -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder \
+    "${arguments[@]}" "$@" </dev/null ||
     failed+=(pytest)
+# pytest has waited for it and printed its failure, unless it was given other tests.
+[[ -n $fast ]] || wait "$oldest_pid" || failed+=("oldest torch")
 [[ ${#failed[@]} == 0 ]]

@@ -8,38 +8,30 @@ the writer and keep the trainer.
 from __future__ import annotations
 
 import atexit
-import ctypes
+import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from megatron_let.compat.cpu_shims import cpu_shims
+from megatron_let.compat.signals import SIGNALS, outlive_signals
 from megatron_let.errors import LETError, print_error
 
 _CALLER = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller."
 _FILES = "megatron.core.dist_checkpointing.strategies.filesystem_async:"
-_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1
-
-
-def outlive_signals() -> None:
-    """Ignore the signals that end a run, and end with the parent process instead."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():
-        os._exit(1)  # it had ended before
 
 
 def write_checkpoints(*args: Any, **kwargs: Any) -> None:
@@ -53,15 +45,40 @@ def write_checkpoints(*args: Any, **kwargs: Any) -> None:
     PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 
+class ResultsQueue:
+    """A queue that holds pickles, so that its process does not import torch to hold results."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, result: Any) -> None:
+        self._queue.put(pickle.dumps(result))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self._queue.get_nowait())
+
+
 def results_queue(mp_mode: str = "spawn") -> Any:
     """Return the queue of the writer's results, whose process outlives signals too."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        manager.start(outlive_signals)
-        filesystem_async._results_queue = manager.Queue()
+        with _without_main():
+            manager.start(outlive_signals)
+        filesystem_async._results_queue = ResultsQueue(manager.Queue())
     return filesystem_async._results_queue
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep a new process from importing the training script, and torch with it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def wrap_get_process(original: Callable[..., Any]) -> Any:
@@ -79,7 +96,7 @@ def wrap_get_process(original: Callable[..., Any]) -> Any:
         # The new process inherits the mask, and cannot ignore signals before it has been loaded.
         # The start of the resource tracker would unblock SIGTERM.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             process = original(rank, "spawn", *args, **kwargs)
         finally:

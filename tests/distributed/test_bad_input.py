@@ -3,9 +3,9 @@
 Here are the checks that need the running entry, and one case per kind of check that does not; all
 other cases are in the unit tests of those checks.
 
-Starting Python with torch and Megatron takes ten times as long as refusing a run. So one process
-imports both and forks for each rank of each case, and each fork calls the entry's `main()`. The
-cases in which torchrun has to end the other ranks follow at the end.
+Starting Python with torch and Megatron takes ten times as long as refusing a run. So one process,
+which has imported both, forks for each rank of each case, and each fork calls the entry's `main()`.
+The cases in which the other ranks have to be ended follow at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -37,7 +36,7 @@ from megatron_let.files.names import TRACKER
 from tests.helpers.data import write_indexed_data
 from tests.helpers.forks import exit_codes_in_forks
 from tests.helpers.models import MAX_POSITIONS, NUM_LAYERS, VOCAB_SIZE, save_teacher
-from tests.helpers.runs import ROOT, environment, free_port, train
+from tests.helpers.runs import ROOT, free_port, run_forked, train
 
 pytestmark = pytest.mark.distributed
 
@@ -298,12 +297,11 @@ def outcomes(
     variables = {
         "TEACHER": str(broken["teacher"]), "OUTPUT": str(root / "out"), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-m", "tests.distributed.test_bad_input", str(root / "cases.json")],
-        env=environment(**variables),
-        cwd=root,
-        check=True,
-    )
+    code, log = run_forked(
+        "tests.distributed.test_bad_input", root / "cases.json",
+        folder=root, seconds=3600, **variables,
+    )  # fmt: skip
+    assert code == 0, log
     found = json.loads((root / "found.json").read_text())
     assert all(found["codes"][name] == [0] for name in PREPARED)
     return {
@@ -330,11 +328,8 @@ def arguments(folder: Path, broken: dict[str, Path], flags: tuple[Any, ...]) -> 
 
 
 def serve(request: Path) -> None:
-    """Import everything once and fork for each case; exit codes go to found.json."""
-    from megatron_let.compat.device import detect_host, prepare_process
-
-    prepare_process(detect_host(), 0)
-    import megatron_let.integration  # noqa: F401
+    """Fork for each case; exit codes go to found.json."""
+    import tests.helpers.preload  # noqa: F401
     from megatron_let.pretrain import main
 
     asked = json.loads(request.read_text())
@@ -432,7 +427,7 @@ def test_odd_input_warns_once_and_the_run_continues(
     assert sum("lm_loss" in row for row in rows) == 10
 
 
-# Under torchrun: one rank fails and the others have to end too
+# One rank fails and the others have to end too
 
 
 def assert_refused(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from megatron_let.checkpoint.describe import describe
 from megatron_let.checkpoint.safetensors_files import SafetensorsFolder
 from megatron_let.checkpoint.verify import compare_logits
 from megatron_let.checkpoint.weights import open_weights
+from megatron_let.cli.convert import main
 from tests.helpers.checkpoints import equal, save_llama, save_model, tensors_of
 from tests.helpers.data import write_indexed_data
-from tests.helpers.runs import ROOT, environment, train
+from tests.helpers.runs import ROOT, run_forked, train
 
 pytestmark = pytest.mark.distributed
 
@@ -61,12 +60,9 @@ def data_of_250(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_indexed_data(tmp_path_factory.mktemp("data") / "walks", vocab_size=250)
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command in another process."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools/convert_checkpoint.py"), *map(str, arguments)],
-        env=environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+def convert(*arguments: object) -> tuple[int, str]:
+    """Run the command in another process; return its exit code and what it printed."""
+    return run_forked("megatron_let.cli", "convert", *arguments, folder=ROOT)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,18 +150,18 @@ def test_recipe_of_another_model_is_refused(tmp_path: Path, data: Path) -> None:
 
 def test_trained_student_is_the_same_model_in_transformers(tmp_path: Path, weights: Path) -> None:
     exported = tmp_path / "exported"
-    result = convert("megatron-to-hf", "--input", weights, "--output", exported)
-    assert result.returncode == 0, result.stderr
+    code, log = convert("megatron-to-hf", "--input", weights, "--output", exported)
+    assert code == 0, log
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert model.config.vocab_size == 256
     # Megatron's GPTModel and loader against transformers.
-    result = convert("verify", weights, exported)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "same model" in result.stderr and "same top token at 100.00%" in result.stderr
+    code, log = convert("verify", weights, exported)
+    assert code == 0, log
+    assert "NOT" not in log and "same model" in log and "same top token at 100.00%" in log
     _swap_gate_and_up(exported)
-    result = convert("verify", weights, exported)
-    assert result.returncode == 1, result.stderr
-    assert "NOT the same model" in result.stderr
+    code, log = convert("verify", weights, exported)
+    assert code == 1, log
+    assert "NOT the same model" in log
 
 
 def _swap_gate_and_up(folder: Path) -> None:
@@ -177,14 +173,20 @@ def _swap_gate_and_up(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_inspect_describes_a_run(weights: Path) -> None:
-    found = json.loads(convert("inspect", weights, "--json").stdout)
+def test_inspect_describes_a_run(
+    weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The command hides the GPUs of its process.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["inspect", str(weights), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["iteration"] == 20 and found["layout"] == dict.fromkeys(
         ("TP", "PP", "VPP", "CP", "DP"), 1
     )
     assert found["let"]["let_weight"] == 20 and found["not_of_a_gpt_model"] == []
     assert found["optimizer_tensors"] > 0 and found["dtypes"] == ["float32"]
-    assert "teacher: none" in convert("inspect", weights).stdout
+    assert main(["inspect", str(weights)]) == 0
+    assert "teacher: none" in capsys.readouterr().out
 
 
 def test_export_in_bf16_rounds_the_weights(tmp_path: Path, weights: Path) -> None:

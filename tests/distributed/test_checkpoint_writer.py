@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_let.files.names import TRACKER
-from tests.helpers.runs import ROOT, command, environment
+from tests.helpers.runs import ROOT, command, environment, train
 
 pytestmark = pytest.mark.distributed
 
@@ -100,9 +100,7 @@ def test_killed_writer_ends_the_run_and_keeps_the_checkpoint(
         saved = run.saved
         _, alive = psutil.wait_procs(processes, timeout=10)
         assert not alive, "processes of the run are left"
-    # The last complete checkpoint loads, and the run continues after it.
-    with long_run(tmp_path, data, teacher, "--save-interval", "3") as run:
-        run.until(lambda: run.saved > saved)
+    assert_resumes(tmp_path, data, teacher, saved)
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_resumes(
@@ -117,10 +115,21 @@ def test_sigterm_to_torchrun_saves_and_the_run_resumes(
         saved = run.saved
         _, alive = psutil.wait_procs(processes, timeout=10)
         assert not alive, "processes of the run are left"
-    with long_run(tmp_path, data, teacher, "--save-interval", "100000") as run:
-        run.until(lambda: f" iteration {saved + 1:8d}/" in run.log)
+    assert_resumes(tmp_path, data, teacher, saved)
 
 
+def assert_resumes(folder: Path, data: Path, teacher: Path, saved: int) -> None:
+    """Load the last complete checkpoint, take one step and save."""
+    checkpoints = folder / "checkpoints"
+    run = train(
+        folder, "--data-path", data, "--load", checkpoints, "--save", checkpoints, *RECIPE,
+        "--save-interval", 100000, "--exit-interval", saved + 1, ranks=2, TEACHER=str(teacher),
+    )  # fmt: skip
+    assert [row["iteration"] for row in run.steps] == [saved + 1]
+    assert int((checkpoints / TRACKER).read_text()) == saved + 1
+
+
+@pytest.mark.slow
 def test_writer_of_a_killed_rank_does_not_remain(tmp_path: Path, data: Path, teacher: Path) -> None:
     with long_run(tmp_path, data, teacher, "--save-interval", "100000") as run:
         run.until(lambda: " iteration        3/" in run.log)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from megatron_let.compat.cpu_shims import cpu_shims
-from tests.helpers.runs import ROOT, command, environment
+from tests.helpers.runs import ROOT, run_forked
 
 # Shims without which this small run still ends -> what they are for.
 SILENT = {
@@ -35,15 +34,14 @@ def test_every_shim_is_needed_or_documented(tmp_path: Path, teacher: Path, data:
     result = tmp_path / "codes.json"
     # DeepSpeed's import sets it to 1, and then is_available() calls device_count(), also a shim.
     variables = {"TEACHER": str(teacher), "PYTORCH_NVML_BASED_CUDA_CHECK": "0"}
-    process = subprocess.run(
-        [*command(1, "tests.helpers.without_shims"), str(result),
-         "--config", str(ROOT / "configs/tiny.yaml"), "--data-path", str(data),
-         "--train-iters", "3", "--save-interval", "2", "--eval-interval", "2",
-         "--hidden-dropout", "0.1", "--attention-dropout", "0.1"],
-        cwd=tmp_path, env=environment(**variables), capture_output=True, text=True,
-        timeout=600,
+    code, log = run_forked(
+        "tests.helpers.without_shims", result,
+        "--config", ROOT / "configs/tiny.yaml", "--data-path", data,
+        "--train-iters", 3, "--save-interval", 2, "--eval-interval", 2,
+        "--hidden-dropout", 0.1, "--attention-dropout", 0.1,
+        folder=tmp_path, seconds=1800, **variables,
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
+    assert code == 0, log[-3000:]
     codes = json.loads(result.read_text())
     assert codes.pop("None") == 0, "the run fails with all of them"
     assert codes.keys() == cpu_shims().keys()

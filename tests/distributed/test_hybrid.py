@@ -12,8 +12,7 @@ import pytest
 from megatron_let.checkpoint.weights import open_weights
 from megatron_let.errors import LETError
 from tests.distributed.test_training import COMMON, USER_SCRIPT
-from tests.helpers.forked_ranks import run_ranks
-from tests.helpers.runs import Run, environment, free_port, largest_difference, train
+from tests.helpers.runs import Run, largest_difference, run_forked, train
 from tests.helpers.tensorboard import scalars
 
 pytestmark = pytest.mark.distributed
@@ -188,12 +187,10 @@ def test_resumed_run_has_the_same_losses_and_its_checkpoint_is_not_taken_for_a_g
 def _user_script(folder: Path, *flags: object, **variables: str) -> None:
     """Run the user's script, with stock Megatron's HybridModel, as a fork."""
     folder.mkdir(exist_ok=True)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    variables = environment(LOCAL_SPEC="1", **variables) | address
-    argv = [USER_SCRIPT, *map(str, (*COMMON, *PATTERN, *flags))]
-    log = folder / "log"
-    code = run_ranks("tests.helpers.on_cpu", argv, 1, folder, variables, log, 300)
-    assert code == 0, log.read_text()[-4000:]
+    argv = (USER_SCRIPT, *COMMON, *PATTERN, *flags)
+    variables["LOCAL_SPEC"] = "1"
+    code, log = run_forked("tests.helpers.on_cpu", *argv, folder=folder, **variables)
+    assert code == 0, log[-4000:]
 
 
 def test_run_without_let_is_bitwise_equal_to_stock(tmp_path: Path, data: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,17 @@ import torch
 from megatron_let.late_to_early import LateToEarly
 from tests.helpers.models import random_model
 from tests.helpers.parallel_student import LAYER, WRAPS, batch
-from tests.helpers.runs import TIMEOUT_SECONDS, command, environment
+from tests.helpers.runs import run_forked
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_two_ranks_equal_one_process(wrap: str, tmp_path: Path) -> None:
-    subprocess.run(
-        command(2, "tests.helpers.parallel_student"),
-        check=True,
-        env=environment(OUTPUT=str(tmp_path), WRAP=wrap),
-        timeout=TIMEOUT_SECONDS,
+    code, log = run_forked(
+        "tests.helpers.parallel_student", folder=tmp_path, ranks=2, OUTPUT=str(tmp_path), WRAP=wrap
     )
+    assert code == 0, log
     found = torch.load(tmp_path / "found.pt")
     model = random_model("llama").train()
     let = LateToEarly(model.model.layers[LAYER - 1], 5.0)

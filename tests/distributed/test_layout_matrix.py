@@ -49,6 +49,12 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str | int, ...]]] = {
     "eight-microbatches": (1, 3, ("--micro-batch-size", 1)),
 }
 
+# Another layer or number of layers in a layout that runs without -m slow.
+SLOW = (
+    "pp2-last-layer-of-model", "vpp2-last-layer-of-chunk", "pp2-uneven", "recompute-full-2-layers",
+    "recompute-block-covers-k", "pp2-recompute-full", "eight-microbatches",
+)  # fmt: skip
+
 # Sharded parameters, from random weights: Megatron loads no other format into Megatron-FSDP.
 MEGATRON_FSDP = (
     "--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params",
@@ -127,7 +133,9 @@ def _assert_same(run: Run, reference: Run, keys: tuple[str, ...] = KEYS) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS]
+)
 def test_layout_matches_one_process(
     name: str, tmp_path: Path, teacher: Path, data: Path, weights: Path, reference
 ) -> None:  # type: ignore[no-untyped-def]

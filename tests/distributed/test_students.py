@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_layout_matrix import CP2, PP2, SP, TP2, VPP2, _assert_same
 from tests.distributed.test_training import COMMON, USER_SCRIPT
-from tests.helpers.forked_ranks import run_ranks
-from tests.helpers.runs import Run, environment, free_port, train
+from tests.helpers.runs import Run, run_forked, train
 from tests.helpers.tensorboard import scalars
 
 pytestmark = pytest.mark.distributed
@@ -128,16 +126,12 @@ VANISHING = ("--let-method", "let", "--let-weight", 1e-30)
 def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Path):  # type: ignore[no-untyped-def]
     """A student, and the TensorBoard folder of a user's script without LET."""
     folder = tmp_path_factory.mktemp("stock")
-    argv = [*COMMON, "--data-path", data, "--tensorboard-dir", folder / "tensorboard",
-            *STUDENTS[request.param], *STEPS]  # fmt: skip
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LET": "0"}
-    with tempfile.TemporaryDirectory() as other:
-        log = Path(other) / "log"
-        code = run_ranks(
-            "tests.helpers.on_cpu", [USER_SCRIPT, *map(str, argv)], 1, folder,
-            environment(LOCAL_SPEC="1", **variables), log, 300,
-        )  # fmt: skip
-        assert code == 0, log.read_text()[-4000:]
+    code, log = run_forked(
+        "tests.helpers.on_cpu", USER_SCRIPT, *COMMON, "--data-path", data, "--tensorboard-dir",
+        folder / "tensorboard", *STUDENTS[request.param], *STEPS, folder=folder, LET="0",
+        LOCAL_SPEC="1",
+    )  # fmt: skip
+    assert code == 0, log[-4000:]
     return request.param, folder / "tensorboard"
 
 

@@ -15,7 +15,15 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from megatron_let.config.let_config import alignment_weight
-from tests.helpers.runs import ROOT, Run, command, environment, largest_difference, train
+from tests.helpers.runs import (
+    ROOT,
+    Run,
+    command,
+    environment,
+    largest_difference,
+    run_forked,
+    train,
+)
 from tests.helpers.tensorboard import scalars
 
 pytestmark = pytest.mark.distributed
@@ -120,22 +128,32 @@ def test_no_value_is_read_from_the_device_within_a_global_batch(
 def stock(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """TensorBoard folder of a user's script without LET."""
     folder = tmp_path_factory.mktemp("stock")
-    _user_script(folder, data, LET="0")
+    _user_script(folder, data, LET="0", torchrun=True)
     return folder / "tensorboard"
 
 
-def _user_script(folder: Path, data: Path, *flags: object, ranks: int = 1, **variables: str) -> str:
-    result = subprocess.run(
-        [
-            *command(ranks, "tests.helpers.on_cpu"), USER_SCRIPT, *map(str, COMMON),
-            "--data-path", str(data), "--tensorboard-dir", str(folder / "tensorboard"),
-            *map(str, flags),
-        ],
-        cwd=folder, env=environment(LOCAL_SPEC="1", **variables), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-4000:]
-    return result.stdout
+def _user_script(
+    folder: Path,
+    data: Path,
+    *flags: object,
+    ranks: int = 1,
+    torchrun: bool = False,
+    **variables: str,
+) -> None:
+    """Run the user's script as forks, or under torchrun as a user does."""
+    argv = [
+        USER_SCRIPT, *map(str, COMMON), "--data-path", str(data), "--tensorboard-dir",
+        str(folder / "tensorboard"), *map(str, flags),
+    ]  # fmt: skip
+    variables["LOCAL_SPEC"] = "1"
+    if torchrun:
+        script = [*command(ranks, "tests.helpers.on_cpu"), *argv]
+        subprocess.run(script, cwd=folder, env=environment(**variables), check=True, timeout=300)
+    else:
+        code, log = run_forked(
+            "tests.helpers.on_cpu", *argv, folder=folder, ranks=ranks, **variables
+        )
+        assert code == 0, log[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +210,10 @@ def test_user_script_with_three_lines_matches_entry(
            "--let-stop-step", 6, *layout)  # fmt: skip
     ours = train(tmp_path / "ours", *COMMON, "--data-path", data, *let, config=None, ranks=ranks)
     metrics = tmp_path / "theirs.jsonl"
-    _user_script(tmp_path, data, *let, "--let-metrics-path", metrics, ranks=ranks, LET="1")
+    _user_script(
+        tmp_path, data, *let, "--let-metrics-path", metrics, ranks=ranks, torchrun=ranks > 1,
+        LET="1",
+    )  # fmt: skip
     theirs = Run(0, "", metrics)
     for key in ("lm_loss", "let_cosine", "grad_norm"):
         assert largest_difference(ours, theirs, key) == 0.0

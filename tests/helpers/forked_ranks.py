@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -115,6 +116,8 @@ def _rank(
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(environment)
+    # It has read the environment of the server when it was imported.
+    importlib.reload(sys.modules["huggingface_hub.constants"])
     os.chdir(folder)
     sys.argv = [module, *argv]
     code: int | str | None = 0

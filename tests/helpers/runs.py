@@ -21,8 +21,13 @@ from tests.helpers.forked_ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300
-# Variables that only the entry reads; libraries read others while they are imported.
-READ_BY_THE_ENTRY = {"TEACHER", "OUTPUT", "DATA"}
+# Variables that a fork can have: the entry reads them, or huggingface_hub, whose constants a rank
+# reads again. Libraries read others while they are imported.
+READ_BY_A_RANK = {
+    "TEACHER", "OUTPUT", "DATA", "MEGATRON_LET_CACHE", "NO_PROXY",
+    "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET",
+    "HF_HUB_OFFLINE",
+}  # fmt: skip
 # Asked before any test applies the CPU shims to this process, which answer yes.
 HAS_GPU = torch.cuda.is_available()
 
@@ -99,30 +104,54 @@ def train(
     metrics = folder / "metrics.jsonl"
     recipe = ["--config", str(ROOT / config)] if config else []
     argv = [*recipe, "--let-metrics-path", str(metrics), *map(str, flags)]
-    if HAS_GPU or not variables.keys() <= READ_BY_THE_ENTRY:
-        returncode, log = _torchrun(module, argv, ranks, folder, environment(**variables))
-    else:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        with tempfile.TemporaryDirectory() as other:
-            path = Path(other) / "log"
-            address |= environment(**variables)
-            returncode = run_ranks(module, argv, ranks, folder, address, path, TIMEOUT_SECONDS)
-            log = path.read_text(errors="replace")
-    run = Run(returncode, log, metrics)
-    assert not check or run.returncode == 0, _first_failure(run.log)
-    return run
+    run = run_forked if variables.keys() <= READ_BY_A_RANK else _torchrun
+    returncode, log = run(module, *argv, folder=folder, ranks=ranks, **variables)
+    finished = Run(returncode, log, metrics)
+    assert not check or finished.returncode == 0, _first_failure(finished.log)
+    return finished
+
+
+def run_forked(
+    module: str,
+    *argv: object,
+    folder: Path,
+    ranks: int = 1,
+    seconds: float = TIMEOUT_SECONDS,
+    **variables: str,
+) -> tuple[int, str]:
+    """Run `-m module argv` as forks in `folder`; on a GPU, which a fork cannot use, by torchrun.
+
+    Returns:
+        torchrun's exit code, and what all ranks printed.
+    """
+    if HAS_GPU:
+        return _torchrun(module, *argv, folder=folder, ranks=ranks, seconds=seconds, **variables)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as other:
+        log = Path(other) / "log"
+        log.touch()
+        code = run_ranks(
+            module, list(map(str, argv)), ranks, folder, address | environment(**variables), log,
+            seconds,
+        )  # fmt: skip
+        return code, log.read_text(errors="replace")
 
 
 def _torchrun(
-    module: str, argv: list[str], ranks: int, folder: Path, variables: dict[str, str]
+    module: str,
+    *argv: object,
+    folder: Path,
+    ranks: int,
+    seconds: float = TIMEOUT_SECONDS,
+    **variables: str,
 ) -> tuple[int, str]:
     """Return the exit code of torchrun and what was printed."""
     process = subprocess.Popen(
-        [*command(ranks, module), *argv], cwd=folder, env=variables,
+        [*command(ranks, module), *map(str, argv)], cwd=folder, env=environment(**variables),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        log, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        log, _ = process.communicate(timeout=seconds)
     finally:
         # The ranks survive a torchrun that is killed.
         with contextlib.suppress(ProcessLookupError):

@@ -30,6 +30,7 @@ SMALL = (
     "--save-retain-interval", 10000,
 )  # fmt: skip
 
+_SECONDS_PER_QUESTION = 0.5
 # Any other state, such as REQUEUED or SIGNALING, is temporary.
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -75,17 +76,25 @@ class Job:
 
     def until(self, condition: Callable[[], Any], what: str, timeout: float = 300) -> None:
         """Wait for a condition; fail with the job's output on a timeout or if the job ends."""
-        deadline = time.monotonic() + timeout
+        deadline, asked = time.monotonic() + timeout, 0.0
         while not condition():
-            state = self.details()["JobState"]
-            if (state in ENDS and not condition()) or time.monotonic() > deadline:
-                raise AssertionError(f"{state} before {what}:\n{self.output[-6000:]}")
+            # scontrol takes longer than any condition.
+            if time.monotonic() > asked + _SECONDS_PER_QUESTION:
+                asked = time.monotonic()
+                state = self.details()["JobState"]
+                if (state in ENDS and not condition()) or asked > deadline:
+                    raise AssertionError(f"{state} before {what}:\n{self.output[-6000:]}")
             time.sleep(0.05)
 
     def wait(self, timeout: float = 300) -> dict[str, str]:
         """Wait for the job's end."""
-        self.until(lambda: self.details()["JobState"] in ENDS, "its end", timeout)
-        return self.details()
+        deadline = time.monotonic() + timeout
+        while (found := self.details())["JobState"] not in ENDS:
+            if time.monotonic() > deadline:
+                state = found["JobState"]
+                raise AssertionError(f"{state} before its end:\n{self.output[-6000:]}")
+            time.sleep(_SECONDS_PER_QUESTION)
+        return found
 
     def signal(self, name: str) -> None:
         """Send the signal that Slurm sends before the time limit."""
@@ -121,7 +130,7 @@ class Job:
         deadline = time.monotonic() + timeout
         while self._cluster.command("squeue", "-h", "-t", "R,CG", "-j", self.number):
             assert time.monotonic() < deadline, f"the nodes are not free after {timeout} s"
-            time.sleep(0.1)
+            time.sleep(_SECONDS_PER_QUESTION)
 
 
 class Launcher:
