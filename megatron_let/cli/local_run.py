@@ -66,19 +66,12 @@ def run_environment(data: Path, teacher: Path, processes: int = 1) -> dict[str, 
 
 
 class Child:
-    """A child process whose output goes to a log file."""
+    """A child process whose output is appended to a log file."""
 
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> None:
-        """Start the command.
-
-        Args:
-            name: names the process in an error message.
-            command: program and arguments.
-            environment: its environment.
-            log: file to append its output to.
-        """
+        """Start the command; an error message names it by `name`."""
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as stream:
@@ -99,11 +92,7 @@ class Child:
         return self._process.poll() is None
 
     def check(self) -> None:
-        """Raise if the process failed.
-
-        Raises:
-            LETError: names the first error line and the log.
-        """
+        """Raise a LETError that names the first error line and the log if the process failed."""
         if self.wait() != 0:
             error = self._first_error()
             raise LETError(f"The {self.name} run failed: {error} (full log: {self.log})")
@@ -149,17 +138,18 @@ def run_command_line(
     child.check()
 
 
-def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
-    """Convert a run's last checkpoint to a Hugging Face folder, unless it is there.
+def run_subcommand(words: Sequence[str | Path], log: Path, verbose: Console | None) -> None:
+    """Run a subcommand of `megatron-let` offline, like `run_command_line`."""
+    command = [sys.executable, "-m", "megatron_let.cli", *map(str, words)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run_command_line(str(words[0]), command, environment, log, verbose)
 
-    Raises:
-        LETError: the conversion failed.
-    """
-    if (folder / "config.json").is_file():
-        return
-    words = ("megatron-to-hf", "--input", str(run / "checkpoints"), "--output", str(folder))
-    command = [sys.executable, "-m", "megatron_let.cli", "convert", *words]
-    run_command_line("convert", command, {**os.environ, "HF_HUB_OFFLINE": "1"}, log, verbose)
+
+def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
+    """Convert a run's last checkpoint to a Hugging Face folder, unless it is there."""
+    if not (folder / "config.json").is_file():
+        conversion = ("convert", "megatron-to-hf", "--input", run / "checkpoints")
+        run_subcommand((*conversion, "--output", folder), log, verbose)
 
 
 @dataclass
@@ -221,12 +211,11 @@ class Trainer:
             "-m", "megatron_let.pretrain", "--config", str(run.recipe),
             "--let-metrics-path", str(metrics), *run.flags,
         ]  # fmt: skip
-        environment = {**self.environment, "OUTPUT": str(folder)}
-        child = Child(run.variant, command, environment, folder / LOG)
         task = progress.add_task(
             label, total=run.num_steps, completed=done.last_step, status="starting", printed=2
         )
-        self._running[task] = run, child
+        environment = {**self.environment, "OUTPUT": str(folder)}
+        self._running[task] = run, Child(run.variant, command, environment, folder / LOG)
 
     def _follow(self, task: TaskID, progress: Progress) -> dict[str, str]:
         """Show a run's progress; return its message if it failed."""

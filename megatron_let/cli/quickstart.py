@@ -26,8 +26,8 @@ from megatron_let.cli.local_run import (
     Trainer,
     export,
     interruptible,
-    run_command_line,
     run_environment,
+    run_subcommand,
 )
 from megatron_let.config.recipes import find_recipe, load_recipe
 from megatron_let.doctor.check import driver_versions
@@ -103,8 +103,10 @@ class _Quickstart:
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.options, self.command = options, command
         self.console = output_console()
+        self.verbose = self.console if options.verbose else None
         self.output: Path = options.output
         self.data = self.output / "data"
+        self.teacher_run = self.output / "teacher_training"
         self.log = self.output / "quickstart.log"
         self.gpu = _has_gpu()
         self.steps: int = options.steps or (_GPU_STEPS if self.gpu else _STEPS)
@@ -183,8 +185,8 @@ class _Quickstart:
             lines, prefix = self.data / f"{name}.jsonl", self.data / name
             lines.parent.mkdir(exist_ok=True)
             lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-            self._command("preprocess", "--input", str(lines), "--output-prefix", str(prefix),
-                          "--tokenizer-model", str(tokenizer))  # fmt: skip
+            words = ("preprocess", "--input", lines, "--output-prefix", prefix)
+            run_subcommand((*words, "--tokenizer-model", tokenizer), self.log, self.verbose)
             size = sum(map(len, documents)) / 1e6
             say(self.console, f"      {name}: {len(documents):,} documents, {size:.2f} MB")
         (self.data / DONE).touch()
@@ -215,17 +217,13 @@ class _Quickstart:
         settings = _schedule(self.teacher_steps) | (_GPU_TEACHER if self.gpu else {})
         flags = ("--seed", str(self.options.seed), *flags_of(settings))
         run = SweepRun("teacher", self.options.seed, find_recipe(_TEACHER_RECIPE), flags)
-        self._train({self._teacher_run: run}, self.output / "tokenizer", 1, self.processes)
+        self._train({self.teacher_run: run}, self.output / "tokenizer", 1, self.processes)
         self._say_stage("its checkpoint as a Hugging Face folder, about 10 seconds")
         if (folder / "config.json").is_file():
             self._say_done()
-        export(self._teacher_run, folder, self.log, self.console if self.options.verbose else None)
+        export(self.teacher_run, folder, self.log, self.verbose)
         self._say_cost(size)
         return folder
-
-    @property
-    def _teacher_run(self) -> Path:
-        return self.output / "teacher_training"
 
     def _given_teacher(self) -> Path:
         """Return the folder of `--teacher`, and say what it costs."""
@@ -281,7 +279,7 @@ class _Quickstart:
 
     def _spent(self, baseline_seconds: Mapping[int, float]) -> list[str]:
         """Return the small model's own loss and cost in a sentence."""
-        small = load_run("teacher", self._teacher_run)
+        small = load_run("teacher", self.teacher_run)
         step, loss = small.metrics.last_step, small.metrics.final_valid_loss
         tokens, seconds = small.tokens()[step], small.seconds()[step]
         share = seconds / max(baseline_seconds.values())
@@ -290,13 +288,6 @@ class _Quickstart:
             f" training took {seconds:.0f} s on all cores, {share:.0%} of the baseline's seconds;"
             " the times above leave it out."
         ]
-
-    def _command(self, *words: str) -> None:
-        """Run a command of `megatron-let` with its output in the log."""
-        command = [sys.executable, "-m", "megatron_let.cli", *words]
-        verbose = self.console if self.options.verbose else None
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        run_command_line(words[0], command, environment, self.log, verbose)
 
     @contextlib.contextmanager
     def _output_to_log(self) -> Iterator[None]:
@@ -401,20 +392,13 @@ def _split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 def _train_tokenizer(documents: list[str], folder: Path) -> None:
     """Train a byte-level BPE, and save it as a Hugging Face folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE,
-        special_tokens=[end],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    end, tokenizer = "<|endoftext|>", ByteLevelBPETokenizer()
     share = max(1, sum(map(len, documents)) // _TOKENIZER_CHARACTERS)
-    tokenizer.train_from_iterator(documents[::share], trainer)
+    tokenizer.train_from_iterator(
+        documents[::share], _VOCAB_SIZE, min_frequency=0, show_progress=False, special_tokens=[end]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}

@@ -74,12 +74,6 @@ class ComparedRun:
         return dict(zip(steps, accumulate(amounts.tolist()), strict=True))
 
     @property
-    def missing_steps(self) -> list[int]:
-        """Return the steps up to the last one that have no row."""
-        rows = self.metrics.steps
-        return [step for step in range(1, self.metrics.last_step) if step not in rows]
-
-    @property
     def peak_memory_bytes(self) -> int | None:
         """Return the peak memory in bytes of the rank that writes the metrics."""
         sizes = [row["max_memory_bytes"] for row in self.metrics.steps.values()]
@@ -277,9 +271,7 @@ def _at(curve: Curve, step: float | None) -> float | None:
     """Interpolate a cumulative curve at a step; None beyond the last step of the run."""
     if step is None or not curve or step > max(curve):
         return None
-    below = math.floor(step)
-    low = curve.get(below, 0.0)
-    return low + (step - below) * (curve[math.ceil(step)] - low)
+    return float(np.interp(step, [0, *curve], [0.0, *curve.values()]))
 
 
 def _ratio(baseline: float | None, run: float | None) -> float | None:
@@ -297,7 +289,7 @@ def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
         notes.append(f"diverged at step {run.metrics.diverged_at}, its loss is not finite")
     if not run.metrics.valid_loss:
         notes.append("never evaluated")
-    if missing := run.missing_steps:
+    if missing := [step for step in range(1, steps) if step not in run.metrics.steps]:
         fate = "their time is interpolated" if missing[0] > 1 else "so its time is unknown"
         notes.append(f"no metrics of {_ranges(missing)}, {fate}")
     if run is not baseline:
@@ -316,11 +308,11 @@ def _ranges(steps: list[int]) -> str:
 
 def differences(run: ComparedRun, baseline: ComparedRun) -> list[str]:
     """Describe each setting other than the method's in which two runs differ."""
-    if run.settings is None or baseline.settings is None:
+    ours, theirs = run.settings, baseline.settings
+    if ours is None or theirs is None:
         return ["the settings are unknown, so the comparison may be unfair"]
-    names = [n for n in run.settings | baseline.settings if not n.startswith("let_")]
     return [
-        f"{name} is {run.settings.get(name)}, the baseline's {baseline.settings.get(name)}"
-        for name in names
-        if run.settings.get(name) != baseline.settings.get(name)
+        f"{name} is {ours.get(name)}, the baseline's {theirs.get(name)}"
+        for name in ours | theirs
+        if not name.startswith("let_") and ours.get(name) != theirs.get(name)
     ]

@@ -8,8 +8,9 @@ import numpy as np
 
 from megatron_let.metrics.read import RunMetrics
 
-_RESAMPLES = 10_000
-_QUANTILES = (0.025, 0.975)
+RESAMPLES = 10_000
+# Ends of a 95 % interval.
+QUANTILES = (0.025, 0.975)
 
 
 def last_difference(run: RunMetrics, baseline: RunMetrics) -> float | None:
@@ -45,6 +46,6 @@ def interval(pairs: Sequence[tuple[RunMetrics, RunMetrics]]) -> tuple[float, flo
     differences = np.mean(rows, axis=0)
     if not np.isfinite(differences).all():
         return None
-    drawn = np.random.default_rng(0).integers(len(differences), size=(_RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[drawn].mean(axis=1), _QUANTILES).tolist()
+    drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[drawn].mean(axis=1), QUANTILES).tolist()
     return low, high

@@ -20,7 +20,7 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace all stages but the text's, which writes its lines and does not tokenize them."""
     for stage in STAGES:
         monkeypatch.setattr(quickstart._Quickstart, stage, lambda self, *_: self.output)
-    monkeypatch.setattr(quickstart._Quickstart, "_command", lambda self, *_: None)
+    monkeypatch.setattr(quickstart, "run_subcommand", lambda *_: None)
 
 
 @pytest.fixture
