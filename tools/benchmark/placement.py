@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.provenance import write_csv
 from megatron_let.planner.sizes import TransformerSize
@@ -207,16 +206,12 @@ def _rows(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="step time over the baseline's")
     columns = [
         *("stages", "microbatches", "passes", "placement", "ratio", "ratio_q25", "ratio_q75"),
         *("simulated", "teacher_over_forward"),
     ]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    cells = ([row[column] for column in columns] for row in rows)
+    print_table("step time over the baseline's", [columns, *cells], 120)
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS_FOLDER, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.data.text_tokenizer import HUGGING_FACE
 from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.provenance import write_csv
@@ -201,7 +200,7 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("", "MB/s", "MB/s of CPU", "against", "clock", "CPU")
+    table = [("", "MB/s", "MB/s of CPU", "against", "clock", "CPU")]
     for row in rows:
         clock, cpu = (
             f"{row[f'ratio_{k}']:.2f} ({row[f'ratio_{k}_min']:.2f} to {row[f'ratio_{k}_max']:.2f})"
@@ -210,8 +209,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
             for k in ("seconds", "cpu")
         )
         speeds = (f"{row['mb_per_seconds']:.2f}", f"{row['mb_per_cpu']:.2f}")
-        table.add_row(row["what"], *speeds, row.get("baseline", ""), clock, cpu)
-    Console(width=140).print(table)
+        table.append((row["what"], *speeds, row.get("baseline", ""), clock, cpu))
+    print_table(None, table, 140)
 
 
 if __name__ == "__main__":

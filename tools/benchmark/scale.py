@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from common import CPU, RESULTS_FOLDER, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.cli.plan import plan_one
 from megatron_let.compat.device import prepare_process
 from megatron_let.metrics.provenance import write_csv
@@ -184,10 +183,7 @@ def failure_rows() -> Iterator[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print_table(None, [[*rows[0]], *([*row.values()] for row in rows)], 160)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ from typing import Any
 import torch
 import yaml
 from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.metrics.provenance import write_csv
 from megatron_let.planner.sizes import TEACHERS, teacher_size
 
@@ -185,11 +184,11 @@ def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("method", *FIGURES)
+    table = [("method", *FIGURES)]
     for row in rows:
         values = ("not measured" if row[name] is None else f"{row[name]:.4f}" for name in FIGURES)
-        table.add_row(row["method"], *values)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.append((row["method"], *values))
+    print_table(None, table, 120)
 
 
 if __name__ == "__main__":
