@@ -56,11 +56,7 @@ def import_error(module: str) -> str | None:
 
 
 def nvidia_smi(query: str) -> list[str]:
-    """Return the value of `query` for each GPU.
-
-    Raises:
-        OSError, subprocess.SubprocessError: nvidia-smi is missing or fails.
-    """
+    """Return the value of `query` for each GPU; OSError or SubprocessError if nvidia-smi fails."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return [line.strip() for line in result.stdout.splitlines()]

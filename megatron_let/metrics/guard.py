@@ -91,12 +91,7 @@ class Guard:
 
 
 def load_guard(metrics: Path, baseline: Path | None, warn: Callable[[str], None]) -> Guard:
-    """Build a guard and feed it the rows that a resumed run has already written.
-
-    Args:
-        metrics: metrics file of this run; it need not exist.
-        baseline: metrics file of a run without a teacher.
-        warn: called with one sentence.
+    """Build a guard and feed it the rows that a resumed run has already written to `metrics`.
 
     Raises:
         LETError: the baseline's file is missing or has no evaluation.

@@ -54,7 +54,7 @@ def gains(
     found = []
     for method, teacher, run in runs:
         baseline = next((b for b in baselines if b.seed == run.seed), None)
-        last = baseline and baseline.metrics.final_valid_loss
+        last = None if baseline is None else baseline.metrics.final_valid_loss
         if baseline is None or last is None:
             continue
         figures, gap = run_figures(run, baseline), teacher_losses[teacher] - last

@@ -25,11 +25,7 @@ _TARGET = "megatron.training.training:checkpoint_and_decide_exit"
 
 
 def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., bool]]]:
-    """Return {patch target: wrapper} that obeys the control files of `--save`; empty without it.
-
-    Args:
-        args: result of Megatron's `parse_and_validate_args`.
-    """
+    """Return {patch target: wrapper} that obeys the control files of `--save`; empty without it."""
     if args.save is None:
         return {}
     control = ControlFiles(Path(args.save), args.save_interval)
@@ -57,27 +53,17 @@ class ControlFiles:
         """Wrap `checkpoint_and_decide_exit`: obey the control files after it."""
 
         @functools.wraps(original)
-        def checkpoint_and_decide_exit(
-            model: Any,
-            optimizer: Any,
-            opt_param_scheduler: Any,
-            iteration: int,
-            num_floating_point_operations_so_far: float,
-            checkpointing_context: Any,
-            train_data_iterator: Any,
-        ) -> bool:
-            state = (model, optimizer, opt_param_scheduler)
-            rest = (num_floating_point_operations_so_far, checkpointing_context)
-            if original(*state, iteration, *rest, train_data_iterator):
+        def checkpoint_and_decide_exit(*args: Any) -> bool:
+            model, optimizer, scheduler, iteration, num_flops, context, data = args
+            if original(*args):
                 return True
             request = self._request()
             if request is None:
                 return False
             print_rank_0(f"megatron_let: {self._folder / request} at iteration {iteration}")
             if not self._was_saved(iteration):
-                training.save_checkpoint_and_time(
-                    iteration, *state, *rest, train_data_iterator=train_data_iterator
-                )
+                state = (model, optimizer, scheduler, num_flops, context)
+                training.save_checkpoint_and_time(iteration, *state, train_data_iterator=data)
             if request == SAVE_NOW and torch.distributed.get_rank() == 0:
                 (self._folder / SAVE_NOW).unlink(missing_ok=True)
             return request == STOP

@@ -89,7 +89,6 @@ def measure(
         alignment: loss at layer k, by k in increasing order.
         parameters: of each layer (0-based), and of everything else under None.
         weight: lambda of equation 9.
-        probes: number of samples.
         progress: called with what is being computed.
 
     Returns:
@@ -105,31 +104,20 @@ def measure(
     of_layer = {k: hessian_product(loss, flat) for k, loss in alignment.items()}
     samples, nonzero = _norm_samples(of_nll, of_layer, ends, weight, like, probes, progress)
 
-    def eigenvalue(product: Product, name: str) -> Interval:
-        progress(f"largest eigenvalue of {name}")
-        return largest_eigenvalue(product, like, probes.starts, probes.seed)
-
     base = samples["nll", None]
-    rows = [
-        Curvature("nll", None, mean_interval(base), None, None, eigenvalue(of_nll, "nll"), None)
-    ]
-    before = dict(zip(alignment, [None, *alignment], strict=False))
-    for k, product in of_layer.items():
-        for loss in ("alignment", "total"):
-            own = samples[loss, k]
-            is_total = loss == "total"
-            whole = _sum(of_nll, product, weight) if is_total else product
-            rows.append(
-                Curvature(
-                    loss,
-                    k,
-                    mean_interval(own),
-                    _difference(own, samples.get((loss, before[k]))),
-                    _difference(own, base) if is_total else None,
-                    eigenvalue(whole, f"{loss} at layer {k}"),
-                    None if is_total else nonzero[k],
-                )
-            )
+    progress("largest eigenvalue of nll")
+    eigenvalue = largest_eigenvalue(of_nll, like, probes.starts, probes.seed)
+    rows = [Curvature("nll", None, mean_interval(base), None, None, eigenvalue, None)]
+    for before, k in zip((None, *of_layer), of_layer, strict=False):
+        total = _sum(of_nll, of_layer[k], weight)
+        for loss, product in (("alignment", of_layer[k]), ("total", total)):
+            own, is_total = samples[loss, k], loss == "total"
+            change = _difference(own, samples.get((loss, before)))
+            added = _difference(own, base) if is_total else None
+            progress(f"largest eigenvalue of {loss} at layer {k}")
+            eigenvalue = largest_eigenvalue(product, like, probes.starts, probes.seed)
+            after = None if is_total else nonzero[k]
+            rows.append(Curvature(loss, k, mean_interval(own), change, added, eigenvalue, after))
     return rows
 
 

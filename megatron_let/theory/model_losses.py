@@ -33,10 +33,9 @@ class ModelLosses:
 
 
 def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int]) -> ModelLosses:
-    """Run a model once, and compute its losses.
+    """Run a causal language model of transformers once in evaluation mode; compute its losses.
 
     Args:
-        model: causal language model of transformers in evaluation mode.
         state: teacher's state, `[b, s, d_T]`.
         tokens: `[b, s + 1]`.
         layers: k, 1-based.
@@ -62,19 +61,11 @@ def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int
         logits = model(tokens[:, :-1], use_cache=False).logits
     for handle in handles:
         handle.remove()
-    return ModelLosses(
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()),
-        {k: alignment_loss(hidden[k], state) for k in sorted(layers)},
-        _parameters_by_layer(model, blocks),
+    parameters: dict[int | None, list[Tensor]] = dict(
+        enumerate(list(block.parameters()) for block in blocks)
     )
-
-
-def _parameters_by_layer(
-    model: torch.nn.Module, blocks: torch.nn.ModuleList
-) -> dict[int | None, list[Tensor]]:
-    found: dict[int | None, list[Tensor]] = {
-        index: list(block.parameters()) for index, block in enumerate(blocks)
-    }
-    in_layers = {id(p) for parameters in found.values() for p in parameters}
-    found[None] = [p for p in model.parameters() if id(p) not in in_layers]
-    return found
+    in_layers = {id(p) for of_layer in parameters.values() for p in of_layer}
+    parameters[None] = [p for p in model.parameters() if id(p) not in in_layers]
+    nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    alignment = {k: alignment_loss(hidden[k], state) for k in sorted(layers)}
+    return ModelLosses(nll, alignment, parameters)
