@@ -7,8 +7,6 @@
 The script keeps its model builder, data provider and forward step.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable

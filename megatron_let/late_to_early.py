@@ -1,7 +1,5 @@
 """LET in any PyTorch training loop, without Megatron."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

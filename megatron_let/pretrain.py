@@ -1,7 +1,5 @@
 """Entry point: `torchrun ... -m megatron_let.pretrain --config configs/X.yaml [any flag]`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -8,8 +8,6 @@ machine code: registers, spills, shared memory, widths of loads and stores. Writ
 `cosine_interp_roofline.csv`, in tools/benchmark/results/.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The console command `megatron-let`, also `python -m megatron_let.cli`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

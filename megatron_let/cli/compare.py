@@ -7,8 +7,6 @@ A RUN is a folder with metrics.jsonl (and optionally checkpoints/run.json and
 evaluation/results.json) or the metrics file itself. Runs of one NAME are seeds of one variant.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

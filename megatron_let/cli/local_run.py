@@ -1,7 +1,5 @@
 """Train runs of a sweep on this machine, in child processes, and show their progress."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

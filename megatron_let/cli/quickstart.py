@@ -4,8 +4,6 @@ Run it by `bash launch/quickstart.sh`, which first makes the environment. It is 
 preprocessing and of conversion, and the sweep configs/sweep_head_to_head.yaml with one seed.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Show the state of a run of launch/: progress, speed, time left, checkpoint and restarts."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import itertools

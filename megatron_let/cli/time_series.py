@@ -8,8 +8,6 @@ Without --data the sets are those in the package aeon, BasicMotions and Japanese
 interrupted `train` continues: finished runs are kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

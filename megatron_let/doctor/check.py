@@ -1,7 +1,5 @@
 """A finding of the doctor, and the probes that several checks share."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import importlib.util

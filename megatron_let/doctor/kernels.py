@@ -4,8 +4,6 @@ torch's `FileBaton` (`torch/utils/file_baton.py`) creates a file `lock` in a ker
 it open while it compiles, and makes all others wait until the file is gone.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """All checks of one machine: GPUs, memory, disk and installed packages."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

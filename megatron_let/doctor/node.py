@@ -3,8 +3,6 @@
 Writes `VERDICTS/NODE`: empty if the node is fit, else one problem per line.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

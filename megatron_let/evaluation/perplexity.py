@@ -1,7 +1,5 @@
 """Compute perplexity over indexed data, per token and per byte of text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

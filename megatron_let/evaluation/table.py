@@ -1,7 +1,5 @@
 """Report scores in the form of the paper's Table 1: terminal, CSV, JSON and a plot."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

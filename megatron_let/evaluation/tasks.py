@@ -1,7 +1,5 @@
 """The nine tasks of the paper's Table 1, and their local data."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compare runs with a baseline: losses, speed-up, cost, and whether the settings match."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -139,7 +137,7 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
+    def of(cls, values: Iterable[float | None]) -> Self | None:
         """Summarise the finite values; None if there are none."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:

@@ -4,8 +4,6 @@ The guard never stops a run: the evidence is weak, and the user can lower `--let
 `--let-stop-step`.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping
 from itertools import pairwise

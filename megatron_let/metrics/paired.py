@@ -1,7 +1,5 @@
 """Differences between runs in the loss of the same held-out text, with their uncertainty."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The report of a comparison: tables, pictures, CSV files and one self-contained HTML page."""
 
-from __future__ import annotations
-
 import base64
 import html
 import math

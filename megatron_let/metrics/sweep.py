@@ -1,7 +1,5 @@
 """Sweeps: a YAML file of variants, expanded into runs. Nothing is started here."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What each method gains, against how much better its teacher is than the student becomes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write the metrics file: JSON lines, one per training step and one per evaluation."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -1,7 +1,5 @@
 """Checkpoints as wandb artifacts, when the last asynchronous save ends after wandb has finished."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable
@@ -13,7 +11,7 @@ _TARGET = "megatron.training.wandb_utils:on_save_checkpoint_success"
 
 
 def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., None]]]:
-    """Return {patch target: wrapper}; empty unless the run logs to wandb and saves asynchronously."""
+    """Return {patch target: wrapper}, only of a run with wandb and asynchronous saves."""
     return {_TARGET: while_wandb_runs} if args.wandb_project and args.async_save else {}
 
 

@@ -5,8 +5,6 @@
 its last step is saved.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The identity of a run, stored in its output folder so that no other run overwrites it."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib

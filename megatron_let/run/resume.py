@@ -1,7 +1,5 @@
 """Step and checkpoint that a run resumes from."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """End a run without `--save` with a message when Megatron rejects the result of a step."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Curvature of the alignment loss at each depth, and of the whole loss (equations 9 to 17)."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

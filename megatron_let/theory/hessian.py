@@ -1,7 +1,5 @@
 """Estimates from Hessian-vector products: squared Frobenius norm and largest eigenvalue."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The losses of a causal language model, with graphs that can be differentiated twice."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """What the benchmarks share: paths, teachers, runs of the entry and provenance."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

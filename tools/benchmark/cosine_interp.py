@@ -18,8 +18,6 @@ in a cache. Every provider but modelopt, whose projection is another function, i
 with the tests' fp64 reference. The gradient of modelopt's projection is left out of its time.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import itertools

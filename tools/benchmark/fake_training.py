@@ -5,8 +5,6 @@ its states and the hook are real; process groups are torch's fake ones, so one p
 rank of any layout. Device and kernels are the CPU's, except for what `_shims` replaces.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

@@ -7,8 +7,6 @@ and backward passes of a step hold at their peak, as `fake_training.measure` cou
 `tools/plan_run.py` predicts. It needs no GPU and little memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

@@ -12,8 +12,6 @@ stages than cores overlap; the schedule, the transfers and the teacher's calls a
 use at least one core (or, with NCCL, one GPU) per stage.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import functools

@@ -7,8 +7,6 @@ Per-core measurements are restricted to one core. The same text in fewer and in 
 the speed of all cores depends on the number of tasks. Needs orjson, for datatrove's reader.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json

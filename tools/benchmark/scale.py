@@ -10,8 +10,6 @@ microbatches also fixes that of the replicas. `teachers` simulates the two layou
 with deeper and deeper teachers: SmolLM2-1.7B with a multiple of its layers.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

@@ -14,8 +14,6 @@ Without --teacher, a random teacher of SmolLM2-135M's shape is used: weights do 
 Data is Megatron's mock data. Other flags go to the entry. docs/placement.md has the targets.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import statistics
