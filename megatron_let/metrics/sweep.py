@@ -97,7 +97,7 @@ def load_sweep(path: Path) -> Sweep:
     if not isinstance(values, dict) or values.keys() - _OPTIONAL_KEYS != _KEYS:
         names, more = (", ".join(sorted(keys)) for keys in (_KEYS, _OPTIONAL_KEYS))
         raise RecipeError(f"The sweep {path} must have exactly {names}, and may have {more}.")
-    values = {"common": {}, "teachers": {}} | values
+    values = dict[str, Any](common={}, teachers={}) | values
     _check_types(path, values)
     sweep = Sweep(
         title=str(values["title"]),

@@ -143,7 +143,7 @@ def _hub_id(model: str) -> tuple[str, str] | None:
 
 def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     """Return the settings that distinguish this run from another."""
-    values = {name: getattr(args, name, None) for name in _IDENTITY}
+    values: dict[str, Any] = {name: getattr(args, name, None) for name in _IDENTITY}
     values["hybrid_layer_pattern"] = without_stages(values["hybrid_layer_pattern"])
     values["tokenizer_model"] = _tokenizer_id(values["tokenizer_model"])
     for name in ("data_path", "train_data_path"):
