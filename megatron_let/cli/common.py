@@ -30,7 +30,6 @@ def run_command(
     Args:
         name: printed before an error, as in `plan: error: The recipe ...`.
         command: takes a console on stderr for messages, returns the exit code.
-        on_interrupt: printed after Ctrl-C.
 
     Returns:
         The command's exit code, 2 after a `LETError`, 130 after Ctrl-C.

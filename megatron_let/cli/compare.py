@@ -40,7 +40,6 @@ def report(
     Args:
         baseline: name of the baseline; None selects the one without a teacher.
         command: the command that made the report, for the provenance.
-        remarks: sentences for the notes.
 
     Raises:
         LETError: there is no baseline.

@@ -50,12 +50,9 @@ def interruptible() -> Iterator[None]:
 
 
 def run_environment(data: Path, teacher: Path, processes: int = 1) -> dict[str, str]:
-    """Return the environment of a run: the recipes' variables, its cores, and no network.
+    """Return the environment of one of the processes that share the cores.
 
-    Args:
-        data: folder of the indexed data.
-        teacher: folder of the teacher and its tokenizer.
-        processes: number of processes that share the cores.
+    It has the recipes' variables: folders of the indexed data, and of teacher and tokenizer.
     """
     cores = max(1, len(os.sched_getaffinity(0)) // processes)
     variables = {"DATA": str(data), "TEACHER": str(teacher)}
@@ -152,14 +149,9 @@ def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
 
 @dataclass
 class Trainer:
-    """Trains runs on this machine, several at a time.
+    """Trains runs on this machine, `jobs` at a time, in the environment of `run_environment`.
 
-    Attributes:
-        environment: result of `run_environment`.
-        console: shows progress and time left.
-        jobs: number of runs at a time.
-        nproc_per_node: number of ranks of a run.
-        verbose: also show the runs' output.
+    The console shows progress and time left; with `verbose`, also the runs' output.
     """
 
     environment: Mapping[str, str]

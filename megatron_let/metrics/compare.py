@@ -30,7 +30,6 @@ class ComparedRun:
     Attributes:
         name: name of its variant; runs of one name differ in the seed.
         path: its folder or metrics file.
-        metrics: its metrics file, loaded.
         settings: settings by argument name; None if the folder does not record them.
         downstream: average accuracy in percent of the last evaluated checkpoint.
     """
@@ -105,10 +104,7 @@ def _downstream(folder: Path) -> float | None:
 
 
 def find_baseline(runs: list[ComparedRun], name: str | None) -> str:
-    """Return the name of the baseline.
-
-    Args:
-        name: the requested name; None selects the only name whose runs had no teacher.
+    """Return `name`, or for None the only name whose runs had no teacher.
 
     Raises:
         LETError: no run has that name, or not exactly one name has no teacher.
@@ -172,14 +168,10 @@ class Variant:
 
 
 def compare(runs: list[ComparedRun], baseline: str) -> list[Variant]:
-    """Compare each run with the baseline of its seed, or else the first.
-
-    Args:
-        runs: the runs, in the order to show.
-        baseline: the name of one or more of them.
+    """Compare each run with the run named `baseline` of its seed, or else the first.
 
     Returns:
-        One variant per name, the baseline first.
+        One variant per name in the order of the runs, but the baseline first.
     """
     by_name: dict[str, list[ComparedRun]] = {baseline: []}
     for run in runs:
@@ -236,11 +228,7 @@ def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | No
 
 
 def steps_to_reach(valid_loss: Curve, target: float) -> float | None:
-    """Return the first step, interpolated between evaluations, with a loss of at most `target`.
-
-    Returns:
-        None if the loss never gets there.
-    """
+    """Return the first step, interpolated, with a loss of at most `target`; None for never."""
     previous: tuple[int, float] | None = None
     for step in sorted(valid_loss):
         loss = valid_loss[step]

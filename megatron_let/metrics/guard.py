@@ -28,7 +28,6 @@ class Guard:
 
     Args:
         baseline: held-out loss by iteration of the same model without a teacher; empty if unknown.
-        warn: called with one sentence.
     """
 
     def __init__(self, baseline: Mapping[int, float], warn: Callable[[str], None]) -> None:

@@ -12,10 +12,9 @@ QUANTILES = (0.025, 0.975)
 
 
 def last_difference(run: RunMetrics, baseline: RunMetrics) -> float | None:
-    """Return the loss of a run minus the baseline's, at the baseline's last evaluation.
+    """Return the loss of a run minus the baseline's, at the last evaluation of the baseline.
 
-    Returns:
-        None if the run was not evaluated there.
+    None if the run was not evaluated there.
     """
     last = max(baseline.valid_loss, default=None)
     if last is None or last not in run.valid_loss:
@@ -28,9 +27,7 @@ def interval(pairs: Sequence[tuple[RunMetrics, RunMetrics]]) -> tuple[float, flo
 
     The evaluation's microbatches are resampled, the same ones for both runs of a pair and for all
     pairs: it is the uncertainty that comes from the choice of the held-out text, with these seeds.
-
-    Returns:
-        None if a run has no losses of microbatches, or another number of them.
+    None if a run has no losses of microbatches, or another number of them.
     """
     rows: list[np.ndarray] = []
     for run, baseline in pairs:

@@ -214,14 +214,10 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def sbatch_line(run: SweepRun, launch: Path) -> str:
-    """Return the command that submits a run.
-
-    Args:
-        run: a run whose recipe is named METHOD_SIZE.yaml.
-        launch: folder of the job scripts.
+    """Return the command that submits a run whose recipe is named METHOD_SIZE.yaml.
 
     Raises:
-        RecipeError: its recipe has no job script.
+        RecipeError: the folder `launch` has no job script for the recipe.
     """
     method, _, size = run.recipe.stem.partition("_")
     script = launch / f"pretrain_{size}_{method}.sh"

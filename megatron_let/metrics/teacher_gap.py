@@ -47,7 +47,6 @@ def gains(
     Args:
         runs: method, teacher and run; left out if it was not evaluated at the baseline's last step.
         teacher_losses: each teacher's last held-out loss.
-        baselines: runs without a teacher.
     """
     found = []
     for method, teacher, run in runs:

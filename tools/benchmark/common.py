@@ -1,6 +1,5 @@
 """What the benchmarks share: paths, teachers, runs of the entry and provenance."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ RESULTS_FOLDER = ROOT / "tools" / "benchmark" / "results"
 # A script that is started by its path finds only its own folder.
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from megatron_let.cli.common import command_line  # noqa: E402
 from megatron_let.compat.device import Host  # noqa: E402
 from megatron_let.metrics.provenance import provenance  # noqa: E402
 from megatron_let.planner.sizes import TransformerSize  # noqa: E402
@@ -21,8 +21,7 @@ CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
 
 def source() -> dict[str, str]:
     """Return the provenance of the running script's numbers."""
-    name = Path(sys.argv[0]).name
-    return provenance(" ".join([f"python tools/benchmark/{name}", *sys.argv[1:]]))
+    return provenance(command_line())
 
 
 def llama_config(size: TransformerSize, **others: Any) -> Any:
@@ -69,8 +68,3 @@ def run_entry(program: list[str], ranks: int, **variables: str) -> str:
     if run.returncode:
         sys.exit(f"{' '.join(program)} failed:\n{run.stdout[-4000:]}")
     return run.stdout
-
-
-def metrics_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

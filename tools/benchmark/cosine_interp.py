@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch._dynamo
 from common import RESULTS_FOLDER
-from kernel_report import SHAPES, minimal_bytes
+from kernel_report import DTYPES, SHAPES, minimal_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
@@ -45,7 +45,6 @@ from tests.helpers.exact_cosine import exact_cosine, exact_gradient, relative_er
 
 RESULTS = RESULTS_FOLDER / "cosine_interp.csv"
 Differentiable = Callable[[Tensor, Tensor], Tensor]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "both")
 QUANTILES = (0.2, 0.5, 0.8)
 # The loss is -SCALE * cos, summed over tokens.

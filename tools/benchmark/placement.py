@@ -24,11 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
+from common import RESULTS_FOLDER, ROOT, run_entry, save_teacher, source
 
 from megatron_let.cli.common import print_table
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.provenance import write_csv
+from megatron_let.metrics.read import load_metrics
 from megatron_let.planner.sizes import TransformerSize
 
 RESULTS = RESULTS_FOLDER / "placement.csv"
@@ -153,7 +154,7 @@ def _train(
         program, stages, OMP_NUM_THREADS="1", TEACHER=str(teacher),
         EMULATE_STAGES=str(stages) if options.emulate else "",
     )  # fmt: skip
-    return log, metrics_rows(folder / METRICS)
+    return log, [*load_metrics(folder / METRICS).steps.values()]
 
 
 # Figures

@@ -103,9 +103,12 @@ def _jobs(options: argparse.Namespace, scratch: Path) -> dict[str, Job]:
         name = f"ours, Hugging Face, {tasks} tasks, {cores} workers"
         jobs[name] = _ours(scratch / f"{tasks}", HUGGING_FACE, folder, cores)
     if options.sentence_piece:
-        model = options.sentence_piece
-        converted = scratch / "converted"
-        _convert_sentence_piece(model, converted)
+        from transformers import LlamaTokenizer
+
+        # datatrove reads no .model file.
+        model, converted = options.sentence_piece, scratch / "converted"
+        tokenizer = LlamaTokenizer.from_pretrained(str(model.parent), vocab_file=str(model))
+        tokenizer.save_pretrained(converted)
         jobs["ours, SentencePiece"] = _ours(corpus, "SentencePieceTokenizer", model, 1)
         jobs["datatrove, SentencePiece"] = _datatrove(corpus, converted)
     return jobs
@@ -143,13 +146,6 @@ def _datatrove(corpus: Path, tokenizer: Path) -> Job:
             step.run(JsonlReader(str(corpus)).run(rank=rank, world_size=TASKS), rank, TASKS)
 
     return job
-
-
-def _convert_sentence_piece(model: Path, folder: Path) -> None:
-    """Convert a SentencePiece model to a tokenizer that datatrove can read."""
-    from transformers import LlamaTokenizer
-
-    LlamaTokenizer.from_pretrained(str(model.parent), vocab_file=str(model)).save_pretrained(folder)
 
 
 def _measure(job: Job, out: Path, cores: set[int]) -> dict[str, float]:

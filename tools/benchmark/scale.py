@@ -63,19 +63,16 @@ def main() -> int:
     parser.add_argument("table", choices=("steps", "teachers", "failures"))
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write (steps)")
     options = parser.parse_args()
-    if options.table == "failures":
-        _print(list(failure_rows()))
-        return 0
     prepare_process(CPU, 0)
-    if options.table == "teachers":
-        _print(list(teacher_rows()))
-        return 0
+    make = {"steps": step_rows, "teachers": teacher_rows, "failures": failure_rows}
     rows = []
-    for row in step_rows():
-        print(*row.values(), flush=True)
+    for row in make[options.table]():
         rows.append(row)
-    write_csv(options.csv, rows, source())
-    _print(rows)
+        if options.table == "steps":
+            print(*row.values(), flush=True)
+    if options.table == "steps":
+        write_csv(options.csv, rows, source())
+    print_table(None, [[*rows[0]], *([*row.values()] for row in rows)], 160)
     return 0
 
 
@@ -178,10 +175,6 @@ def failure_rows() -> Iterator[dict[str, Any]]:
                     "interval min": f"{interval / 60:.0f}",
                     **shares,
                 }
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    print_table(None, [[*rows[0]], *([*row.values()] for row in rows)], 160)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 import yaml
-from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
+from common import RESULTS_FOLDER, ROOT, run_entry, save_teacher, source
 
 from megatron_let.cli.common import print_table
 from megatron_let.metrics.provenance import write_csv
+from megatron_let.metrics.read import load_metrics
 from megatron_let.planner.sizes import TEACHERS, teacher_size
 
 RESULTS = RESULTS_FOLDER / "step_time.csv"
@@ -122,7 +123,7 @@ def train(
         *("--let-metrics-path", str(metrics), *flags),
     ]
     run_entry(program, 1, TEACHER=str(teacher))
-    return metrics_rows(metrics)
+    return [*load_metrics(metrics).steps.values()]
 
 
 # Figures
