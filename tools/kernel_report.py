@@ -23,9 +23,7 @@ RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     # Before the imports below, which take seconds.
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the CSV files")
-    FOLDER = parser.parse_args().folder
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -41,8 +39,6 @@ WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (tokens, d_M, d_T) of the benchmark.
 SHAPES = [(20_480, 2048, 576), (5_120, 4096, 2048), (65_536, 4096, 2048)]
-
-
 # Ten times the compute capability, and bytes/s of NVIDIA's data sheet.
 GPUS = {"A100 SXM 80 GB": (80, 2.039e12), "H100 SXM": (90, 3.35e12)}
 
@@ -133,16 +129,16 @@ def roofline() -> Iterable[dict[str, Any]]:
         yield row | {f"{gpu} ms": round(size / rate * 1e3, 4) for gpu, (_, rate) in GPUS.items()}
 
 
-def main(folder: Path) -> None:
-    """Measure, and write both CSV files to `folder`."""
+def main() -> None:
+    """Measure, and write both CSV files."""
     stamp = {
         "triton": triton.__version__,
         "ptxas": knobs.nvidia.ptxas.version,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    write_csv(folder / "cosine_interp_resources.csv", list(resources()), stamp)
-    write_csv(folder / "cosine_interp_roofline.csv", list(roofline()), {})
+    write_csv(RESULTS / "cosine_interp_resources.csv", list(resources()), stamp)
+    write_csv(RESULTS / "cosine_interp_roofline.csv", list(roofline()), {})
 
 
 if __name__ == "__main__":
-    main(FOLDER)
+    main()

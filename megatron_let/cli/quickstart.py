@@ -39,8 +39,9 @@ from megatron_let.planner.sizes import TransformerSize, teacher_size
 
 SIGNATURE = "quickstart.json"
 SMOLLM2 = "smollm2"
+_ALREADY_DONE = "      already done"
 _SWEEP = Path("sweep_head_to_head")
-_TEACHER_RECIPE = Path("quickstart_teacher.yaml")
+_STUDENT_RECIPE, _TEACHER_RECIPE = Path("quickstart_baseline"), Path("quickstart_teacher")
 _VOCAB_SIZE = 4096
 # The small model sees seven times the student's tokens; on a GPU, fourteen times.
 _TEACHER_STEPS_PER_STEP = 7
@@ -107,6 +108,8 @@ class _Quickstart:
         self.teacher_run = self.output / "teacher_training"
         self.log = self.output / "quickstart.log"
         self.gpu = _has_gpu()
+        self.student = load_recipe(_STUDENT_RECIPE) | (_GPU_STUDENT if self.gpu else {})
+        self.small = load_recipe(_TEACHER_RECIPE) | (_GPU_TEACHER if self.gpu else {})
         self.steps: int = options.steps or (_GPU_STEPS if self.gpu else _STEPS)
         self.teacher_steps = _TEACHER_STEPS_PER_STEP * self.steps
         # Ranks of the small model, and then students at a time.
@@ -173,7 +176,7 @@ class _Quickstart:
         own = f" and a tokenizer of {_VOCAB_SIZE:,} tokens" if self.trains_teacher else ""
         self._say_stage(f"text{own}, 10 to 60 seconds: {', '.join(texts)}")
         if (self.data / DONE).is_file():
-            return self._say_done()
+            return say(self.console, _ALREADY_DONE)
         held_out, training = _split(list(self._documents()))
         if self.trains_teacher:
             _train_tokenizer(training, tokenizer)
@@ -194,21 +197,16 @@ class _Quickstart:
         if self.options.text:
             yield from _text_files(self.options.text)
             return
-        settings = self._teacher_settings() if self.trains_teacher else self._student_settings()
-        steps = self.teacher_steps if self.trains_teacher else self.steps
+        settings, steps = self.student, self.steps
+        if self.trains_teacher:
+            settings, steps = self.small, self.teacher_steps
         tokens = steps * settings["global-batch-size"] * settings["seq-length"]
         yield from environment_text(max(tokens * _BYTES_PER_TOKEN, 1_000_000))
-
-    def _student_settings(self) -> dict[str, Any]:
-        return load_recipe(Path("quickstart_baseline.yaml")) | (_GPU_STUDENT if self.gpu else {})
-
-    def _teacher_settings(self) -> dict[str, Any]:
-        return load_recipe(_TEACHER_RECIPE) | (_GPU_TEACHER if self.gpu else {})
 
     def _train_teacher(self) -> Path:
         """Train the small model, and return its Hugging Face folder."""
         folder = self.output / "teacher"
-        size = _size(self._teacher_settings(), _VOCAB_SIZE)
+        size = _size(self.small, _VOCAB_SIZE)
         self._say_stage(
             f"the small model, {_millions(size)} parameters: {self.teacher_steps} steps"
         )
@@ -218,7 +216,7 @@ class _Quickstart:
         self._train({self.teacher_run: run}, self.output / "tokenizer", 1, self.processes)
         self._say_stage("its checkpoint as a Hugging Face folder, about 10 seconds")
         if (folder / "config.json").is_file():
-            self._say_done()
+            say(self.console, _ALREADY_DONE)
         export(self.teacher_run, folder, self.log, self.verbose)
         self._say_cost(size)
         return folder
@@ -238,8 +236,7 @@ class _Quickstart:
 
     def _say_cost(self, teacher: TransformerSize) -> None:
         """Say how an aligned step compares with a plain one, in arithmetic."""
-        settings = self._student_settings()
-        student, length = _size(settings, teacher.vocab_size), settings["seq-length"]
+        student, length = _size(self.student, teacher.vocab_size), self.student["seq-length"]
         share = teacher.forward_flops(length, False) / (3 * student.forward_flops(length, True))
         text = f"      an aligned step has {1 + share:.2f} times the arithmetic of a plain one"
         if _parameters(teacher) > _parameters(student):
@@ -303,9 +300,6 @@ class _Quickstart:
             for stream, saved in streams.items():
                 os.dup2(saved, stream)
                 os.close(saved)
-
-    def _say_done(self) -> None:
-        say(self.console, "      already done")
 
 
 def _has_gpu() -> bool:

@@ -37,6 +37,8 @@ CYCLE = ("baseline", "aligned-stage", "spread", "first bubble", "bubble")
 # Steps before the first cycle; the scheduler measures in the second one.
 WARMUP = 3
 TEACHER_SHARE = 0.0825
+# Width of the teacher's MLP, at which it takes that share of the computed passes.
+TEACHER_FFN = 768
 # Seconds that an emulated forward pass sleeps; a backward takes two.
 EMULATED_FORWARD = 0.05
 COSTS = re.compile(r"stages forward (\S+), backward (\S+), teacher (\S+)\)")
@@ -64,9 +66,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--cycles", type=int, default=8, help="measured cycles of the variants")
     parser.add_argument("--emulate", action="store_true", help="passes sleep for their cost")
-    parser.add_argument(
-        "--teacher-ffn", type=int, default=768, help="teacher's MLP width, which sets its cost"
-    )
     return parser.parse_args()
 
 
@@ -133,7 +132,7 @@ def _train(
     folder: Path, stages: int, options: argparse.Namespace
 ) -> tuple[str, list[dict[str, Any]]]:
     """Run the entry; return its log and the rows of its metrics file."""
-    ffn = 48 if options.emulate else options.teacher_ffn
+    ffn = 48 if options.emulate else TEACHER_FFN
     teacher = save_teacher(
         folder / "teacher", TransformerSize(2, 192, ffn, 4, 4, 48, True, VOCAB), 512
     )
