@@ -86,14 +86,8 @@ def _measure(given: argparse.Namespace, path: Path, console: Console) -> list[Cu
     state = load_teacher(folder, settings, device).hidden_state(tokens[:, :-1])
     losses = model_losses(model, state, tokens, given.layers)
     with console.status(str(path)) as status:
-        return measure(
-            losses.nll,
-            losses.alignment,
-            losses.parameters,
-            given.weight,
-            Probes(given.probes, given.starts),
-            lambda text: status.update(f"{path}: {text}"),
-        )
+        probes = Probes(given.probes, given.starts)
+        return measure(losses, given.weight, probes, lambda t: status.update(f"{path}: {t}"))
 
 
 def _tokens(given: argparse.Namespace, vocab_size: int) -> Tensor:

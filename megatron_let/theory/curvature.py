@@ -1,14 +1,12 @@
 """Curvature of the alignment loss at each depth, and of the whole loss (equations 9 to 17)."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_let.losses.interpolation import Interpolation, check_shapes
 from megatron_let.theory.hessian import (
     Interval,
     Product,
@@ -17,6 +15,7 @@ from megatron_let.theory.hessian import (
     mean_interval,
     random_signs,
 )
+from megatron_let.theory.model_losses import ModelLosses
 
 
 @dataclass(frozen=True)
@@ -58,40 +57,21 @@ class Curvature:
     nonzero_after: int | None
 
 
-def alignment_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
-    """Return the token mean of equation 7, differentiable twice; 0-dim.
-
-    Args:
-        hidden: student's state, `[..., d_M]`.
-        teacher: `[..., d_T]`, a constant.
-    """
-    check_shapes(hidden, teacher)
-    interpolated = Interpolation(hidden, teacher).apply(hidden)
-    return -F.cosine_similarity(interpolated, teacher, dim=-1).mean()
-
-
 def measure(
-    nll: Tensor,
-    alignment: Mapping[int, Tensor],
-    parameters: Mapping[int | None, Sequence[Tensor]],
-    weight: float,
-    probes: Probes,
-    progress: Callable[[str], None],
+    losses: ModelLosses, weight: float, probes: Probes, progress: Callable[[str], None]
 ) -> list[Curvature]:
     """Estimate the curvature of the losses of one model.
 
     All losses get the same probes, so that differences between them have narrow intervals.
 
     Args:
-        nll: language-model loss, 0-dim.
-        alignment: loss at layer k, by k in increasing order.
-        parameters: of each layer (0-based), and of everything else under None.
         weight: lambda of equation 9.
         progress: called with what is being computed.
 
     Returns:
         `nll`, then `alignment` and `total` for each k.
     """
+    nll, alignment, parameters = losses.nll, losses.alignment, losses.parameters
     # Layers in order, so that what follows layer k is a tail; None, which has the embedding, first.
     order = sorted(parameters, key=lambda layer: -1 if layer is None else layer)
     flat = [p for layer in order for p in parameters[layer]]

@@ -11,23 +11,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_let.errors import LETError
+from megatron_let.losses.interpolation import Interpolation, check_shapes
 from megatron_let.teacher.model import layer_list
-from megatron_let.theory.curvature import alignment_loss
 
 
 @dataclass(frozen=True)
 class ModelLosses:
-    """Arguments of `curvature.measure`.
+    """Losses of a model, and the parameters that they are differentiated by.
 
     Attributes:
         nll: mean loss per token, 0-dim.
-        alignment: loss at layer k, by k.
+        alignment: loss at layer k, by k in increasing order.
         parameters: of each layer (0-based), and of everything else under None.
     """
 
     nll: Tensor
     alignment: dict[int, Tensor]
     parameters: dict[int | None, list[Tensor]]
+
+
+def alignment_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
+    """Return the token mean of equation 7, differentiable twice; 0-dim.
+
+    Args:
+        hidden: student's state, `[..., d_M]`.
+        teacher: `[..., d_T]`, a constant.
+    """
+    check_shapes(hidden, teacher)
+    interpolated = Interpolation(hidden, teacher).apply(hidden)
+    return -F.cosine_similarity(interpolated, teacher, dim=-1).mean()
 
 
 def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int]) -> ModelLosses:
