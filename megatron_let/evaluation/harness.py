@@ -102,11 +102,7 @@ def _file_name(identity: dict[str, Any], task: Task, data: Path | None) -> str:
 
 
 def check_installed() -> None:
-    """Check that lm-eval is installed.
-
-    Raises:
-        LETError: it is not; says how to install it.
-    """
+    """Raise a LETError that says how to install lm-eval if it is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

@@ -86,11 +86,7 @@ def write_results_json(
 
 
 def plot_average(path: Path, rows: Sequence[Row], tasks: Sequence[Task]) -> bool:
-    """Plot the average accuracy against training tokens if two models or more have a count.
-
-    Returns:
-        Whether a plot was written.
-    """
+    """Plot the average accuracy against tokens; return False if fewer than two models have any."""
     # Keyed by run: the checkpoint's name without its iteration.
     runs: dict[str, list[Row]] = {}
     for row in rows:

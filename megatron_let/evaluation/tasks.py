@@ -55,10 +55,7 @@ def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
 
 
 def local_data(task: Task, data: Path) -> dict[str, Any]:
-    """Return the settings that make lm-eval's task read local files.
-
-    Args:
-        data: folder with `NAME/SPLIT.jsonl`.
+    """Return the settings that make lm-eval's task read `NAME/SPLIT.jsonl` in the folder `data`.
 
     Raises:
         LETError: the folder has no validation or test split of the task.

@@ -46,11 +46,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep.
-
-    Attributes:
-        flags: flags after the recipe.
-    """
+    """One run of a sweep; its flags come after the recipe."""
 
     variant: str
     seed: int

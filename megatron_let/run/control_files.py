@@ -37,15 +37,11 @@ def mark_done(args: argparse.Namespace) -> None:
 
 
 class ControlFiles:
-    """Looks for the control files on rank 0 and broadcasts what it finds.
-
-    Args:
-        save_interval: iterations between Megatron's own saves; None for never.
-    """
+    """Looks for the control files on rank 0 and broadcasts what it finds."""
 
     def __init__(self, folder: Path, save_interval: int | None) -> None:
-        self._folder = folder
-        self._save_interval = save_interval
+        # The interval is that of Megatron's own saves, in iterations; None for never.
+        self._folder, self._save_interval = folder, save_interval
 
     def wrap_checkpoint_and_decide_exit(self, original: Callable[..., bool]) -> Callable[..., bool]:
         """Wrap `checkpoint_and_decide_exit`: obey the control files after it."""

@@ -170,11 +170,7 @@ def _data_id(item: str) -> str:
 
 
 def _content_id(name: str, files: list[Path], ends: bool = False) -> str:
-    """Return `NAME#DIGEST` of the sizes and the first MiB of the files, wherever they are.
-
-    Args:
-        ends: digest the last MiB of each file too.
-    """
+    """Return `NAME#DIGEST` of the sizes and first (with `ends` also last) MiB of the files."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -51,12 +51,9 @@ def save_teacher(folder: Path, size: TransformerSize, max_position_embeddings: i
 
 
 def run_entry(program: list[str], ranks: int, **variables: str) -> str:
-    """Run a program with torchrun and return its output; exit with its end if it fails.
+    """Run a program (`-m MODULE` or a file, and flags) with torchrun, and return its output.
 
-    Args:
-        program: `-m MODULE` or a file, and its flags.
-        ranks: processes on this machine.
-        variables: of the environment.
+    Exit with the end of the output if it fails. `variables` are of the environment.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -130,11 +130,7 @@ def train(
 
 
 def blocks(steps: list[Step], counted: int) -> list[Block]:
-    """Split a run into the counted steps of each block; blocks with odd index had a teacher.
-
-    Raises:
-        ValueError: the run does not end with a complete block without a teacher.
-    """
+    """Split a run into the counted steps of each block; blocks with odd index had a teacher."""
     length = SETTLING + counted
     if len(steps) % (2 * length) != length:
         raise ValueError(f"{len(steps)} steps are not an odd number of blocks of {length}")
@@ -156,12 +152,7 @@ def peak(block: Block) -> int:
 
 
 def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
-    """Return one row of the results.
-
-    Args:
-        taken: result of `blocks`.
-        baseline_peak: bytes of a block before the teacher was loaded; None if not measured.
-    """
+    """Return one row of the results; `baseline_peak` is in bytes before the teacher was loaded."""
     low, middle, high = statistics.quantiles(step_ratios(taken), n=4, method="inclusive")
     baseline = [step["step_seconds"] for block in taken[::2] for step in block]
     row: dict[str, Any] = {
