@@ -60,7 +60,7 @@ def run_environment(data: Path, teacher: Path, processes: int = 1) -> dict[str, 
     return {"OMP_NUM_THREADS": str(cores), **os.environ, **variables, "HF_HUB_OFFLINE": "1"}
 
 
-class Child:
+class Child(subprocess.Popen[bytes]):
     """A child process whose output is appended to a log file."""
 
     def __init__(
@@ -72,7 +72,7 @@ class Child:
         with log.open("a") as stream:
             self._start = self._shown = stream.tell()
             # In a session of its own, so that Ctrl-C reaches this process alone, which ends it.
-            self._process = subprocess.Popen(
+            super().__init__(
                 command, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
 
@@ -81,10 +81,6 @@ class Child:
         new = self.log.read_bytes()[self._shown :]
         self._shown += len(new)
         say(console, new.decode(errors="replace"), end="")
-
-    def running(self) -> bool:
-        """Return whether the process runs."""
-        return self._process.poll() is None
 
     def check(self) -> None:
         """Raise a LETError that names the first error line and the log if the process failed."""
@@ -101,12 +97,8 @@ class Child:
 
     def terminate(self) -> None:
         """Ask the process and its workers to end; torchrun ends its ranks, of other sessions."""
-        if self.running():
-            os.killpg(self._process.pid, signal.SIGTERM)
-
-    def wait(self) -> int:
-        """Return the exit code, once the process ended."""
-        return self._process.wait()
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGTERM)
 
 
 def run_command_line(
@@ -123,7 +115,7 @@ def run_command_line(
     """
     child = Child(name, command, environment, log)
     try:
-        while child.running():
+        while child.poll() is None:
             time.sleep(_POLL_SECONDS / 10)
             if verbose is not None:
                 child.show(verbose)
@@ -211,7 +203,7 @@ class Trainer:
         """Show a run's progress; return its message if it failed."""
         run, child = self._running[task]
         # Before the metrics are read, so that the last step is shown.
-        ended = not child.running()
+        ended = child.poll() is not None
         if self.verbose:
             child.show(self.console)
         metrics = load_metrics(child.log.with_name(METRICS))
