@@ -108,7 +108,7 @@ def run_command_line(
     log: Path,
     verbose: Console | None,
 ) -> None:
-    """Run a command to its end; its output goes to `log`, and to `verbose` if given.
+    """Run a command to its end, with its output in `log`, and on `verbose` if given.
 
     Raises:
         LETError: the command failed.

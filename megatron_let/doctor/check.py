@@ -16,8 +16,6 @@ class Check:
     """One finding.
 
     Attributes:
-        name: the checked item.
-        found: the value found.
         path: the code path that a run takes, or the fix if `ok` is false.
         ok: this finding does not prevent a run.
     """

@@ -99,7 +99,6 @@ def perplexity(
     Args:
         model: transformers model on its device.
         prefix: path of indexed data without suffix.
-        length: context length in tokens.
         tokenizer: folder or `.model` file of the data's tokenizer, which is compared with the
             data, and counts the bytes of the text; None leaves both out.
         batch_size: windows per forward pass.

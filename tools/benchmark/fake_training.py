@@ -40,8 +40,6 @@ class FakeRun:
     """One rank of a planned run.
 
     Attributes:
-        config: the recipe.
-        flags: Megatron flags that override the recipe.
         stage: pipeline stage; the rank is the first of this stage.
         request, planned: the planner's, whose layout and placement the run has.
     """

@@ -50,7 +50,6 @@ class Case:
 
     Attributes:
         recipe: its name in configs/, or its path.
-        flags: Megatron flags.
         chunks: model chunks per stage.
         stages: pipeline stages to measure.
         gpus: number and type of the ranks.
