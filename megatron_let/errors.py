@@ -1,7 +1,5 @@
 """LETError, a one-sentence error message for the user, and its output."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -58,9 +56,9 @@ def refusal_by_another_package(error: Exception) -> LETError | None:
 
 def _write_traceback(text: str) -> Path:
     name = f"error-rank{os.environ.get('RANK', '0')}.log"
-    for folder in (os.environ.get("OUTPUT"), tempfile.gettempdir()):
+    for folder in (os.environ.get("OUTPUT") or tempfile.gettempdir(), tempfile.gettempdir()):
         with contextlib.suppress(OSError):
-            path = Path(folder or tempfile.gettempdir()) / name
+            path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             return path

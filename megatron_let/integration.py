@@ -7,8 +7,6 @@
 The script keeps its model builder, data provider and forward step.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable
@@ -51,10 +49,7 @@ _TRAINING = "megatron.training.training:"
 
 
 def enable(args: argparse.Namespace) -> PatchSet:
-    """Enable LET and its metrics for the next `pretrain()`, as configured by `args`.
-
-    Args:
-        args: result of Megatron's `parse_and_validate_args`.
+    """Enable LET and its metrics for the next `pretrain()`, as configured by Megatron's `args`.
 
     Returns:
         The applied patches; `undo()` removes them.
@@ -80,8 +75,7 @@ def enable_on_engine(args: argparse.Namespace, config: LETConfig) -> PatchSet:
     """Apply `enable` for any engine, once `Engine.enable` has set it up; see `enable`."""
     wrappers = _metrics_wrappers(args, config) | _method_wrappers(args, config)
     patches = PatchSet().apply_all(wrappers)
-    hub_ids = getattr(args, "let_hub_ids", None) or {}
-    agreed = {f"commits of {hub_id}": pinned for hub_id, pinned in hub_ids.items()}
+    agreed = {f"commits of {given}": pinned for given, pinned in args.let_hub_ids.items()}
     if config.enabled:
         agreed["precisions of the teacher (--let-teacher-dtype)"] = config.teacher_dtype
     if agreed:
@@ -97,10 +91,6 @@ def token_aligner(args: argparse.Namespace, config: LETConfig | None = None) -> 
 
     A script with its own data sets wraps the training set in
     `data.token_alignment.TokenAlignedDataset` with it.
-
-    Args:
-        args: result of Megatron's `parse_and_validate_args`.
-        config: LET's settings; None builds them from `args`.
     """
     config = config or let_config_from_args(args)
     over = resumed_step(args) >= config.stop_step

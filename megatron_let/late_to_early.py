@@ -1,7 +1,5 @@
 """LET in any PyTorch training loop, without Megatron."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,11 +131,7 @@ class LateToEarly:
         self._hook = None
 
     def _check(self, step: int, state: Tensor | None, mask: Tensor | None) -> AlignmentHook:
-        """Check the arguments of `step`; return the hook.
-
-        Raises:
-            LETError: names the argument.
-        """
+        """Check the arguments of `step`; return the hook."""
         if self._hook is None:
             raise LETError(
                 f"LET has ended and step {step} is before stop_step {self._stop_step}; create"
@@ -183,11 +177,7 @@ class _TeacherState:
         self._state = None
 
     def check_used(self) -> None:
-        """Check that the microbatch was aligned.
-
-        Raises:
-            LETError: the layer did not run, or received no gradient.
-        """
+        """Check that the layer ran and received a gradient."""
         if not self._num_forward:
             raise LETError(
                 "The student's layer did not run inside `step()`; give a layer of the model that is"
@@ -202,12 +192,7 @@ class _TeacherState:
 
 @dataclass
 class _LossOfValidTokens:
-    """A loss function (`LossFunction`) on the tokens whose mask is true.
-
-    Attributes:
-        loss: the loss.
-        mask: `[...]` bool of the open step; None for all tokens.
-    """
+    """A loss function (`LossFunction`) on the tokens whose mask, `[...]` bool, is true."""
 
     loss: AlignmentLoss
     mask: Tensor | None = None
@@ -255,10 +240,8 @@ def _scale(
     A number of tokens that is not known on the host is not copied to it.
     """
     if num_tokens is None:
-        if mask is None:
-            num_tokens = teacher_state.shape[:-1].numel()
-        else:
-            num_tokens = mask.bool().sum().clamp(min=1)
+        valid = None if mask is None else mask.bool().sum().clamp(min=1)
+        num_tokens = teacher_state.shape[:-1].numel() if valid is None else valid
     scale = loss_scale * weight / num_tokens
     if isinstance(scale, Tensor):
         return scale.to(teacher_state.device, torch.float32).view(())

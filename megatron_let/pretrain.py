@@ -1,7 +1,5 @@
 """Entry point: `torchrun ... -m megatron_let.pretrain --config configs/X.yaml [any flag]`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -18,11 +16,7 @@ USAGE_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one pretraining and return its exit code.
-
-    Args:
-        argv: arguments after the program's name; None takes them from the command line.
-    """
+    """Run one pretraining with these arguments, or the command line's; return its exit code."""
     host = detect_host()
     # Before any import of Megatron, which reads the environment when it is imported.
     prepare_process(host, int(os.environ.get("RANK", "0")))

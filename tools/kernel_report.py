@@ -8,15 +8,12 @@ machine code: registers, spills, shared memory, widths of loads and stores. Writ
 `cosine_interp_roofline.csv`, in tools/benchmark/results/.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,9 +23,7 @@ RESULTS = ROOT / "tools" / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":
     # Before the imports below, which take seconds.
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="folder of the CSV files")
-    FOLDER = parser.parse_args().folder
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -44,37 +39,8 @@ WIDTHS = [(2048, 576), (2048, 768), (4096, 2048), (2048, 2048), (5120, 4096), (5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (tokens, d_M, d_T) of the benchmark.
 SHAPES = [(20_480, 2048, 576), (5_120, 4096, 2048), (65_536, 4096, 2048)]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """NVIDIA's data-sheet figures; `sm` is ten times the compute capability."""
-
-    name: str
-    sm: int
-    bytes_per_second: float
-
-
-GPUS = [Gpu("A100 SXM 80 GB", 80, 2.039e12), Gpu("H100 SXM", 90, 3.35e12)]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources of one kernel on a GPU of compute capability `sm / 10`."""
-
-    kernel: str
-    d_m: int
-    d_t: int
-    dtype: str
-    sm: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    loads: int
-    loads_16_byte: int
-    stores: int
-    stores_16_byte: int
-    instructions: int
+# Ten times the compute capability, and bytes/s of NVIDIA's data sheet.
+GPUS = {"A100 SXM 80 GB": (80, 2.039e12), "H100 SXM": (90, 3.35e12)}
 
 
 def compile_kernel(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> bytes:
@@ -115,8 +81,8 @@ def _disassemble(cubin: bytes) -> tuple[str, list[str]]:
     return usage.stdout, [line for line in lines if line.endswith(";")]
 
 
-def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> Resources:
-    """Compile a plan and read its machine code."""
+def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> dict[str, Any]:
+    """Compile a plan for compute capability `sm / 10`, and read the resources in its code."""
     usage, code = _disassemble(compile_kernel(plan, dtype, sm))
     registers, stack, shared, local = (
         int(re.search(rf"{name}:(\d+)", usage)[1])  # type: ignore[index]
@@ -127,21 +93,22 @@ def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> Resources:
         return sum(bool(re.search(pattern, line)) for line in code)
 
     spilled = stack + local + count(r"\b(LDL|STL)\b")
-    return Resources(
-        kernel=plan.kernel.__name__, d_m=plan.constants["D_M"], d_t=plan.constants["D_T"],
-        dtype=dtype, sm=sm, registers=registers, spill_bytes=spilled, shared_bytes=shared,
-        loads=count(r"\bLDG"), loads_16_byte=count(r"\bLDG\.\S*128"),
-        stores=count(r"\bSTG"), stores_16_byte=count(r"\bSTG\.\S*128"), instructions=len(code),
-    )  # fmt: skip
+    return {
+        "kernel": plan.kernel.__name__, "d_m": plan.constants["D_M"], "d_t": plan.constants["D_T"],
+        "dtype": dtype, "sm": sm, "registers": registers, "spill_bytes": spilled,
+        "shared_bytes": shared, "loads": count(r"\bLDG"), "loads_16_byte": count(r"\bLDG\.\S*128"),
+        "stores": count(r"\bSTG"), "stores_16_byte": count(r"\bSTG\.\S*128"),
+        "instructions": len(code),
+    }  # fmt: skip
 
 
-def resources() -> Iterable[Resources]:
+def resources() -> Iterable[dict[str, Any]]:
     """Measure every kernel of `WIDTHS` in every dtype on every architecture."""
     for d_m, d_t in WIDTHS:
         for dtype, torch_dtype in DTYPES.items():
             student = torch.empty(1, d_m, dtype=torch_dtype, device="meta")
             plan = cosine_triton.plan(student, d_t)
-            yield from (measure(plan, dtype, gpu.sm) for gpu in GPUS)
+            yield from (measure(plan, dtype, sm) for sm, _ in GPUS.values())
 
 
 def minimal_bytes(tokens: int, d_m: int, d_t: int, itemsize: int) -> dict[str, int]:
@@ -159,19 +126,19 @@ def roofline() -> Iterable[dict[str, Any]]:
     for tokens, d_m, d_t in SHAPES:
         size = minimal_bytes(tokens, d_m, d_t, 2)["both"]
         row = {"tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": "bf16", "bytes": size}
-        yield row | {f"{gpu.name} ms": round(size / gpu.bytes_per_second * 1e3, 4) for gpu in GPUS}
+        yield row | {f"{gpu} ms": round(size / rate * 1e3, 4) for gpu, (_, rate) in GPUS.items()}
 
 
-def main(folder: Path) -> None:
-    """Measure, and write both CSV files to `folder`."""
+def main() -> None:
+    """Measure, and write both CSV files."""
     stamp = {
         "triton": triton.__version__,
         "ptxas": knobs.nvidia.ptxas.version,
         "date": datetime.now(UTC).date().isoformat(),
     }
-    write_csv(folder / "cosine_interp_resources.csv", [asdict(row) for row in resources()], stamp)
-    write_csv(folder / "cosine_interp_roofline.csv", list(roofline()), {})
+    write_csv(RESULTS / "cosine_interp_resources.csv", list(resources()), stamp)
+    write_csv(RESULTS / "cosine_interp_roofline.csv", list(roofline()), {})
 
 
 if __name__ == "__main__":
-    main(FOLDER)
+    main()

@@ -1,8 +1,6 @@
 """Collect real text for experiments: `megatron-let corpus` (cli/corpus.py)."""
 
-import sys
-
 from megatron_let.cli.corpus import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,5 @@
 """Classify time series with a language model, without and with LET: the paper's Table 2."""
 
-import sys
-
 from megatron_let.cli.time_series import main
 
-sys.exit(main())
+raise SystemExit(main())

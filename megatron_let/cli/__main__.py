@@ -1,7 +1,5 @@
 """The console command `megatron-let`, also `python -m megatron_let.cli`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 
@@ -24,11 +22,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the subcommand that `argv` names; return its exit code, 2 if there is no such name.
-
-    Args:
-        argv: arguments after the program's name; None takes them from the command line.
-    """
+    """Run the subcommand that `argv` names; return its exit code, 2 if there is no such name."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())

@@ -7,12 +7,16 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 from megatron_let.errors import LETError
+
+if TYPE_CHECKING:
+    import torch
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -26,7 +30,6 @@ def run_command(
     Args:
         name: printed before an error, as in `plan: error: The recipe ...`.
         command: takes a console on stderr for messages, returns the exit code.
-        on_interrupt: printed after Ctrl-C.
 
     Returns:
         The command's exit code, 2 after a `LETError`, 130 after Ctrl-C.
@@ -64,6 +67,23 @@ def say(console: Console, text: str, style: str | None = None, end: str = "\n") 
 def output_console(width: int = 200) -> Console:
     """Return a console on stdout; a pipe or file gets `width` columns, so tables are not cut."""
     return Console(width=None if sys.stdout.isatty() else width)
+
+
+def print_table(title: str | None, rows: Iterable[Sequence[object]], width: int = 200) -> None:
+    """Print rows, of which the first is the header, on `output_console(width)`."""
+    header, *cells = ([str(cell) for cell in row] for row in rows)
+    table = Table(*header, title=title)
+    for row in cells:
+        table.add_row(*row)
+    output_console(width).print(table)
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """Return the device of that name, or by default a GPU if there is one, else the CPU."""
+    import torch
+
+    # Not torch.cuda, whose shims on a CPU claim a GPU.
+    return torch.device(name or ("cuda" if torch.accelerator.is_available() else "cpu"))
 
 
 def command_line() -> str:

@@ -7,15 +7,11 @@ A RUN is a folder with metrics.jsonl (and optionally checkpoints/run.json and
 evaluation/results.json) or the metrics file itself. Runs of one NAME are seeds of one variant.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
-from megatron_let.cli.common import command_line, output_console, run_command, say
+from megatron_let.cli.common import command_line, output_console, print_table, run_command, say
 from megatron_let.metrics.compare import ComparedRun, compare, find_baseline, load_run
 
 
@@ -44,7 +40,6 @@ def report(
     Args:
         baseline: name of the baseline; None selects the one without a teacher.
         command: the command that made the report, for the provenance.
-        remarks: sentences for the notes.
 
     Raises:
         LETError: there is no baseline.
@@ -56,21 +51,13 @@ def report(
     variants = compare(runs, find_baseline(runs, baseline))
     console = output_console()
     if pair := reports.two_runs(variants):
-        console.print(_table("held-out loss", reports.step_rows(*pair)))
+        print_table("held-out loss", reports.step_rows(*pair))
     # One column per variant: a row of all figures is wider than a terminal.
-    rows = zip(reports.COLUMNS, *reports.table_rows(variants), strict=True)
-    console.print(_table(title, list(rows)))
+    print_table(title, zip(reports.COLUMNS, *reports.table_rows(variants), strict=True))
     for note in (*reports.notes(variants), *remarks):
         say(console, f"- {note}")
     for path in reports.write_comparison(out, title, variants, provenance(command), remarks):
         say(console, f"written: {path}")
-
-
-def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(*rows[0], title=title)
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table
 
 
 def _load(text: str) -> ComparedRun:

@@ -4,8 +4,6 @@ The source `environment` is the code and documentation of this Python environmen
 Debian documentation packages, which apt downloads and does not install.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

@@ -8,13 +8,13 @@ A MODEL is a Megatron checkpoint, a run (its last checkpoint) or a Hugging Face 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
-from megatron_let.cli.common import command_line, output_console, run_command, say
+from megatron_let.cli.common import command_line, device_of, print_table, run_command, say
 from megatron_let.errors import LETError
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from megatron_let.theory.curvature import Curvature
     from megatron_let.theory.hessian import Interval
+
+_INTERVALS = ("squared_norm", "change", "added", "eigenvalue")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +58,7 @@ def _run(given: argparse.Namespace, console: Console) -> int:
     found: dict[str, list[Curvature]] = {}
     for model in given.models:
         found[str(model)] = _measure(given, model, console)
-        output_console().print(_table(str(model), found[str(model)]))
+        print_table(f"{model}: Hessian, 95 % intervals", _table_rows(found[str(model)]))
         # After each model, so that an interrupted command keeps those that are done.
         flat = [{"model": name, **_csv_row(row)} for name, rows in found.items() for row in rows]
         write_csv(table, flat, provenance(command_line()))
@@ -75,8 +77,7 @@ def _measure(given: argparse.Namespace, path: Path, console: Console) -> list[Cu
     from megatron_let.theory.curvature import Probes, measure
     from megatron_let.theory.model_losses import model_losses
 
-    # Not torch.cuda, whose shims on a CPU claim a GPU.
-    device = torch.device(given.device or ("cuda" if torch.accelerator.is_available() else "cpu"))
+    device = device_of(given.device)
     model = load_model(open_model(path), torch.float32, str(device))
     folder = inspect_teacher(given.teacher)
     vocab_size = min(folder.vocab_size, model.config.get_text_config(decoder=True).vocab_size)
@@ -85,14 +86,8 @@ def _measure(given: argparse.Namespace, path: Path, console: Console) -> list[Cu
     state = load_teacher(folder, settings, device).hidden_state(tokens[:, :-1])
     losses = model_losses(model, state, tokens, given.layers)
     with console.status(str(path)) as status:
-        return measure(
-            losses.nll,
-            losses.alignment,
-            losses.parameters,
-            given.weight,
-            Probes(given.probes, given.starts),
-            lambda text: status.update(f"{path}: {text}"),
-        )
+        probes = Probes(given.probes, given.starts)
+        return measure(losses, given.weight, probes, lambda t: status.update(f"{path}: {t}"))
 
 
 def _tokens(given: argparse.Namespace, vocab_size: int) -> Tensor:
@@ -123,29 +118,21 @@ def _tokens(given: argparse.Namespace, vocab_size: int) -> Tensor:
     return tokens
 
 
-def _bounds(interval: Interval | None, digits: str = ".4g") -> str:
-    if interval is None:
-        return "–"
-    value, low, high = (format(x, digits) for x in interval)
-    return f"{value} ({low} to {high})"
+def _bounds(interval: Interval | None) -> str:
+    return "–" if interval is None else "{:.4g} ({:.4g} to {:.4g})".format(*interval)
 
 
-def _table(title: str, rows: list[Curvature]) -> Table:
-    headings = ("loss", "layer", "squared norm", "change", "added to nll", "eigenvalue", "not 0")
-    table = Table(*headings, title=f"{title}: Hessian, 95 % intervals")
+def _table_rows(rows: list[Curvature]) -> Iterator[tuple[Any, ...]]:
+    yield "loss", "layer", "squared norm", "change", "added to nll", "eigenvalue", "not 0"
     for row in rows:
-        table.add_row(
-            row.loss,
-            str(row.layer or "–"),
-            *map(_bounds, (row.squared_norm, row.change, row.added, row.eigenvalue)),
-            "–" if row.nonzero_after is None else str(row.nonzero_after),
-        )
-    return table
+        bounds = (_bounds(getattr(row, name)) for name in _INTERVALS)
+        not_0 = "–" if row.nonzero_after is None else row.nonzero_after
+        yield row.loss, row.layer or "–", *bounds, not_0
 
 
 def _csv_row(row: Curvature) -> dict[str, Any]:
     values: dict[str, Any] = {"loss": row.loss, "layer": row.layer}
-    for name in ("squared_norm", "change", "added", "eigenvalue"):
+    for name in _INTERVALS:
         interval: Interval | None = getattr(row, name)
         value, low, high = (None, None, None) if interval is None else interval
         values |= {name: value, f"{name}_low": low, f"{name}_high": high}

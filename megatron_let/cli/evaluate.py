@@ -8,14 +8,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
-from megatron_let.cli.common import add_command, command_line, output_console, run_command, say
+from megatron_let.cli.common import (
+    add_command,
+    command_line,
+    device_of,
+    print_table,
+    run_command,
+    say,
+)
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.metrics.provenance import provenance, write_csv
@@ -100,12 +106,6 @@ def _add_fetch(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace DIR if it exists")
 
 
-def _device(given: argparse.Namespace) -> str:
-    import torch
-
-    return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _tasks(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.evaluation.harness import check_installed, versions
     from megatron_let.evaluation.tasks import tasks_named
@@ -144,7 +144,7 @@ def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row
     from megatron_let.evaluation.table import Row
 
     weights = open_model(model, given.tokenizer)
-    device = _device(given)
+    device = str(device_of(given.device))
     results = evaluate(
         weights,
         tasks,
@@ -164,7 +164,8 @@ def _dtype(given: argparse.Namespace, weights: Any) -> str | None:
 
     from megatron_let.teacher.precision import cpu_has_bf16
 
-    if given.dtype is None and weights.dtype == torch.bfloat16 and _device(given) == "cpu":
+    device = str(device_of(given.device))
+    if given.dtype is None and weights.dtype == torch.bfloat16 and device == "cpu":
         return None if cpu_has_bf16() else "float32"
     return given.dtype
 
@@ -177,7 +178,7 @@ def _write_table(
 
     shots = f"{given.num_fewshot}-shot accuracy, %"
     limit = f", first {given.limit} items" if given.limit else ""
-    output_console().print(table.terminal_table(rows, tasks, shots + limit))
+    print_table(shots + limit, table.terminal_rows(rows, tasks))
     source = provenance(command_line()) | versions()
     source |= {"num_fewshot": str(given.num_fewshot), "limit": str(given.limit or "none")}
     write_csv(given.output / "results.csv", table.csv_rows(rows, tasks), source)
@@ -201,7 +202,7 @@ def _perplexity(given: argparse.Namespace, console: Console) -> int:
     for model in given.models:
         parts = _parts(given, open_model(model, given.tokenizer), prefixes)
         found[str(model)] = [_values(part) for part in parts]
-        output_console().print(_perplexity_table(str(model), parts))
+        print_table(str(model), _table_rows(parts))
         for part in parts:
             if not math.isfinite(part.per_token):
                 text = f"the loss of {part.name} exceeds 709, so its perplexity is infinite"
@@ -223,7 +224,7 @@ def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> lis
 
     name = _dtype(given, weights)
     dtype = getattr(torch, name) if name else None
-    model = load_model(weights, dtype, _device(given))
+    model = load_model(weights, dtype, str(device_of(given.device)))
     parts = [
         perplexity(
             model, p, given.seq_length, weights.tokenizer, given.batch_size, given.max_tokens
@@ -246,22 +247,16 @@ def _values(part: Perplexity) -> dict[str, Any]:
     }
 
 
-def _perplexity_table(title: str, parts: list[Perplexity]) -> Table:
-    headings = ("data", "tokens", "bytes", "loss", "per token", "per byte", "bits per byte")
-    table = Table(*headings, title=title)
+def _table_rows(parts: list[Perplexity]) -> Iterator[tuple[str, ...]]:
+    yield "data", "tokens", "bytes", "loss", "per token", "per byte", "bits per byte"
     for part in parts:
-        per_byte = ("-", "-")
-        if part.per_byte is not None:
-            per_byte = (f"{part.per_byte:.4f}", f"{part.bits_per_byte:.4f}")
-        table.add_row(
+        figures = (part.loss / part.tokens, part.per_token, part.per_byte, part.bits_per_byte)
+        yield (
             part.name,
             f"{part.tokens:,}",
             f"{part.bytes:,}" if part.bytes else "-",
-            f"{part.loss / part.tokens:.4f}",
-            f"{part.per_token:.4f}",
-            *per_byte,
+            *("-" if figure is None else f"{figure:.4f}" for figure in figures),
         )
-    return table
 
 
 def _fetch(given: argparse.Namespace, console: Console) -> int:

@@ -1,7 +1,5 @@
 """Train runs of a sweep on this machine, in child processes, and show their progress."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -52,12 +50,9 @@ def interruptible() -> Iterator[None]:
 
 
 def run_environment(data: Path, teacher: Path, processes: int = 1) -> dict[str, str]:
-    """Return the environment of a run: the recipes' variables, its cores, and no network.
+    """Return the environment of one of the processes that share the cores.
 
-    Args:
-        data: folder of the indexed data.
-        teacher: folder of the teacher and its tokenizer.
-        processes: number of processes that share the cores.
+    It has the recipes' variables: folders of the indexed data, and of teacher and tokenizer.
     """
     cores = max(1, len(os.sched_getaffinity(0)) // processes)
     variables = {"DATA": str(data), "TEACHER": str(teacher)}
@@ -65,26 +60,19 @@ def run_environment(data: Path, teacher: Path, processes: int = 1) -> dict[str, 
     return {"OMP_NUM_THREADS": str(cores), **os.environ, **variables, "HF_HUB_OFFLINE": "1"}
 
 
-class Child:
-    """A child process whose output goes to a log file."""
+class Child(subprocess.Popen[bytes]):
+    """A child process whose output is appended to a log file."""
 
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
     ) -> None:
-        """Start the command.
-
-        Args:
-            name: names the process in an error message.
-            command: program and arguments.
-            environment: its environment.
-            log: file to append its output to.
-        """
+        """Start the command; an error message names it by `name`."""
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as stream:
             self._start = self._shown = stream.tell()
             # In a session of its own, so that Ctrl-C reaches this process alone, which ends it.
-            self._process = subprocess.Popen(
+            super().__init__(
                 command, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
 
@@ -94,16 +82,8 @@ class Child:
         self._shown += len(new)
         say(console, new.decode(errors="replace"), end="")
 
-    def running(self) -> bool:
-        """Return whether the process runs."""
-        return self._process.poll() is None
-
     def check(self) -> None:
-        """Raise if the process failed.
-
-        Raises:
-            LETError: names the first error line and the log.
-        """
+        """Raise a LETError that names the first error line and the log if the process failed."""
         if self.wait() != 0:
             error = self._first_error()
             raise LETError(f"The {self.name} run failed: {error} (full log: {self.log})")
@@ -117,12 +97,8 @@ class Child:
 
     def terminate(self) -> None:
         """Ask the process and its workers to end; torchrun ends its ranks, of other sessions."""
-        if self.running():
-            os.killpg(self._process.pid, signal.SIGTERM)
-
-    def wait(self) -> int:
-        """Return the exit code, once the process ended."""
-        return self._process.wait()
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGTERM)
 
 
 def run_command_line(
@@ -132,14 +108,14 @@ def run_command_line(
     log: Path,
     verbose: Console | None,
 ) -> None:
-    """Run a command to its end; its output goes to `log`, and to `verbose` if given.
+    """Run a command to its end, with its output in `log`, and on `verbose` if given.
 
     Raises:
         LETError: the command failed.
     """
     child = Child(name, command, environment, log)
     try:
-        while child.running():
+        while child.poll() is None:
             time.sleep(_POLL_SECONDS / 10)
             if verbose is not None:
                 child.show(verbose)
@@ -149,29 +125,25 @@ def run_command_line(
     child.check()
 
 
-def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
-    """Convert a run's last checkpoint to a Hugging Face folder, unless it is there.
+def run_subcommand(words: Sequence[str | Path], log: Path, verbose: Console | None) -> None:
+    """Run a subcommand of `megatron-let` offline, like `run_command_line`."""
+    command = [sys.executable, "-m", "megatron_let.cli", *map(str, words)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run_command_line(str(words[0]), command, environment, log, verbose)
 
-    Raises:
-        LETError: the conversion failed.
-    """
-    if (folder / "config.json").is_file():
-        return
-    words = ("megatron-to-hf", "--input", str(run / "checkpoints"), "--output", str(folder))
-    command = [sys.executable, "-m", "megatron_let.cli", "convert", *words]
-    run_command_line("convert", command, {**os.environ, "HF_HUB_OFFLINE": "1"}, log, verbose)
+
+def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
+    """Convert a run's last checkpoint to a Hugging Face folder, unless it is there."""
+    if not (folder / "config.json").is_file():
+        conversion = ("convert", "megatron-to-hf", "--input", run / "checkpoints")
+        run_subcommand((*conversion, "--output", folder), log, verbose)
 
 
 @dataclass
 class Trainer:
-    """Trains runs on this machine, several at a time.
+    """Trains runs on this machine, `jobs` at a time, in the environment of `run_environment`.
 
-    Attributes:
-        environment: result of `run_environment`.
-        console: shows progress and time left.
-        jobs: number of runs at a time.
-        nproc_per_node: number of ranks of a run.
-        verbose: also show the runs' output.
+    The console shows progress and time left; with `verbose`, also the runs' output.
     """
 
     environment: Mapping[str, str]
@@ -221,18 +193,17 @@ class Trainer:
             "-m", "megatron_let.pretrain", "--config", str(run.recipe),
             "--let-metrics-path", str(metrics), *run.flags,
         ]  # fmt: skip
-        environment = {**self.environment, "OUTPUT": str(folder)}
-        child = Child(run.variant, command, environment, folder / LOG)
         task = progress.add_task(
             label, total=run.num_steps, completed=done.last_step, status="starting", printed=2
         )
-        self._running[task] = run, child
+        environment = {**self.environment, "OUTPUT": str(folder)}
+        self._running[task] = run, Child(run.variant, command, environment, folder / LOG)
 
     def _follow(self, task: TaskID, progress: Progress) -> dict[str, str]:
         """Show a run's progress; return its message if it failed."""
         run, child = self._running[task]
         # Before the metrics are read, so that the last step is shown.
-        ended = not child.running()
+        ended = child.poll() is not None
         if self.verbose:
             child.show(self.console)
         metrics = load_metrics(child.log.with_name(METRICS))

@@ -48,11 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
-    """Return the request and the estimate of a command line without `--sweep`.
-
-    Raises:
-        LETError: the request is invalid.
-    """
+    """Return the request and the estimate of a command line without `--sweep`."""
     options, flags = _parse(argv)
     args = megatron_arguments(options.config, flags)
     found = _estimate(_request(args, options), args, options)

@@ -4,8 +4,6 @@ Run it by `bash launch/quickstart.sh`, which first makes the environment. It is 
 preprocessing and of conversion, and the sweep configs/sweep_head_to_head.yaml with one seed.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -26,8 +24,8 @@ from megatron_let.cli.local_run import (
     Trainer,
     export,
     interruptible,
-    run_command_line,
     run_environment,
+    run_subcommand,
 )
 from megatron_let.config.recipes import find_recipe, load_recipe
 from megatron_let.doctor.check import driver_versions
@@ -41,8 +39,9 @@ from megatron_let.planner.sizes import TransformerSize, teacher_size
 
 SIGNATURE = "quickstart.json"
 SMOLLM2 = "smollm2"
+_ALREADY_DONE = "      already done"
 _SWEEP = Path("sweep_head_to_head")
-_TEACHER_RECIPE = Path("quickstart_teacher.yaml")
+_STUDENT_RECIPE, _TEACHER_RECIPE = Path("quickstart_baseline"), Path("quickstart_teacher")
 _VOCAB_SIZE = 4096
 # The small model sees seven times the student's tokens; on a GPU, fourteen times.
 _TEACHER_STEPS_PER_STEP = 7
@@ -103,10 +102,14 @@ class _Quickstart:
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         self.options, self.command = options, command
         self.console = output_console()
+        self.verbose = self.console if options.verbose else None
         self.output: Path = options.output
         self.data = self.output / "data"
+        self.teacher_run = self.output / "teacher_training"
         self.log = self.output / "quickstart.log"
         self.gpu = _has_gpu()
+        self.student = load_recipe(_STUDENT_RECIPE) | (_GPU_STUDENT if self.gpu else {})
+        self.small = load_recipe(_TEACHER_RECIPE) | (_GPU_TEACHER if self.gpu else {})
         self.steps: int = options.steps or (_GPU_STEPS if self.gpu else _STEPS)
         self.teacher_steps = _TEACHER_STEPS_PER_STEP * self.steps
         # Ranks of the small model, and then students at a time.
@@ -173,7 +176,7 @@ class _Quickstart:
         own = f" and a tokenizer of {_VOCAB_SIZE:,} tokens" if self.trains_teacher else ""
         self._say_stage(f"text{own}, 10 to 60 seconds: {', '.join(texts)}")
         if (self.data / DONE).is_file():
-            return self._say_done()
+            return say(self.console, _ALREADY_DONE)
         held_out, training = _split(list(self._documents()))
         if self.trains_teacher:
             _train_tokenizer(training, tokenizer)
@@ -183,8 +186,8 @@ class _Quickstart:
             lines, prefix = self.data / f"{name}.jsonl", self.data / name
             lines.parent.mkdir(exist_ok=True)
             lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-            self._command("preprocess", "--input", str(lines), "--output-prefix", str(prefix),
-                          "--tokenizer-model", str(tokenizer))  # fmt: skip
+            words = ("preprocess", "--input", lines, "--output-prefix", prefix)
+            run_subcommand((*words, "--tokenizer-model", tokenizer), self.log, self.verbose)
             size = sum(map(len, documents)) / 1e6
             say(self.console, f"      {name}: {len(documents):,} documents, {size:.2f} MB")
         (self.data / DONE).touch()
@@ -194,38 +197,29 @@ class _Quickstart:
         if self.options.text:
             yield from _text_files(self.options.text)
             return
-        settings = self._teacher_settings() if self.trains_teacher else self._student_settings()
-        steps = self.teacher_steps if self.trains_teacher else self.steps
+        settings, steps = self.student, self.steps
+        if self.trains_teacher:
+            settings, steps = self.small, self.teacher_steps
         tokens = steps * settings["global-batch-size"] * settings["seq-length"]
         yield from environment_text(max(tokens * _BYTES_PER_TOKEN, 1_000_000))
-
-    def _student_settings(self) -> dict[str, Any]:
-        return load_recipe(Path("quickstart_baseline.yaml")) | (_GPU_STUDENT if self.gpu else {})
-
-    def _teacher_settings(self) -> dict[str, Any]:
-        return load_recipe(_TEACHER_RECIPE) | (_GPU_TEACHER if self.gpu else {})
 
     def _train_teacher(self) -> Path:
         """Train the small model, and return its Hugging Face folder."""
         folder = self.output / "teacher"
-        size = _size(self._teacher_settings(), _VOCAB_SIZE)
+        size = _size(self.small, _VOCAB_SIZE)
         self._say_stage(
             f"the small model, {_millions(size)} parameters: {self.teacher_steps} steps"
         )
         settings = _schedule(self.teacher_steps) | (_GPU_TEACHER if self.gpu else {})
         flags = ("--seed", str(self.options.seed), *flags_of(settings))
         run = SweepRun("teacher", self.options.seed, find_recipe(_TEACHER_RECIPE), flags)
-        self._train({self._teacher_run: run}, self.output / "tokenizer", 1, self.processes)
+        self._train({self.teacher_run: run}, self.output / "tokenizer", 1, self.processes)
         self._say_stage("its checkpoint as a Hugging Face folder, about 10 seconds")
         if (folder / "config.json").is_file():
-            self._say_done()
-        export(self._teacher_run, folder, self.log, self.console if self.options.verbose else None)
+            say(self.console, _ALREADY_DONE)
+        export(self.teacher_run, folder, self.log, self.verbose)
         self._say_cost(size)
         return folder
-
-    @property
-    def _teacher_run(self) -> Path:
-        return self.output / "teacher_training"
 
     def _given_teacher(self) -> Path:
         """Return the folder of `--teacher`, and say what it costs."""
@@ -242,8 +236,7 @@ class _Quickstart:
 
     def _say_cost(self, teacher: TransformerSize) -> None:
         """Say how an aligned step compares with a plain one, in arithmetic."""
-        settings = self._student_settings()
-        student, length = _size(settings, teacher.vocab_size), settings["seq-length"]
+        student, length = _size(self.student, teacher.vocab_size), self.student["seq-length"]
         share = teacher.forward_flops(length, False) / (3 * student.forward_flops(length, True))
         text = f"      an aligned step has {1 + share:.2f} times the arithmetic of a plain one"
         if _parameters(teacher) > _parameters(student):
@@ -281,7 +274,7 @@ class _Quickstart:
 
     def _spent(self, baseline_seconds: Mapping[int, float]) -> list[str]:
         """Return the small model's own loss and cost in a sentence."""
-        small = load_run("teacher", self._teacher_run)
+        small = load_run("teacher", self.teacher_run)
         step, loss = small.metrics.last_step, small.metrics.final_valid_loss
         tokens, seconds = small.tokens()[step], small.seconds()[step]
         share = seconds / max(baseline_seconds.values())
@@ -290,13 +283,6 @@ class _Quickstart:
             f" training took {seconds:.0f} s on all cores, {share:.0%} of the baseline's seconds;"
             " the times above leave it out."
         ]
-
-    def _command(self, *words: str) -> None:
-        """Run a command of `megatron-let` with its output in the log."""
-        command = [sys.executable, "-m", "megatron_let.cli", *words]
-        verbose = self.console if self.options.verbose else None
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        run_command_line(words[0], command, environment, self.log, verbose)
 
     @contextlib.contextmanager
     def _output_to_log(self) -> Iterator[None]:
@@ -314,9 +300,6 @@ class _Quickstart:
             for stream, saved in streams.items():
                 os.dup2(saved, stream)
                 os.close(saved)
-
-    def _say_done(self) -> None:
-        say(self.console, "      already done")
 
 
 def _has_gpu() -> bool:
@@ -401,20 +384,13 @@ def _split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 def _train_tokenizer(documents: list[str], folder: Path) -> None:
     """Train a byte-level BPE, and save it as a Hugging Face folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE,
-        special_tokens=[end],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    end, tokenizer = "<|endoftext|>", ByteLevelBPETokenizer()
     share = max(1, sum(map(len, documents)) // _TOKENIZER_CHARACTERS)
-    tokenizer.train_from_iterator(documents[::share], trainer)
+    tokenizer.train_from_iterator(
+        documents[::share], _VOCAB_SIZE, min_frequency=0, show_progress=False, special_tokens=[end]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}

@@ -1,7 +1,5 @@
 """Show the state of a run of launch/: progress, speed, time left, checkpoint and restarts."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import itertools
@@ -27,9 +25,9 @@ def num_steps(run: Path) -> int | None:
         return None
     command = records[-1] / "command.txt"
     words = shlex.split(command.read_text()) if command.exists() else []
-    for word, value in itertools.pairwise(words):
-        if word == "--train-iters":
-            return int(value)
+    given = dict(itertools.pairwise(words)).get("--train-iters")
+    if given is not None:
+        return int(given)
     try:
         return int(load_recipe(records[-1] / "recipe.yaml")["train-iters"])
     except (RecipeError, KeyError):

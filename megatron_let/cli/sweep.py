@@ -6,8 +6,6 @@ An interrupted sweep continues where it stopped: finished runs are kept, an unfi
 from its checkpoint. Flags after `--` are given to every run.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

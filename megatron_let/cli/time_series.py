@@ -8,25 +8,27 @@ Without --data the sets are those in the package aeon, BasicMotions and Japanese
 interrupted `train` continues: finished runs are kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from megatron_let.cli.common import add_command, command_line, output_console, run_command, say
+from megatron_let.cli.common import (
+    add_command,
+    command_line,
+    device_of,
+    output_console,
+    print_table,
+    run_command,
+    say,
+)
 from megatron_let.errors import LETError
 from megatron_let.metrics.provenance import provenance, write_csv
-
-if TYPE_CHECKING:
-    import torch
 
 _TEACHER = "teacher.pt"
 
@@ -65,13 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device() -> torch.device:
-    import torch
-
-    # Not torch.cuda, whose shims on a CPU claim a GPU.
-    return torch.device("cuda" if torch.accelerator.is_available() else "cpu")
-
-
 def _names(given: argparse.Namespace, wanted: Sequence[str], console: Console) -> list[str]:
     """Return the names of `--sets`, else of those of the settings that are at hand."""
     from megatron_let.timeseries.series import PACKAGED
@@ -96,7 +91,7 @@ def _pretrain(given: argparse.Namespace, console: Console) -> int:
     settings = load_settings(given.config)["teacher"]
     names = _names(given, settings["sets"], console)
     sets = [load_data_set(name, given.data) for name in names]
-    device, out = _device(), output_console()
+    device, out = device_of(), output_console()
 
     def report(epoch: int, loss: float) -> None:
         say(out, f"teacher: epoch {epoch}/{settings['epochs']}, loss {loss:.4f}")
@@ -119,7 +114,7 @@ def _train(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.timeseries.settings import load_settings
     from megatron_let.timeseries.training import fine_tune, load_teacher
 
-    settings, device = load_settings(given.config)["student"], _device()
+    settings, device = load_settings(given.config)["student"], device_of()
     names = _names(given, settings["sets"], console)
     file = given.teacher or given.output / _TEACHER
     teachers = {"baseline": None, "let": load_teacher(file, device)}
@@ -164,12 +159,9 @@ def _table(given: argparse.Namespace, console: Console) -> int:
     runs = load_runs(given.output)
     if not runs:
         raise LETError(f"{given.output} has no finished run; start `train` with this --output.")
-    header, *rows = table_rows(runs)
     students = ", ".join(sorted({run[0]["student"] for run in runs}))
-    table = Table(*header, title=f"test accuracy in %, mean (range over seeds), of {students}")
-    for row in rows:
-        table.add_row(*row)
-    output_console().print(table)
+    title = f"test accuracy in %, mean (range over seeds), of {students}"
+    print_table(title, table_rows(runs))
     files = [given.output / name for name in ("time_series.csv", "time_series.png")]
     write_csv(files[0], [row for run in runs for row in run], {})
     plot(files[1], runs)

@@ -6,8 +6,6 @@
 This command trains in its own process and starts no others; torchrun starts one process per GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 

@@ -1,7 +1,5 @@
 """Report what this machine can run and how; exit code 0 only if a run would start."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

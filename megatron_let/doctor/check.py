@@ -1,7 +1,5 @@
 """A finding of the doctor, and the probes that several checks share."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import importlib.util
@@ -18,8 +16,6 @@ class Check:
     """One finding.
 
     Attributes:
-        name: the checked item.
-        found: the value found.
         path: the code path that a run takes, or the fix if `ok` is false.
         ok: this finding does not prevent a run.
     """
@@ -56,11 +52,7 @@ def import_error(module: str) -> str | None:
 
 
 def nvidia_smi(query: str) -> list[str]:
-    """Return the value of `query` for each GPU.
-
-    Raises:
-        OSError, subprocess.SubprocessError: nvidia-smi is missing or fails.
-    """
+    """Return the value of `query` for each GPU; OSError or SubprocessError if nvidia-smi fails."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return [line.strip() for line in result.stdout.splitlines()]

@@ -4,10 +4,10 @@ torch's `FileBaton` (`torch/utils/file_baton.py`) creates a file `lock` in a ker
 it open while it compiles, and makes all others wait until the file is gone.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
+
+import psutil
 
 from megatron_let.doctor.check import Check
 
@@ -39,11 +39,8 @@ def _locks() -> list[Path]:
 
 def _is_open(file: Path) -> bool:
     """Return whether a process that this user may inspect has the file open."""
-    wanted = str(file.resolve())
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link) == wanted:
-                return True
-        except OSError:
-            continue  # closed, or another user's
-    return False
+    return any(
+        opened.path == str(file.resolve())
+        for process in psutil.process_iter(["open_files"])
+        for opened in process.info["open_files"] or ()
+    )

@@ -1,7 +1,5 @@
 """All checks of one machine: GPUs, memory, disk and installed packages."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -88,17 +86,12 @@ def _memory() -> Check:
 def _shared_memory() -> Check:
     free = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
     # NCCL's transport within a node takes most of it.
-    ok = free >= 1
-    path = (
-        "for NCCL, data workers and the checkpoint writer"
-        if ok
-        else "too small: mount a larger one"
-    )
-    return Check("/dev/shm", f"{free:.1f} GiB free", path, ok)
+    use = "for NCCL, data workers and the checkpoint writer"
+    path = use if free >= 1 else "too small: mount a larger one"
+    return Check("/dev/shm", f"{free:.1f} GiB free", path, free >= 1)
 
 
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free / GIB
-    ok = free >= 1
-    path = "a 7B checkpoint takes 88 GiB" if ok else "free some: logs need space"
-    return Check("disk", f"{free:.0f} GiB free in {folder}", path, ok)
+    path = "a 7B checkpoint takes 88 GiB" if free >= 1 else "free some: logs need space"
+    return Check("disk", f"{free:.0f} GiB free in {folder}", path, free >= 1)

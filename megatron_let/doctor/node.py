@@ -3,8 +3,6 @@
 Writes `VERDICTS/NODE`: empty if the node is fit, else one problem per line.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -40,13 +38,7 @@ def write_verdict(folder: Path, node: str, problems: list[str]) -> None:
 
 
 def node_problems(output: Path, gpus: int, min_free_gib: float) -> Iterator[str]:
-    """Yield the problems of GPUs and disk, one sentence each.
-
-    Args:
-        output: the run's folder.
-        gpus: expected number of GPUs; 0 skips them.
-        min_free_gib: free disk that the run needs, in GiB.
-    """
+    """Yield the problems of `gpus` GPUs (0 skips them) and of the disk, one sentence each."""
     if gpus:
         yield from _gpu_problems(gpus)
     free = shutil.disk_usage(output).free / GIB

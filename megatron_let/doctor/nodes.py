@@ -4,14 +4,13 @@ All ranks compare versions and clocks and time an all-reduce; a node that differ
 verdict file.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
+import statistics
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +43,17 @@ def outliers(facts: dict[str, dict[str, Any]], clocks: dict[str, float]) -> dict
         facts: versions on each node.
         clocks: seconds since the epoch on each node, taken at the same moment.
     """
-    found: dict[str, list[str]] = {}
+    found = defaultdict(list)
     for name in next(iter(facts.values())):
         usual = Counter(node[name] for node in facts.values()).most_common(1)[0][0]
         for node, values in facts.items():
             if values[name] != usual:
-                text = f"{name} is {values[name]}, {usual} on other nodes"
-                found.setdefault(node, []).append(text)
-    middle = sorted(clocks.values())[(len(clocks) - 1) // 2]
+                found[node].append(f"{name} is {values[name]}, {usual} on other nodes")
+    middle = statistics.median_low(clocks.values())
     for node, seconds in clocks.items():
         if abs(seconds - middle) > MAX_CLOCK_SKEW_SECONDS:
-            text = f"its clock is {seconds - middle:+.1f} s off"
-            found.setdefault(node, []).append(text)
-    return found
+            found[node].append(f"its clock is {seconds - middle:+.1f} s off")
+    return dict(found)
 
 
 def bus_bandwidth(size_bytes: int, seconds: float, ranks: int) -> float:

@@ -1,7 +1,5 @@
 """Check the installed packages and the code path that each one enables."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

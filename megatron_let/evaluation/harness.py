@@ -1,11 +1,8 @@
 """Score models on tasks with EleutherAI's lm-eval, with a cache of one result per task."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +42,6 @@ class Result:
     Attributes:
         task: lm-eval's name of the task.
         scores: accuracies and standard errors under lm-eval's names (`acc`, `acc_stderr`, ...).
-        items: number of items that were scored.
-        task_version: lm-eval's version of the task.
         answers: one digit per item, 1 if it is correct in plain accuracy.
     """
 
@@ -91,12 +86,12 @@ def evaluate(
         "versions": versions(),
     }
     files = {task: cache / _file_name(identity, task, data) for task in tasks}
-    missing = tuple(task for task, path in files.items() if not path.is_file())
-    if missing:
+    missing = [task for task, path in files.items() if not path.is_file()]
+    model = _lm_eval_model(weights, settings, batch_size, device) if missing else None
+    for task in missing:
         cache.mkdir(parents=True, exist_ok=True)
-        results = _run(weights, missing, settings, data, batch_size, device)
-        for task, result in zip(missing, results, strict=True):
-            write_json(files[task], asdict(result))
+        # One by one, so that an interruption loses one task at most.
+        write_json(files[task], asdict(_score(model, task, settings, data)))
     return [Result(**json.loads(path.read_text())) for path in files.values()]
 
 
@@ -107,11 +102,7 @@ def _file_name(identity: dict[str, Any], task: Task, data: Path | None) -> str:
 
 
 def check_installed() -> None:
-    """Check that lm-eval is installed.
-
-    Raises:
-        LETError: it is not; says how to install it.
-    """
+    """Raise a LETError that says how to install lm-eval if it is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -120,15 +111,7 @@ def check_installed() -> None:
         ) from error
 
 
-def _run(
-    weights: Any,
-    tasks: tuple[Task, ...],
-    settings: Settings,
-    data: Path | None,
-    batch_size: str,
-    device: str,
-) -> Iterator[Result]:
-    """Yield the results one by one, so that an interruption loses one task at most."""
+def _lm_eval_model(weights: Any, settings: Settings, batch_size: str, device: str) -> Any:
     check_installed()
     from lm_eval.models.huggingface import HFLM
 
@@ -137,31 +120,29 @@ def _run(
             f"lm-eval needs a tokenizer, and {weights.folder} names none; give --tokenizer."
         )
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    model = HFLM(
+    return HFLM(
         pretrained=load_model(weights, dtype, device),
         tokenizer=hugging_face_tokenizer(weights.tokenizer),
         batch_size=batch_size,
         device=device,
     )
-    for task in tasks:
-        with tempfile.TemporaryDirectory() as folder:
-            yield _score(model, task, settings, _specification(task, data, Path(folder)))
 
 
-def _score(model: Any, task: Task, settings: Settings, specification: str) -> Result:
+def _score(model: Any, task: Task, settings: Settings, data: Path | None) -> Result:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        model=model,
-        tasks=[specification],
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        bootstrap_iters=100,
-        log_samples=True,
-        # Indexing lm-eval's 13,000 other tasks takes a minute.
-        task_manager=TaskManager(include_defaults=False),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = simple_evaluate(
+            model=model,
+            tasks=[_specification(task, data, Path(folder))],
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            bootstrap_iters=100,
+            log_samples=True,
+            # Indexing lm-eval's 13,000 other tasks takes a minute.
+            task_manager=TaskManager(include_defaults=False),
+        )
     assert found is not None
     return _result(task, found)
 

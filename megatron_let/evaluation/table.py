@@ -1,15 +1,11 @@
 """Report scores in the form of the paper's Table 1: terminal, CSV, JSON and a plot."""
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from megatron_let.evaluation.harness import ACCURACIES, Result
 from megatron_let.evaluation.tasks import Task
@@ -44,13 +40,12 @@ class Row:
         return sum(value for value, _ in scores) / len(scores), error
 
 
-def terminal_table(rows: Sequence[Row], tasks: Sequence[Task], title: str) -> Table:
-    """Build the table for the terminal, with standard errors."""
-    table = Table("model", *(task.column for task in tasks), "Avg.", title=title)
+def terminal_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> Iterator[tuple[str, ...]]:
+    """Yield the header and the rows of the table for the terminal, with standard errors."""
+    yield "model", *(task.column for task in tasks), "Avg."
     for row in rows:
         cells = [row.score(task) for task in tasks] + [row.average(tasks)]
-        table.add_row(row.model, *(f"{value:.1f}±{error:.1f}" for value, error in cells))
-    return table
+        yield row.model, *(f"{value:.1f}±{error:.1f}" for value, error in cells)
 
 
 def csv_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -91,11 +86,7 @@ def write_results_json(
 
 
 def plot_average(path: Path, rows: Sequence[Row], tasks: Sequence[Task]) -> bool:
-    """Plot the average accuracy against training tokens if two models or more have a count.
-
-    Returns:
-        Whether a plot was written.
-    """
+    """Plot the average accuracy against tokens; return False if fewer than two models have any."""
     # Keyed by run: the checkpoint's name without its iteration.
     runs: dict[str, list[Row]] = {}
     for row in rows:

@@ -1,7 +1,5 @@
 """The nine tasks of the paper's Table 1, and their local data."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +55,7 @@ def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
 
 
 def local_data(task: Task, data: Path) -> dict[str, Any]:
-    """Return the settings that make lm-eval's task read local files.
-
-    Args:
-        data: folder with `NAME/SPLIT.jsonl`.
+    """Return the settings that make lm-eval's task read `NAME/SPLIT.jsonl` in the folder `data`.
 
     Raises:
         LETError: the folder has no validation or test split of the task.

@@ -1,7 +1,5 @@
 """Compare runs with a baseline: losses, speed-up, cost, and whether the settings match."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics
@@ -9,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -32,7 +30,6 @@ class ComparedRun:
     Attributes:
         name: name of its variant; runs of one name differ in the seed.
         path: its folder or metrics file.
-        metrics: its metrics file, loaded.
         settings: settings by argument name; None if the folder does not record them.
         downstream: average accuracy in percent of the last evaluated checkpoint.
     """
@@ -74,12 +71,6 @@ class ComparedRun:
         return dict(zip(steps, accumulate(amounts.tolist()), strict=True))
 
     @property
-    def missing_steps(self) -> list[int]:
-        """Return the steps up to the last one that have no row."""
-        rows = self.metrics.steps
-        return [step for step in range(1, self.metrics.last_step) if step not in rows]
-
-    @property
     def peak_memory_bytes(self) -> int | None:
         """Return the peak memory in bytes of the rank that writes the metrics."""
         sizes = [row["max_memory_bytes"] for row in self.metrics.steps.values()]
@@ -113,10 +104,7 @@ def _downstream(folder: Path) -> float | None:
 
 
 def find_baseline(runs: list[ComparedRun], name: str | None) -> str:
-    """Return the name of the baseline.
-
-    Args:
-        name: the requested name; None selects the only name whose runs had no teacher.
+    """Return `name`, or for None the only name whose runs had no teacher.
 
     Raises:
         LETError: no run has that name, or not exactly one name has no teacher.
@@ -145,7 +133,7 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread | None:
+    def of(cls, values: Iterable[float | None]) -> Self | None:
         """Summarise the finite values; None if there are none."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:
@@ -180,14 +168,10 @@ class Variant:
 
 
 def compare(runs: list[ComparedRun], baseline: str) -> list[Variant]:
-    """Compare each run with the baseline of its seed, or else the first.
-
-    Args:
-        runs: the runs, in the order to show.
-        baseline: the name of one or more of them.
+    """Compare each run with the run named `baseline` of its seed, or else the first.
 
     Returns:
-        One variant per name, the baseline first.
+        One variant per name in the order of the runs, but the baseline first.
     """
     by_name: dict[str, list[ComparedRun]] = {baseline: []}
     for run in runs:
@@ -244,11 +228,7 @@ def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | No
 
 
 def steps_to_reach(valid_loss: Curve, target: float) -> float | None:
-    """Return the first step, interpolated between evaluations, with a loss of at most `target`.
-
-    Returns:
-        None if the loss never gets there.
-    """
+    """Return the first step, interpolated, with a loss of at most `target`; None for never."""
     previous: tuple[int, float] | None = None
     for step in sorted(valid_loss):
         loss = valid_loss[step]
@@ -277,9 +257,7 @@ def _at(curve: Curve, step: float | None) -> float | None:
     """Interpolate a cumulative curve at a step; None beyond the last step of the run."""
     if step is None or not curve or step > max(curve):
         return None
-    below = math.floor(step)
-    low = curve.get(below, 0.0)
-    return low + (step - below) * (curve[math.ceil(step)] - low)
+    return float(np.interp(step, [0, *curve], [0.0, *curve.values()]))
 
 
 def _ratio(baseline: float | None, run: float | None) -> float | None:
@@ -297,7 +275,7 @@ def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
         notes.append(f"diverged at step {run.metrics.diverged_at}, its loss is not finite")
     if not run.metrics.valid_loss:
         notes.append("never evaluated")
-    if missing := run.missing_steps:
+    if missing := [step for step in range(1, steps) if step not in run.metrics.steps]:
         fate = "their time is interpolated" if missing[0] > 1 else "so its time is unknown"
         notes.append(f"no metrics of {_ranges(missing)}, {fate}")
     if run is not baseline:
@@ -316,11 +294,11 @@ def _ranges(steps: list[int]) -> str:
 
 def differences(run: ComparedRun, baseline: ComparedRun) -> list[str]:
     """Describe each setting other than the method's in which two runs differ."""
-    if run.settings is None or baseline.settings is None:
+    ours, theirs = run.settings, baseline.settings
+    if ours is None or theirs is None:
         return ["the settings are unknown, so the comparison may be unfair"]
-    names = [n for n in run.settings | baseline.settings if not n.startswith("let_")]
     return [
-        f"{name} is {run.settings.get(name)}, the baseline's {baseline.settings.get(name)}"
-        for name in names
-        if run.settings.get(name) != baseline.settings.get(name)
+        f"{name} is {ours.get(name)}, the baseline's {theirs.get(name)}"
+        for name in ours | theirs
+        if not name.startswith("let_") and ours.get(name) != theirs.get(name)
     ]

@@ -4,8 +4,6 @@ The guard never stops a run: the evidence is weak, and the user can lower `--let
 `--let-stop-step`.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -30,7 +28,6 @@ class Guard:
 
     Args:
         baseline: held-out loss by iteration of the same model without a teacher; empty if unknown.
-        warn: called with one sentence.
     """
 
     def __init__(self, baseline: Mapping[int, float], warn: Callable[[str], None]) -> None:
@@ -91,12 +88,7 @@ class Guard:
 
 
 def load_guard(metrics: Path, baseline: Path | None, warn: Callable[[str], None]) -> Guard:
-    """Build a guard and feed it the rows that a resumed run has already written.
-
-    Args:
-        metrics: metrics file of this run; it need not exist.
-        baseline: metrics file of a run without a teacher.
-        warn: called with one sentence.
+    """Build a guard and feed it the rows that a resumed run has already written to `metrics`.
 
     Raises:
         LETError: the baseline's file is missing or has no evaluation.

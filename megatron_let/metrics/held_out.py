@@ -1,7 +1,5 @@
 """Losses of the single microbatches of an evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,22 +1,20 @@
 """Differences between runs in the loss of the same held-out text, with their uncertainty."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_let.metrics.read import RunMetrics
 
-_RESAMPLES = 10_000
-_QUANTILES = (0.025, 0.975)
+RESAMPLES = 10_000
+# Ends of a 95 % interval.
+QUANTILES = (0.025, 0.975)
 
 
 def last_difference(run: RunMetrics, baseline: RunMetrics) -> float | None:
-    """Return the loss of a run minus the baseline's, at the baseline's last evaluation.
+    """Return the loss of a run minus the baseline's, at the last evaluation of the baseline.
 
-    Returns:
-        None if the run was not evaluated there.
+    None if the run was not evaluated there.
     """
     last = max(baseline.valid_loss, default=None)
     if last is None or last not in run.valid_loss:
@@ -29,9 +27,7 @@ def interval(pairs: Sequence[tuple[RunMetrics, RunMetrics]]) -> tuple[float, flo
 
     The evaluation's microbatches are resampled, the same ones for both runs of a pair and for all
     pairs: it is the uncertainty that comes from the choice of the held-out text, with these seeds.
-
-    Returns:
-        None if a run has no losses of microbatches, or another number of them.
+    None if a run has no losses of microbatches, or another number of them.
     """
     rows: list[np.ndarray] = []
     for run, baseline in pairs:
@@ -45,6 +41,6 @@ def interval(pairs: Sequence[tuple[RunMetrics, RunMetrics]]) -> tuple[float, flo
     differences = np.mean(rows, axis=0)
     if not np.isfinite(differences).all():
         return None
-    drawn = np.random.default_rng(0).integers(len(differences), size=(_RESAMPLES, len(differences)))
-    low, high = np.quantile(differences[drawn].mean(axis=1), _QUANTILES).tolist()
+    drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(differences[drawn].mean(axis=1), QUANTILES).tolist()
     return low, high

@@ -1,7 +1,5 @@
 """The source of a published number: command, date, machine and versions."""
 
-from __future__ import annotations
-
 import csv
 import os
 import platform

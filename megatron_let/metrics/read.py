@@ -1,7 +1,5 @@
 """Read a metrics file."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The report of a comparison: tables, pictures, CSV files and one self-contained HTML page."""
 
-from __future__ import annotations
-
 import base64
 import html
 import math
@@ -247,15 +245,11 @@ def write_comparison(
     source: dict[str, str],
     remarks: Sequence[str] = (),
 ) -> list[Path]:
-    """Write index.html, one PNG per picture, comparison.csv and losses.csv.
+    """Write index.html, one PNG per picture, comparison.csv and losses.csv; return their paths.
 
     Args:
-        variants: result of `compare`.
         source: provenance of the numbers.
         remarks: sentences for the page, after those of `notes`.
-
-    Returns:
-        The paths of the files.
     """
     out.mkdir(parents=True, exist_ok=True)
     pictures = {}

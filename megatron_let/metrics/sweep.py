@@ -1,10 +1,8 @@
 """Sweeps: a YAML file of variants, expanded into runs. Nothing is started here."""
 
-from __future__ import annotations
-
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +18,6 @@ from megatron_let.config.recipes import (
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
 _OPTIONAL_KEYS = {"common", "teachers"}
-# Keys of a variant that are not flags.
-_NO_FLAGS = {"recipe", "teacher"}
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep.
-
-    Attributes:
-        variant: name of the variant, the same for all seeds.
-        flags: flags after the recipe.
-    """
+    """One run of a sweep; its flags come after the recipe."""
 
     variant: str
     seed: int
@@ -102,8 +93,7 @@ def load_sweep(path: Path) -> Sweep:
     if not isinstance(values, dict) or values.keys() - _OPTIONAL_KEYS != _KEYS:
         names, more = (", ".join(sorted(keys)) for keys in (_KEYS, _OPTIONAL_KEYS))
         raise RecipeError(f"The sweep {path} must have exactly {names}, and may have {more}.")
-    optional: dict[str, Any] = {"common": {}, "teachers": {}}
-    values = optional | values
+    values = dict[str, Any](common={}, teachers={}) | values
     _check_types(path, values)
     sweep = Sweep(
         title=str(values["title"]),
@@ -113,7 +103,11 @@ def load_sweep(path: Path) -> Sweep:
         variants={str(n): values["common"] | flags for n, flags in values["variants"].items()},
         teachers={str(n): dict(flags) for n, flags in values["teachers"].items()},
     )
-    _check(path, sweep)
+    if sweep.baseline not in sweep.variants:
+        raise _error(path, f"is {sweep.baseline}, which is not one of the variants", "baseline")
+    for part, entries in (("variants", sweep.variants), ("teachers", sweep.teachers)):
+        for name, flags in entries.items():
+            _check_entry(path, sweep, part, name, flags)
     return sweep
 
 
@@ -143,30 +137,22 @@ def _check_types(path: Path, values: dict[str, Any]) -> None:
                 raise _error(path, problem, part, name)
 
 
-def _check(path: Path, sweep: Sweep) -> None:
-    if sweep.baseline not in sweep.variants:
-        raise _error(path, f"is {sweep.baseline}, which is not one of the variants", "baseline")
-    for part, name, flags in _entries(sweep):
-        recipe, names = flags.get("recipe"), ", ".join(sweep.recipes)
-        if recipe not in sweep.recipes:
-            raise _error(path, f"has recipe {recipe!r}; choose one of {names}", part, name)
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise _error(path, "names a folder; use letters, digits and ._-", part, name)
-        known = sweep.teachers if part == "variants" else {}
-        if flags.get("teacher") not in {None, *known}:
-            names = ", ".join(known) or "none"
-            problem = f"has teacher {flags['teacher']!r}; the file's teachers are: {names}"
-            raise _error(path, problem, part, name)
-        for flag, value in flags.items():
-            items = value if isinstance(value, list) else [value]
-            if not all(isinstance(item, str | int | float) for item in items):
-                raise _error(path, f"is {value!r}; give a value", part, name, flag)
-
-
-def _entries(sweep: Sweep) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the part of the file, name and flags of every variant and teacher."""
-    yield from (("variants", *entry) for entry in sweep.variants.items())
-    yield from (("teachers", *entry) for entry in sweep.teachers.items())
+def _check_entry(path: Path, sweep: Sweep, part: str, name: str, flags: dict[str, Any]) -> None:
+    """Check a variant, or a teacher, which has no teacher itself."""
+    recipe, names = flags.get("recipe"), ", ".join(sweep.recipes)
+    if recipe not in sweep.recipes:
+        raise _error(path, f"has recipe {recipe!r}; choose one of {names}", part, name)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise _error(path, "names a folder; use letters, digits and ._-", part, name)
+    known = sweep.teachers if part == "variants" else {}
+    if flags.get("teacher") not in {None, *known}:
+        names = ", ".join(known) or "none"
+        problem = f"has teacher {flags['teacher']!r}; the file's teachers are: {names}"
+        raise _error(path, problem, part, name)
+    for flag, value in flags.items():
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str | int | float) for item in items):
+            raise _error(path, f"is {value!r}; give a value", part, name, flag)
 
 
 def _error(path: Path, problem: str, *keys: Any) -> RecipeError:
@@ -218,20 +204,16 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{name}")
-        elif name not in _NO_FLAGS:
+        elif name not in ("recipe", "teacher"):
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
 def sbatch_line(run: SweepRun, launch: Path) -> str:
-    """Return the command that submits a run.
-
-    Args:
-        run: a run whose recipe is named METHOD_SIZE.yaml.
-        launch: folder of the job scripts.
+    """Return the command that submits a run whose recipe is named METHOD_SIZE.yaml.
 
     Raises:
-        RecipeError: its recipe has no job script.
+        RecipeError: the folder `launch` has no job script for the recipe.
     """
     method, _, size = run.recipe.stem.partition("_")
     script = launch / f"pretrain_{size}_{method}.sh"

@@ -1,7 +1,5 @@
 """What each method gains, against how much better its teacher is than the student becomes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_let.files.atomic import atomic_file
 from megatron_let.metrics.compare import ComparedRun, run_figures
-from megatron_let.metrics.paired import last_difference
-
-_RESAMPLES = 10_000
-# Quantiles of the intervals: 95 %.
-_QUANTILES = (0.025, 0.975)
+from megatron_let.metrics.paired import QUANTILES, RESAMPLES
 
 
 @dataclass(frozen=True)
@@ -53,20 +47,17 @@ def gains(
     Args:
         runs: method, teacher and run; left out if it was not evaluated at the baseline's last step.
         teacher_losses: each teacher's last held-out loss.
-        baselines: runs without a teacher.
     """
     found = []
     for method, teacher, run in runs:
         baseline = next((b for b in baselines if b.seed == run.seed), None)
-        if baseline is None:
-            continue
-        difference = last_difference(run.metrics, baseline.metrics)
-        last = baseline.metrics.final_valid_loss
-        if difference is None or last is None:
+        last = None if baseline is None else baseline.metrics.final_valid_loss
+        if baseline is None or last is None:
             continue
         figures, gap = run_figures(run, baseline), teacher_losses[teacher] - last
-        ratios = figures["speed_up"], figures["time_speed_up"]
-        found.append(Gain(method, teacher, run.seed, gap, -difference, *ratios))
+        if figures["difference"] is not None:
+            gained = -figures["difference"], figures["speed_up"], figures["time_speed_up"]
+            found.append(Gain(method, teacher, run.seed, gap, *gained))
     return found
 
 
@@ -103,13 +94,13 @@ def crossover(found: Sequence[Gain], method: str) -> Crossover:
         return Crossover(gap, between, None, None, float(gap is not None))
     generator = np.random.default_rng(0)
     crossings = []
-    for _ in range(_RESAMPLES):
+    for _ in range(RESAMPLES):
         drawn = [[group[i] for i in generator.integers(len(group), size=len(group))]
                  for group in points.values()]  # fmt: skip
         crossings.append(_crossing(drawn))
     there = [found[0] for found in crossings if found is not None]
-    low, high = np.quantile(there, _QUANTILES).tolist() if there else (None, None)
-    return Crossover(gap, between, low, high, len(there) / _RESAMPLES)
+    low, high = np.quantile(there, QUANTILES).tolist() if there else (None, None)
+    return Crossover(gap, between, low, high, len(there) / RESAMPLES)
 
 
 def describe(found: Crossover) -> str:

@@ -1,7 +1,5 @@
 """Write the metrics file: JSON lines, one per training step and one per evaluation."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -80,12 +78,7 @@ class MetricsFile:
         sequence_length: int,
         observe: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
-        """Store the file's path and the observer.
-
-        Args:
-            sequence_length: tokens per sample.
-            observe: called with each row, on the rank that writes it.
-        """
+        """Store the tokens per sample; `observe` gets each row, on the rank that writes it."""
         self._path = path
         self._observe = observe
         self._sequence_length = sequence_length
@@ -126,11 +119,12 @@ class MetricsFile:
                 row[key.replace(" ", "_")] = float(losses[key])
         if grad_norm is not None:
             row["grad_norm"] = float(grad_norm)
-        row["learning_rate"] = get_canonical_lr_for_logging(optimizer.param_groups)
-        row["step_seconds"] = seconds
-        row["tokens_per_second"] = tokens / seconds
-        row["max_memory_bytes"] = peak_memory_bytes()
-        return row
+        return row | {
+            "learning_rate": get_canonical_lr_for_logging(optimizer.param_groups),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "max_memory_bytes": peak_memory_bytes(),
+        }
 
     def wrap_evaluate_and_print_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `evaluate_and_print_results`, which knows the iteration and the split."""
@@ -172,7 +166,5 @@ class MetricsFile:
         # Megatron evaluates once more after the last step; keep the first row of each step.
         if (iteration, name) not in self._evaluated:
             self._evaluated.add((iteration, name))
-            row: dict[str, Any] = {"iteration": iteration, name: loss}
-            if microbatches:
-                row["microbatches"] = microbatches
-            self._write(row)
+            parts = {"microbatches": microbatches} if microbatches else {}
+            self._write({"iteration": iteration, name: loss, **parts})

@@ -5,8 +5,6 @@
 its last step is saved.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable
@@ -25,11 +23,7 @@ _TARGET = "megatron.training.training:checkpoint_and_decide_exit"
 
 
 def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., bool]]]:
-    """Return {patch target: wrapper} that obeys the control files of `--save`; empty without it.
-
-    Args:
-        args: result of Megatron's `parse_and_validate_args`.
-    """
+    """Return {patch target: wrapper} that obeys the control files of `--save`; empty without it."""
     if args.save is None:
         return {}
     control = ControlFiles(Path(args.save), args.save_interval)
@@ -43,41 +37,27 @@ def mark_done(args: argparse.Namespace) -> None:
 
 
 class ControlFiles:
-    """Looks for the control files on rank 0 and broadcasts what it finds.
-
-    Args:
-        save_interval: iterations between Megatron's own saves; None for never.
-    """
+    """Looks for the control files on rank 0 and broadcasts what it finds."""
 
     def __init__(self, folder: Path, save_interval: int | None) -> None:
-        self._folder = folder
-        self._save_interval = save_interval
+        # The interval is that of Megatron's own saves, in iterations; None for never.
+        self._folder, self._save_interval = folder, save_interval
 
     def wrap_checkpoint_and_decide_exit(self, original: Callable[..., bool]) -> Callable[..., bool]:
         """Wrap `checkpoint_and_decide_exit`: obey the control files after it."""
 
         @functools.wraps(original)
-        def checkpoint_and_decide_exit(
-            model: Any,
-            optimizer: Any,
-            opt_param_scheduler: Any,
-            iteration: int,
-            num_floating_point_operations_so_far: float,
-            checkpointing_context: Any,
-            train_data_iterator: Any,
-        ) -> bool:
-            state = (model, optimizer, opt_param_scheduler)
-            rest = (num_floating_point_operations_so_far, checkpointing_context)
-            if original(*state, iteration, *rest, train_data_iterator):
+        def checkpoint_and_decide_exit(*args: Any) -> bool:
+            model, optimizer, scheduler, iteration, num_flops, context, data = args
+            if original(*args):
                 return True
             request = self._request()
             if request is None:
                 return False
             print_rank_0(f"megatron_let: {self._folder / request} at iteration {iteration}")
             if not self._was_saved(iteration):
-                training.save_checkpoint_and_time(
-                    iteration, *state, *rest, train_data_iterator=train_data_iterator
-                )
+                state = (model, optimizer, scheduler, num_flops, context)
+                training.save_checkpoint_and_time(iteration, *state, train_data_iterator=data)
             if request == SAVE_NOW and torch.distributed.get_rank() == 0:
                 (self._folder / SAVE_NOW).unlink(missing_ok=True)
             return request == STOP

@@ -1,7 +1,5 @@
 """The identity of a run, stored in its output folder so that no other run overwrites it."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib
@@ -145,15 +143,13 @@ def _hub_id(model: str) -> tuple[str, str] | None:
 
 def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     """Return the settings that distinguish this run from another."""
-    values = {name: getattr(args, name, None) for name in _IDENTITY}
+    values: dict[str, Any] = {name: getattr(args, name, None) for name in _IDENTITY}
     values["hybrid_layer_pattern"] = without_stages(values["hybrid_layer_pattern"])
     values["tokenizer_model"] = _tokenizer_id(values["tokenizer_model"])
     for name in ("data_path", "train_data_path"):
-        items = values[name]
-        values[name] = items and [_data_id(item) for item in items]
+        values[name] = values[name] and [_data_id(item) for item in values[name]]
     for name in ("data_args_path", "per_split_data_args_path"):
-        file = values[name]
-        values[name] = file and _data_list_id(Path(file))
+        values[name] = values[name] and _data_list_id(Path(values[name]))
     if config.method == "none":
         return values | {"let_method": "none"}
     let = {f"let_{name}": value for name, value in dataclasses.asdict(config).items()}
@@ -174,11 +170,7 @@ def _data_id(item: str) -> str:
 
 
 def _content_id(name: str, files: list[Path], ends: bool = False) -> str:
-    """Return `NAME#DIGEST` of the sizes and the first MiB of the files, wherever they are.
-
-    Args:
-        ends: digest the last MiB of each file too.
-    """
+    """Return `NAME#DIGEST` of the sizes and first (with `ends` also last) MiB of the files."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -222,23 +214,24 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
         LETError: the checkpoint folder or the metrics file holds another run, or the run would
             start over in its own folder.
     """
-    save = Path(args.save) if args.save else None
     metrics = args.let_metrics_path.resolve() if args.let_metrics_path else None
+    if not args.save:
+        _check_metrics(metrics, None, None)
+        return
+    save = Path(args.save)
     stored = _read_identity(save)
     hub_ids = getattr(args, _HUB_IDS, {})
     ours = identity(args, config) | ({_HUB_IDS: hub_ids} if hub_ids else {})
-    if save is not None:
-        if stored is not None and _has_begun(save, stored):
-            _check_same(save, stored, ours)
-        _check_not_started_over(save, args, known=stored is not None)
+    if stored is not None and _has_begun(save, stored):
+        _check_same(save, stored, ours)
+    _check_not_started_over(save, args, known=stored is not None)
     _check_metrics(metrics, save, stored)
-    if save is not None:
-        settings = {name: getattr(args, name, None) for name in _COMPARED}
-        if stored is not None and metrics is not None and _not_empty(metrics):
-            _record_changes(metrics, resumed_step(args), stored.get(_SETTINGS, {}), settings)
-        save.mkdir(parents=True, exist_ok=True)
-        place = metrics and os.path.relpath(metrics, save.resolve())
-        write_json(save / RUN, ours | {_METRICS: place, _SETTINGS: settings})
+    settings = {name: getattr(args, name, None) for name in _COMPARED}
+    if stored is not None and metrics is not None and _not_empty(metrics):
+        _record_changes(metrics, resumed_step(args), stored.get(_SETTINGS, {}), settings)
+    save.mkdir(parents=True, exist_ok=True)
+    place = metrics and os.path.relpath(metrics, save.resolve())
+    write_json(save / RUN, ours | {_METRICS: place, _SETTINGS: settings})
 
 
 def _record_changes(metrics: Path, step: int, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -261,11 +254,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if name not in _NOT_IDENTITY} | settings
 
 
-def _read_identity(save: Path | None) -> dict[str, Any] | None:
-    if save is None or not (save / RUN).is_file():
-        return None
-    values: dict[str, Any] = json.loads((save / RUN).read_text())
-    return values
+def _read_identity(save: Path) -> dict[str, Any] | None:
+    return json.loads((save / RUN).read_text()) if (save / RUN).is_file() else None
 
 
 def _not_empty(path: Path) -> bool:
@@ -342,11 +332,11 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
 
 
 def _check_metrics(path: Path | None, save: Path | None, stored: dict[str, Any] | None) -> None:
-    if path is not None:
-        _check_writable(path)
-    if path is None or not _not_empty(path):
+    if path is None:
         return
-    if save is None or not _is_its_metrics(path, save.resolve(), (stored or {}).get(_METRICS)):
+    _check_writable(path)
+    own = save is not None and _is_its_metrics(path, save.resolve(), (stored or {}).get(_METRICS))
+    if _not_empty(path) and not own:
         raise LETError(
             f"The metrics file {path} holds another run; give another --let-metrics-path or move"
             " it away."

@@ -1,7 +1,5 @@
 """Step and checkpoint that a run resumes from."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -21,12 +19,9 @@ def resumed_step(args: argparse.Namespace) -> int:
 
 
 def check_loads_something(args: argparse.Namespace) -> None:
-    """Check that `--load` names a checkpoint, unless it is where the run itself will save.
+    """Raise a LETError if `--load`, unless it is where the run itself saves, has no checkpoint.
 
     Without one Megatron trains from random weights.
-
-    Raises:
-        LETError: there is no checkpoint.
     """
     if args.load is None or args.non_persistent_ckpt_type or args.pretrained_checkpoint:
         return

@@ -1,7 +1,5 @@
 """End a run without `--save` with a message when Megatron rejects the result of a step."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +10,7 @@ _TARGET = "megatron.training.training:save_checkpoint_and_time"
 
 
 def wrappers(args: argparse.Namespace) -> dict[str, Callable[..., Callable[..., None]]]:
-    """Return {patch target: wrapper} that saves nothing; empty with `--save`.
-
-    Args:
-        args: result of Megatron's `parse_and_validate_args`.
-    """
+    """Return {patch target: wrapper} that saves nothing; empty with `--save`."""
     return {} if args.save is not None else {_TARGET: _report_instead}
 
 

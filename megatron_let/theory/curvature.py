@@ -1,16 +1,12 @@
 """Curvature of the alignment loss at each depth, and of the whole loss (equations 9 to 17)."""
 
-from __future__ import annotations
-
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_let.losses.interpolation import Interpolation, check_shapes
 from megatron_let.theory.hessian import (
     Interval,
     Product,
@@ -19,6 +15,7 @@ from megatron_let.theory.hessian import (
     mean_interval,
     random_signs,
 )
+from megatron_let.theory.model_losses import ModelLosses
 
 
 @dataclass(frozen=True)
@@ -60,41 +57,21 @@ class Curvature:
     nonzero_after: int | None
 
 
-def alignment_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
-    """Return the token mean of equation 7, differentiable twice; 0-dim.
-
-    Args:
-        hidden: student's state, `[..., d_M]`.
-        teacher: `[..., d_T]`, a constant.
-    """
-    check_shapes(hidden, teacher)
-    interpolated = Interpolation(hidden, teacher).apply(hidden)
-    return -F.cosine_similarity(interpolated, teacher, dim=-1).mean()
-
-
 def measure(
-    nll: Tensor,
-    alignment: Mapping[int, Tensor],
-    parameters: Mapping[int | None, Sequence[Tensor]],
-    weight: float,
-    probes: Probes,
-    progress: Callable[[str], None],
+    losses: ModelLosses, weight: float, probes: Probes, progress: Callable[[str], None]
 ) -> list[Curvature]:
     """Estimate the curvature of the losses of one model.
 
     All losses get the same probes, so that differences between them have narrow intervals.
 
     Args:
-        nll: language-model loss, 0-dim.
-        alignment: loss at layer k, by k in increasing order.
-        parameters: of each layer (0-based), and of everything else under None.
         weight: lambda of equation 9.
-        probes: number of samples.
         progress: called with what is being computed.
 
     Returns:
         `nll`, then `alignment` and `total` for each k.
     """
+    nll, alignment, parameters = losses.nll, losses.alignment, losses.parameters
     # Layers in order, so that what follows layer k is a tail; None, which has the embedding, first.
     order = sorted(parameters, key=lambda layer: -1 if layer is None else layer)
     flat = [p for layer in order for p in parameters[layer]]
@@ -105,31 +82,20 @@ def measure(
     of_layer = {k: hessian_product(loss, flat) for k, loss in alignment.items()}
     samples, nonzero = _norm_samples(of_nll, of_layer, ends, weight, like, probes, progress)
 
-    def eigenvalue(product: Product, name: str) -> Interval:
-        progress(f"largest eigenvalue of {name}")
-        return largest_eigenvalue(product, like, probes.starts, probes.seed)
-
     base = samples["nll", None]
-    rows = [
-        Curvature("nll", None, mean_interval(base), None, None, eigenvalue(of_nll, "nll"), None)
-    ]
-    before = dict(zip(alignment, [None, *alignment], strict=False))
-    for k, product in of_layer.items():
-        for loss in ("alignment", "total"):
-            own = samples[loss, k]
-            is_total = loss == "total"
-            whole = _sum(of_nll, product, weight) if is_total else product
-            rows.append(
-                Curvature(
-                    loss,
-                    k,
-                    mean_interval(own),
-                    _difference(own, samples.get((loss, before[k]))),
-                    _difference(own, base) if is_total else None,
-                    eigenvalue(whole, f"{loss} at layer {k}"),
-                    None if is_total else nonzero[k],
-                )
-            )
+    progress("largest eigenvalue of nll")
+    eigenvalue = largest_eigenvalue(of_nll, like, probes.starts, probes.seed)
+    rows = [Curvature("nll", None, mean_interval(base), None, None, eigenvalue, None)]
+    for before, k in zip((None, *of_layer), of_layer, strict=False):
+        total = _sum(of_nll, of_layer[k], weight)
+        for loss, product in (("alignment", of_layer[k]), ("total", total)):
+            own, is_total = samples[loss, k], loss == "total"
+            change = _difference(own, samples.get((loss, before)))
+            added = _difference(own, base) if is_total else None
+            progress(f"largest eigenvalue of {loss} at layer {k}")
+            eigenvalue = largest_eigenvalue(product, like, probes.starts, probes.seed)
+            after = None if is_total else nonzero[k]
+            rows.append(Curvature(loss, k, mean_interval(own), change, added, eigenvalue, after))
     return rows
 
 

@@ -1,7 +1,5 @@
 """Estimates from Hessian-vector products: squared Frobenius norm and largest eigenvalue."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -71,13 +69,7 @@ def largest_eigenvalue(product: Product, like: Tensor, starts: int, seed: int) -
 
     H has an eigenvalue within the residual `|H x - value x|` of each start's value, so the interval
     is that of all starts with their residuals; a start that converged to a smaller eigenvalue
-    widens it.
-
-    Args:
-        product: v -> H v.
-        like: `[n]`, as for `random_signs`.
-        starts: number of random start vectors.
-        seed: of the start vectors.
+    widens it. H has the dtype and device of `like`, `[n]`.
     """
     dtype = np.float64 if like.dtype == torch.float64 else np.float32
 

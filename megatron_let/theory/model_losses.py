@@ -1,7 +1,5 @@
 """The losses of a causal language model, with graphs that can be differentiated twice."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,17 +11,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_let.errors import LETError
+from megatron_let.losses.interpolation import Interpolation, check_shapes
 from megatron_let.teacher.model import layer_list
-from megatron_let.theory.curvature import alignment_loss
 
 
 @dataclass(frozen=True)
 class ModelLosses:
-    """Arguments of `curvature.measure`.
+    """Losses of a model, and the parameters that they are differentiated by.
 
     Attributes:
         nll: mean loss per token, 0-dim.
-        alignment: loss at layer k, by k.
+        alignment: loss at layer k, by k in increasing order.
         parameters: of each layer (0-based), and of everything else under None.
     """
 
@@ -32,11 +30,22 @@ class ModelLosses:
     parameters: dict[int | None, list[Tensor]]
 
 
-def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int]) -> ModelLosses:
-    """Run a model once, and compute its losses.
+def alignment_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
+    """Return the token mean of equation 7, differentiable twice; 0-dim.
 
     Args:
-        model: causal language model of transformers in evaluation mode.
+        hidden: student's state, `[..., d_M]`.
+        teacher: `[..., d_T]`, a constant.
+    """
+    check_shapes(hidden, teacher)
+    interpolated = Interpolation(hidden, teacher).apply(hidden)
+    return -F.cosine_similarity(interpolated, teacher, dim=-1).mean()
+
+
+def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int]) -> ModelLosses:
+    """Run a causal language model of transformers once in evaluation mode; compute its losses.
+
+    Args:
         state: teacher's state, `[b, s, d_T]`.
         tokens: `[b, s + 1]`.
         layers: k, 1-based.
@@ -62,19 +71,11 @@ def model_losses(model: Any, state: Tensor, tokens: Tensor, layers: Sequence[int
         logits = model(tokens[:, :-1], use_cache=False).logits
     for handle in handles:
         handle.remove()
-    return ModelLosses(
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()),
-        {k: alignment_loss(hidden[k], state) for k in sorted(layers)},
-        _parameters_by_layer(model, blocks),
+    parameters: dict[int | None, list[Tensor]] = dict(
+        enumerate(list(block.parameters()) for block in blocks)
     )
-
-
-def _parameters_by_layer(
-    model: torch.nn.Module, blocks: torch.nn.ModuleList
-) -> dict[int | None, list[Tensor]]:
-    found: dict[int | None, list[Tensor]] = {
-        index: list(block.parameters()) for index, block in enumerate(blocks)
-    }
-    in_layers = {id(p) for parameters in found.values() for p in parameters}
-    found[None] = [p for p in model.parameters() if id(p) not in in_layers]
-    return found
+    in_layers = {id(p) for of_layer in parameters.values() for p in of_layer}
+    parameters[None] = [p for p in model.parameters() if id(p) not in in_layers]
+    nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    alignment = {k: alignment_loss(hidden[k], state) for k in sorted(layers)}
+    return ModelLosses(nll, alignment, parameters)

@@ -1,7 +1,5 @@
 """The student: a causal language model whose input is a time series instead of tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

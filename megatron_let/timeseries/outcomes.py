@@ -1,7 +1,5 @@
 """Finished fine-tuning runs: a CSV file each, Table 2's form, and a plot."""
 
-from __future__ import annotations
-
 import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Settings of the time series experiment: configs/time_series.yaml, or a file of its form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

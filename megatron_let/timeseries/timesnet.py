@@ -1,7 +1,5 @@
 """TimesNet (Wu et al., 2023), the teacher: one encoder for several data sets, a head for each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

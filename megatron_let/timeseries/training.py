@@ -1,7 +1,5 @@
 """Train the teacher on several data sets, and fine-tune a student on one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

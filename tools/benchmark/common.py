@@ -1,8 +1,5 @@
 """What the benchmarks share: paths, teachers, runs of the entry and provenance."""
 
-from __future__ import annotations
-
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +11,7 @@ RESULTS_FOLDER = ROOT / "tools" / "benchmark" / "results"
 # A script that is started by its path finds only its own folder.
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from megatron_let.cli.common import command_line  # noqa: E402
 from megatron_let.compat.device import Host  # noqa: E402
 from megatron_let.metrics.provenance import provenance  # noqa: E402
 from megatron_let.planner.sizes import TransformerSize  # noqa: E402
@@ -23,8 +21,7 @@ CPU = Host(cuda=False, transformer_engine=False, fused_gradients=False)
 
 def source() -> dict[str, str]:
     """Return the provenance of the running script's numbers."""
-    name = Path(sys.argv[0]).name
-    return provenance(" ".join([f"python tools/benchmark/{name}", *sys.argv[1:]]))
+    return provenance(command_line())
 
 
 def llama_config(size: TransformerSize, **others: Any) -> Any:
@@ -54,12 +51,9 @@ def save_teacher(folder: Path, size: TransformerSize, max_position_embeddings: i
 
 
 def run_entry(program: list[str], ranks: int, **variables: str) -> str:
-    """Run a program with torchrun and return its output; exit with its end if it fails.
+    """Run a program (`-m MODULE` or a file, and flags) with torchrun, and return its output.
 
-    Args:
-        program: `-m MODULE` or a file, and its flags.
-        ranks: processes on this machine.
-        variables: of the environment.
+    Exit with the end of the output if it fails. `variables` are of the environment.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -71,8 +65,3 @@ def run_entry(program: list[str], ranks: int, **variables: str) -> str:
     if run.returncode:
         sys.exit(f"{' '.join(program)} failed:\n{run.stdout[-4000:]}")
     return run.stdout
-
-
-def metrics_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -18,8 +18,6 @@ in a cache. Every provider but modelopt, whose projection is another function, i
 with the tests' fp64 reference. The gradient of modelopt's projection is left out of its time.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import itertools
@@ -35,7 +33,7 @@ import numpy as np
 import torch
 import torch._dynamo
 from common import RESULTS_FOLDER
-from kernel_report import SHAPES, minimal_bytes
+from kernel_report import DTYPES, SHAPES, minimal_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
@@ -47,7 +45,6 @@ from tests.helpers.exact_cosine import exact_cosine, exact_gradient, relative_er
 
 RESULTS = RESULTS_FOLDER / "cosine_interp.csv"
 Differentiable = Callable[[Tensor, Tensor], Tensor]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "both")
 QUANTILES = (0.2, 0.5, 0.8)
 # The loss is -SCALE * cos, summed over tokens.
@@ -218,21 +215,8 @@ def machine(device: str) -> str:
     return f"{processor()}, {torch.get_num_threads()} thread(s)"
 
 
-@dataclass
-class Case:
-    """One pass of one provider over one shape."""
-
-    key: dict[str, Any]
-    run: Callable[[], Any]
-    provider: Provider
-    inputs: Inputs
-    input_bytes: int
-    minimal_bytes: int
-    result_bytes: int
-
-
-def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """Yield every case that the arguments select, with new inputs."""
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row per shape, dtype, provider and pass that the arguments select."""
     device = arguments.device
     shapes = {(arguments.tokens or tokens, d_m, d_t) for tokens, d_m, d_t in SHAPES}
     for (tokens, d_m, d_t), dtype in itertools.product(sorted(shapes), arguments.dtypes):
@@ -249,44 +233,44 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
             if provider is None:
                 continue
             for which in PASSES:
-                yield Case(
-                    key={"tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": dtype, "pass": which,
-                         "provider": name},
-                    run=make_pass(which, provider, sets),
-                    provider=provider,
-                    inputs=sets[0],
-                    input_bytes=input_bytes,
-                    minimal_bytes=minimal_bytes(tokens, d_m, d_t, itemsize)[which],
-                    result_bytes=tokens * d_m * itemsize if which != "forward" else 0,
-                )  # fmt: skip
+                run = make_pass(which, provider, sets)
+                result_bytes = tokens * d_m * itemsize if which != "forward" else 0
+                memory = memory_columns(run, device, result_bytes, input_bytes)
+                wrong = (None, None) if name == "modelopt" else errors(provider, sets[0])
+                moved = minimal_bytes(tokens, d_m, d_t, itemsize)[which]
+                speed = speed_columns(run, device, moved, arguments.seconds)
+                yield {
+                    "tokens": tokens, "d_m": d_m, "d_t": d_t, "dtype": dtype, "pass": which,
+                    "provider": name, **speed, "cosine_error": wrong[0], "gradient_error": wrong[1],
+                    **memory,
+                }  # fmt: skip
 
 
-def time_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Return the columns of the case's speed and correctness."""
-    wrong = (
-        (None, None) if case.key["provider"] == "modelopt" else errors(case.provider, case.inputs)
-    )
+def speed_columns(
+    run: Callable[[], Any], device: str, moved_bytes: int, seconds: float
+) -> dict[str, Any]:
     fraction = None
     if device == "cuda":
-        low, middle, high = time_on_gpu(case.run, seconds)
-        copied = copy_bandwidth(case.minimal_bytes, seconds)
-        fraction = round(case.minimal_bytes / middle / 1e6 / copied, 3)
+        low, middle, high = time_on_gpu(run, seconds)
+        copied = copy_bandwidth(moved_bytes, seconds)
+        fraction = round(moved_bytes / middle / 1e6 / copied, 3)
     else:
-        low, middle, high = time_on_cpu(case.run, seconds)
+        low, middle, high = time_on_cpu(run, seconds)
     return {
         "p20_ms": round(low, 4), "p50_ms": round(middle, 4), "p80_ms": round(high, 4),
-        "gb_per_s": round(case.minimal_bytes / middle / 1e6, 1), "fraction_of_copy": fraction,
-        "cosine_error": wrong[0], "gradient_error": wrong[1],
+        "gb_per_s": round(moved_bytes / middle / 1e6, 1), "fraction_of_copy": fraction,
     }  # fmt: skip
 
 
-def memory_of_case(case: Case, device: str) -> dict[str, Any]:
-    """Return the columns of the case's memory beyond its inputs and the gradient it returns."""
+def memory_columns(
+    run: Callable[[], Any], device: str, result_bytes: int, input_bytes: int
+) -> dict[str, Any]:
+    """Return the memory of a pass beyond its inputs and the gradient it returns."""
     if device == "cpu":
         return {"extra_bytes": None, "extra_of_inputs": None}
-    case.run()  # exclude what the first run compiles and loads
-    extra = max(0, peak_on_gpu(case.run) - case.result_bytes)
-    return {"extra_bytes": extra, "extra_of_inputs": round(extra / case.input_bytes, 4)}
+    run()  # exclude what the first run compiles and loads
+    extra = max(0, peak_on_gpu(run) - result_bytes)
+    return {"extra_bytes": extra, "extra_of_inputs": round(extra / input_bytes, 4)}
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -325,12 +309,10 @@ def main() -> None:
         "triton": version_of("triton"), "modelopt": version_of("nvidia-modelopt"),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
-    for case in cases(arguments):
-        memory = memory_of_case(case, arguments.device)
-        speed = time_case(case, arguments.device, arguments.seconds)
-        row = {**case.key, **speed, **memory, **stamp}
-        print({name: value for name, value in row.items() if value is not None}, flush=True)
-        append(arguments.csv, row)
+    for row in rows(arguments):
+        known = {name: value for name, value in (row | stamp).items() if value is not None}
+        print(known, flush=True)
+        append(arguments.csv, row | stamp)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ its states and the hook are real; process groups are torch's fake ones, so one p
 rank of any layout. Device and kernels are the CPU's, except for what `_shims` replaces.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc
@@ -42,8 +40,6 @@ class FakeRun:
     """One rank of a planned run.
 
     Attributes:
-        config: the recipe.
-        flags: Megatron flags that override the recipe.
         stage: pipeline stage; the rank is the first of this stage.
         request, planned: the planner's, whose layout and placement the run has.
     """
@@ -148,9 +144,15 @@ def _shims() -> Iterator[None]:
         mock.patch.object(torch.distributed, "all_gather_object", _all_gather_object),
         # It compares generator states; no dropout uses them here.
         mock.patch.object(CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
-        mock.patch.object(RMSNorm, "forward", _like_a_gpu),
-        mock.patch.object(fused_bias_swiglu, "swiglu", _swiglu),
-        mock.patch.object(fused_bias_swiglu, "swiglu_back", _swiglu_back),
+        # On a CPU torch's norm saves three fp32 copies of its input.
+        mock.patch.object(
+            RMSNorm, "forward", lambda norm, hidden: _FusedRMSNorm.apply(hidden, norm.weight)
+        ),
+        # On a GPU Megatron fuses these with torch.compile, so they allocate only their result.
+        mock.patch.object(
+            fused_bias_swiglu, "swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        ),
+        mock.patch.object(fused_bias_swiglu, "swiglu_back", lambda _, x: torch.empty_like(x)),
     ):
         yield
 
@@ -172,22 +174,6 @@ class _FusedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         hidden, weight, _ = ctx.saved_tensors
         return torch.empty_like(hidden), torch.empty_like(weight)
-
-
-def _like_a_gpu(norm: Any, hidden: Tensor) -> Tensor:
-    # On a CPU torch's norm saves three fp32 copies of its input.
-    return _FusedRMSNorm.apply(hidden, norm.weight)
-
-
-# On a GPU Megatron fuses these with torch.compile, so they allocate only their result.
-
-
-def _swiglu(inputs: Tensor) -> Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], inputs.shape[-1] // 2))
-
-
-def _swiglu_back(gradient: Tensor, inputs: Tensor) -> Tensor:
-    return torch.empty_like(inputs)
 
 
 def _model_and_optimizer(args: argparse.Namespace) -> tuple[list[Any], Any]:

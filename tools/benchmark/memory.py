@@ -7,8 +7,6 @@ and backward passes of a step hold at their peak, as `fake_training.measure` cou
 `tools/plan_run.py` predicts. It needs no GPU and little memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging
@@ -52,7 +50,6 @@ class Case:
 
     Attributes:
         recipe: its name in configs/, or its path.
-        flags: Megatron flags.
         chunks: model chunks per stage.
         stages: pipeline stages to measure.
         gpus: number and type of the ranks.
@@ -136,7 +133,11 @@ def _chosen(recipes: list[str] | None) -> list[Case]:
 def _row(task: tuple[Case, Request, Estimate, int]) -> dict[str, Any]:
     """Return the row of one stage: the case, and each part as measured and as planned."""
     case, request, planned, stage = task
-    measured = _measure(FakeRun(Path(case.recipe), case.flags, stage, request, planned))
+    # Silence Megatron.
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    with contextlib.redirect_stdout(None):
+        measured = measure(FakeRun(Path(case.recipe), case.flags, stage, request, planned))
     predicted = predicted_parts(planned.memory[stage])
     row: dict[str, Any] = {
         "recipe": Path(case.recipe).stem,
@@ -167,14 +168,6 @@ def planned_run(case: Case) -> tuple[Request, Estimate]:
     argv = ["--config", case.recipe, "--gpus", number, "--gpu", gpu, "--vpp", str(case.chunks)]
     argv += ["--teacher", case.teacher] if case.teacher else []
     return plan_one([*argv, *case.flags])
-
-
-def _measure(run: FakeRun) -> dict[str, int]:
-    # Silence Megatron.
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    with contextlib.redirect_stdout(None):
-        return measure(run)
 
 
 if __name__ == "__main__":

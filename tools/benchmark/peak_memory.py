@@ -1,7 +1,5 @@
 """Count live bytes under fake tensors, which have no allocator to query."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

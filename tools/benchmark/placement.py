@@ -12,8 +12,6 @@ stages than cores overlap; the schedule, the transfers and the teacher's calls a
 use at least one core (or, with NCCL, one GPU) per stage.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import functools
@@ -26,12 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
-from rich.console import Console
-from rich.table import Table
+from common import RESULTS_FOLDER, ROOT, run_entry, save_teacher, source
 
+from megatron_let.cli.common import print_table
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.provenance import write_csv
+from megatron_let.metrics.read import load_metrics
 from megatron_let.planner.sizes import TransformerSize
 
 RESULTS = RESULTS_FOLDER / "placement.csv"
@@ -39,6 +37,8 @@ CYCLE = ("baseline", "aligned-stage", "spread", "first bubble", "bubble")
 # Steps before the first cycle; the scheduler measures in the second one.
 WARMUP = 3
 TEACHER_SHARE = 0.0825
+# Width of the teacher's MLP, at which it takes that share of the computed passes.
+TEACHER_FFN = 768
 # Seconds that an emulated forward pass sleeps; a backward takes two.
 EMULATED_FORWARD = 0.05
 COSTS = re.compile(r"stages forward (\S+), backward (\S+), teacher (\S+)\)")
@@ -66,9 +66,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--cycles", type=int, default=8, help="measured cycles of the variants")
     parser.add_argument("--emulate", action="store_true", help="passes sleep for their cost")
-    parser.add_argument(
-        "--teacher-ffn", type=int, default=768, help="teacher's MLP width, which sets its cost"
-    )
     return parser.parse_args()
 
 
@@ -135,7 +132,7 @@ def _train(
     folder: Path, stages: int, options: argparse.Namespace
 ) -> tuple[str, list[dict[str, Any]]]:
     """Run the entry; return its log and the rows of its metrics file."""
-    ffn = 48 if options.emulate else options.teacher_ffn
+    ffn = 48 if options.emulate else TEACHER_FFN
     teacher = save_teacher(
         folder / "teacher", TransformerSize(2, 192, ffn, 4, 4, 48, True, VOCAB), 512
     )
@@ -156,7 +153,7 @@ def _train(
         program, stages, OMP_NUM_THREADS="1", TEACHER=str(teacher),
         EMULATE_STAGES=str(stages) if options.emulate else "",
     )  # fmt: skip
-    return log, metrics_rows(folder / METRICS)
+    return log, [*load_metrics(folder / METRICS).steps.values()]
 
 
 # Figures
@@ -207,16 +204,12 @@ def _rows(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="step time over the baseline's")
     columns = [
         *("stages", "microbatches", "passes", "placement", "ratio", "ratio_q25", "ratio_q75"),
         *("simulated", "teacher_over_forward"),
     ]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    cells = ([row[column] for column in columns] for row in rows)
+    print_table("step time over the baseline's", [columns, *cells], 120)
 
 
 def _write(rows: list[dict[str, Any]]) -> None:

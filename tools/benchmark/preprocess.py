@@ -7,8 +7,6 @@ Per-core measurements are restricted to one core. The same text in fewer and in 
 the speed of all cores depends on the number of tasks. Needs orjson, for datatrove's reader.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json
@@ -25,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS_FOLDER, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.data.text_tokenizer import HUGGING_FACE
 from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.provenance import write_csv
@@ -106,9 +103,12 @@ def _jobs(options: argparse.Namespace, scratch: Path) -> dict[str, Job]:
         name = f"ours, Hugging Face, {tasks} tasks, {cores} workers"
         jobs[name] = _ours(scratch / f"{tasks}", HUGGING_FACE, folder, cores)
     if options.sentence_piece:
-        model = options.sentence_piece
-        converted = scratch / "converted"
-        _convert_sentence_piece(model, converted)
+        from transformers import LlamaTokenizer
+
+        # datatrove reads no .model file.
+        model, converted = options.sentence_piece, scratch / "converted"
+        tokenizer = LlamaTokenizer.from_pretrained(str(model.parent), vocab_file=str(model))
+        tokenizer.save_pretrained(converted)
         jobs["ours, SentencePiece"] = _ours(corpus, "SentencePieceTokenizer", model, 1)
         jobs["datatrove, SentencePiece"] = _datatrove(corpus, converted)
     return jobs
@@ -146,13 +146,6 @@ def _datatrove(corpus: Path, tokenizer: Path) -> Job:
             step.run(JsonlReader(str(corpus)).run(rank=rank, world_size=TASKS), rank, TASKS)
 
     return job
-
-
-def _convert_sentence_piece(model: Path, folder: Path) -> None:
-    """Convert a SentencePiece model to a tokenizer that datatrove can read."""
-    from transformers import LlamaTokenizer
-
-    LlamaTokenizer.from_pretrained(str(model.parent), vocab_file=str(model)).save_pretrained(folder)
 
 
 def _measure(job: Job, out: Path, cores: set[int]) -> dict[str, float]:
@@ -201,7 +194,7 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("", "MB/s", "MB/s of CPU", "against", "clock", "CPU")
+    table = [("", "MB/s", "MB/s of CPU", "against", "clock", "CPU")]
     for row in rows:
         clock, cpu = (
             f"{row[f'ratio_{k}']:.2f} ({row[f'ratio_{k}_min']:.2f} to {row[f'ratio_{k}_max']:.2f})"
@@ -210,8 +203,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
             for k in ("seconds", "cpu")
         )
         speeds = (f"{row['mb_per_seconds']:.2f}", f"{row['mb_per_cpu']:.2f}")
-        table.add_row(row["what"], *speeds, row.get("baseline", ""), clock, cpu)
-    Console(width=140).print(table)
+        table.append((row["what"], *speeds, row.get("baseline", ""), clock, cpu))
+    print_table(None, table, 140)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ microbatches also fixes that of the replicas. `teachers` simulates the two layou
 with deeper and deeper teachers: SmolLM2-1.7B with a multiple of its layers.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys
@@ -21,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from common import CPU, RESULTS_FOLDER, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.cli.plan import plan_one
 from megatron_let.compat.device import prepare_process
 from megatron_let.metrics.provenance import write_csv
@@ -66,19 +63,16 @@ def main() -> int:
     parser.add_argument("table", choices=("steps", "teachers", "failures"))
     parser.add_argument("--csv", type=Path, default=RESULTS, help="file to write (steps)")
     options = parser.parse_args()
-    if options.table == "failures":
-        _print(list(failure_rows()))
-        return 0
     prepare_process(CPU, 0)
-    if options.table == "teachers":
-        _print(list(teacher_rows()))
-        return 0
+    make = {"steps": step_rows, "teachers": teacher_rows, "failures": failure_rows}
     rows = []
-    for row in step_rows():
-        print(*row.values(), flush=True)
+    for row in make[options.table]():
         rows.append(row)
-    write_csv(options.csv, rows, source())
-    _print(rows)
+        if options.table == "steps":
+            print(*row.values(), flush=True)
+    if options.table == "steps":
+        write_csv(options.csv, rows, source())
+    print_table(None, [[*rows[0]], *([*row.values()] for row in rows)], 160)
     return 0
 
 
@@ -181,13 +175,6 @@ def failure_rows() -> Iterator[dict[str, Any]]:
                     "interval min": f"{interval / 60:.0f}",
                     **shares,
                 }
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ Without --teacher, a random teacher of SmolLM2-135M's shape is used: weights do 
 Data is Megatron's mock data. Other flags go to the entry. docs/placement.md has the targets.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import statistics
@@ -26,11 +24,11 @@ from typing import Any
 
 import torch
 import yaml
-from common import RESULTS_FOLDER, ROOT, metrics_rows, run_entry, save_teacher, source
-from rich.console import Console
-from rich.table import Table
+from common import RESULTS_FOLDER, ROOT, run_entry, save_teacher, source
 
+from megatron_let.cli.common import print_table
 from megatron_let.metrics.provenance import write_csv
+from megatron_let.metrics.read import load_metrics
 from megatron_let.planner.sizes import TEACHERS, teacher_size
 
 RESULTS = RESULTS_FOLDER / "step_time.csv"
@@ -125,18 +123,14 @@ def train(
         *("--let-metrics-path", str(metrics), *flags),
     ]
     run_entry(program, 1, TEACHER=str(teacher))
-    return metrics_rows(metrics)
+    return [*load_metrics(metrics).steps.values()]
 
 
 # Figures
 
 
 def blocks(steps: list[Step], counted: int) -> list[Block]:
-    """Split a run into the counted steps of each block; blocks with odd index had a teacher.
-
-    Raises:
-        ValueError: the run does not end with a complete block without a teacher.
-    """
+    """Split a run into the counted steps of each block; blocks with odd index had a teacher."""
     length = SETTLING + counted
     if len(steps) % (2 * length) != length:
         raise ValueError(f"{len(steps)} steps are not an odd number of blocks of {length}")
@@ -158,12 +152,7 @@ def peak(block: Block) -> int:
 
 
 def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
-    """Return one row of the results.
-
-    Args:
-        taken: result of `blocks`.
-        baseline_peak: bytes of a block before the teacher was loaded; None if not measured.
-    """
+    """Return one row of the results; `baseline_peak` is in bytes before the teacher was loaded."""
     low, middle, high = statistics.quantiles(step_ratios(taken), n=4, method="inclusive")
     baseline = [step["step_seconds"] for block in taken[::2] for step in block]
     row: dict[str, Any] = {
@@ -185,11 +174,11 @@ def figures(taken: list[Block], baseline_peak: int | None) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("method", *FIGURES)
+    table = [("method", *FIGURES)]
     for row in rows:
         values = ("not measured" if row[name] is None else f"{row[name]:.4f}" for name in FIGURES)
-        table.add_row(row["method"], *values)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.append((row["method"], *values))
+    print_table(None, table, 120)
 
 
 if __name__ == "__main__":

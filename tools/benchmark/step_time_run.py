@@ -3,8 +3,6 @@
 torchrun ... step_time_run.py METHOD STEPS_PER_BLOCK [the entry's flags]
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

@@ -20,7 +20,7 @@ def _no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace all stages but the text's, which writes its lines and does not tokenize them."""
     for stage in STAGES:
         monkeypatch.setattr(quickstart._Quickstart, stage, lambda self, *_: self.output)
-    monkeypatch.setattr(quickstart._Quickstart, "_command", lambda self, *_: None)
+    monkeypatch.setattr(quickstart, "run_subcommand", lambda *_: None)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_cost_of_a_teacher_larger_than_the_student_is_said(
 ) -> None:
     options = quickstart._parse(["--output", str(tmp_path)])
     run = quickstart._Quickstart(options, "")
-    size = TEACHERS[name] if name else quickstart._size(run._teacher_settings(), 4096)
+    size = TEACHERS[name] if name else quickstart._size(run.small, 4096)
     run._say_cost(size)
     said = " ".join(capsys.readouterr().out.split())
     assert ("is larger than the student" in said) == larger

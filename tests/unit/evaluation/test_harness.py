@@ -145,11 +145,12 @@ def test_evaluate_computes_each_result_once(
 
     asked: list[list[str]] = []
 
-    def run(weights: Any, tasks: Any, *rest: Any) -> list[Result]:
-        asked.append([task.name for task in tasks])
-        return [result(task.name, 50.0) for task in tasks]
+    def score(model: Any, task: Any, *rest: Any) -> Result:
+        asked[-1].append(task.name)
+        return result(task.name, 50.0)
 
-    monkeypatch.setattr(harness, "_run", run)
+    monkeypatch.setattr(harness, "_lm_eval_model", lambda *_: asked.append([]))
+    monkeypatch.setattr(harness, "_score", score)
     monkeypatch.setattr(harness, "versions", lambda: {"lm-eval": "0"})
     weights = open_weights(model)
     two = tasks_named(["arc_easy", "boolq"])
@@ -199,5 +200,5 @@ def test_lm_eval_gives_equal_scores_for_every_checkpoint_format(
     with (tmp_path / "out/results.csv").open() as file:
         assert {line["task"] for line in csv.DictReader(file)} == {*QUESTIONS, "average"}
     # The second call reads the cache only.
-    monkeypatch.setattr(harness, "_run", None)
+    monkeypatch.setattr(harness, "_lm_eval_model", None)
     assert main([str(argument) for argument in arguments]) == 0

@@ -144,11 +144,9 @@ def test_result_is_computed_again_for_what_changes_it(
     other = with_tokenizer(tmp_path / "tokenizer", 500)
     calls: list[Any] = []
 
-    def run(weights: Any, *rest: Any) -> list[Result]:
-        calls.append(weights.tokenizer)
-        return [Result("sciq", {"acc": 0.5, "acc_stderr": 0.1}, 1, "1", "1")]
-
-    monkeypatch.setattr(harness, "_run", run)
+    scored = Result("sciq", {"acc": 0.5, "acc_stderr": 0.1}, 1, "1", "1")
+    monkeypatch.setattr(harness, "_lm_eval_model", lambda w, *_: calls.append(w.tokenizer))
+    monkeypatch.setattr(harness, "_score", lambda *_: scored)
     monkeypatch.setattr(harness, "versions", lambda: {"lm-eval": "0"})
 
     def score(tokenizer: Path | None = None, dtype: str | None = None) -> int:

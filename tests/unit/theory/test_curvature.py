@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_let.theory.curvature import Curvature, Probes, alignment_loss, measure
+from megatron_let.theory.curvature import Curvature, Probes, measure
+from megatron_let.theory.model_losses import ModelLosses, alignment_loss
 from tests.helpers import plain_reference as plain
 from tests.helpers.deep_linear import DEPTH, WIDTH, DeepLinear, deep_linear
 from tests.helpers.runs import ROOT
@@ -24,15 +25,14 @@ def network() -> DeepLinear:
 
 def measured(network: DeepLinear, probes: Probes) -> list[Curvature]:
     states = network.states(network.weights)
-    parameters = {index: [weight] for index, weight in enumerate(network.weights)}
-    return measure(
-        network.nll(network.weights),
-        {k: alignment_loss(states[k], network.teacher) for k in LAYERS},
-        {**parameters, None: []},
-        WEIGHT,
-        probes,
-        lambda text: None,
-    )
+    losses = {k: alignment_loss(states[k], network.teacher) for k in LAYERS}
+    return measure(of_network(network, losses), WEIGHT, probes, lambda text: None)
+
+
+def of_network(network: DeepLinear, alignment: dict[int, torch.Tensor]) -> ModelLosses:
+    parameters: dict[int | None, list[torch.Tensor]] = {None: []}
+    parameters |= {index: [weight] for index, weight in enumerate(network.weights)}
+    return ModelLosses(network.nll(network.weights), alignment, parameters)
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +87,9 @@ def test_blocks_after_k_are_exactly_zero(network: DeepLinear, rows: list[Curvatu
 
 def test_dependence_on_a_later_layer_is_counted(network: DeepLinear) -> None:
     states = network.states(network.weights)
-    rows = measure(
-        network.nll(network.weights),
-        # Layer 2's loss computed from layer 3's output.
-        {2: alignment_loss(states[3], network.teacher)},
-        {**{i: [w] for i, w in enumerate(network.weights)}, None: []},
-        WEIGHT,
-        Probes(signs=2, starts=1),
-        lambda text: None,
-    )
+    # Layer 2's loss computed from layer 3's output.
+    losses = of_network(network, {2: alignment_loss(states[3], network.teacher)})
+    rows = measure(losses, WEIGHT, Probes(signs=2, starts=1), lambda text: None)
     # Both of the probes, and the one after k.
     assert rows[1].nonzero_after == 2 * WIDTH**2 + 3 * WIDTH**2
 
