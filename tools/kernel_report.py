@@ -1,8 +1,8 @@
-"""Report resources and minimal time of the cosine kernels, compiled ahead of time without a GPU.
+"""Report resources and minimal time of the cosine kernel, compiled ahead of time without a GPU.
 
     python tools/kernel_report.py
 
-Compiles each kernel for sm_80 (A100) and sm_90 (H100) with the tiles of a launch and reads the
+Compiles the kernel for sm_80 (A100) and sm_90 (H100) with the tiles of a launch and reads the
 machine code: registers, spills, shared memory, widths of loads and stores. Writes
 `cosine_interp_resources.csv`, and the time to move the bytes at peak bandwidth on each GPU to
 `cosine_interp_roofline.csv`, in tools/benchmark/results/.
@@ -43,15 +43,15 @@ SHAPES = [(20_480, 2048, 576), (5_120, 4096, 2048), (65_536, 4096, 2048)]
 GPUS = {"A100 SXM 80 GB": (80, 2.039e12), "H100 SXM": (90, 3.35e12)}
 
 
-def compile_kernel(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> bytes:
+def compile_kernel(plan: dict[str, Any], dtype: str, sm: int) -> bytes:
     """Return the cubin of a plan for aligned tensors of `dtype`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, name in enumerate(plan.kernel.arg_names):
-        if name in plan.constants:
+    for index, name in enumerate(cosine_triton.cosine_kernel.arg_names):
+        if name in plan:
             signature[name] = "constexpr"
-            constants[(index,)] = plan.constants[name]
+            constants[(index,)] = plan[name]
             continue
         is_fp32 = name == "cosine_ptr" and dtype != "fp64"
         pointer = "*fp64" if name == "scale_ptr" else "*fp32" if is_fp32 else f"*{dtype}"
@@ -59,7 +59,7 @@ def compile_kernel(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> bytes
         if name != "num_tokens":
             attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(
-        ASTSource(plan.kernel, signature, constants, attributes),
+        ASTSource(cosine_triton.cosine_kernel, signature, constants, attributes),
         target=GPUTarget("cuda", sm, 32),
         options={"num_warps": cosine_triton.NUM_WARPS},
     ).asm["cubin"]
@@ -81,7 +81,7 @@ def _disassemble(cubin: bytes) -> tuple[str, list[str]]:
     return usage.stdout, [line for line in lines if line.endswith(";")]
 
 
-def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> dict[str, Any]:
+def measure(plan: dict[str, Any], dtype: str, sm: int) -> dict[str, Any]:
     """Compile a plan for compute capability `sm / 10`, and read the resources in its code."""
     usage, code = _disassemble(compile_kernel(plan, dtype, sm))
     registers, stack, shared, local = (
@@ -94,7 +94,8 @@ def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> dict[str, An
 
     spilled = stack + local + count(r"\b(LDL|STL)\b")
     return {
-        "kernel": plan.kernel.__name__, "d_m": plan.constants["D_M"], "d_t": plan.constants["D_T"],
+        "kernel": "cosine_block" if plan["BLOCK"] else "cosine_gather",
+        "d_m": plan["D_M"], "d_t": plan["D_T"],
         "dtype": dtype, "sm": sm, "registers": registers, "spill_bytes": spilled,
         "shared_bytes": shared, "loads": count(r"\bLDG"), "loads_16_byte": count(r"\bLDG\.\S*128"),
         "stores": count(r"\bSTG"), "stores_16_byte": count(r"\bSTG\.\S*128"),
@@ -103,7 +104,7 @@ def measure(plan: cosine_triton.KernelPlan, dtype: str, sm: int) -> dict[str, An
 
 
 def resources() -> Iterable[dict[str, Any]]:
-    """Measure every kernel of `WIDTHS` in every dtype on every architecture."""
+    """Measure the kernel for `WIDTHS` in every dtype on every architecture."""
     for d_m, d_t in WIDTHS:
         for dtype, torch_dtype in DTYPES.items():
             student = torch.empty(1, d_m, dtype=torch_dtype, device="meta")

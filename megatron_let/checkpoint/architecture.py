@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +109,6 @@ def from_megatron(args: Mapping[str, Any], vocab_size: int) -> Architecture:
     """Return the architecture that a run's arguments describe.
 
     Args:
-        args: Megatron's arguments, as saved in the checkpoint.
         vocab_size: size of the vocabulary, without padding.
 
     Raises:
@@ -279,102 +277,30 @@ def _experts_to_megatron(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def recipe_settings(architecture: Architecture) -> dict[str, Any]:
-    """Return the `model` section of a recipe for an architecture, in Megatron's flags."""
-    settings: dict[str, Any] = {
-        "num-layers": architecture.num_layers,
-        "hidden-size": architecture.hidden_size,
-        "ffn-hidden-size": architecture.ffn_hidden_size,
-        "num-attention-heads": architecture.num_heads,
-    }
-    if architecture.num_kv_heads != architecture.num_heads:
-        settings |= {"group-query-attention": True, "num-query-groups": architecture.num_kv_heads}
-    if architecture.head_dim * architecture.num_heads != architecture.hidden_size:
-        settings["kv-channels"] = architecture.head_dim
-    settings |= {
-        "max-position-embeddings": architecture.max_positions,
-        "normalization": "RMSNorm",
-        "norm-epsilon": float(f"{architecture.norm_epsilon:.6g}"),
-        "swiglu": True,
-        "disable-bias-linear": True,
-        "position-embedding-type": "rope",
-        "rotary-base": int(architecture.rotary_base),
-    }
-    if architecture.rope_type == "llama3":
-        settings |= {"use-rope-scaling": True, "rope-scaling-factor": architecture.rope_factor}
-    if architecture.rope_type == "linear":
-        settings["rotary-seq-len-interpolation-factor"] = int(architecture.rope_factor)
-    if not architecture.tied:
-        settings["untie-embeddings-and-output-weights"] = True
-    if architecture.qkv_bias:
-        settings["add-qkv-bias"] = True
-    if architecture.qk_norm:
-        settings["qk-layernorm"] = True
-    return settings | _expert_settings(architecture)
-
-
-def _expert_settings(architecture: Architecture) -> dict[str, Any]:
-    """Return the flags of a mixture of experts that differ from Megatron's defaults."""
-    if not architecture.num_experts:
-        return {}
-    fixed = dict(_FIXED_EXPERT_ARGUMENTS)
-    settings = {
-        name.replace("_", "-"): value
-        for name, value in _experts_to_megatron(architecture).items()
-        if name not in fixed and value
-    }
-    pattern = settings.pop("moe-layer-freq")
-    if architecture.dense_layers:
-        settings["moe-layer-freq"] = str(pattern).replace(" ", "")
-    return settings
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, float) or isinstance(theirs, float):
-        return math.isclose(float(ours), float(theirs), rel_tol=1e-5)
-    return bool(ours == theirs)
-
-
-# Field of Architecture -> the flag that sets it, for the fields that change what weights compute.
-_CHECKED: tuple[tuple[str, str], ...] = (
-    ("num_layers", "--num-layers"),
-    ("hidden_size", "--hidden-size"),
-    ("num_experts", "--num-experts"),
-    ("ffn_hidden_size", "--ffn-hidden-size"),
-    ("num_heads", "--num-attention-heads"),
-    ("num_kv_heads", "--num-query-groups (with --group-query-attention)"),
-    ("head_dim", "--kv-channels"),
-    ("tied", "--untie-embeddings-and-output-weights"),
-    ("norm_epsilon", "--norm-epsilon"),
-    ("rotary_base", "--rotary-base"),
-    ("rope_type", "--use-rope-scaling"),
-    ("rope_factor", "--rope-scaling-factor"),
-    ("qkv_bias", "--add-qkv-bias"),
-    ("qk_norm", "--qk-layernorm"),
-    ("experts_per_token", "--moe-router-topk"),
-    ("normalized_routing", "--moe-router-pre-softmax"),
-    ("expert_ffn_hidden_size", "--moe-ffn-hidden-size"),
-    ("dense_layers", "--moe-layer-freq"),
-    ("shared_ffn_hidden_size", "--moe-shared-expert-intermediate-size"),
+# Arguments that a recipe gives wherever they are not 0, off or None.
+_RECIPE_ARGUMENTS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+    *("max_position_embeddings", "normalization", "swiglu", "position_embedding_type"),
+    *("rotary_base", "rotary_seq_len_interpolation_factor", "add_qkv_bias", "qk_layernorm"),
+    "untie_embeddings_and_output_weights",
 )
 
 
-def first_difference(run: Architecture, checkpoint: Architecture) -> tuple[str, Any, Any] | None:
-    """Return the first flag whose value differs and changes the outputs.
-
-    Returns:
-        Flag, the run's value, the checkpoint's value; None if there is no difference.
-    """
-
-    def value(one: Architecture, name: str) -> Any:
-        found = getattr(one, name)
-        if name == "ffn_hidden_size" and one.num_experts and not one.dense_layers:
-            return None  # no layer has it
-        # These two flags are the opposite of the field.
-        return not found if name in ("tied", "normalized_routing") else found
-
-    for name, flag in _CHECKED:
-        ours, theirs = value(run, name), value(checkpoint, name)
-        if not _same(ours, theirs):
-            return flag, ours, theirs
-    return None
+def recipe_settings(architecture: Architecture) -> dict[str, Any]:
+    """Return the `model` section of a recipe for an architecture, in Megatron's flags."""
+    args = to_megatron(architecture)
+    names = [*_RECIPE_ARGUMENTS, *_experts_to_megatron(architecture)]
+    if args["group_query_attention"]:
+        names += ["group_query_attention", "num_query_groups"]
+    if args["use_rope_scaling"]:
+        names += ["use_rope_scaling", "rope_scaling_factor"]
+    if architecture.head_dim * architecture.num_heads != architecture.hidden_size:
+        names.append("kv_channels")
+    fixed = dict(_FIXED_EXPERT_ARGUMENTS)
+    settings = {n.replace("_", "-"): args[n] for n in names if n not in fixed and args[n]}
+    if architecture.dense_layers:
+        settings["moe-layer-freq"] = str(args["moe_layer_freq"]).replace(" ", "")
+    else:
+        settings.pop("moe-layer-freq", None)  # 1, the default
+    epsilon = float(f"{architecture.norm_epsilon:.6g}")
+    return settings | {"norm-epsilon": epsilon, "disable-bias-linear": True}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,6 @@ _KEPT_BY_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
 def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
     """Check that the settings fit the checkpoint of `--load` or `--pretrained-checkpoint`.
 
-    Args:
-        args: Megatron's arguments.
-        tokenizer: Megatron's tokenizer.
-
     Raises:
         LETError: names the flag, its value and the checkpoint's; or the checkpoint is not complete.
     """
@@ -112,17 +109,28 @@ def _check_equal(
     folder: Path,
     remedy: str,
 ) -> None:
-    """Check that the arguments that the checkpoint has are those of the run."""
+    difference = first_difference(args, saved, names)
+    if difference is not None:
+        name, ours, theirs = difference
+        raise LETError(
+            f"{name} is {ours} in this run and {theirs} in the checkpoint {folder}; {remedy}."
+        )
+
+
+def first_difference(
+    args: argparse.Namespace,
+    saved: argparse.Namespace,
+    names: Iterable[str] = ARCHITECTURE_ARGUMENTS,
+) -> tuple[str, Any, Any] | None:
+    """Return the first flag that differs, of those that a checkpoint has, and both values."""
     for name in names:
         # An earlier name, under which Megatron saved it.
         if not (hasattr(saved, name) or (name == "layernorm_epsilon" and "norm_epsilon" in saved)):
             continue
         ours, theirs = _value(args, name), _value(saved, name)
         if not _same(ours, theirs):
-            raise LETError(
-                f"{_FLAGS.get(name, flag(name))} is {ours} in this run and {theirs} in the"
-                f" checkpoint {folder}; {remedy}."
-            )
+            return _FLAGS.get(name, flag(name)), ours, theirs
+    return None
 
 
 def _value(args: argparse.Namespace, name: str) -> Any:

@@ -103,7 +103,6 @@ def _build(
 
     Args:
         rows: rows of the embedding, padding included.
-        args: the run's arguments.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -128,16 +127,9 @@ def _build(
         qk_layernorm=architecture.qk_norm,
         num_moe_experts=architecture.num_experts or None,
         **(experts if architecture.num_experts else {}),
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=dtype,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
         transformer_impl="local",
     )
     if architecture.num_experts:

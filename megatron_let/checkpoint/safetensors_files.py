@@ -33,7 +33,6 @@ def write_safetensors(
 
     Args:
         plan: name -> a tensor of the shape and type to write; its values are not used.
-        read: returns a tensor by its name.
         max_shard_size: bytes, or text such as `5GB`.
     """
     shards = split_state_dict_into_shards_factory(

@@ -32,7 +32,6 @@ def write_tokenizer(tokenizer: Path, folder: Path) -> Any:
 
     Args:
         tokenizer: folder of a Hugging Face tokenizer, or a SentencePiece `.model` file.
-        folder: folder to write to.
 
     Raises:
         LETError: transformers gives other ids for the written files than the tokenizer.
@@ -93,7 +92,6 @@ def generation_settings(tokenizer: Path, loaded: Any) -> dict[str, Any]:
 
     Args:
         tokenizer: folder or `.model` file.
-        loaded: the tokenizer, loaded by transformers.
     """
     files = {name: tokenizer / name for name in ("generation_config.json", "config.json")}
     found = {n: json.loads(path.read_text()) for n, path in files.items() if path.is_file()}

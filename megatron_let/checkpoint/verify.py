@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_let.checkpoint.architecture import first_difference
+from megatron_let.checkpoint.architecture import to_megatron
+from megatron_let.checkpoint.load_check import ARCHITECTURE_ARGUMENTS, first_difference
 from megatron_let.checkpoint.parameter_mapping import parameter_mappings
 from megatron_let.checkpoint.reference_models import logits
 from megatron_let.checkpoint.weights import Weights
@@ -72,14 +74,17 @@ def audit(first: Weights, second: Weights) -> TensorAudit:
 
 
 def _check_same_architecture(first: Weights, second: Weights) -> None:
-    difference = first_difference(first.architecture, second.architecture)
-    if difference is None and first.architecture.vocab_size != second.architecture.vocab_size:
-        difference = ("--vocab-size", first.architecture.vocab_size, second.architecture.vocab_size)
+    architectures = first.architecture, second.architecture
+    names = [*ARCHITECTURE_ARGUMENTS, "vocab_size"]
+    if all(one.num_experts and not one.dense_layers for one in architectures):
+        names.remove("ffn_hidden_size")  # no layer has it
+    ours, theirs = (argparse.Namespace(**to_megatron(one)) for one in architectures)
+    difference = first_difference(ours, theirs, names)
     if difference is not None:
-        name, ours, theirs = difference
+        name, value, other = difference
         raise LETError(
-            f"{first.folder} and {second.folder} have different architectures: {name} is {ours}"
-            f" and {theirs}."
+            f"{first.folder} and {second.folder} have different architectures: {name} is {value}"
+            f" and {other}."
         )
 
 

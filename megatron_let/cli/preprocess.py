@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +16,7 @@ from rich.table import Table
 from megatron_let.cli.common import run_command, say
 from megatron_let.data.text_tokenizer import HUGGING_FACE, TOKENIZER_TYPES
 from megatron_let.errors import LETError
-from megatron_let.preprocessing.shards import Selection
-
-if TYPE_CHECKING:
-    from megatron_let.preprocessing.run import PreprocessOptions
+from megatron_let.preprocessing.job import PreprocessOptions, Selection
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,8 +82,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(given: argparse.Namespace) -> PreprocessOptions:
-    from megatron_let.preprocessing.run import PreprocessOptions
-
     selection = Selection(
         json_keys=tuple(dict.fromkeys(given.json_keys)),
         subset_key=given.subset_key,

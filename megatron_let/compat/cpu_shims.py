@@ -70,16 +70,10 @@ class CudaDeviceAsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Stream:
+class _Stream(torch.cpu.Stream):
     """A CUDA stream on a CPU, which runs everything in program order, and its events."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_stream(self, stream: Any) -> None:
-        pass
-
-    def wait_event(self, event: Any) -> None:
         pass
 
     def synchronize(self) -> None:

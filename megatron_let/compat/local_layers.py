@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -41,7 +41,7 @@ from megatron_let.config.megatron_arguments import read_lists
 from megatron_let.errors import LETError
 
 
-class RMSNorm(torch.nn.Module):
+class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm by torch, with sequence parallelism; takes the parameters of Megatron's norms.
 
     Maps [s, b, h], or [s/tp, b, h] under sequence parallelism, to the same shape.
@@ -50,14 +50,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
         # finalize_model_grads sums the gradient of marked parameters over the TP ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 def zigzag_positions(local_length: int, cp_size: int, device: torch.device) -> torch.Tensor:
@@ -90,23 +85,17 @@ class SDPAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        attention_dropout: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"SDPAttention is causal only, not {attn_mask_type}.")
         self.softmax_scale = softmax_scale
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.cp_group = (
-            pg_collection.cp
-            if pg_collection is not None
-            else parallel_state.get_context_parallel_group()
-        )
+        self.dropout = config.attention_dropout
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,

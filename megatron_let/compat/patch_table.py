@@ -6,6 +6,7 @@ container, layer spec) cannot do.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +62,27 @@ def _cpu(target: str, reason: str) -> Patch:
     )
 
 
-_CPU_ROWS = (
+_TRAINING = "megatron.training.training:"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies."
+
+_CONTROL_TESTS = "tests/distributed/test_control.py"
+_DEEPSPEED_TESTS = "tests/distributed/test_deepspeed"
+_WRITER_TESTS = "tests/distributed/test_checkpoint_writer.py"
+
+_metrics = functools.partial(
+    Patch,
+    unnecessary_when="pretrain() accepts a logger",
+    test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
+)
+_deepspeed = functools.partial(
+    Patch,
+    kind="replace",
+    unnecessary_when="pretrain() takes these functions from its config container",
+)
+
+ROWS: tuple[Patch, ...] = (
+    # A CPU in place of a GPU.
     _cpu("torch.cuda:is_available", "initialize_megatron asserts that CUDA is available"),
     _cpu("torch.cuda:device_count", "with 0 devices initialize_model_parallel is skipped"),
     _cpu("torch.cuda:set_device", "initialize_distributed selects a GPU"),
@@ -93,11 +114,7 @@ _CPU_ROWS = (
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
         "the split sizes of the experts' all-to-all become arrays on their way from a GPU only",
     ),
-)
-
-_TRAINING = "megatron.training.training:"
-
-_PIP_ROWS = (
+    # pip's wheel.
     Patch(
         target="megatron.core.datasets.utils:compile_helpers",
         kind="replace",
@@ -106,12 +123,7 @@ _PIP_ROWS = (
         unnecessary_when="the wheel ships core/datasets/Makefile or start-up does not call make",
         test="tests/unit/compat/test_patch_table.py::test_compile_helpers_is_replaced_without_a_makefile",
     ),
-)
-
-_STRATEGIES = "megatron.core.dist_checkpointing.strategies."
-_WRITER_TESTS = "tests/distributed/test_checkpoint_writer.py"
-
-_WRITER_ROWS = (
+    # The asynchronous checkpoint writer.
     Patch(
         target=_STRATEGIES + "async_utils:PersistentAsyncCaller.async_loop",
         kind="replace",
@@ -136,17 +148,13 @@ _WRITER_ROWS = (
         unnecessary_when="that process ignores the trainer's exit signal",
         test=_WRITER_TESTS + "::test_sigterm_to_torchrun_saves_and_the_run_resumes",
     ),
-)
-
-_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
-
-_TORCH_OPTIMIZER_ROWS = (
+    # Resume with torch's Adam, and with another learning rate.
     Patch(
         target=_OPTIMIZER + "state_dict",
         reason="with torch's Adam it asserts that a step was taken, so no checkpoint can be loaded",
         parameters=("self",),
         unnecessary_when="state_dict() of a new optimizer over torch's Adam returns step 0",
-        test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
+        test=_CONTROL_TESTS + "::test_stopped_run_resumes_with_the_same_losses",
     ),
     Patch(
         target=_OPTIMIZER + "load_state_dict",
@@ -155,7 +163,7 @@ _TORCH_OPTIMIZER_ROWS = (
         parameters=("self", "state_dict"),
         unnecessary_when="load_state_dict() restores the step of torch's Adam, and"
         " --override-opt-param-scheduler changes the rates of the loaded groups",
-        test="tests/distributed/test_control.py::test_stopped_run_resumes_with_the_same_losses",
+        test=_CONTROL_TESTS + "::test_stopped_run_resumes_with_the_same_losses",
     ),
     Patch(
         target=_OPTIMIZER + "_set_main_param_and_optimizer_states",
@@ -163,7 +171,7 @@ _TORCH_OPTIMIZER_ROWS = (
         " checkpoint with --dist-ckpt-optim-fully-reshardable can be loaded",
         parameters=("self", "model_param", "tensors"),
         unnecessary_when="it skips the step, as the other checkpoint formats do",
-        test="tests/distributed/test_control.py::test_sharded_optimizer_resumes_in_another_layout",
+        test=_CONTROL_TESTS + "::test_sharded_optimizer_resumes_in_another_layout",
     ),
     Patch(
         target="megatron.core.optimizer.optimizer:"
@@ -172,11 +180,9 @@ _TORCH_OPTIMIZER_ROWS = (
         " with another --lr, in spite of --override-opt-param-scheduler",
         parameters=("current_groups", "state_dict_groups"),
         unnecessary_when="--override-opt-param-scheduler changes the rates of the loaded groups",
-        test="tests/distributed/test_control.py::test_rate_changes_on_resume_if_it_is_overridden",
+        test=_CONTROL_TESTS + "::test_rate_changes_on_resume_if_it_is_overridden",
     ),
-)
-
-_LET_ROWS = (
+    # Methods with a teacher.
     Patch(
         target=_TRAINING + "get_forward_backward_func",
         reason="the alignment needs a global batch's tokens on the stage of layer k, the index of"
@@ -193,9 +199,6 @@ _LET_ROWS = (
         unnecessary_when="training_log drops keys that loss_dict no longer has",
         test="tests/distributed/test_training.py::test_log_shows_no_cosine_after_the_teacher",
     ),
-)
-
-_PROJECTION_ROWS = (
     Patch(
         target=_TRAINING + "setup_model_and_optimizer",
         reason="a learned projection is created after the model is built and loaded, and its"
@@ -204,10 +207,8 @@ _PROJECTION_ROWS = (
         unnecessary_when="pretrain() accepts a callback after the set-up, with model and optimizer",
         test="tests/distributed/test_projection.py::test_layout_matches_one_process",
     ),
-)
-
-_METRICS_ROWS = (
-    Patch(
+    # The metrics file.
+    _metrics(
         target=_TRAINING + "train_step",
         reason="one JSON line per step needs the loss, the gradient norm and the time together",
         parameters=(
@@ -220,26 +221,18 @@ _METRICS_ROWS = (
             "forward_backward_func",
             "iteration",
         ),
-        unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
-    Patch(
+    _metrics(
         target=_TRAINING + "evaluate_and_print_results",
         reason="evaluate() knows neither its iteration nor whether the data is validation or test",
         parameters=("prefix", "forward_step_func", "data_iterator", "model", "iteration"),
-        unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
-    Patch(
+    _metrics(
         target=_TRAINING + "evaluate",
         reason="the validation loss is printed but not returned to the caller",
         parameters=("forward_step_func", "data_iterator", "model"),
-        unnecessary_when="pretrain() accepts a logger",
-        test="tests/distributed/test_training.py::test_metrics_file_has_one_row_per_step",
     ),
-)
-
-_CONTROL_ROWS = (
+    # Control files, and steps that are rejected.
     Patch(
         target=_TRAINING + "checkpoint_and_decide_exit",
         reason="the control files are checked between two steps, where the model, the optimizer"
@@ -254,7 +247,7 @@ _CONTROL_ROWS = (
             "train_data_iterator",
         ),
         unnecessary_when="pretrain() accepts a step callback that can save and exit",
-        test="tests/distributed/test_control.py::test_stop_saves_and_ends_the_run",
+        test=_CONTROL_TESTS + "::test_stop_saves_and_ends_the_run",
     ),
     Patch(
         target=_TRAINING + "save_checkpoint_and_time",
@@ -262,59 +255,9 @@ _CONTROL_ROWS = (
         " TypeError hides why the run ends",
         parameters=("iteration",),
         unnecessary_when="train() saves only with --save, as checkpoint_and_decide_exit() does",
-        test="tests/distributed/test_control.py::test_rejected_result_ends_a_run_without_save",
+        test=_CONTROL_TESTS + "::test_rejected_result_ends_a_run_without_save",
     ),
-)
-
-_STUDENT_TESTS = "tests/distributed/test_students.py"
-
-_LAYER_ROWS = (
-    Patch(
-        target="megatron.training.models.gpt:mtp_block_spec",
-        reason="without Transformer Engine the layers of multi-token prediction are stock ones,"
-        " which support neither sequence parallelism nor multi-latent attention",
-        parameters=("config", "transformer_layer_spec", "vp_stage"),
-        unnecessary_when="GPTModelConfig takes a spec of these layers",
-        test=_STUDENT_TESTS + "::test_layout_matches_one_process",
-    ),
-)
-
-_DEEPSPEED_TESTS = "tests/distributed/test_deepspeed"
-
-
-def _deepspeed(target: str, reason: str, parameters: tuple[str, ...], test: str) -> Patch:
-    return Patch(
-        target=_TRAINING + target,
-        kind="replace",
-        reason=reason,
-        parameters=parameters,
-        unnecessary_when="pretrain() takes these functions from its config container",
-        test=_DEEPSPEED_TESTS + test,
-    )
-
-
-_DEEPSPEED_ROWS = (
-    _deepspeed(
-        "get_megatron_optimizer",
-        "under --engine deepspeed the optimizer is inside DeepSpeed's engine",
-        ("config", "model_chunks", "config_overrides"),
-        ".py::test_steps_match_megatron_engine",
-    ),
-    _deepspeed(
-        "save_checkpoint",
-        "ZeRO's shards of master weights and moments are saved by DeepSpeed's engine",
-        ("iteration", "model", "optimizer", "opt_param_scheduler"),
-        "_checkpoint.py::test_resumed_run_has_the_same_losses",
-    ),
-    _deepspeed(
-        "load_checkpoint",
-        "ZeRO's shards of master weights and moments are loaded by DeepSpeed's engine",
-        ("ddp_model", "optimizer", "opt_param_scheduler"),
-        "_checkpoint.py::test_resumed_run_has_the_same_losses",
-    ),
-)
-
-_WANDB_ROWS = (
+    # wandb.
     Patch(
         target="megatron.training.wandb_utils:on_save_checkpoint_success",
         reason="pretrain() finishes wandb before the last asynchronous save, whose artifact then"
@@ -323,20 +266,34 @@ _WANDB_ROWS = (
         unnecessary_when="pretrain() finishes wandb after maybe_finalize_async_save()",
         test="tests/unit/run/test_artifacts.py::test_artifact_is_logged_while_wandb_runs",
     ),
-)
-
-ROWS: tuple[Patch, ...] = (
-    *_CPU_ROWS,
-    *_PIP_ROWS,
-    *_WRITER_ROWS,
-    *_TORCH_OPTIMIZER_ROWS,
-    *_LET_ROWS,
-    *_PROJECTION_ROWS,
-    *_METRICS_ROWS,
-    *_CONTROL_ROWS,
-    *_WANDB_ROWS,
-    *_LAYER_ROWS,
-    *_DEEPSPEED_ROWS,
+    # Layers by torch.
+    Patch(
+        target="megatron.training.models.gpt:mtp_block_spec",
+        reason="without Transformer Engine the layers of multi-token prediction are stock ones,"
+        " which support neither sequence parallelism nor multi-latent attention",
+        parameters=("config", "transformer_layer_spec", "vp_stage"),
+        unnecessary_when="GPTModelConfig takes a spec of these layers",
+        test="tests/distributed/test_students.py::test_layout_matches_one_process",
+    ),
+    # The DeepSpeed engine.
+    _deepspeed(
+        target=_TRAINING + "get_megatron_optimizer",
+        reason="under --engine deepspeed the optimizer is inside DeepSpeed's engine",
+        parameters=("config", "model_chunks", "config_overrides"),
+        test=_DEEPSPEED_TESTS + ".py::test_steps_match_megatron_engine",
+    ),
+    _deepspeed(
+        target=_TRAINING + "save_checkpoint",
+        reason="ZeRO's shards of master weights and moments are saved by DeepSpeed's engine",
+        parameters=("iteration", "model", "optimizer", "opt_param_scheduler"),
+        test=_DEEPSPEED_TESTS + "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
+    _deepspeed(
+        target=_TRAINING + "load_checkpoint",
+        reason="ZeRO's shards of master weights and moments are loaded by DeepSpeed's engine",
+        parameters=("ddp_model", "optimizer", "opt_param_scheduler"),
+        test=_DEEPSPEED_TESTS + "_checkpoint.py::test_resumed_run_has_the_same_losses",
+    ),
 )
 PATCHES = {row.target: row for row in ROWS}
 

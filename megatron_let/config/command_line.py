@@ -31,7 +31,6 @@ def parse_command_line(
         argv: arguments after the program's name; they override the recipe's.
         host_flags: Megatron flags that this host needs; the recipe and `argv` override them.
         check: called with the parsed arguments before Megatron validates them.
-        cuda: whether the host has a GPU.
         report: called with a sentence for each flag that has no effect in this run.
 
     Raises:

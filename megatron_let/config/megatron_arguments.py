@@ -58,7 +58,6 @@ def check_known(
     Args:
         args: the parsed arguments, before Megatron's validation, which derives others.
         actions: those of Megatron's parser, which give the defaults and the flags.
-        cuda: whether the host has a GPU.
 
     Raises:
         LETError: names the flag and why it is refused.
@@ -85,7 +84,6 @@ def check_layers(args: argparse.Namespace, actions: Iterable[argparse.Action]) -
 
     Args:
         args: the arguments, parsed or taken from a checkpoint.
-        actions: as for `check_known`.
 
     Raises:
         LETError: there is no Transformer Engine, and an argument needs it; or the heads cannot be

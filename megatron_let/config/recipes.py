@@ -127,12 +127,6 @@ def recipe_argv(
     sets. `${NAME}` in a value is an environment variable, required only if the flag is not on the
     command line.
 
-    Args:
-        settings: result of `load_recipe`.
-        parser: has every flag.
-        command_line: the user's arguments.
-        variables: values of `${NAME}`.
-
     Raises:
         RecipeError: an unknown setting, a value of the wrong kind, or a missing variable.
     """

@@ -53,10 +53,6 @@ def write_sidecar_file(prefix: str | Path, tokenizer: TextTokenizer, name: str) 
 def check_data_tokenizer(args: argparse.Namespace, tokenizer: Any) -> None:
     """Check that the run's tokenizer made its data; data without a sidecar file passes.
 
-    Args:
-        args: Megatron's arguments.
-        tokenizer: Megatron's tokenizer, from `get_tokenizer()`.
-
     Raises:
         LETError: a data set was made with another tokenizer.
     """

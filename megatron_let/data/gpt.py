@@ -69,7 +69,6 @@ def datasets_provider(
     """Return the provider that `pretrain()` calls with (train, validation, test) sample counts.
 
     Args:
-        args: Megatron's arguments.
         aligner: adds the teacher's tokens to the training samples.
     """
 
@@ -118,7 +117,6 @@ def get_batch(
 
     Args:
         data_iterator: used on the first rank of each tensor-parallel group.
-        args: Megatron's arguments.
         vp_stage: stage of an interleaved pipeline.
         micro_batch_size: samples of the microbatch, which evaluation may set on its own.
 

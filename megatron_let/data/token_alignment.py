@@ -133,7 +133,6 @@ class TokenAligner:
     """Encodes a student's sample with the teacher's tokenizer and aligns the tokens.
 
     Args:
-        student: the student's vocabulary.
         teacher: the teacher's `tokenizers.Tokenizer`; a copy is used without its post-processor.
         teacher_eod: id that ends a document.
         length: number of teacher tokens per sample.
@@ -214,8 +213,6 @@ def load_token_aligner(
 
     Args:
         tokenizer_type, tokenizer_model: the student's, as in `load_text_tokenizer`.
-        folder: folder of the teacher.
-        sequence_length: student tokens per sample.
 
     Raises:
         LETError: one of the tokenizers cannot be used for alignment.

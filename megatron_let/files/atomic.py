@@ -27,10 +27,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file atomically."""
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -38,7 +43,6 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder, and rename it to `path` if the block ends without an error.
 
     Args:
-        path: the final name.
         force: replace an existing folder, once the new one is complete.
 
     Raises:

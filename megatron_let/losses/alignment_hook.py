@@ -91,10 +91,8 @@ class AlignmentHook:
         """Begin a global batch.
 
         Args:
-            teacher: source of the teacher's states of this global batch.
             gradient_scale: factor of d(sum of local losses)/dh; a 0-dim tensor (the loss scale
                 of fp16) is on `device`.
-            device: device of the hidden states.
         """
         if not isinstance(gradient_scale, Tensor):
             # Filled on the device: a copy from the host could wait for it.

@@ -1,4 +1,4 @@
-"""Triton kernels of the cosine loss and their launch: one pass over a token's row.
+"""Triton kernel of the cosine loss and its launch: one pass over a token's row.
 
 Notation: `h` is a token's student row `[d_M]`, `t` its teacher row `[d_T]`, `W` the interpolation
 of equation 6 (target column j reads sources `floor u_j` and `floor u_j + 1`), `p = W h`.
@@ -6,8 +6,8 @@ of equation 6 (target column j reads sources `floor u_j` and `floor u_j + 1`), `
     cos = p.t / (|p| |t|),  a = 1 / (|p| |t|),  b = cos / |p|^2
     out = grad - scale W^T (a t - b p)
 
-A program reads its rows once for the three sums and, from its cache, again for the gradient. There
-are two kernels, one for each structure of `W`:
+A program reads its rows once for the three sums and, from its cache, again for the gradient. The
+columns are read in one of two ways, by the structure of `W`:
 
 * block: `d_M = r d_T` with `r` 1, 2 or 4, where target j reads sources `r j .. r j + r - 1` only. A
   thread holds all that it needs, and every access is a wide, aligned stream.
@@ -19,7 +19,6 @@ program share the column arithmetic. That arithmetic uses integers over the comm
 `d_T - 1`, so weights have one rounding at any width. Row offsets are 64-bit.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,73 +89,42 @@ def _store_gradient(
 
 @triton.jit
 def _interpolate_block(
-    student_row, teacher_row, start,
-    D_M: tl.constexpr, D_T: tl.constexpr,
-    TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr,
+    student_row, teacher_row, lanes,
+    D_M: tl.constexpr, D_T: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Load `p`, `t`, `[TOKENS, LANES, VECTOR / r]`, and W's blocks, `[1, LANES, VECTOR / r, r]`."""
+    """Load `p`, `t`, `[TOKENS, LANES, COLUMNS]`, and W's blocks, `[1, LANES, COLUMNS, r]`."""
     RATIO: tl.constexpr = D_M // D_T
     MASKED: tl.constexpr = D_M % (LANES * VECTOR) != 0
-    lanes = (start + tl.arange(0, LANES))[None, :, None]
     source = lanes * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    target = lanes * (VECTOR // RATIO) + tl.arange(0, VECTOR // RATIO)[None, None, :]
+    target = lanes * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     h = _load(student_row + source, source < D_M, MASKED, DTYPE)
     t = _load(teacher_row + target, target < D_T, MASKED, DTYPE)
-    distance = tl.reshape(source, [1, LANES, VECTOR // RATIO, RATIO]) * (D_T - 1)
+    distance = tl.reshape(source, [1, LANES, COLUMNS, RATIO]) * (D_T - 1)
     weights = _weight(distance - (target * (D_M - 1))[:, :, :, None], D_T, DTYPE)
-    p = tl.sum(tl.reshape(h, [TOKENS, LANES, VECTOR // RATIO, RATIO]) * weights, axis=3)
+    p = tl.sum(tl.reshape(h, [TOKENS, LANES, COLUMNS, RATIO]) * weights, axis=3)
     return p, t, weights
 
 
 @triton.jit
-def cosine_block(
-    student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
-    teacher_ptr,  # [num_tokens, D_T], likewise
-    scale_ptr,  # 0-dim, fp32 | fp64
-    grad_ptr,  # [num_tokens, D_M]
-    cosine_ptr,  # [num_tokens], DTYPE
-    out_ptr,  # [num_tokens, D_M], contiguous
-    num_tokens,
-    student_stride,
-    teacher_stride,
-    grad_stride,
-    D_M: tl.constexpr,
-    D_T: tl.constexpr,
-    GRADIENT: tl.constexpr,  # without it only the cosine is computed
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    student_row = _rows(student_ptr, tokens, num_tokens, student_stride)
-    teacher_row = _rows(teacher_ptr, tokens, num_tokens, teacher_stride)
-    dot = tl.zeros([TOKENS, LANES, VECTOR // (D_M // D_T)], DTYPE)
-    student_sq = tl.zeros_like(dot)
-    teacher_sq = tl.zeros_like(dot)
-    for start in range(0, (D_M + VECTOR - 1) // VECTOR, LANES):
-        p, t, _ = _interpolate_block(
-            student_row, teacher_row, start, D_M, D_T, TOKENS, LANES, VECTOR, DTYPE
-        )
-        dot += p * t
-        student_sq += p * p
-        teacher_sq += t * t
-    cosine, a, b = _coefficients(dot, student_sq, teacher_sq)
-    tl.store(cosine_ptr + tokens, cosine, mask=tokens < num_tokens)
-    if GRADIENT:
-        a = _scaled(a, scale_ptr)
-        b = _scaled(b, scale_ptr)
-        for start in range(0, (D_M + VECTOR - 1) // VECTOR, LANES):
-            p, t, weights = _interpolate_block(
-                student_row, teacher_row, start, D_M, D_T, TOKENS, LANES, VECTOR, DTYPE
-            )
-            gradient = tl.reshape((a * t - b * p)[:, :, :, None] * weights, [TOKENS, LANES, VECTOR])
-            source = (start + tl.arange(0, LANES))[None, :, None] * VECTOR
-            source += tl.arange(0, VECTOR)[None, None, :]
-            _store_gradient(
-                out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
-                D_M, D_M % (LANES * VECTOR) != 0, DTYPE,
-            )  # fmt: skip
+def _interpolate_gather(
+    student_row, teacher_row, start,
+    D_M: tl.constexpr, D_T: tl.constexpr, LANES: tl.constexpr,
+    COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Load `p` and `t`, `[TOKENS, LANES, COLUMNS]`, at any widths."""
+    MASKED: tl.constexpr = D_T % (LANES * COLUMNS) != 0
+    lanes = tl.arange(0, LANES)[None, :, None]
+    target = start + lanes * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    in_row = target < D_T
+    # At the row's end: one column lower, with weight 1 above it, so that `upper` is in the row.
+    lower = tl.maximum(tl.minimum(target * (D_M - 1) // (D_T - 1), D_M - 2), 0)
+    upper = lower + min(D_M - 1, 1)
+    fraction = _weight((lower + 1) * (D_T - 1) - target * (D_M - 1), D_T, DTYPE)
+    t = _load(teacher_row + target, in_row, MASKED, DTYPE)
+    h_lower = _load(student_row + lower, in_row, MASKED, DTYPE)
+    h_upper = _load(student_row + upper, in_row, MASKED, DTYPE)
+    return h_lower + fraction * (h_upper - h_lower), t
 
 
 @triton.jit
@@ -221,7 +189,7 @@ def _gather_gradient(
 
 
 @triton.jit
-def cosine_gather(
+def cosine_kernel(
     student_ptr,  # [num_tokens, D_M], bf16 | fp16 | fp32 | fp64
     teacher_ptr,  # [num_tokens, D_T], likewise
     scale_ptr,  # 0-dim, fp32 | fp64
@@ -234,34 +202,35 @@ def cosine_gather(
     grad_stride,
     D_M: tl.constexpr,
     D_T: tl.constexpr,
+    BLOCK: tl.constexpr,  # whether W is block diagonal
     GRADIENT: tl.constexpr,  # without it only the cosine is computed
     TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,  # source columns per thread
-    DTYPE: tl.constexpr,
     COLUMNS: tl.constexpr,  # target columns per thread
     TARGETS: tl.constexpr,  # upper bound of the target columns that read one source column
     UNROLL: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    MASKED: tl.constexpr = D_T % (LANES * COLUMNS) != 0
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     student_row = _rows(student_ptr, tokens, num_tokens, student_stride)
     teacher_row = _rows(teacher_ptr, tokens, num_tokens, teacher_stride)
     dot = tl.zeros([TOKENS, LANES, COLUMNS], DTYPE)
     student_sq = tl.zeros_like(dot)
     teacher_sq = tl.zeros_like(dot)
-    for start in range(0, D_T, LANES * COLUMNS):
-        lanes = tl.arange(0, LANES)[None, :, None]
-        target = start + lanes * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
-        in_row = target < D_T
-        # At the row's end: one column lower, with weight 1 above it, so that `upper` is in the row.
-        lower = tl.maximum(tl.minimum(target * (D_M - 1) // (D_T - 1), D_M - 2), 0)
-        upper = lower + min(D_M - 1, 1)
-        fraction = _weight((lower + 1) * (D_T - 1) - target * (D_M - 1), D_T, DTYPE)
-        t = _load(teacher_row + target, in_row, MASKED, DTYPE)
-        h_lower = _load(student_row + lower, in_row, MASKED, DTYPE)
-        h_upper = _load(student_row + upper, in_row, MASKED, DTYPE)
-        p = h_lower + fraction * (h_upper - h_lower)
+    # In lanes of a block, or in target columns.
+    END: tl.constexpr = (D_M + VECTOR - 1) // VECTOR if BLOCK else D_T
+    STEP: tl.constexpr = LANES if BLOCK else LANES * COLUMNS
+    for start in range(0, END, STEP):
+        if BLOCK:
+            lanes = (start + tl.arange(0, LANES))[None, :, None]
+            p, t, _ = _interpolate_block(
+                student_row, teacher_row, lanes, D_M, D_T, TOKENS, LANES, VECTOR, COLUMNS, DTYPE
+            )
+        else:
+            p, t = _interpolate_gather(
+                student_row, teacher_row, start, D_M, D_T, LANES, COLUMNS, DTYPE
+            )
         dot += p * t
         student_sq += p * p
         teacher_sq += t * t
@@ -271,27 +240,23 @@ def cosine_gather(
         a = _scaled(a, scale_ptr)
         b = _scaled(b, scale_ptr)
         for start in range(0, (D_M + VECTOR - 1) // VECTOR, LANES):
-            edge = (start + tl.arange(0, LANES))[None, :, None] * VECTOR
-            gradient = _gather_gradient(
-                student_row, teacher_row, edge, a, b,
-                D_M, D_T, TARGETS, UNROLL, TOKENS, LANES, VECTOR, DTYPE,
-            )  # fmt: skip
-            source = edge + tl.arange(0, VECTOR)[None, None, :]
+            lanes = (start + tl.arange(0, LANES))[None, :, None]
+            if BLOCK:
+                p, t, weights = _interpolate_block(
+                    student_row, teacher_row, lanes, D_M, D_T, TOKENS, LANES, VECTOR, COLUMNS, DTYPE
+                )
+                gradient = (a * t - b * p)[:, :, :, None] * weights
+                gradient = tl.reshape(gradient, [TOKENS, LANES, VECTOR])
+            else:
+                gradient = _gather_gradient(
+                    student_row, teacher_row, lanes * VECTOR, a, b,
+                    D_M, D_T, TARGETS, UNROLL, TOKENS, LANES, VECTOR, DTYPE,
+                )  # fmt: skip
+            source = lanes * VECTOR + tl.arange(0, VECTOR)[None, None, :]
             _store_gradient(
                 out_ptr, grad_ptr, gradient, tokens, num_tokens, grad_stride, source,
                 D_M, D_M % (LANES * VECTOR) != 0, DTYPE,
             )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """A kernel and its compile-time constants; a program handles the rows of some tokens."""
-
-    kernel: Any
-    constants: dict[str, Any]
-
-    def grid(self, num_tokens: int) -> tuple[int]:
-        return (triton.cdiv(num_tokens, self.constants["TOKENS"]),)
 
 
 def is_block_diagonal(num_source: int, num_target: int) -> bool:
@@ -309,12 +274,11 @@ def max_targets_per_source(num_source: int, num_target: int) -> int:
     return min(triton.cdiv(2 * (num_target - 1), num_source - 1), num_target)
 
 
-def plan(student: Tensor, num_target: int, gradient: bool = True) -> KernelPlan:
-    """Select the kernel for `student [N, d_M]` and teacher width `d_T`.
+def plan(student: Tensor, num_target: int, gradient: bool = True) -> dict[str, Any]:
+    """Return the kernel's compile-time constants for `student [N, d_M]` and teacher width `d_T`.
 
     Args:
         student: its width and dtype are used.
-        num_target: d_T.
         gradient: whether the gradient is computed besides the cosine.
 
     Raises:
@@ -328,26 +292,18 @@ def plan(student: Tensor, num_target: int, gradient: bool = True) -> KernelPlan:
             f"widths {num_source} and {num_target} overflow the kernel's 32-bit column arithmetic: "
             "keep their product below 2**31"
         )
-    constants = {
-        "D_M": num_source, "D_T": num_target, "GRADIENT": gradient, "LANES": _LANES,
-        "DTYPE": _TL_DTYPE[work_dtype(student)], "TOKENS": 2,
-    }  # fmt: skip
-    if is_block_diagonal(num_source, num_target):
-        return KernelPlan(cosine_block, constants | {"VECTOR": vector})
+    is_block = is_block_diagonal(num_source, num_target)
+    # A lane reads `d_M / d_T` source columns per target column: two targets per lane keep a warp's
+    # gathered load within few cache lines; its 16-bit teacher load is one line.
+    columns = vector * num_target // num_source if is_block else 2
     targets = max_targets_per_source(num_source, num_target)
-    return KernelPlan(
-        cosine_gather,
-        constants
-        | {
-            # Threads hold source columns: the wider the teacher, the further their reads spread.
-            "VECTOR": vector if num_source > num_target else 2,
-            # A lane reads `d_M / d_T` source columns per target column: two targets per lane keep a
-            # warp's gathered load within few cache lines; its 16-bit teacher load is one line.
-            "COLUMNS": 2,
-            "TARGETS": targets,
-            "UNROLL": min(targets, 2),
-        },
-    )
+    # Threads hold source columns: the wider the teacher, the further their gathered reads spread.
+    vector = vector if num_source >= num_target else 2
+    return {
+        "D_M": num_source, "D_T": num_target, "BLOCK": is_block, "GRADIENT": gradient, "TOKENS": 2,
+        "LANES": _LANES, "VECTOR": vector, "COLUMNS": columns, "TARGETS": targets,
+        "UNROLL": min(targets, 2), "DTYPE": _TL_DTYPE[work_dtype(student)],
+    }  # fmt: skip
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
@@ -385,12 +341,12 @@ def _launch(
     student, teacher = _unit_stride(student), _unit_stride(teacher)
     num_tokens = student.shape[0]
     result = torch.empty(num_tokens, dtype=work_dtype(student), device=student.device)
-    chosen = plan(student, teacher.shape[1], gradient is not None)
+    constants = plan(student, teacher.shape[1], gradient is not None)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(student):
-        chosen.kernel[chosen.grid(num_tokens)](
+        cosine_kernel[(triton.cdiv(num_tokens, constants["TOKENS"]),)](
             student, teacher, scale, grad, result, gradient, num_tokens, student.stride(0),
-            teacher.stride(0), 0 if grad is None else grad.stride(0), **chosen.constants,
+            teacher.stride(0), 0 if grad is None else grad.stride(0), **constants,
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return result

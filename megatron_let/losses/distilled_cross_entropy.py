@@ -178,7 +178,6 @@ def distilled_cross_entropy(
         logits: the student's, `[s, b, V / tp]`, bf16, fp16 or fp32.
         labels: token ids, `[s, b]`.
         hidden: the teacher's last hidden state, `[s, b, d_T]`.
-        targets: see `SoftTargets`.
 
     Returns:
         CE(label) `[s, b]` in fp32, whose gradient is that of `(1 - w) CE(label) + w CE(teacher)`;

@@ -87,7 +87,6 @@ class TeacherMethod(ABC):
         """Run one global batch with the teacher; the first call loads it.
 
         Args:
-            forward_backward: Megatron's function.
             weight: weight of the teacher's loss at this step, above 0.
             kwargs: arguments of `forward_backward`; may be changed.
 
@@ -132,7 +131,6 @@ class TeacherMethod(ABC):
         """Sum over the model-parallel ranks of this replica, before the optimizer's step.
 
         Args:
-            sums: reported by this rank.
             not_finite: [num_microbatches], above 0 where this rank's teacher gave NaN or Inf.
 
         Returns:
@@ -169,7 +167,6 @@ def add_metrics(losses: Any, means: dict[str, torch.Tensor], weight: float) -> A
     Args:
         losses: dicts that Megatron's forward-backward function returned; empty on other stages.
         means: [numerator, denominator] over the global batch of this replica, by key.
-        weight: weight of the teacher's loss.
     """
     for index, report in enumerate(losses):
         for key, pair in means.items():

@@ -62,7 +62,6 @@ class LogitsHook:
 
         Args:
             teacher_state: maps a microbatch's index to the teacher's state [s / cp, b, d_T].
-            targets: settings of the teacher's distribution in the loss.
         """
         self._teacher_state, self._targets = teacher_state, targets
         self._num_microbatches, self._num_tokens, self._soft_sum = 0, 0, None
@@ -220,7 +219,6 @@ def distillation_weight(step: int, config: LETConfig) -> float:
 
     Args:
         step: 0-based training step.
-        config: with method `rkd` or `salt`.
     """
     over = config.traits.ends_at_stop_step and step >= config.stop_step
     return 0.0 if over else config.kd_weight

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from megatron_let.checkpoint.torch_dist import FORMAT, TorchDist
 from megatron_let.errors import LETError
 from megatron_let.losses import AlignmentLoss
 from megatron_let.losses.interpolation import work_dtype
-from megatron_let.methods.base import find_layer, unwrap_chunks
+from megatron_let.methods.base import TrainingRun, find_layer, unwrap_chunks
 
 # With --seed alone W would repeat the first random numbers of the student's embedding.
 _SEED_OFFSET = 7919
@@ -124,31 +123,15 @@ class ProjectionTraining:
         module: the projection; None on other stages, before the set-up and after the last step.
     """
 
-    def __init__(
-        self,
-        layer: int,
-        teacher_width: int,
-        seed: int,
-        loaded_checkpoint: Callable[[], Path | None],
-        is_last_step: Callable[[], bool],
-        report: Callable[[str], None],
-    ) -> None:
+    def __init__(self, run: TrainingRun, is_last_step: Callable[[], bool]) -> None:
         """Store the settings; the projection is built with the model.
 
         Args:
-            layer: k.
-            teacher_width: d_T.
-            seed: `--seed`.
-            loaded_checkpoint: returns, after the set-up, the checkpoint that the run resumes from.
             is_last_step: returns whether the weight of the next step is 0.
-            report: prints one line on one rank.
         """
-        self._layer = layer
-        self._teacher_width = teacher_width
-        self._seed = seed
-        self._loaded_checkpoint = loaded_checkpoint
+        self._run = run
+        self._layer, self._teacher_width = run.config.layer, run.folder.hidden_size
         self._is_last_step = is_last_step
-        self._report = report
         self._scale: float | None = None
         self._free: Callable[[], None] | None = None
         self.module: LearnedProjection | None = None
@@ -184,7 +167,7 @@ class ProjectionTraining:
 
     def _set_up(self, model: list[torch.nn.Module], optimizer: Any) -> None:
         saved = self._saved()
-        self._report(
+        self._run.report(
             f"LET: layer {self._layer} is projected to the teacher's width by a linear layer, "
             + ("newly initialised" if saved is None else f"loaded from {saved.folder}")
         )
@@ -194,7 +177,7 @@ class ProjectionTraining:
         chunk, config = unwrap_chunks(model)[found[0]], get_model_config(model[0])
         device = next(chunk.parameters()).device
         module = LearnedProjection(
-            config.hidden_size, self._teacher_width, config.init_method_std, self._seed, device
+            config.hidden_size, self._teacher_width, config.init_method_std, self._run.seed, device
         )
         if saved is not None:
             _load(module, saved)
@@ -209,7 +192,7 @@ class ProjectionTraining:
 
     def _saved(self) -> TorchDist | None:
         """Return the checkpoint that the run resumes from, if it holds a projection."""
-        folder = self._loaded_checkpoint()
+        folder = self._run.loaded_checkpoint()
         if folder is None or not (folder / FORMAT).is_file():
             return None
         checkpoint = TorchDist(folder)

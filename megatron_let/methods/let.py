@@ -36,12 +36,7 @@ class LETMethod(TeacherMethod):
         self._projection: ProjectionTraining | None = None
         if self._config.projection == "learned":
             self._projection = ProjectionTraining(
-                layer=self._config.layer,
-                teacher_width=run.folder.hidden_size,
-                seed=run.seed,
-                loaded_checkpoint=run.loaded_checkpoint,
-                is_last_step=lambda: self.weight(run.current_step() + 1) == 0,
-                report=run.report,
+                run, is_last_step=lambda: self.weight(run.current_step() + 1) == 0
             )
 
     def weight(self, step: int) -> float:

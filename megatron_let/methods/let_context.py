@@ -82,8 +82,6 @@ def build_context(
     """Load the teacher and attach the hook; collective over all ranks of the job.
 
     Args:
-        run: a run with method `let`.
-        model: this rank's model chunks.
         shape: (num_microbatches, b, s) of the first global batch.
         projection: if it is learned and this stage has layer k.
 

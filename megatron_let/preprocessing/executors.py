@@ -38,31 +38,6 @@ _SECONDS_BETWEEN_LINES = 30.0
 _GIB_PER_TASK = 4
 
 
-class _Tokenize(TokenizeFiles):
-    """Notes why a task failed, for the command, which runs in another process."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(
-            job.work,
-            job.tasks,
-            job.tokenizer,
-            job.selection,
-            job.strict,
-            job.max_document_bytes,
-        )
-        self._job = job
-
-    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Write the shard of `rank`; note an error before raising it."""
-        try:
-            yield from super().run(data, rank, world_size)
-        except (LETError, OSError) as error:
-            message = self._job.explain(error) if isinstance(error, OSError) else error
-            with contextlib.suppress(OSError):
-                (self._job.work / "failure").write_text(str(message))
-            raise
-
-
 class _Processes(LocalPipelineExecutor):
     """datatrove's executor with a pool that reports a killed process; its own would hang."""
 
@@ -139,28 +114,27 @@ class _Progress:
         return num_bytes // token_bytes(self._job.tokenizer)
 
 
-def run_tasks(job: Job, executor: str, workers: int | None, say: Callable[[str], None]) -> None:
+def run_tasks(job: Job, say: Callable[[str], None]) -> None:
     """Run the incomplete tasks on this machine or on Ray, and wait for them.
 
     Raises:
         LETError: a task failed; complete shards are kept.
     """
     logger.remove()  # the one for the screen; each task writes a log
-    (job.work / "failure").unlink(missing_ok=True)
+    job.failure.unlink(missing_ok=True)
     logs = str(job.work / "logs")
     options: dict[str, Any] = {"tasks": len(job.tasks), "logging_dir": logs}
     try:
-        if executor == "ray":
-            _run_on_ray(job, workers, options)
+        if job.options.executor == "ray":
+            _run_on_ray(job, options)
         else:
-            workers = workers or len(os.sched_getaffinity(0))
-            _Processes([_Tokenize(job)], workers=workers, **options).run(_Progress(job, say))
+            workers = job.options.workers or len(os.sched_getaffinity(0))
+            _Processes([TokenizeFiles(job)], workers=workers, **options).run(_Progress(job, say))
     finally:
-        failure = job.work / "failure"
-        if failure.is_file():
+        if job.failure.is_file():
             # The file is empty if there was no space for the message.
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            raise LETError(failure.read_text() or str(job.explain(full)))
+            raise LETError(job.failure.read_text() or str(job.explain(full)))
     missing = job.missing()
     if missing:
         raise LETError(
@@ -169,7 +143,7 @@ def run_tasks(job: Job, executor: str, workers: int | None, say: Callable[[str],
         )
 
 
-def _run_on_ray(job: Job, workers: int | None, options: dict[str, Any]) -> None:
+def _run_on_ray(job: Job, options: dict[str, Any]) -> None:
     try:
         import ray
     except ImportError as error:
@@ -182,7 +156,7 @@ def _run_on_ray(job: Job, workers: int | None, options: dict[str, Any]) -> None:
     try:
         # Ray does not enforce memory; a larger request would never start on a small machine.
         RayPipelineExecutor(
-            [_Tokenize(job)], workers=workers or -1, mem_per_cpu_gb=1, **options
+            [TokenizeFiles(job)], workers=job.options.workers or -1, mem_per_cpu_gb=1, **options
         ).run()
     finally:
         ray.shutdown()
@@ -199,7 +173,7 @@ def queued_on_slurm(job: Job) -> str:
     return ", ".join(sorted(set(numbers)))
 
 
-def submit_to_slurm(job: Job, workers: int | None) -> str:
+def submit_to_slurm(job: Job) -> str:
     """Submit an array of the incomplete tasks, and a job that merges after it.
 
     Partition, account and other options are sbatch's variables (SBATCH_PARTITION), from the site
@@ -214,7 +188,9 @@ def submit_to_slurm(job: Job, workers: int | None) -> str:
     logger.remove()
     os.environ.update(_site_variables())
     name = _job_name(job)
-    tokenize = _slurm(job, _Tokenize(job), len(job.tasks), name, workers=workers or -1)
+    tokenize = _slurm(
+        job, TokenizeFiles(job), len(job.tasks), name, workers=job.options.workers or -1
+    )
     merge = _slurm(job, _MergeShards(job), 1, f"{name}-merge", depends=tokenize)
     try:
         merge.run()

@@ -11,8 +11,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.job import REJECTED
 from megatron_let.preprocessing.readers import SUFFIXES, kind_of
-from megatron_let.preprocessing.shards import REJECTED
 
 FileInfo = Mapping[str, Any]
 

@@ -21,9 +21,9 @@ from megatron.core.datasets.indexed_dataset import (
 from megatron_let.data.fingerprint import write_sidecar_file
 from megatron_let.data.text_tokenizer import token_bytes
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import atomic_file, write_json
-from megatron_let.preprocessing.job import Job
-from megatron_let.preprocessing.shards import REJECTED, SPLITS, Counts, record_of
+from megatron_let.files.atomic import atomic_file, write_json, write_text
+from megatron_let.preprocessing.job import REJECTED, SPLITS, Job
+from megatron_let.preprocessing.shards import Counts
 
 _EXAMPLES = 20
 
@@ -61,7 +61,7 @@ def merge(job: Job) -> dict[str, Any]:
     Raises:
         LETError: no document was written, or `--subset-weights` names no subset.
     """
-    records = [json.loads(record_of(job.work, rank).read_text()) for rank in range(len(job.tasks))]
+    records = [json.loads(job.record(rank).read_text()) for rank in range(len(job.tasks))]
     files = {url: _counts(url, rows) for record in records for url, rows in record["files"].items()}
     total: Counts = Counter()
     for counts in files.values():
@@ -72,7 +72,7 @@ def merge(job: Job) -> dict[str, Any]:
     data_sets = {name: _data_set(job, name) for name in report["outputs"]}
     for name, prefix in data_sets.items():
         _write_data_set(job, name, prefix)
-    named = {*job.selection.include_subsets, *job.selection.exclude_subsets}
+    named = {*job.options.selection.include_subsets, *job.options.selection.exclude_subsets}
     report |= {
         "plan": job.plan,
         "data_sets": {name: str(prefix) for name, prefix in data_sets.items()},
@@ -120,7 +120,7 @@ def _nested(counts: Counts) -> dict[str, Any]:
 def _check(job: Job, report: dict[str, Any], damaged: dict[str, str]) -> None:
     if not report["outputs"]:
         raise LETError(f"No document was written: {_why_nothing(job, report, damaged)}.")
-    unknown = sorted(set(job.subset_weights) - set(report["subsets"]))
+    unknown = sorted(set(job.options.subset_weights) - set(report["subsets"]))
     if unknown:
         raise LETError(
             f"--subset-weights has {unknown[0]!r}, of which nothing was written; the subsets"
@@ -135,7 +135,7 @@ def _why_nothing(job: Job, report: dict[str, Any], damaged: dict[str, str]) -> s
     return (
         f"{sum(report['filtered'].values())} were filtered and"
         f" {sum(report['rejected'].values())} rejected ({rejected or 'none'}); check --json-keys"
-        f" {' '.join(job.selection.json_keys)} and the subsets"
+        f" {' '.join(job.options.selection.json_keys)} and the subsets"
     )
 
 
@@ -173,7 +173,6 @@ def blend_weights(tokens: Mapping[str, int], factors: Mapping[str, float]) -> di
     """Return sampling weights: each data set's share of the tokens times its factor, summing to 1.
 
     Args:
-        tokens: number of tokens of each data set.
         factors: how often a data set is sampled relative to its share; 1 if absent.
 
     Raises:
@@ -188,16 +187,15 @@ def blend_weights(tokens: Mapping[str, int], factors: Mapping[str, float]) -> di
 
 def _write_blend(job: Job, outputs: dict[str, dict[str, int]]) -> str | None:
     """Write Megatron's data-args file of a run with several data sets of one key."""
-    selection = job.selection
+    selection = job.options.selection
     if selection.split is not None:
         path = job.path(".data_args.json")
         blends = {split: _blend(job, outputs, split) for split in SPLITS}
         write_json(path, {s: [w for pair in b for w in pair] or None for s, b in blends.items()})
     elif selection.per_subset:
         path = job.path(".data_args.txt")
-        with atomic_file(path) as partial:
-            lines = (f"{weight} {prefix}\n" for weight, prefix in _blend(job, outputs, None))
-            partial.write_text("".join(lines))
+        lines = (f"{weight} {prefix}\n" for weight, prefix in _blend(job, outputs, None))
+        write_text(path, "".join(lines))
     else:
         return None
     return str(path)
@@ -207,7 +205,7 @@ def _blend(
     job: Job, outputs: dict[str, dict[str, int]], split: str | None
 ) -> list[tuple[str, str]]:
     """Return weight and prefix of each data set of a split."""
-    selection = job.selection
+    selection = job.options.selection
     key = selection.json_keys[0]
     start = f"{key}_" if split is None else f"{key}_{split}_"
     tokens = {n: tally["tokens"] for n, tally in outputs.items() if f"{n}_".startswith(start)}
@@ -215,7 +213,7 @@ def _blend(
         return []
     factors = {
         selection.output_name(key, split, subset): factor
-        for subset, factor in job.subset_weights.items()
+        for subset, factor in job.options.subset_weights.items()
     }
     weights = blend_weights(tokens, factors)
     return [(f"{weight:.8f}", str(_data_set(job, name))) for name, weight in weights.items()]

@@ -78,7 +78,6 @@ class RecordReader(BaseDiskReader):
     Args:
         folder: folder of the files, as a path or a URL of fsspec.
         keys: fields with text, dotted if nested; a text file has one, under the first key.
-        subset_key: field that names the subset.
         max_bytes: a longer document is rejected.
 
     Attributes:

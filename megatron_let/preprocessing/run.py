@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,46 +20,15 @@ from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
 from megatron_let.preprocessing.executors import queued_on_slurm, run_tasks, submit_to_slurm
 from megatron_let.preprocessing.inputs import divide, find_inputs, signature
-from megatron_let.preprocessing.job import Job
-from megatron_let.preprocessing.shards import Selection
+from megatron_let.preprocessing.job import Job, PreprocessOptions
 
 # Part of every plan, so that a run does not continue shards of another format.
 _FORMAT = 2
 _LOCK_SECONDS = 10.0
-MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """Options of a preprocessing run, as the command's flags name them.
-
-    Attributes:
-        inputs: files, globs and folders, as paths or URLs.
-        executor: local, slurm or ray.
-        workers: tasks that run at once; None for one per core, or for no limit on a cluster.
-        overwrite: delete what another run left under the prefix.
-        max_document_bytes: longer documents are rejected.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: Path
-    tokenizer_type: str
-    tokenizer_model: Path
-    selection: Selection = field(default_factory=Selection)
-    subset_weights: dict[str, float] = field(default_factory=dict)
-    executor: str = "local"
-    workers: int | None = None
-    strict: bool = False
-    overwrite: bool = False
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
 def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Build the data sets, or continue where a killed run stopped.
-
-    Args:
-        options: what to build.
-        say: prints a line for the user.
 
     Returns:
         The report, which is also written to `PREFIX.report.json`; None if Slurm will make it.
@@ -76,12 +45,13 @@ def preprocess(options: PreprocessOptions, say: Callable[[str], None]) -> dict[s
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         say(f"not read ({reason}): {', '.join(names[:3])}{more}")
     try:
-        return _run(job, options, say)
+        return _run(job, say)
     except OSError as error:
         raise job.explain(error) from error
 
 
-def _run(job: Job, options: PreprocessOptions, say: Callable[[str], None]) -> dict[str, Any] | None:
+def _run(job: Job, say: Callable[[str], None]) -> dict[str, Any] | None:
+    options = job.options
     if options.executor == "slurm" and (numbers := queued_on_slurm(job)):
         say(f"this data's jobs {numbers} are in the queue: nothing to submit")
         return None
@@ -94,11 +64,11 @@ def _run(job: Job, options: PreprocessOptions, say: Callable[[str], None]) -> di
         return report
     job.work.mkdir(parents=True, exist_ok=True)
     with _locked(job.work):
-        _claim(job, report_path, options.overwrite)
+        _claim(job, report_path)
         if options.executor == "slurm":
-            say(submit_to_slurm(job, options.workers))
+            say(submit_to_slurm(job))
             return None
-        run_tasks(job, options.executor, options.workers, say)
+        run_tasks(job, say)
         # It imports torch.
         from megatron_let.preprocessing.merge import merge
 
@@ -144,26 +114,16 @@ def _plan(options: PreprocessOptions) -> Job:
         "max_document_bytes": options.max_document_bytes,
         "subset_weights": options.subset_weights,
     }
-    return Job(
-        options.output_prefix,
-        tasks,
-        tokenizer,
-        options.selection,
-        options.subset_weights,
-        options.strict,
-        options.max_document_bytes,
-        plan,
-        ignored,
-    )
+    return Job(options, tasks, tokenizer, plan, ignored)
 
 
-def _claim(job: Job, report_path: Path, overwrite: bool) -> None:
+def _claim(job: Job, report_path: Path) -> None:
     """Make the work folder this run's, or check that it is."""
     path = job.work / "plan.json"
     theirs = json.loads(path.read_text()) if path.is_file() else None
     # The weights are used after the tasks.
     ours = {name: value for name, value in job.plan.items() if name != "subset_weights"}
-    if overwrite or (theirs is not None and not _has_written(job)):
+    if job.options.overwrite or (theirs is not None and not _has_written(job)):
         _remove_run(job, report_path)
     elif theirs is not None:
         _check_same_plan(path, theirs, ours)

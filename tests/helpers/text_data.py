@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_let.files.environment_text import environment_text
+from megatron_let.preprocessing.job import PreprocessOptions, Selection
 from megatron_let.preprocessing.readers import zstd
-from megatron_let.preprocessing.run import PreprocessOptions, preprocess
-from megatron_let.preprocessing.shards import Selection
+from megatron_let.preprocessing.run import preprocess
 
 END_OF_TEXT = "<|endoftext|>"
 

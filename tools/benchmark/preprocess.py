@@ -29,7 +29,8 @@ from megatron_let.data.text_tokenizer import HUGGING_FACE
 from megatron_let.files.environment_text import environment_text
 from megatron_let.metrics.provenance import write_csv
 from megatron_let.preprocessing import merge  # noqa: F401  imports torch before the clock starts
-from megatron_let.preprocessing.run import PreprocessOptions, preprocess
+from megatron_let.preprocessing.job import PreprocessOptions
+from megatron_let.preprocessing.run import preprocess
 
 RESULTS = RESULTS_FOLDER / "preprocess.csv"
 LIBRARIES = ("tokenizers", "sentencepiece", "datatrove", "numpy")

@@ -75,7 +75,6 @@ def param_groups(
     """Return Megatron's parameter groups (weight decay, learning rate multipliers).
 
     Args:
-        module: the model, partitioned or not.
         config, overrides: result of Megatron's `get_megatron_optimizer_config`.
     """
     shapes = _WholeShapes(module)

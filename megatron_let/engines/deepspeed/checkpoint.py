@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron.training.checkpointing import (
 
 from megatron_let.engines.deepspeed.checkpoint_info import CheckpointInfo, is_universal, write_info
 from megatron_let.engines.deepspeed.model import DeepSpeedModel
-from megatron_let.files.atomic import atomic_file, replace_folder
+from megatron_let.files.atomic import replace_folder, write_text
 from megatron_let.files.names import checkpoint_name
 
 # Version of Megatron's checkpoint format.
@@ -96,14 +97,13 @@ class Checkpoints:
         print_rank_0(f"  saved checkpoint from iteration {iteration:7d} to {folder}")
 
     def _finish(self, partial: Path, folder: Path, iteration: int) -> None:
-        layout = self._layout
-        write_info(partial, CheckpointInfo(**{**vars(layout), "iteration": iteration}))
+        write_info(partial, replace(self._layout, iteration=iteration))
         replace_folder(partial, folder)
         # DeepSpeed's programs read `latest`, everything else Megatron's tracker.
-        _replace_text(folder.parent / "latest", folder.name)
+        write_text(folder.parent / "latest", folder.name)
         tracker = Path(get_checkpoint_tracker_filename(folder.parent))
         previous = tracker.read_text() if tracker.is_file() else ""
-        _replace_text(tracker, str(iteration))
+        write_text(tracker, str(iteration))
         self._delete_previous(previous, iteration)
 
     def _delete_previous(self, previous: str, iteration: int) -> None:
@@ -193,11 +193,6 @@ def _on_first_rank(action: Callable[[], None]) -> None:
     if torch.distributed.get_rank() == 0:
         action()
     torch.distributed.barrier()
-
-
-def _replace_text(file: Path, text: str) -> None:
-    with atomic_file(file) as partial:
-        partial.write_text(text)
 
 
 def _rng_state() -> dict[str, Any]:

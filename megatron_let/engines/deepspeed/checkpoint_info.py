@@ -72,7 +72,6 @@ def plan_resume(folder: Path, now: CheckpointInfo) -> Path:
     It is `folder`, or its universal form if the number of replicas is another one.
 
     Args:
-        folder: folder of the checkpoint, with its `deepspeed.json`.
         now: the run's layout; `iteration` is ignored.
 
     Raises:

@@ -194,7 +194,6 @@ def merge_shards(name: str, shards: list[torch.Tensor], state: Mapping[str, Any]
 
     Args:
         shards: [rows / tp, columns], or [rows, columns / tp] where the input is split.
-        state: the checkpoint's `state`.
     """
     if len(shards) == 1 or _is_listed(name, state[_INFO][_REPLICATED]):
         return shards[0]

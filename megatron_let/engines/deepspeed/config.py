@@ -46,10 +46,6 @@ _ADAM_TYPES = ("Adam", "AdamW")
 def config_from_args(args: argparse.Namespace, cuda: bool) -> Config:
     """Return the DeepSpeed config of a run: `--deepspeed-config`, completed from the args.
 
-    Args:
-        args: Megatron's.
-        cuda: use torch's fused AdamW where the optimizer's state is not offloaded.
-
     Raises:
         LETError: the file cannot be read, or contradicts the args.
     """
@@ -81,8 +77,6 @@ def complete_config(given: Mapping[str, Any], args: argparse.Namespace, fused_ad
     """Set every value that a user's config leaves out, or sets to "auto", from the args.
 
     Args:
-        given: the user's config; {} for none.
-        args: Megatron's, which hold the args.
         fused_adam: use torch's fused AdamW where the optimizer's state is not offloaded.
 
     Raises:

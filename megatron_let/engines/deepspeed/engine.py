@@ -40,15 +40,7 @@ _TRAINING = "megatron.training.training:"
 
 
 def enable(args: argparse.Namespace, cuda: bool) -> Callable[[argparse.Namespace], Any]:
-    """Make the next `pretrain()` train on DeepSpeed's engine.
-
-    Args:
-        args: result of Megatron's `parse_and_validate_args`; the switches that DeepSpeed
-            replaces are turned off.
-        cuda: the run is on GPUs.
-
-    Returns:
-        The function from arguments to the student's model config.
+    """See `Engine`; in `args`, the switches that DeepSpeed replaces are turned off.
 
     Raises:
         LETError: DeepSpeed is missing, its config contradicts the recipe, or the checkpoint cannot

@@ -21,11 +21,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StepCheck:
-    """Checks every gradient norm, and that the first step with a learning rate changes a weight.
-
-    Args:
-        module: the model in DeepSpeed's engine.
-    """
+    """Checks every gradient norm, and that the first step with a learning rate changes a weight."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module

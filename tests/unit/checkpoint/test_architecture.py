@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -9,17 +10,21 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_let.checkpoint.architecture import (
-    first_difference,
+    Architecture,
     from_megatron,
     ignored_rope_factor,
     recipe_settings,
     to_megatron,
 )
-from megatron_let.checkpoint.load_check import ARCHITECTURE_ARGUMENTS
+from megatron_let.checkpoint.load_check import ARCHITECTURE_ARGUMENTS, first_difference
 from megatron_let.checkpoint.model_types import from_hugging_face, to_hugging_face
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
 from tests.helpers.llamas import LLAMA, VARIANTS, variant
+
+
+def arguments(architecture: Architecture, **changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**to_megatron(replace(architecture, **changes)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -245,19 +250,33 @@ def test_argument_that_changes_the_model_is_converted_or_refused(name: str) -> N
         ({"qkv_bias": True}, "--add-qkv-bias"),
         ({"qk_norm": True}, "--qk-layernorm"),
         ({"num_experts": 4}, "--num-experts"),
-        ({"experts_per_token": 3}, "--moe-router-topk"),
-        ({"normalized_routing": False}, "--moe-router-pre-softmax"),
-        ({"dense_layers": (0,)}, "--moe-layer-freq"),
     ],
 )
 def test_first_difference_names_a_flag_that_keeps_shapes(change: dict[str, Any], flag: str) -> None:
-    found = first_difference(replace(LLAMA, **change), LLAMA)
+    found = first_difference(arguments(LLAMA, **change), arguments(LLAMA))
     assert found is not None and found[0].startswith(flag)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"experts_per_token": 3}, "--moe-router-topk"),
+        ({"normalized_routing": False}, "--moe-router-pre-softmax"),
+        ({"dense_layers": (0,)}, "--moe-layer-freq"),
+        ({"expert_ffn_hidden_size": 20}, "--moe-ffn-hidden-size"),
+        ({"shared_ffn_hidden_size": 8}, "--moe-shared-expert-intermediate-size"),
+    ],
+)
+def test_first_difference_names_a_flag_of_experts(change: dict[str, Any], flag: str) -> None:
+    experts = variant("qwen3_moe")
+    found = first_difference(arguments(experts, **change), arguments(experts))
+    assert found is not None and found[0] == flag
 
 
 def test_rounded_epsilon_is_equal() -> None:
     # GGUF files store it in fp32.
-    assert first_difference(replace(LLAMA, norm_epsilon=9.999999747378752e-06), LLAMA) is None
+    rounded = arguments(LLAMA, norm_epsilon=9.999999747378752e-06)
+    assert first_difference(rounded, arguments(LLAMA)) is None
 
 
 def test_recipe_settings_use_megatron_flags() -> None:

@@ -48,7 +48,7 @@ def test_block_kernel_streams_16_bytes_per_thread(dtype: str, sm: int) -> None:
     # 16 bytes of the student and of the gradient. The teacher, which is loaded as often as the
     # student, has half the columns and loads of half the width; the scale is one more load.
     teacher_loads = resources["loads"] - resources["loads_16_byte"] - 1
-    assert resources["loads_16_byte"] == teacher_loads + plan.constants["TOKENS"]
+    assert resources["loads_16_byte"] == teacher_loads + plan["TOKENS"]
     # The cosines are stored too.
     assert resources["stores_16_byte"] == resources["stores"] - 1
 
@@ -59,7 +59,7 @@ def test_gather_kernel_streams_16_bytes_per_thread(dtype: str, sm: int) -> None:
     resources = machine_code(2048, 576, dtype, sm)
     assert resources["kernel"] == "cosine_gather"
     plan = cosine_triton.plan(torch.empty(1, 2048, dtype=DTYPES[dtype]), 576)
-    tokens = plan.constants["TOKENS"]
+    tokens = plan["TOKENS"]
     # Student and incoming gradient, in each copy of the loop's body.
     assert resources["loads_16_byte"] > 0 and resources["loads_16_byte"] % (2 * tokens) == 0
     assert resources["stores_16_byte"] * 2 == resources["loads_16_byte"]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_let.config.let_config import LETConfig
 from megatron_let.losses import LOSSES, load_loss
 from megatron_let.methods.learned_projection import (
     LearnedProjection,
@@ -157,10 +158,23 @@ def chunk(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     return chunk
 
 
+def run_of(layer: int, **values: Any) -> Any:
+    return SimpleNamespace(
+        **{
+            "config": LETConfig(layer=layer),
+            "folder": SimpleNamespace(hidden_size=16),
+            "seed": 1,
+            "loaded_checkpoint": lambda: None,
+            "report": lambda line: None,
+            **values,
+        }
+    )
+
+
 def set_up(
     chunk: torch.nn.Module, optimizer: Optimizer, *, last: bool = False, layer: int = 1
 ) -> ProjectionTraining:
-    training = ProjectionTraining(layer, 16, 1, lambda: None, lambda: last, lambda line: None)
+    training = ProjectionTraining(run_of(layer), lambda: last)
     model = training.wrap_setup(lambda: ([chunk], optimizer, None))()[0]
     assert model == [chunk]
     return training
@@ -243,6 +257,7 @@ def test_checkpoint_of_another_format_gives_new_projection(
     chunk: torch.nn.Module, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    training = ProjectionTraining(1, 16, 1, lambda: tmp_path, lambda: False, lines.append)
+    run = run_of(1, loaded_checkpoint=lambda: tmp_path, report=lines.append)
+    training = ProjectionTraining(run, lambda: False)
     training.wrap_setup(lambda: ([chunk], Optimizer(True), None))()
     assert len(lines) == 1 and "newly initialised" in lines[0]

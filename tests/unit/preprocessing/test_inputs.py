@@ -18,8 +18,9 @@ from pyarrow import parquet
 
 from megatron_let.errors import LETError
 from megatron_let.preprocessing.inputs import divide, find_inputs
+from megatron_let.preprocessing.job import PreprocessOptions
 from megatron_let.preprocessing.readers import zstd
-from megatron_let.preprocessing.run import PreprocessOptions, preprocess
+from megatron_let.preprocessing.run import preprocess
 from tests.helpers.text_data import documents_of, json_lines, run, write_input
 
 pytestmark = pytest.mark.medium

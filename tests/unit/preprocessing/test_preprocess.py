@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from megatron_let.cli.preprocess import main
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
+from megatron_let.preprocessing.job import draw_split
 from megatron_let.preprocessing.merge import blend_weights
-from megatron_let.preprocessing.shards import draw_split
 from tests.helpers.text_data import (
     documents_of,
     files_of,
