@@ -1,7 +1,7 @@
 """GPT layer spec of torch modules, for hosts without Transformer Engine.
 
 Megatron's local spec supports neither sequence parallelism in its norm nor context parallelism in
-its attention, and materialises [b, heads, s, s] scores. The two modules here lift these limits.
+its attention, and materialises [b, heads, s, s] scores. The norm and attention here do not.
 """
 
 from __future__ import annotations
@@ -202,6 +202,8 @@ class LocalExperts(SequentialMLP):
     On the CPU Megatron draws weights from one random sequence that all ranks share, so experts on
     different ranks would be equal. Here each rank draws all experts and keeps its own.
     """
+
+    local_experts: torch.nn.ModuleList
 
     def __init__(
         self, num_local_experts: int, config: TransformerConfig, *args: Any, **options: Any
