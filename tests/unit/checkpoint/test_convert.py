@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_let.checkpoint import reference_models
 from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.verify import compare_logits
@@ -110,20 +109,6 @@ def test_gpt_model_and_transformers_have_the_same_logits(
     ours, theirs = open_weights(megatron), open_weights(source)
     tokens = torch.arange(32)[None]
     assert compare_logits(ours, theirs, tokens).largest_difference > 1e-3
-
-
-@pytest.mark.parametrize(
-    "stored", ["pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"], ids=["TE", "local"]
-)
-def test_norm_before_experts_is_read_under_its_stored_name(stored: str, tmp_path: Path) -> None:
-    """Transformer Engine's layers and Megatron's local ones store it under different names."""
-    weights = open_weights(as_megatron(save_model("mixtral", tmp_path / "source"), tmp_path / "m"))
-    with reference_models._megatron_on_cpu():
-        model = reference_models._build(weights.architecture, 256, torch.float32, weights.args)
-        reference_models._name_norms_as(model, [f"decoder.layers.{stored}"])
-        keys = {entry.key for entry in model.sharded_state_dict().values() if hasattr(entry, "key")}
-    names = {"pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"}
-    assert {name for name in names if any(key.endswith(name) for key in keys)} == {stored}
 
 
 def test_router_and_experts_of_megatron_are_not_interchanged(tmp_path: Path) -> None:
