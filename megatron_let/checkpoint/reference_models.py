@@ -105,7 +105,6 @@ def _build(
         rows: rows of the embedding, padding included.
     """
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_let.compat.local_layers import local_layer_spec
@@ -132,15 +131,9 @@ def _build(
         params_dtype=dtype,
         transformer_impl="local",
     )
-    if architecture.num_experts:
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm"
-        )
-    else:
-        spec = local_layer_spec(SimpleNamespace(transformer=config))  # type: ignore[arg-type]
     return GPTModel(
         config,
-        spec,
+        local_layer_spec(SimpleNamespace(transformer=config)),  # type: ignore[arg-type]
         vocab_size=rows,
         max_sequence_length=architecture.max_positions,
         parallel_output=False,
@@ -156,14 +149,14 @@ def _build(
 
 
 def _name_norms_as(model: Any, stored: Iterable[str]) -> None:
-    """Give the norm before experts the name that Transformer Engine's layers store it under.
+    """Give the norm before experts the name under which Megatron's local layers store it.
 
-    Megatron's local layers have another one.
+    Ours have the name of Transformer Engine's.
     """
-    if any(name.endswith(".pre_mlp_layernorm.weight") for name in stored):
+    if not any(name.endswith(".pre_mlp_layernorm.weight") for name in stored):
         for layer in model.decoder.layers:
-            if hasattr(layer.mlp, "router"):
-                layer.submodules_config.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+            names = layer.submodules_config.sharded_state_dict_keys_map
+            names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
 
 
 def _load_torch_dist(model: Any, folder: Path) -> None:

@@ -21,7 +21,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
-from megatron_let.compat.local_layers import RMSNorm, SDPAttention, check_local_layers
+from megatron_let.compat.local_layers import (
+    RMSNorm,
+    SDPAttention,
+    check_local_layers,
+    with_own_modules,
+)
 
 
 class LocalHybridStack(HybridStack):
@@ -65,7 +70,7 @@ def local_hybrid_spec(transformer: TransformerConfig) -> ModuleSpec:
     experts = replace(
         mlp,
         # Any number: the layer takes it from the config.
-        mlp=get_moe_module_spec(use_te=False, num_experts=1),
+        mlp=with_own_modules(get_moe_module_spec(use_te=False, num_experts=1)),
         # Transformer Engine fuses no norm with experts.
         sharded_state_dict_keys_map={},
     )

@@ -1,7 +1,7 @@
 """GPT layer spec of torch modules, for hosts without Transformer Engine.
 
 Megatron's local spec supports neither sequence parallelism in its norm nor context parallelism in
-its attention, and materialises [b, heads, s, s] scores. The two modules here lift these limits.
+its attention, and materialises [b, heads, s, s] scores. The norm and attention here do not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -185,6 +185,25 @@ class LatentAttention(MLASelfAttention):
 _WITHOUT_QUERY_LATENTS = ("linear_q_proj", "linear_kv_up_proj", "kv_layernorm")
 
 
+class LocalExperts(SequentialMLP):
+    """Megatron's experts, with initial weights that do not depend on expert parallelism.
+
+    On the CPU Megatron draws weights from one random sequence that all ranks share, so experts on
+    different ranks would be equal. Here each rank draws all experts and keeps its own.
+    """
+
+    local_experts: torch.nn.ModuleList
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *args: Any, **options: Any
+    ) -> None:
+        drawn = config.num_moe_experts if config.use_cpu_initialization else num_local_experts
+        super().__init__(drawn, config, *args, **options)
+        first = self.ep_group.rank() * num_local_experts if drawn > num_local_experts else 0
+        self.local_experts = self.local_experts[first : first + num_local_experts]
+        self.num_local_experts = num_local_experts
+
+
 # Setting of the model -> the values that the torch layers support.
 _LOCAL_LAYERS: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -232,6 +251,7 @@ _REPLACED: dict[Any, Any] = {
     WrappedTorchNorm: RMSNorm,
     DotProductAttention: SDPAttention,
     MLASelfAttention: LatentAttention,
+    SequentialMLP: LocalExperts,
 }
 
 
@@ -275,22 +295,19 @@ def _wrap_mtp_spec(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_own_modules(spec: Any) -> Any:
-    """Replace Megatron's local norms and attention in a spec, in place, and return the spec."""
-    if isinstance(spec, ModuleSpec):
-        spec.module = _REPLACED.get(spec.module, spec.module)
-        with_own_modules(spec.submodules)
-    elif isinstance(spec, list):
-        for each in spec:
-            with_own_modules(each)
+    """Return a spec with our norm, attention and experts; all but partials change in place."""
+    if isinstance(spec, type):
+        return _REPLACED.get(spec, spec)
+    if isinstance(spec, functools.partial):
+        keywords = {name: with_own_modules(value) for name, value in spec.keywords.items()}
+        return functools.partial(with_own_modules(spec.func), *spec.args, **keywords)
+    if isinstance(spec, list):
+        spec[:] = map(with_own_modules, spec)
     elif dataclasses.is_dataclass(spec):
         if isinstance(spec, TransformerLayerSubmodules):
             spec.sharded_state_dict_keys_map = _checkpoint_names(spec)
         for field in dataclasses.fields(spec):
-            value = getattr(spec, field.name)
-            if isinstance(value, type):
-                setattr(spec, field.name, _REPLACED.get(value, value))
-            else:
-                with_own_modules(value)
+            setattr(spec, field.name, with_own_modules(getattr(spec, field.name)))
     return spec
 
 

@@ -117,6 +117,18 @@ def test_experts_with_per_token_loss_match_one_process(run_student) -> None:  # 
     _assert_same(ours, run_student("experts", 3, 1, *PER_TOKEN))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("student", STUDENTS)
+def test_random_weights_on_two_ranks_are_those_of_one_process(
+    student: str, tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    flags = ("--data-path", data, "--train-iters", 2, "--eval-iters", 0, "--let-weight", 2,
+             *STUDENTS[student])  # fmt: skip
+    one = train(tmp_path / "one", *flags, TEACHER=str(teacher))
+    two = train(tmp_path / "two", *flags, *EP2, *ALL_TO_ALL, ranks=2, TEACHER=str(teacher))
+    _assert_same(two, one)
+
+
 STEPS = ("--train-iters", 4, "--eval-iters", 0)
 # The weight adds nothing to a gradient in fp32, but the whole of LET runs.
 VANISHING = ("--let-method", "let", "--let-weight", 1e-30)

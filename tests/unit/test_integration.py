@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from megatron_let import integration as let
 from megatron_let.compat import PatchSet
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
+from megatron_let.teacher.documents import Documents
 
 
 def test_enable_with_another_engine_names_the_flag_and_the_entry() -> None:
@@ -27,6 +29,41 @@ def test_documents_of_a_script_are_checked_if_a_teacher_reads_them(
     let.enable(parser.parse_args(flags))
     with pytest.raises(LETError, match="--reset-attention-mask"):
         let.enable(parser.parse_args([*flags, "--let-method", "let", "--let-teacher", "/t"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "cross_tokenizer", "found"),
+    [
+        ([], False, None),
+        (["--reset-position-ids"], False, Documents(9, True, False)),
+        (["--reset-attention-mask"], False, Documents(9, False, True)),
+        # The teacher's own tokenizer ends a document with another token.
+        (["--reset-position-ids"], True, Documents(7, True, False)),
+    ],
+)
+def test_documents_of_the_teachers_rows_follow_the_flags(
+    flags: list[str],
+    cross_tokenizer: bool,
+    found: Documents | None,
+    parser: argparse.ArgumentParser,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(let, "get_tokenizer", lambda: SimpleNamespace(eod=9))
+    own = SimpleNamespace(eos_token_id=7)
+    monkeypatch.setattr(let, "read_teacher_tokenizer", lambda folder: own)
+    config = LETConfig("let", Path("/t"), cross_tokenizer=cross_tokenizer)
+    folder = SimpleNamespace(vocab_size=10)
+    assert let._documents(parser.parse_args(flags), config, folder) == found  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["--reset-position-ids", "--reset-attention-mask"])
+def test_document_end_outside_the_teachers_vocabulary_is_refused(
+    flag: str, parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(let, "get_tokenizer", lambda: SimpleNamespace(eod=10))
+    args, folder = parser.parse_args([flag]), SimpleNamespace(vocab_size=10)
+    with pytest.raises(LETError, match=r"ends with token 10, .* has 10 ids"):
+        let._documents(args, LETConfig("let", Path("/t")), folder)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["rkd", "salt"])

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from transformers import (
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from megatron_let.checkpoint.reference_models import _megatron_on_cpu
+from megatron_let.compat.local_hybrid import local_hybrid_spec
 from megatron_let.compat.local_layers import local_layer_spec
 
 SIZES = {
@@ -176,6 +179,41 @@ def test_loss_equals_transformers(case: tuple[Any, Any]) -> None:
         theirs(tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none"
     )
     torch.testing.assert_close(losses.flatten(), expected, rtol=1e-5, atol=1e-5)
+
+
+EXPERTS: dict[str, Callable[[TransformerConfig], Any]] = {
+    "GPTModel": lambda config: local_layer_spec(
+        SimpleNamespace(transformer=config)  # type: ignore[arg-type]
+    ).layer_specs[0],
+    "HybridModel": lambda config: local_hybrid_spec(config).submodules.moe_layer,
+}
+
+
+@pytest.mark.parametrize("layer", EXPERTS.values(), ids=EXPERTS)
+def test_experts_of_two_ranks_start_as_those_of_one_process(
+    layer: Callable[[TransformerConfig], Any],
+) -> None:
+    config = TransformerConfig(**COMMON)
+
+    def weights(rank: int, local: int) -> list[Tensor]:
+        """Return the initial weights, and the next number of the random sequence."""
+        groups = ProcessGroupCollection()
+        groups.ep = SimpleNamespace(rank=lambda: rank)  # type: ignore[assignment]
+        groups.expt_tp = parallel_state.get_expert_tensor_parallel_group()
+        groups.expt_dp = None  # type: ignore[assignment]
+        torch.manual_seed(1)
+        build_experts = layer(config).submodules.mlp.keywords["submodules"].experts
+        experts = build_experts(local, config, pg_collection=groups)
+        assert experts.num_local_experts == len(experts.local_experts) == local
+        return [*experts.parameters(), torch.rand(1)]
+
+    with _megatron_on_cpu():
+        *one, after = weights(0, 4)
+        *first, after_first = weights(0, 2)
+        *second, after_second = weights(1, 2)
+    assert not torch.equal(first[0], second[0])
+    torch.testing.assert_close(first + second, one, rtol=0, atol=0)
+    assert after == after_first == after_second
 
 
 GROUPED = COMMON | {"num_query_groups": 2, "kv_channels": 16}

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_let.checkpoint import load_check
 from megatron_let.checkpoint.load_check import check_loaded
+from megatron_let.config.arguments import flag
 from megatron_let.errors import LETError
 from megatron_let.files.names import TRACKER
 
@@ -38,15 +39,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_optimizer_setting_that_the_state_keeps_is_refused(folder: Path) -> None:
-    saved = argparse.Namespace(**SAVED, adam_beta1=0.9)
-    load_check.open_checkpoint(folder).state["args"] = saved
-    check(folder, adam_beta1=0.9)
+@pytest.mark.parametrize(
+    ("name", "saved", "ours"),
+    [
+        ("adam_beta1", 0.9, 0.5),
+        ("adam_beta2", 0.95, 0.999),
+        ("adam_eps", 1e-8, 1e-6),
+        ("sgd_momentum", 0.9, 0.5),
+    ],
+)
+def test_optimizer_setting_that_the_state_keeps_is_refused(
+    folder: Path, name: str, saved: float, ours: float
+) -> None:
+    load_check.open_checkpoint(folder).state["args"] = argparse.Namespace(**SAVED, **{name: saved})
+    check(folder, **{name: saved})
+    named = f"{flag(name)} is {ours} .* {saved} .* --no-load-optim"
     for resumed in ({}, {"override_opt_param_scheduler": True}):
-        with pytest.raises(LETError, match=r"--adam-beta1 is 0.5 .* 0.9 .* --no-load-optim"):
-            check(folder, adam_beta1=0.5, **resumed)
+        with pytest.raises(LETError, match=named):
+            check(folder, **{name: ours}, **resumed)
     for fresh in ({"no_load_optim": True}, {"finetune": True}):
-        check(folder, adam_beta1=0.5, **fresh)
+        check(folder, **{name: ours}, **fresh)
 
 
 def check(folder: Path, **changes: Any) -> None:

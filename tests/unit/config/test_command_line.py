@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pytest
 from megatron.training import arguments
 
 from megatron_let.config.command_line import parse_command_line
 from megatron_let.errors import LETError
-from megatron_let.pretrain import prepare_arguments
+from megatron_let.pretrain import prepare_arguments, report_once
 from tests.helpers.runs import ROOT
 
 # Megatron's parser passes `type` to a boolean flag.
@@ -85,6 +86,35 @@ def test_checkpoint_may_bring_the_flag_that_another_needs(no_validation: None) -
     with pytest.raises(LETError, match="--num-experts"):
         parse_command_line([*TINY, *flags], [], lambda args: None)
     parse_command_line([*TINY, *flags, "--use-checkpoint-args"], [], lambda args: None)
+
+
+def test_model_that_a_checkpoint_brings_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags are in order; Megatron then takes the model from the checkpoint."""
+
+    def load_model(**provider: Any) -> argparse.Namespace:
+        args: argparse.Namespace = arguments.parse_args(**provider)
+        args.num_attention_heads, args.num_query_groups = 4, 3
+        args.group_query_attention = True
+        return args
+
+    monkeypatch.setattr(arguments, "parse_and_validate_args", load_model)
+    with pytest.raises(LETError, match="--num-query-groups 3"):
+        parse_command_line([*TINY, "--use-checkpoint-args"], [], lambda args: None)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(None, True), ("0", True), ("1", False)])
+def test_sentences_about_the_flags_are_printed_on_one_rank(
+    rank: str | None,
+    printed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    report_once("a flag has no effect")
+    assert capsys.readouterr().out == "megatron_let: a flag has no effect\n" * printed
 
 
 def test_command_line_without_recipe_is_parsed_alone(no_validation: None) -> None:
