@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core import parallel_state
 
 from megatron_let.placement.plan import samples_split
 from megatron_let.placement.sequence_shard import SequenceShard
-from megatron_let.placement.transfer import new_group_of
 from megatron_let.teacher.model import Teacher
 
 
@@ -27,19 +28,18 @@ class SampleSharing:
         shard: SequenceShard,
         group: torch.distributed.ProcessGroup | None,
     ) -> None:
-        """Store the teacher and gather the shards of the group's ranks.
+        """Store the teacher and derive the shards of the group's ranks.
 
         Args:
             teacher: the complete teacher on this rank.
             shard: the part of the sequence whose states this rank needs.
-            group: group from `samples_group`; `close` destroys it.
+            group: Megatron's group of the stage's ranks with the same tokens; None for this rank
+                alone.
         """
         self.width = teacher.width
         self._teacher, self._shard, self._group = teacher, shard, group
-        self._shards = [shard]
-        if group is not None:
-            self._shards = [shard] * group.size()
-            torch.distributed.all_gather_object(self._shards, shard, group=group)
+        self._shards = [shard] if group is None else shards_of_stage(shard, group.size())
+        assert group is None or self._shards[group.rank()] == shard, "Megatron's order of ranks"
 
     def state(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the state of this rank's tokens; every rank of the group calls it.
@@ -51,16 +51,20 @@ class SampleSharing:
             The state [s_local, b, d_T], and a 0-dim fp32 tensor that is 1 if the states of this
             rank's samples had a NaN or Inf, which are then replaced by zeros.
         """
-        if self._group is None:
+        size = samples_split(len(self._shards), len(tokens))
+        if self._group is None or size == 1:
             state, failed = self._run(tokens)
             # Contiguous, because it is sent or read in the backward.
             return self._shard.slice(state).contiguous().masked_fill_(failed, 0), failed.float()
-        share = tokens.chunk(self._group.size())[self._group.rank()]
-        state, failed = self._run(share)
-        outgoing = torch.stack([shard.slice(state) for shard in self._shards])
+        first = self._group.rank() // size * size
+        state, failed = self._run(tokens.chunk(size)[self._group.rank() - first])
+        sharing = range(first, first + size)
+        outgoing = torch.stack([self._shards[rank].slice(state) for rank in sharing])
         outgoing.masked_fill_(failed, 0)
         incoming = torch.empty_like(outgoing)
-        torch.distributed.all_to_all_single(incoming, outgoing, group=self._group)
+        # Nothing is exchanged with the other ranks of the group, which share the same samples.
+        counts = [int(rank in sharing) for rank in range(len(self._shards))]
+        torch.distributed.all_to_all_single(incoming, outgoing, counts, counts, group=self._group)
         # [ranks, s_local, b / ranks, d_T] -> [s_local, b, d_T]
         return incoming.transpose(0, 1).flatten(1, 2).contiguous(), failed.float()
 
@@ -69,12 +73,6 @@ class SampleSharing:
         state = self._teacher.hidden_state(tokens)
         # The sum is NaN or Inf if any element is. Read once per step, so no synchronisation here.
         return state.transpose(0, 1), ~state.sum(dtype=torch.float32).isfinite()
-
-    def close(self) -> None:
-        """Destroy the process group."""
-        if self._group is not None:
-            torch.distributed.destroy_process_group(self._group)
-            self._group = None
 
 
 def local_shard(sequence_parallel: bool) -> SequenceShard:
@@ -92,18 +90,22 @@ def local_shard(sequence_parallel: bool) -> SequenceShard:
     )
 
 
-def samples_group(
-    micro_batch_size: int, has_teacher: bool
-) -> torch.distributed.ProcessGroup | None:
-    """Create the group of ranks that share a microbatch's samples; None for a single rank.
+def shards_of_stage(shard: SequenceShard, num_ranks: int) -> list[SequenceShard]:
+    """Return the shards of the ranks that have one rank's tokens, in the order of their group.
 
-    Every rank of the job calls it. A stage without the teacher gets no group: one that is destroyed
-    at once closes its connections while other ranks still open theirs.
+    Tensor-parallel ranks are consecutive in Megatron's group, whatever the order of the others.
+
+    Args:
+        shard: any of them.
     """
+    tensor_parallel = num_ranks // shard.cp_size
+    return [
+        replace(shard, cp_rank=rank // tensor_parallel, sp_rank=rank % shard.sp_size)
+        for rank in range(num_ranks)
+    ]
+
+
+def stage_ranks() -> torch.distributed.ProcessGroup | None:
+    """Return Megatron's group of this stage's ranks with the same tokens; None for one rank."""
     group = parallel_state.get_tensor_and_context_parallel_group()
-    ranks = torch.distributed.get_process_group_ranks(group)
-    size = samples_split(len(ranks), micro_batch_size)
-    first = group.rank() // size * size
-    if size == 1:
-        return None
-    return new_group_of(ranks[first : first + size] if has_teacher else [])
+    return group if group.size() > 1 else None

@@ -146,12 +146,10 @@ class TeacherStateBuffer:
         return flags
 
     def close(self) -> None:
-        """Finish pending transfers and destroy the process groups."""
+        """Finish pending transfers and destroy their process group."""
         self.forget_ahead()
         if self._transfer is not None:
             self._transfer.close()
-        if self._samples is not None:
-            self._samples.close()
 
     def _new_batch(self, tokens: torch.Tensor) -> _Batch:
         self._number += 1

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_let.placement.sample_sharing import SampleSharing, local_shard, samples_group
+from megatron_let.placement.sample_sharing import SampleSharing, local_shard, stage_ranks
 from megatron_let.placement.sequence_shard import SequenceShard
 from tests.helpers.runs import free_port
 
@@ -44,10 +44,8 @@ def expected(tokens: Tensor, shard: SequenceShard) -> Tensor:
 def share(tokens: Tensor, sequence_parallel: bool) -> dict[str, Any]:
     """Run this rank's part; what it returned, what it should have, and the samples it ran."""
     teacher: Any = CountingTeacher()
-    shard, group = local_shard(sequence_parallel), samples_group(len(tokens), True)
-    sharing = SampleSharing(teacher, shard, group)
-    state, failed = sharing.state(tokens)
-    sharing.close()
+    shard = local_shard(sequence_parallel)
+    state, failed = SampleSharing(teacher, shard, stage_ranks()).state(tokens)
     return {
         "state": state,
         "failed": float(failed),
