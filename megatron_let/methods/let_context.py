@@ -113,8 +113,9 @@ def build_context(
     teacher_stage = None if scheduler.needs_teacher_everywhere else aligned.stage
     local = (shard.num_local(seq_length), micro_batch_size, width)
     like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
-    if transfer is not None:
-        limit = scheduler.max_states(num_microbatches)
+    if transfer is not None and samples is not None:
+        together = samples.num_together(micro_batch_size)
+        limit = scheduler.max_states(num_microbatches, together)
         run.report(
             f"LET: placement {config.placement}; the stage of layer {config.layer} holds at most"
             f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB per rank"

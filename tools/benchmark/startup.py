@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _row(ranks: int, part: str, found: list[dict[str, Any]], gib: float) -> dict
 
 
 @contextlib.contextmanager
-def _peak_memory() -> Any:
+def _peak_memory() -> Iterator[list[float]]:
     """Yield a list whose item is, at the end, the peak memory of the ranks in GiB.
 
     A rank's share of the pages that it has in common with others counts once (PSS).

@@ -10,6 +10,7 @@ this rank gives for its result.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -54,10 +55,10 @@ class Recorder:
     def enter(self, part: str) -> str:
         """Begin a part; return the one that it interrupts."""
         now = _clock()
-        for name, before, after in zip(("cpu", "wall"), self._since, now, strict=True):
-            self.add(name, after - before)
-        before, self._part, self._since = self._part, part, now
-        return before
+        for name, start, end in zip(("cpu", "wall"), self._since, now, strict=True):
+            self.add(name, end - start)
+        interrupted, self._part, self._since = self._part, part, now
+        return interrupted
 
 
 def _clock() -> tuple[float, float]:
@@ -86,8 +87,10 @@ def main() -> int:
 
 def _watch(part: str, module: str, path: str, recorder: Recorder) -> None:
     """Attribute to a part what runs inside a function."""
-    *owners, name = path.split(".")
-    owner = functools.reduce(getattr, owners, __import__(module, fromlist=["_"]))
+    *classes, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for each in classes:
+        owner = getattr(owner, each)
     function = getattr(owner, name)
     ends_start = part == "first step: the rest"
 
