@@ -5,7 +5,12 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # Everything that Megatron's `train` calls happens once training has begun.
 _TRAINING_LOOP = os.path.join("megatron", "training", "training.py")
@@ -32,6 +37,36 @@ def first_line(error: BaseException) -> str:
     if not lines and isinstance(error, AssertionError) and error.__traceback__:
         lines = [traceback.extract_tb(error.__traceback__)[-1].line or ""]
     return next(filter(None, lines), type(error).__name__)
+
+
+@contextlib.contextmanager
+def raised_on_all_ranks(device: torch.device) -> Iterator[None]:
+    """Raise a LETError of the block on every rank of the job, so that none waits for the others.
+
+    Collective over the job. What else a block raises ends its rank, and with it the job.
+
+    Args:
+        device: training device.
+
+    Raises:
+        LETError: that of the first rank that raised one.
+    """
+    import torch
+
+    error: LETError | None = None
+    try:
+        yield
+    except LETError as raised:
+        error = raised
+    world = torch.distributed.get_world_size()
+    first = torch.tensor(world if error is None else torch.distributed.get_rank(), device=device)
+    torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+    source = int(first)
+    if source == world:
+        return
+    message: list[str | None] = [None if error is None else str(error)]
+    torch.distributed.broadcast_object_list(message, src=source)
+    raise LETError(str(message[0]), collective=True) from error
 
 
 def refusal_by_another_package(error: Exception) -> LETError | None:

@@ -73,8 +73,9 @@ first_failure() {
     [[ ${#failures[@]} != 0 ]] && printf '%s\n' "${failures[0]}"
 }
 
-# Print the end of a rank's log, without lines of earlier attempts.
+# Print the end of a rank's log, without lines of earlier attempts; nothing if the rank has none.
 _last_lines() {
+    [[ -e $(rank_log "$1") ]] || return 0
     tail -n 30 -- "$(rank_log "$1")" |
         awk '/^==== attempt / { text = "" } { text = text $0 "\n" } END { printf "%s", text }'
 }

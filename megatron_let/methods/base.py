@@ -183,6 +183,19 @@ def unwrap_chunks(model: list[torch.nn.Module]) -> list[Any]:
     return unwrap_model([getattr(chunk, "module", chunk) for chunk in unwrap_model(model)])
 
 
+def teacher_group(on_all_stages: bool) -> torch.distributed.ProcessGroup:
+    """Return the existing group of the ranks that hold the teacher, on such a rank.
+
+    Args:
+        on_all_stages: every rank of the job holds it; if not, those of this pipeline stage.
+    """
+    if on_all_stages or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        world = torch.distributed.group.WORLD
+        assert world is not None, "torch.distributed is not initialised"
+        return world
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
 def find_layer(
     model: list[torch.nn.Module], layer_number: int
 ) -> tuple[int, torch.nn.Module] | None:

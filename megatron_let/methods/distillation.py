@@ -12,21 +12,19 @@ from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor
 
 from megatron_let.config.let_config import LETConfig
+from megatron_let.errors import raised_on_all_ranks
 from megatron_let.losses.distilled_cross_entropy import SoftTargets, distilled_cross_entropy
 from megatron_let.methods.base import (
     ForwardBackward,
     TeacherMethod,
     TrainingRun,
     add_metrics,
+    teacher_group,
     unwrap_chunks,
 )
 from megatron_let.methods.global_batch import TokenSharing, read_ahead
 from megatron_let.metrics.write import SOFT_LOSS_KEY
-from megatron_let.placement.sample_sharing import (
-    SampleSharing,
-    local_shard,
-    samples_group,
-)
+from megatron_let.placement.sample_sharing import SampleSharing, local_shard, stage_ranks
 from megatron_let.teacher.head import OutputLayer, load_teacher_with_head
 
 _METHOD = "compute_language_model_loss"
@@ -146,14 +144,15 @@ class DistillationMethod(TeacherMethod):
         """Run one global batch whose targets include the teacher's distribution."""
         num_microbatches, micro_batch_size = kwargs["num_microbatches"], kwargs["micro_batch_size"]
         if not self._started:
-            self._context = self._start(kwargs["model"], micro_batch_size)
+            self._context = self._start(kwargs["model"])
             self._started = True
         device = next(kwargs["model"][0].parameters()).device
         kwargs["data_iterator"], microbatches = read_ahead(
             kwargs["data_iterator"], num_microbatches
         )
         shape = (num_microbatches, micro_batch_size, kwargs["seq_length"])
-        sharing = TokenSharing(self._run.folder, None, device)
+        last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
+        sharing = TokenSharing(self._run.folder, None, device, last_stage)
         batch = sharing.share(microbatches, None, shape, 0, False)
         context = self._context
         if context is not None:
@@ -173,12 +172,14 @@ class DistillationMethod(TeacherMethod):
             group=parallel_state.get_tensor_model_parallel_group(),
         )
 
-    def _start(self, model: list[torch.nn.Module], micro_batch_size: int) -> _Context | None:
+    def _start(self, model: list[torch.nn.Module]) -> _Context | None:
         """Load the teacher on the ranks of the last stage; collective over all ranks."""
         last = next((chunk for chunk in unwrap_chunks(model) if chunk.post_process), None)
-        group = samples_group(micro_batch_size, has_teacher=last is not None)
-        if last is None:
-            return None
+        with raised_on_all_ranks(next(model[0].parameters()).device):
+            return None if last is None else self._load(last)
+
+    def _load(self, last: Any) -> _Context:
+        """Load the teacher and attach the hook to the model of the last stage."""
         vocabulary = _vocabulary(last.vocab_size)
         # The rows beyond the tokenizer's vocabulary are padding.
         stop = max(vocabulary.start, min(vocabulary.stop, self._run.vocab_size))
@@ -188,8 +189,9 @@ class DistillationMethod(TeacherMethod):
             next(last.parameters()).device,
             range(vocabulary.start, stop),
             self._run.documents,
+            teacher_group(on_all_stages=False),
         )
-        samples = SampleSharing(teacher, local_shard(sequence_parallel=False), group)
+        samples = SampleSharing(teacher, local_shard(sequence_parallel=False), stage_ranks())
         return _Context(LogitsHook(last), samples, head, vocabulary)
 
     def _close(self, num_microbatches: int, device: torch.device) -> Tensor:
@@ -208,7 +210,6 @@ class DistillationMethod(TeacherMethod):
         """Free the teacher and restore the student's original loss."""
         if self._context is not None:
             self._context.hook.remove()
-            self._context.samples.close()
             self._context = None
         started, self._started = self._started, False
         return started

@@ -24,9 +24,10 @@ class GlobalBatch:
     Attributes:
         tokens: [num_microbatches, b, s] int64 on the training device, whole sequences as the
             teacher reads them; with `--let-cross-tokenizer`,
-            [num_microbatches, b, teacher_length + s].
+            [num_microbatches, b, teacher_length + s]. Arbitrary on a stage without a teacher.
         sequence_length: s, of the student.
-        unmasked_tokens: sum of the loss mask over all replicas; None unless requested.
+        unmasked_tokens: sum of the loss mask over all replicas; None unless requested, and on a
+            stage without a teacher.
         begins_with_shared: whether the first microbatches are those that the previous call of
             `TokenSharing.share` shared ahead.
         next_tokens: [num_ahead, b, row] of the next global batch; None if it is not known.
@@ -119,7 +120,7 @@ def peek(iterators: Iterators, num_microbatches: int, key: str) -> torch.Tensor 
 
 
 class TokenSharing:
-    """Sends the tokens that the first model-parallel rank reads to the other ranks.
+    """Sends the tokens that the first model-parallel rank reads to the stages with a teacher.
 
     The first rank also keeps the tokens that it shared ahead, and checks whether the next global
     batch begins with them. If not (a skipped iteration, a replayed step), the states computed from
@@ -130,14 +131,20 @@ class TokenSharing:
     """
 
     def __init__(
-        self, folder: TeacherFolder, teacher_length: int | None, device: torch.device
+        self,
+        folder: TeacherFolder,
+        teacher_length: int | None,
+        device: torch.device,
+        teacher_stage: int | None,
     ) -> None:
         """Store the teacher's vocabulary and sample length.
 
         Args:
             teacher_length: tokens per sample under the teacher's tokenizer; None if teacher and
                 student read the same tokens.
+            teacher_stage: the only pipeline stage that runs the teacher; None if all do.
         """
+        self._teacher_stage = teacher_stage
         self._vocab_size, self._device = folder.vocab_size, device
         self._teacher_length = teacher_length or 0
         self.key = "tokens" if teacher_length is None else TEACHER_TOKENS
@@ -164,14 +171,18 @@ class TokenSharing:
             LETError: a token id is not in the teacher's vocabulary, or the data has no teacher
                 tokens.
         """
-        group = parallel_state.get_model_parallel_group()
         num_microbatches, micro_batch_size, sequence_length = shape
         rest = (micro_batch_size, self._teacher_length + sequence_length)
+        reads = parallel_state.get_model_parallel_group().rank() == 0
+        if not (reads or self._has_teacher):
+            zero = torch.zeros((), dtype=torch.int64, device=self._device)
+            tokens = zero.expand(num_microbatches, *rest)
+            return GlobalBatch(tokens, sequence_length, None, False, None)
         # One message: whether the batch begins with tokens shared ahead, whether the next batch is
         # known, the sum of the loss mask, the tokens, the next tokens.
         header = torch.zeros(3, dtype=torch.int64)
         tokens = torch.zeros(num_microbatches + num_ahead, *rest, dtype=torch.int64)
-        if group.rank() == 0:
+        if reads:
             assert batch is not None, "the first model-parallel rank reads no data"
             _check_key(batch[0], self.key)
             torch.stack([m[self.key] for m in batch], out=tokens[:num_microbatches])
@@ -184,9 +195,9 @@ class TokenSharing:
             _check_ids(tokens, self._vocab_size)
             self._shared_ahead = ahead
         message = torch.cat([header, tokens.flatten()]).to(self._device, non_blocking=True)
-        if group.size() > 1:
-            torch.distributed.broadcast(message, group=group, group_src=0)
-        num_unmasked = _over_replicas(message[2:3]) if count_unmasked else None
+        self._send(message)
+        counts_unmasked = count_unmasked and self._has_teacher
+        num_unmasked = _over_replicas(message[2:3]) if counts_unmasked else None
         begins_with_shared, next_is_known = map(bool, message[:2].tolist())
         tokens = message[3:].view(-1, *rest)
         return GlobalBatch(
@@ -197,9 +208,34 @@ class TokenSharing:
             next_tokens=tokens[num_microbatches:] if next_is_known else None,
         )
 
+    @property
+    def _has_teacher(self) -> bool:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        return self._teacher_stage is None or self._teacher_stage == stage
+
+    def _send(self, message: torch.Tensor) -> None:
+        """Send the first rank's message to the ranks that run the teacher."""
+        if self._teacher_stage is None:
+            _broadcast(message, parallel_state.get_model_parallel_group())
+            return
+        tensor_parallel = parallel_state.get_tensor_model_parallel_group()
+        if self._teacher_stage != 0 and tensor_parallel.rank() == 0:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            if self._has_teacher:
+                torch.distributed.recv(message, group=pipeline, group_src=0)
+            else:
+                torch.distributed.send(message, group=pipeline, group_dst=self._teacher_stage)
+        if self._has_teacher:
+            _broadcast(message, tensor_parallel)
+
     def _begins_with_shared(self, tokens: torch.Tensor) -> bool:
         shared = self._shared_ahead
         return shared is not None and torch.equal(tokens[: len(shared)], shared)
+
+
+def _broadcast(message: torch.Tensor, group: torch.distributed.ProcessGroup) -> None:
+    if group.size() > 1:
+        torch.distributed.broadcast(message, group=group, group_src=0)
 
 
 def _over_replicas(count: torch.Tensor) -> float:

@@ -12,25 +12,21 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from megatron_let.config.let_config import LETConfig
-from megatron_let.errors import LETError
+from megatron_let.errors import LETError, raised_on_all_ranks
 from megatron_let.losses import load_loss
 from megatron_let.losses.alignment_hook import AlignmentHook
-from megatron_let.methods.base import TrainingRun, find_layer
+from megatron_let.methods.base import TrainingRun, find_layer, teacher_group
 from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
 from megatron_let.methods.learned_projection import LearnedProjection, with_projection
 from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan
 from megatron_let.placement.program import AlignedLayer
-from megatron_let.placement.sample_sharing import (
-    SampleSharing,
-    local_shard,
-    samples_group,
-)
+from megatron_let.placement.sample_sharing import SampleSharing, local_shard, stage_ranks
 from megatron_let.placement.scheduler import PlacementScheduler
 from megatron_let.placement.sequence_shard import SequenceShard
 from megatron_let.placement.state_buffer import TeacherStateBuffer
 from megatron_let.placement.transfer import Transfer, without_device_wait
-from megatron_let.teacher.model import DTYPES, load_teacher
+from megatron_let.teacher.model import DTYPES, Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +61,7 @@ class LETContext:
         return plan
 
     def close(self) -> None:
-        """Remove the hook and release the buffers and process groups."""
+        """Remove the hook and release the buffers and the process group."""
         if self.hook is not None:
             self.hook.remove()
         if self.restore_config is not None:
@@ -103,7 +99,8 @@ def build_context(
     )
     shard = local_shard(model_config.sequence_parallel)
     has_teacher = scheduler.needs_teacher_everywhere or found is not None
-    samples = _samples(run, shard, micro_batch_size, device, has_teacher)
+    on_all_stages = scheduler.needs_teacher_everywhere
+    samples = _samples(run, shard, device, has_teacher, on_all_stages)
     width = run.folder.hidden_size if samples is None else samples.width
     if projection is not None and width != len(projection.weight):
         raise LETError(
@@ -111,10 +108,12 @@ def build_context(
             f" {run.folder.hidden_size}, the width of --let-projection learned; use interpolate."
         )
     transfer = Transfer(aligned.stage, device) if scheduler.needs_teacher_everywhere else None
+    teacher_stage = None if scheduler.needs_teacher_everywhere else aligned.stage
     local = (shard.num_local(seq_length), micro_batch_size, width)
     like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
-    if transfer is not None:
-        limit = scheduler.max_states(num_microbatches)
+    if transfer is not None and samples is not None:
+        together = samples.num_together(micro_batch_size)
+        limit = scheduler.max_states(num_microbatches, together)
         run.report(
             f"LET: placement {config.placement}; the stage of layer {config.layer} holds at most"
             f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB per rank"
@@ -122,7 +121,7 @@ def build_context(
     return LETContext(
         hook=None if found is None else _hook(found[1], config, shard, projection),
         states=TeacherStateBuffer(samples, transfer, stage, aligned.stage, like, device),
-        tokens=TokenSharing(run.folder, run.teacher_length, device),
+        tokens=TokenSharing(run.folder, run.teacher_length, device, teacher_stage),
         scheduler=scheduler,
         stage=stage,
         # Without sequence parallelism every tensor-parallel rank holds the same tokens.
@@ -134,21 +133,29 @@ def build_context(
 def _samples(
     run: TrainingRun,
     shard: SequenceShard,
-    micro_batch_size: int,
     device: torch.device,
     has_teacher: bool,
+    on_all_stages: bool,
 ) -> SampleSharing | None:
     """Load the teacher if this stage runs it; collective over all ranks of the job."""
-    group = samples_group(micro_batch_size, has_teacher)
-    if not has_teacher:
+    loaded: Teacher | None = None
+    with raised_on_all_ranks(device):
+        if has_teacher:
+            loaded = load_teacher(
+                run.folder,
+                run.config,
+                device,
+                run.sharding,
+                run.teacher_length,
+                run.documents,
+                teacher_group(on_all_stages),
+            )
+    if loaded is None:
         return None
-    teacher = load_teacher(
-        run.folder, run.config, device, run.sharding, run.teacher_length, run.documents
-    )
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    size = teacher.num_bytes / 2**20
+    size = loaded.num_bytes / 2**20
     logger.info("LET: teacher %s (%.0f MiB) on stage %d", run.folder.path, size, stage)
-    return SampleSharing(teacher, shard, group)
+    return SampleSharing(loaded, shard, stage_ranks())
 
 
 def _hook(

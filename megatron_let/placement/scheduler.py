@@ -124,13 +124,15 @@ class PlacementScheduler:
         """Return how many states the aligned stage may hold."""
         return min(self._max_prefetch or num_microbatches, num_microbatches)
 
-    def max_states(self, num_microbatches: int) -> int:
+    def max_states(self, num_microbatches: int, num_together: int) -> int:
         """Return the most states that the aligned stage holds at a time.
 
-        Beyond the prefetched ones, a state is computed in its forward and held to its backward.
+        Beyond the prefetched ones, a state is computed in its forward, or in that of one of the
+        `num_together` - 1 microbatches before it, and held to its backward.
         """
         in_flight = self._sized(num_microbatches).num_in_flight(*self._aligned)
-        return max(self.max_prefetch(num_microbatches), in_flight)
+        computed = min(in_flight + num_together - 1, num_microbatches)
+        return max(self.max_prefetch(num_microbatches), computed)
 
     def plan(self, num_microbatches: int, num_ready: int, look_ahead: bool) -> Plan:
         """Plan the work of one step; see `megatron_let.placement.plan.plan`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -107,9 +108,15 @@ class TeacherStateBuffer:
         self._compute(self._batch, self._mine.before)
 
     def before_forward(self, microbatch: int) -> None:
-        """Compute the state of a microbatch if it is planned for its forward through layer k."""
-        if microbatch in self._mine.at_forward:
-            self._compute(self._batch, (microbatch,))
+        """Compute the state of a microbatch if it is planned for its forward through layer k.
+
+        If ranks of the stage would only repeat it, they compute those of the next microbatches.
+        """
+        planned = self._mine.at_forward
+        assert self._batch is not None, "before_forward() outside a global batch"
+        if microbatch in planned and microbatch not in self._batch.states:
+            first = planned.index(microbatch)
+            self._compute(self._batch, planned[first : first + self._num_together])
 
     def after_forward(self) -> None:
         """Count a forward pass of this stage; compute the states planned for its idle wait."""
@@ -146,12 +153,10 @@ class TeacherStateBuffer:
         return flags
 
     def close(self) -> None:
-        """Finish pending transfers and destroy the process groups."""
+        """Finish pending transfers and destroy their process group."""
         self.forget_ahead()
         if self._transfer is not None:
             self._transfer.close()
-        if self._samples is not None:
-            self._samples.close()
 
     def _new_batch(self, tokens: torch.Tensor) -> _Batch:
         self._number += 1
@@ -164,14 +169,26 @@ class TeacherStateBuffer:
 
     def _compute(self, batch: _Batch | None, microbatches: tuple[int, ...]) -> None:
         assert batch is not None, "work outside a global batch"
-        for microbatch in microbatches:
+        for some in itertools.batched(microbatches, self._num_together):
             assert self._samples is not None, "the plan assigns work to a stage without a teacher"
-            state, batch.not_finite[microbatch] = self._samples.state(batch.tokens[microbatch])
-            if self._is_aligned_stage:
-                batch.states[microbatch] = Message(state, None)
-            else:
-                assert self._transfer is not None
-                batch.sends.append(self._transfer.send(state, batch.tag(microbatch)))
+            tokens = torch.stack([batch.tokens[microbatch] for microbatch in some])
+            states, not_finite = self._samples.states(tokens)
+            batch.not_finite.update(zip(some, not_finite, strict=True))
+            for microbatch, state in zip(some, states, strict=True):
+                self._keep(batch, microbatch, state)
+
+    def _keep(self, batch: _Batch, microbatch: int, state: torch.Tensor) -> None:
+        """Buffer a computed state on the aligned stage, or start sending it there."""
+        if self._is_aligned_stage:
+            batch.states[microbatch] = Message(state, None)
+        else:
+            assert self._transfer is not None
+            batch.sends.append(self._transfer.send(state, batch.tag(microbatch)))
+
+    @property
+    def _num_together(self) -> int:
+        """Return how many microbatches the ranks of the stage run at a time."""
+        return 1 if self._samples is None else self._samples.num_together(self._like.shape[1])
 
     def _receive(self, batch: _Batch, sources: dict[int, int]) -> None:
         """Start all receives of the aligned stage, in the order in which the states are due.

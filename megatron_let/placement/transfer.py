@@ -20,38 +20,38 @@ class Transfer:
     """Sends and receives states [s_local, b, d_T] between the stages of one pipeline."""
 
     def __init__(self, aligned_stage: int, device: torch.device) -> None:
-        """Create a process group of the pipeline's ranks and connect them.
+        """Create a process group and connect the pipeline's ranks; collective over the job.
 
         Args:
             aligned_stage: pipeline stage of layer k.
         """
-        pipeline = parallel_state.get_pipeline_model_parallel_group()
-        ranks = torch.distributed.get_process_group_ranks(pipeline)
-        group = new_group_of(ranks)
-        assert group is not None, "a pipeline has ranks"
-        self._group = group
+        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self._ranks = torch.distributed.get_process_group_ranks(self._pipeline)
+        # One group of all ranks, not one per pipeline: every rank would have to create every group.
+        # NCCL connects only the pairs that exchange messages.
+        self._group = torch.distributed.new_group(group_desc="LET_TEACHER_STATES")
         self._aligned_stage = aligned_stage
         self._connect(torch.zeros(1, device=device))
 
     def _connect(self, probe: torch.Tensor) -> None:
         # NCCL connects a pair at its first message and blocks both ranks until then.
-        if self._group.rank() != self._aligned_stage:
-            torch.distributed.send(probe, group=self._group, group_dst=self._aligned_stage)
+        aligned_rank = self._ranks[self._aligned_stage]
+        if self._pipeline.rank() != self._aligned_stage:
+            torch.distributed.send(probe, aligned_rank, group=self._group)
             return
-        for stage in range(self._group.size()):
-            if stage != self._aligned_stage:
-                torch.distributed.recv(probe, group=self._group, group_src=stage)
+        for rank in self._ranks:
+            if rank != aligned_rank:
+                torch.distributed.recv(probe, rank, group=self._group)
 
     def send(self, state: torch.Tensor, tag: int) -> Message:
         """Start sending a contiguous state to the aligned stage."""
-        work = torch.distributed.isend(
-            state, group=self._group, group_dst=self._aligned_stage, tag=tag
-        )
+        aligned_rank = self._ranks[self._aligned_stage]
+        work = torch.distributed.isend(state, aligned_rank, group=self._group, tag=tag)
         return Message(state, work)
 
     def receive(self, buffer: torch.Tensor, stage: int, tag: int) -> Message:
         """Start receiving into `buffer` the state that `stage` sends with this tag."""
-        work = torch.distributed.irecv(buffer, group=self._group, group_src=stage, tag=tag)
+        work = torch.distributed.irecv(buffer, self._ranks[stage], group=self._group, tag=tag)
         return Message(buffer, work)
 
     def close(self) -> None:
@@ -72,20 +72,6 @@ class Message:
             self._work.wait()
             self._work = None
         return self._state
-
-
-def new_group_of(ranks: list[int]) -> torch.distributed.ProcessGroup | None:
-    """Create a process group of these global ranks; None for no ranks.
-
-    Every rank of the job calls it, with the ranks of its own group or none. (With
-    `new_group(use_local_synchronization=True)` no exchange would be needed, but it names groups by
-    their ranks and hangs if another group with the same ranks exists.)
-    """
-    groups: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(groups, ranks)
-    distinct = sorted(set(map(tuple, filter(None, groups))))
-    mine, _ = torch.distributed.new_subgroups_by_enumeration([list(group) for group in distinct])
-    return mine
 
 
 def without_device_wait(config: Any) -> Callable[[], None]:

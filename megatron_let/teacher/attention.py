@@ -76,6 +76,12 @@ def _document_mask(
     )
 
 
+# At import, because a model that another rank has set up arrives with the name only.
+for _name, _function in {UNMASKED: _mask, DOCUMENTS: _document_mask}.items():
+    AttentionInterface.register(_name, sdpa_attention_forward)
+    AttentionMaskInterface.register(_name, _function)
+
+
 def use_unmasked_attention(model: PreTrainedModel) -> None:
     """Select this attention for a model with SDPA attention whose architecture is known."""
     config = model.config
@@ -83,8 +89,6 @@ def use_unmasked_attention(model: PreTrainedModel) -> None:
     has_lengths = "q_length" in inspect.signature(sdpa_mask).parameters
     is_known = config.model_type in ARCHITECTURES and config._attn_implementation == "sdpa"
     if is_known and has_lengths:
-        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-        AttentionMaskInterface.register(UNMASKED, _mask)
         model.set_attn_implementation(UNMASKED)
 
 
@@ -103,6 +107,4 @@ def use_document_attention(model: PreTrainedModel) -> None:
     does not have, it marks the first token of each document. All other masks of transformers would
     replace those of sliding windows, or be searched for on the device.
     """
-    AttentionInterface.register(DOCUMENTS, sdpa_attention_forward)
-    AttentionMaskInterface.register(DOCUMENTS, _document_mask)
     model.set_attn_implementation(DOCUMENTS)

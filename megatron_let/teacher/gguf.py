@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_let.errors import LETError, first_line
-from megatron_let.files.atomic import atomic_folder
+from megatron_let.files.atomic import atomic_file, atomic_folder
 from megatron_let.teacher.cache import exclusive_lock, teachers_cache
 from megatron_let.teacher.gguf_contents import complete_from_file
 from megatron_let.teacher.gguf_tokenizer import set_pre_tokenizer
@@ -35,8 +35,7 @@ def convert_gguf(file: Path) -> Path:
             f"The teacher {file} is a file but not a .gguf file; give a model folder or a .gguf"
             " file."
         )
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    digest = _digest(file)
     folder = teachers_cache() / f"{file.stem}-{digest}-{_VERSION}"
     if folder.is_dir():
         return folder
@@ -45,6 +44,31 @@ def convert_gguf(file: Path) -> Path:
         if not folder.is_dir():
             _write_folder(file, folder)
     return folder
+
+
+def _digest(file: Path) -> str:
+    """Return a hash of the content, for which one of the ranks that share the cache reads it."""
+    found = file.stat()
+    state = (file.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    known = teachers_cache() / f"{file.stem}-{key}.digest"
+    if known.is_file():
+        return known.read_text()
+    # Every rank reads the file itself if the cache is read-only.
+    with (
+        contextlib.suppress(LETError),
+        exclusive_lock(known.with_suffix(".lock"), "MEGATRON_LET_CACHE"),
+    ):
+        if not known.is_file():
+            with atomic_file(known) as partial:
+                partial.write_text(_hash(file))
+        return known.read_text()
+    return _hash(file)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _write_folder(file: Path, folder: Path) -> None:

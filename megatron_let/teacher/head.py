@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
+from megatron_let.teacher.broadcast import load_on_first_rank
 from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.inspect import TeacherFolder
 from megatron_let.teacher.model import PROBE_TOKENS, Teacher, load_model
@@ -50,6 +51,7 @@ def load_teacher_with_head(
     device: torch.device,
     vocabulary: range,
     documents: Documents | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Teacher, OutputLayer]:
     """Load a teacher and a shard of its output layer.
 
@@ -57,18 +59,24 @@ def load_teacher_with_head(
         config: precision of the teacher.
         vocabulary: token ids of this rank; ids beyond the teacher's vocabulary have no row.
         documents: borders within a row; None if a row is one sequence.
+        group: ranks that load the teacher together, of which the first reads the files; None for
+            this rank alone.
 
     Raises:
         LETError: weights are missing, the model cannot be used with `documents`, or the logits are
             not a linear map of the last hidden state.
     """
-    model: Any = load_model(folder, config, device, AutoModelForCausalLM)
-    head = _output_layer(model)
-    _check_linear(model, head, folder)
-    tied = head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    base = model.base_model.to(device)
-    teacher = Teacher(base, folder.num_layers, folder.num_layers, True, documents)
-    head = _output_layer(model).rows(vocabulary.start, vocabulary.stop)
+
+    def load() -> PreTrainedModel:
+        model = load_model(folder, config, device, AutoModelForCausalLM)
+        _check_linear(model, _output_layer(model), folder)
+        return model
+
+    model = load_on_first_rank(load, device, group)
+    layer = _output_layer(model)
+    tied = layer.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    teacher = Teacher(model.base_model, folder.num_layers, folder.num_layers, True, documents)
+    head = layer.rows(vocabulary.start, vocabulary.stop)
     return teacher, head if tied else head.copy_to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_let.teacher.attention import (
     use_unmasked_attention,
     uses_unmasked_attention,
 )
+from megatron_let.teacher.broadcast import load_on_first_rank
 from megatron_let.teacher.documents import Documents
 from megatron_let.teacher.gguf import quiet_transformers
 from megatron_let.teacher.inspect import TeacherFolder
@@ -271,6 +273,7 @@ def load_teacher(
     sharding: Sharding | None = None,
     teacher_length: int | None = None,
     documents: Documents | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Teacher:
     """Load a teacher, ready to run.
 
@@ -280,13 +283,15 @@ def load_teacher(
         teacher_length: tokens per sample under the teacher's tokenizer with
             `--let-cross-tokenizer`; None without it.
         documents: borders within a row; None if a row is one sequence.
+        group: ranks that load the teacher together, of which the first reads the files; None for
+            this rank alone. With `sharding` every rank reads them.
 
     Raises:
         LETError: weights are missing from the files, or the model cannot be tapped.
     """
-    model: Any = load_model(folder, config, device, AutoModel)
     tap = tapped_layer(config.teacher_layer, folder.num_layers)
-    model = model.to(device) if sharding is None else sharding.shard(model)
+    load = functools.partial(load_model, folder, config, device, AutoModel)
+    model = load_on_first_rank(load, device, group) if sharding is None else sharding.shard(load())
     teacher = Teacher(model, folder.num_layers, tap, config.teacher_final_norm, documents)
     by_default = device.type == "cuda" and sharding is None
     if config.teacher_compile or (config.teacher_compile is None and by_default):

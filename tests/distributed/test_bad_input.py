@@ -131,13 +131,24 @@ REFUSED: dict[str, Case] = {
     ),
 }  # fmt: skip
 
+WEIGHT_MISSING = ("weight missing, pp2", "weight missing, RKD, pp2")
+PP2 = ("--pipeline-model-parallel-size", 2)
 # The same on two ranks, which all end by themselves.
 REFUSED_ON_TWO_RANKS: dict[str, Case] = {
     "teacher cut short": (("--let-teacher", "{cut}"), ("{cut}", "999 bytes")),
+    # The second stage alone has the teacher.
+    "weight missing, pp2": (
+        ("--let-teacher", "{no_weight}", *PP2, "--let-placement", "aligned-stage"),
+        ("{no_weight}", "has no weight for layers.1"),
+    ),
+    "weight missing, RKD, pp2": (
+        (*RKD, "--let-teacher", "{no_weight}", *PP2),
+        ("{no_weight}", "has no weight for model.layers.1"),
+    ),
     # One replica alone reads the token.
     "NaN of one token, dp2": (ONE_NAN, ("{nan_token}", "NaN")),
     "NaN of one token, pp2": (
-        (*ONE_NAN, "--pipeline-model-parallel-size", 2),
+        (*ONE_NAN, *PP2),
         ("{nan_token}", "NaN"),
     ),
 }
@@ -202,6 +213,15 @@ def write_one_nan_token(prefix: Path) -> Path:
     return write_tokens(prefix, tokens)
 
 
+def without_weight(teacher: Path, folder: Path, name: str) -> Path:
+    """Copy a teacher without one of its tensors; the file itself is whole."""
+    file = copy_teacher(teacher, folder) / "model.safetensors"
+    state = load_file(file)
+    del state[name]
+    save_file(state, file, {"format": "pt"})
+    return folder
+
+
 def write_stock_run(folder: Path, iteration: int) -> Path:
     """Write the folder of a stock run: Megatron's tracker and a checkpoint, no run.json."""
     (folder / f"iter_{iteration:07}").mkdir(parents=True)
@@ -230,6 +250,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nan_layer": write_non_finite(teacher, root / "nan_layer", down_proj, 0, np.nan),
         "inf_layer": write_non_finite(teacher, root / "inf_layer", down_proj, 0, np.inf),
         "nan_token": write_non_finite(teacher, root / "nan_token", embedding, NAN_TOKEN, np.nan),
+        "no_weight": without_weight(teacher, root / "no_weight", down_proj),
         "stock_run": write_stock_run(root / "stock_run", 7),
         "let_run": root / "let_run",
         "other_metrics": root / "other_metrics.jsonl",
@@ -391,7 +412,7 @@ def assert_one_sentence(outcome: Outcome, named: tuple[str, ...], broken: dict[s
     assert digests(*others(broken)) == outcome.before, "another run was overwritten"
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "teacher cut short"])
+@pytest.mark.parametrize("name", [*REFUSED, "teacher cut short", *WEIGHT_MISSING])
 def test_bad_input_ends_with_one_sentence_and_writes_nothing(
     name: str, outcomes: dict[str, Outcome], broken: dict[str, Path]
 ) -> None:

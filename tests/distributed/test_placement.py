@@ -20,6 +20,7 @@ KEYS = ("lm_loss", "let_cosine", "grad_norm")
 FIXED = "tests.helpers.fixed_costs"
 
 PER_TOKEN = (*PER_TOKEN_FLAGS, "--null-tokenizer-eod-id", 249)
+ONE_SAMPLE = ("--micro-batch-size", 1)
 PP4 = ("--pipeline-model-parallel-size", 4)
 Flags = tuple[str | int, ...]
 
@@ -32,6 +33,8 @@ LAYOUTS_OF_PIPELINES: dict[str, tuple[int, int, Flags, Flags]] = {
     "dp2-pp2-per-token": (4, 3, (*PP2, *PER_TOKEN), PER_TOKEN),
     "tp2-pp2-sp-split": (4, 1, (*TP2, *PP2, *SP), ()),
     "tp2-pp2-sp-full": (4, 1, (*TP2, *PP2, *SP, *FULL, "--recompute-num-layers", 1), ()),
+    # Two ranks for one sample: they run two microbatches at a time.
+    "tp2-pp2-sp-one-sample": (4, 1, (*TP2, *PP2, *SP, *ONE_SAMPLE), ONE_SAMPLE),
     "pp2-block": (2, 1, (*PP2, *BLOCK, "--recompute-num-layers", 1), ()),
     "pp2-odd-microbatches": (2, 1, (*PP2, "--global-batch-size", 10), ("--global-batch-size", 10)),
     "vpp2-eight": (2, 3, (*PP2, *VPP2, "--micro-batch-size", 1), ("--micro-batch-size", 1)),
@@ -40,6 +43,7 @@ LAYOUTS_OF_PIPELINES: dict[str, tuple[int, int, Flags, Flags]] = {
 IN_THE_DEFAULT_SUITE = [
     ("aligned-stage", "cp2-pp2"),
     ("bubble", "pp2-first-stage"),
+    ("bubble", "tp2-pp2-sp-one-sample"),
     ("bubble", "tp2-pp2-sp-split"),
     ("bubble", "vpp2-full-first"),
     ("spread", "dp2-pp2-per-token"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -13,9 +14,10 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # How long the other ranks may run after one has failed: before SIGTERM, and after it.
@@ -38,11 +40,7 @@ def run_ranks(
     Raises:
         TimeoutError: the ranks still ran after `seconds`.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.helpers.preload"])
-    # It imports from its working directory, and some libraries read the environment then.
-    with contextlib.chdir(ROOT), _variables(environment):
-        multiprocessing.forkserver.ensure_running()
+    server = _server(environment)
     processes = [
         server.Process(
             target=_rank,
@@ -50,6 +48,41 @@ def run_ranks(
         )
         for rank in range(ranks)
     ]
+    return _run(processes, log, seconds)
+
+
+def call_ranks(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    ranks: int,
+    environment: Mapping[str, str],
+    log: Path,
+    seconds: float,
+) -> int:
+    """Call a function of a module on these ranks; see `run_ranks`."""
+    server = _server(environment)
+    processes = [
+        server.Process(
+            target=_call,
+            args=(function, args, {**environment, **_rank_variables(rank, ranks)}, log),
+        )
+        for rank in range(ranks)
+    ]
+    return _run(processes, log, seconds)
+
+
+def _server(environment: Mapping[str, str]) -> ForkServerContext:
+    """Return the server that has imported everything; start it if it does not run."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.helpers.preload"])
+    # It imports from its working directory, and some libraries read the environment then.
+    with contextlib.chdir(ROOT), _variables(environment):
+        multiprocessing.forkserver.ensure_running()
+    return server
+
+
+def _run(processes: list[ForkServerProcess], log: Path, seconds: float) -> int:
+    """Start these ranks and wait for them."""
     for process in processes:
         process.start()
     try:
@@ -107,7 +140,23 @@ def _rank_variables(rank: int, ranks: int) -> dict[str, str]:
 def _rank(
     module: str, argv: list[str], folder: Path, environment: dict[str, str], log: Path
 ) -> None:
-    """Become the rank: its session, environment, folder and output; then run the module."""
+    """Become the rank in `folder`, and run the module."""
+    _become(environment, log)
+    os.chdir(folder)
+    sys.argv = [module, *argv]
+    _end(functools.partial(runpy.run_module, module, run_name="__main__", alter_sys=True))
+
+
+def _call(
+    function: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], log: Path
+) -> None:
+    """Become the rank, and call the function."""
+    _become(environment, log)
+    _end(functools.partial(function, *args))
+
+
+def _become(environment: dict[str, str], log: Path) -> None:
+    """Take the session, environment and output of a rank."""
     os.setsid()
     # A child of this server would start its own processes by the server, and not as a rank does.
     multiprocessing.set_start_method(None, force=True)
@@ -118,11 +167,13 @@ def _rank(
     os.environ.update(environment)
     # It has read the environment of the server when it was imported.
     importlib.reload(sys.modules["huggingface_hub.constants"])
-    os.chdir(folder)
-    sys.argv = [module, *argv]
+
+
+def _end(work: Callable[[], object]) -> None:
+    """Do the rank's work and exit as a process of its own would."""
     code: int | str | None = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        work()
     except SystemExit as ended:
         code = ended.code
     except BaseException:

@@ -41,15 +41,15 @@ def use_nccl_rules() -> None:
 
         def send(self, state: torch.Tensor, tag: int) -> Message:
             message, answer = super().send(state, tag), torch.zeros(1)
-            work = dist.irecv(
-                answer, group=self._group, group_src=self._aligned_stage, tag=ACKNOWLEDGEMENT + tag
-            )
+            aligned_rank = self._ranks[self._aligned_stage]
+            work = dist.irecv(answer, aligned_rank, group=self._group, tag=ACKNOWLEDGEMENT + tag)
             PENDING.append(Message(answer, work))
             return message
 
         def receive(self, buffer: torch.Tensor, stage: int, tag: int) -> Message:
             message, answer = super().receive(buffer, stage, tag), torch.ones(1)
-            work = dist.isend(answer, group=self._group, group_dst=stage, tag=ACKNOWLEDGEMENT + tag)
+            rank = self._ranks[stage]
+            work = dist.isend(answer, rank, group=self._group, tag=ACKNOWLEDGEMENT + tag)
             PENDING.extend((message, Message(answer, work)))
             return message
 

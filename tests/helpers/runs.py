@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.helpers import forked_ranks
 from tests.helpers.forked_ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +137,16 @@ def run_forked(
             seconds,
         )  # fmt: skip
         return code, log.read_text(errors="replace")
+
+
+def call_ranks(function: Callable[..., None], *args: Any, ranks: int) -> None:
+    """Call a module's function on each rank of a gloo job."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        variables = environment(**address)
+        code = forked_ranks.call_ranks(function, args, ranks, variables, log, TIMEOUT_SECONDS)
+        assert code == 0, _first_failure(log.read_text(errors="replace"))
 
 
 def _torchrun(

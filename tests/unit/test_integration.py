@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 
 from megatron_let import integration as let
 from megatron_let.compat import PatchSet
 from megatron_let.config.let_config import LETConfig
 from megatron_let.errors import LETError
 from megatron_let.teacher.documents import Documents
+from tests.helpers.runs import call_ranks
 
 
 def test_enable_with_another_engine_names_the_flag_and_the_entry() -> None:
@@ -72,16 +75,25 @@ def test_method_on_logits_has_no_token_aligner(method: str) -> None:
     assert let.token_aligner(argparse.Namespace(load=None), config) is None
 
 
-def test_ranks_of_different_teacher_precisions_raise_error_before_setup(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def gather(found: list[object], own: dict[str, str]) -> None:
-        found[:] = [own, {name: "fp32" for name in own}]
+def compare_settings(same: bool) -> None:
+    """Compare settings over the ranks; the objects are gathered only if they differ."""
+    torch.distributed.init_process_group("gloo")
+    precision = "bf16" if same or torch.distributed.get_rank() != 1 else "fp32"
+    setup = mock.Mock()
+    check = let._check_agreement_before({"--let-teacher-dtype": precision}, setup)
+    gather = torch.distributed.all_gather_object
+    with mock.patch.object(torch.distributed, "all_gather_object", side_effect=gather) as gathers:
+        if same:
+            check(1)
+            setup.assert_called_once_with(1)
+        else:
+            with pytest.raises(LETError, match="--let-teacher-dtype: bf16 and fp32") as error:
+                check(1)
+            assert error.value.collective and not setup.called
+    assert gathers.called != same
 
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    calls: list[int] = []
-    let._check_agreement_before({"--let-teacher-dtype": "fp32"}, calls.append)(1)
-    with pytest.raises(LETError, match="--let-teacher-dtype: bf16 and fp32"):
-        let._check_agreement_before({"--let-teacher-dtype": "bf16"}, calls.append)(2)
-    assert calls == [1]
+
+@pytest.mark.medium
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_of_different_teacher_precisions_raise_error_before_setup(same: bool) -> None:
+    call_ranks(compare_settings, same, ranks=3)

@@ -321,7 +321,7 @@ def _aligned(
 
 def _state_buffer(args: argparse.Namespace, run: FakeRun, teacher: Any) -> Any:
     """Build this rank's teacher state buffer and begin the global batch."""
-    from megatron_let.placement.sample_sharing import SampleSharing, local_shard, samples_group
+    from megatron_let.placement.sample_sharing import SampleSharing, local_shard, stage_ranks
     from megatron_let.placement.state_buffer import TeacherStateBuffer
     from megatron_let.placement.transfer import Transfer
 
@@ -334,7 +334,7 @@ def _state_buffer(args: argparse.Namespace, run: FakeRun, teacher: Any) -> Any:
     )  # fmt: skip
     device, b, s = torch.device("cpu"), args.micro_batch_size, args.seq_length
     shard = local_shard(args.sequence_parallel)
-    samples = SampleSharing(teacher, shard, samples_group(b, True))
+    samples = SampleSharing(teacher, shard, stage_ranks())
     like = torch.empty((shard.num_local(s), b, teacher.width), dtype=torch.bfloat16, device="meta")
     aligned = planned.aligned.stage
     transfer = Transfer(aligned, device) if len(work.stages) > 1 else None

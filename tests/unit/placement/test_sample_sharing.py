@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch.multiprocessing as mp
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_let.placement.sample_sharing import SampleSharing, local_shard, samples_group
+from megatron_let.placement.sample_sharing import SampleSharing, local_shard, stage_ranks
 from megatron_let.placement.sequence_shard import SequenceShard
-from tests.helpers.runs import free_port
+from tests.helpers.runs import call_ranks, free_port
 
 pytestmark = pytest.mark.medium
 
@@ -44,10 +45,8 @@ def expected(tokens: Tensor, shard: SequenceShard) -> Tensor:
 def share(tokens: Tensor, sequence_parallel: bool) -> dict[str, Any]:
     """Run this rank's part; what it returned, what it should have, and the samples it ran."""
     teacher: Any = CountingTeacher()
-    shard, group = local_shard(sequence_parallel), samples_group(len(tokens), True)
-    sharing = SampleSharing(teacher, shard, group)
-    state, failed = sharing.state(tokens)
-    sharing.close()
+    shard = local_shard(sequence_parallel)
+    state, failed = SampleSharing(teacher, shard, stage_ranks()).state(tokens)
     return {
         "state": state,
         "failed": float(failed),
@@ -101,3 +100,43 @@ def test_state_non_finite_sample_is_zero_and_flagged_by_its_rank(results: Any, n
         finite, failed = rank[name]["state"].unbind(1)
         assert finite.isfinite().all() and finite.count_nonzero() > 0
         assert not failed.any()
+
+
+def share_several_microbatches() -> None:
+    """Four ranks run as many microbatches at a time as they have samples for, or fewer."""
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(2, context_parallel_size=2)
+    group = stage_ranks()
+    for micro_batch_size, most in ((1, 4), (2, 2), (3, 4), (4, 1)):
+        tokens = torch.arange(32, 32 + 4 * micro_batch_size * 8).view(4, micro_batch_size, 8)
+        for sequence_parallel, number in itertools.product((False, True), range(1, most + 1)):
+            teacher: Any = CountingTeacher()
+            shard = local_shard(sequence_parallel)
+            sharing = SampleSharing(teacher, shard, group)
+            assert sharing.num_together(micro_batch_size) == most
+            states, failed = sharing.states(tokens[:number])
+            assert teacher.num_samples == micro_batch_size * most // 4
+            assert not failed.any() and len(states) == number
+            for state, one in zip(states, tokens, strict=False):
+                assert torch.equal(state, expected(one, shard))
+                assert state.is_contiguous()
+
+
+def find_the_microbatch_that_is_not_finite() -> None:
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(4)
+    teacher: Any = CountingTeacher()
+    sharing = SampleSharing(teacher, local_shard(True), stage_ranks())
+    # The second of three microbatches has token 31; the fourth rank repeats the third.
+    states, failed = sharing.states(torch.tensor([8, 24, 16]).view(3, 1, 1) + torch.arange(8))
+    torch.distributed.all_reduce(failed)
+    assert failed.tolist() == [0, 1, 0]
+    assert [state.count_nonzero() > 0 for state in states] == [True, False, True]
+
+
+def test_ranks_without_a_sample_run_other_microbatches() -> None:
+    call_ranks(share_several_microbatches, ranks=4)
+
+
+def test_non_finite_microbatch_is_named_among_those_run_together() -> None:
+    call_ranks(find_the_microbatch_that_is_not_finite, ranks=4)

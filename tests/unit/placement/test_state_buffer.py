@@ -17,14 +17,27 @@ NEXT_TOKENS = TOKENS[:2] + 100
 
 
 class Samples:
-    """The state of a microbatch is its first token; microbatch 3 counts as not finite."""
+    """The state of a microbatch is its first token; microbatch 3 counts as not finite.
 
-    def __init__(self) -> None:
+    Attributes:
+        computed: microbatches in the order of their computation.
+        calls: how many of them each call computed.
+    """
+
+    def __init__(self, num_together: int = 1) -> None:
         self.computed: list[int] = []
+        self.calls: list[int] = []
+        self._num_together = num_together
 
-    def state(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.computed.append(int(tokens[0, 0]))
-        return torch.full((3, 2, 4), float(tokens[0, 0])), torch.tensor(float(tokens[0, 0] == 3))
+    def num_together(self, micro_batch_size: int) -> int:
+        assert micro_batch_size == 2
+        return self._num_together
+
+    def states(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        numbers = tokens[:, 0, 0]
+        self.computed += numbers.tolist()
+        self.calls.append(len(numbers))
+        return [torch.full((3, 2, 4), float(n)) for n in numbers], (numbers == 3).float()
 
 
 class Mail:
@@ -99,3 +112,20 @@ def test_states_computed_ahead_are_used_by_next_batch_or_dropped() -> None:
     helper.begin(TOKENS, PLAN, NEXT_TOKENS)
     helper.before_schedule()
     assert samples.computed[-3:] == [0, 1, 2]
+
+
+def test_ranks_that_would_repeat_work_compute_the_next_microbatches() -> None:
+    mail, first, second = Mail(), Samples(num_together=2), Samples(num_together=2)
+    helper, aligned = states(1, second, mail), states(0, first, mail)
+    for one in (helper, aligned):
+        one.begin(TOKENS, PLAN, NEXT_TOKENS)
+        one.before_schedule()
+    assert second.computed == [0, 1, 2] and second.calls == [2, 1]
+    for microbatch in range(NUM_MICROBATCHES):
+        aligned.before_forward(microbatch)
+        aligned.after_forward()
+        assert aligned.state(microbatch).eq(microbatch).all()
+    assert first.computed == [3, 4, 5] and first.calls == [1, 2]
+    assert aligned.end().tolist() == [0, 0, 0, 1, 0, 0]
+    helper.after_backward()
+    assert second.computed[3:] == [100, 101] and second.calls == [2, 1, 2]

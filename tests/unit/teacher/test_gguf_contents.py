@@ -100,6 +100,22 @@ def test_metadata_without_effect_is_accepted(tmp_path: Path) -> None:
     assert (convert_gguf(file) / "config.json").is_file()
 
 
+def test_content_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, reads = tmp_path / "m.gguf", []
+    content_hash = gguf._hash
+    monkeypatch.setattr(gguf, "_hash", lambda file: reads.append(file) or content_hash(file))
+    file.write_bytes(b"one")
+    digests = [gguf._digest(file), gguf._digest(file)]
+    file.write_bytes(b"two")
+    digests.append(gguf._digest(file))
+    assert digests[0] == digests[1] != digests[2] and len(reads) == 2
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("MEGATRON_LET_CACHE", str(tmp_path / "a file/cache"))
+    assert gguf._digest(file) == digests[2] and len(reads) == 3
+
+
 def test_tokenizer_that_changes_when_it_is_saved_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
