@@ -325,6 +325,17 @@ _WANDB_ROWS = (
     ),
 )
 
+_FT_ROWS = (
+    Patch(
+        target="megatron.training.ft_integration:setup",
+        reason="it parses the command line again, without the recipe: --enable-ft-package of a"
+        " recipe has no effect, and --save of a recipe is reported as missing",
+        parameters=(),
+        unnecessary_when="setup() takes the arguments from get_args()",
+        test="tests/unit/run/test_restarts_in_job.py::test_setup_reads_the_arguments_of_the_run",
+    ),
+)
+
 ROWS: tuple[Patch, ...] = (
     *_CPU_ROWS,
     *_PIP_ROWS,
@@ -335,6 +346,7 @@ ROWS: tuple[Patch, ...] = (
     *_METRICS_ROWS,
     *_CONTROL_ROWS,
     *_WANDB_ROWS,
+    *_FT_ROWS,
     *_LAYER_ROWS,
     *_DEEPSPEED_ROWS,
 )

@@ -42,6 +42,7 @@ TP8 = ("--tensor-model-parallel-size", "8", "--sequence-parallel")
 SP = ("--sequence-parallel",)
 PP2 = ("--pipeline-model-parallel-size", "2")
 PP4 = ("--pipeline-model-parallel-size", "4")
+PP16 = ("--pipeline-model-parallel-size", "16")
 B1 = ("--micro-batch-size", "1")
 CP2 = ("--context-parallel-size", "2")
 
@@ -95,7 +96,7 @@ def cases() -> Iterator[Case]:
 def cases_70b() -> Iterator[Case]:
     """Yield the fullest and the emptiest rank of each layout of docs/scale.md, and its choices.
 
-    A measured pipeline has as many microbatches as fill it: `--let-max-prefetch` is that number.
+    `--let-max-prefetch` limits the measured microbatches to those that fill the pipeline.
     """
     held, ends = ("--let-max-prefetch", "16"), (0, 7)
     a100: dict[str, Any] = {"chunks": 5, "gpus": "512 a100-80g"}
@@ -103,6 +104,15 @@ def cases_70b() -> Iterator[Case]:
     yield Case("let_70b", held, stages=ends, **a100)
     yield Case("let_70b", (*B1, *held), stages=ends, **h100)
     yield Case("let_70b", (*TP8, "--micro-batch-size", "4", *held), stages=ends, **a100)
+    for flags in (CP2, FULL, SELECTIVE):
+        yield Case("let_70b", (*flags, *held), stages=ends, **a100)
+    for flags in (PP16, (*TP8, *PP16)):
+        yield Case("let_70b", (*flags, "--let-max-prefetch", "32"), stages=(0, 15), **a100)
+    large = {"teacher": "llama-3.1-8b"}
+    yield Case("let_70b", (*B1, *held), stages=ends, **h100, **large)
+    yield Case("let_70b", (*TP8, *held), stages=ends, **a100, **large)
+    # A whole global batch of 64 microbatches, whose states the aligned stage may hold.
+    yield Case("let_70b", TP8, stages=(0,), **a100, **large)
 
 
 def main() -> int:
