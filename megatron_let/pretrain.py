@@ -25,12 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments after the program's name; None takes them from the command line.
     """
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
+        return _run(sys.argv[1:] if argv is None else argv)
     except SystemExit as ending:
         restarts_in_job.end_job_after(ending.code)
         raise
-    restarts_in_job.end_job_after(code)
-    return code
 
 
 def _run(argv: list[str]) -> int:
@@ -42,6 +40,7 @@ def _run(argv: list[str]) -> int:
         train(argv, host)
     except LETError as error:
         print_error(error)
+        restarts_in_job.end_job("a setting is invalid")
         return USAGE_ERROR
     except Exception as error:
         refusal = refusal_by_another_package(error)

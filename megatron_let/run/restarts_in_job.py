@@ -27,8 +27,8 @@ OLDEST = "0.6"
 # Set by ft_launcher for each rank.
 _MONITOR, _LAUNCHER = "FT_RANK_MONITOR_IPC_SOCKET", "FT_LAUNCHER_IPC_SOCKET"
 _SETUP = "megatron.training.ft_integration:setup"
-# Invalid settings, Megatron's request for another GPU, and its verdict that a result is invalid.
-_FINAL_EXIT_CODES = (2, 16, 17)
+# Megatron's request for another GPU, and its verdict that a result is invalid.
+_FINAL_EXIT_CODES = (16, 17)
 
 
 def has_ft_launcher() -> bool:
@@ -77,8 +77,14 @@ def wrappers(args: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
 
 
 def end_job_after(exit_code: object) -> None:
-    """Ask ft_launcher not to restart the ranks after an exit code that would only come again."""
-    if exit_code not in _FINAL_EXIT_CODES or _LAUNCHER not in os.environ:
+    """Ask for no restart after an exit code that another start on the same GPUs would repeat."""
+    if exit_code in _FINAL_EXIT_CODES:
+        end_job(f"exit code {exit_code}")
+
+
+def end_job(reason: str) -> None:
+    """Ask ft_launcher, if it started this rank, to end all ranks instead of restarting them."""
+    if _LAUNCHER not in os.environ:
         return
     from nvidia_resiliency_ext.fault_tolerance.data import (
         WorkloadAction,
@@ -86,7 +92,7 @@ def end_job_after(exit_code: object) -> None:
     )
     from nvidia_resiliency_ext.fault_tolerance.ipc_connector import IpcConnector
 
-    request = WorkloadControlRequest(WorkloadAction.ShutdownWorkload, f"exit code {exit_code}")
+    request = WorkloadControlRequest(WorkloadAction.ShutdownWorkload, reason)
     IpcConnector(os.environ[_LAUNCHER]).send((int(os.environ["RANK"]), request))
 
 

@@ -99,9 +99,7 @@ def test_setup_reads_the_arguments_of_the_run(monkeypatch: pytest.MonkeyPatch) -
     assert restarts_in_job.wrappers(arguments(enable_ft_package=False)) == {}
 
 
-@pytest.mark.parametrize(
-    ("code", "asked"), [(2, True), (16, True), (17, True), (1, False), (0, False)]
-)
+@pytest.mark.parametrize(("code", "asked"), [(16, True), (17, True), (2, False), (1, False)])
 def test_exit_code_that_would_come_again_ends_the_job(
     code: int, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
