@@ -2,9 +2,9 @@
 # What starts the ranks of a node: torchrun, or ft_launcher, which restarts them within the job.
 # Sourced by node.sh.
 
-# Succeed if ranks of module $1 are restarted within the job: nvidia-resiliency-ext is installed.
+# Succeed if ranks of module $1 are restarted within the job: it is asked for and can be used.
 restarts_in_job() {
-    [[ $1 == megatron_let.pretrain ]] && ((${LET_RESTARTS_IN_JOB:-3} > 0)) &&
+    [[ $1 == megatron_let.pretrain ]] && ((${LET_RESTARTS_IN_JOB:-0} > 0)) &&
         [[ $("$LET_PYTHON" -m megatron_let.run.restarts_in_job 2>/dev/null) == yes ]]
 }
 
@@ -24,7 +24,7 @@ compose_ft_launcher() {
         --nproc-per-node "$LET_RANKS_PER_NODE" --rdzv-endpoint "$3:$4" --no-python)
     # The first node's name may not resolve on the others.
     [[ $2 != 0 ]] || launcher+=(--local-addr "$3")
-    launcher+=(--max-restarts "${LET_RESTARTS_IN_JOB:-3}")
+    launcher+=(--max-restarts "${LET_RESTARTS_IN_JOB:-0}")
     # Two starts without a new checkpoint end the job, as two attempts do.
     launcher+=(--ft-max-no-progress-cycles 2 --ft-checkpoint-iteration-file
         "$OUTPUT/checkpoints/latest_checkpointed_iteration.txt")

@@ -147,7 +147,7 @@ def resiliency() -> Check:
     if version is None:
         path = "launch/ starts ranks with torchrun; recipes save with mcore's strategy"
     elif restarts_in_job.has_ft_launcher():
-        path = "launch/ starts ranks with ft_launcher; --async-strategy nvrx is possible"
+        path = "LET_RESTARTS_IN_JOB uses its ft_launcher; --async-strategy nvrx is possible"
     else:
         path = f"older than {restarts_in_job.OLDEST}: launch/ starts ranks with torchrun"
     return Check(restarts_in_job.DISTRIBUTION, version or "none", path)

@@ -58,12 +58,9 @@ class FakeRun:
 
     @property
     def pipeline(self) -> Pipeline:
-        """Return the pipeline with the microbatches that fill it and the buffer of states."""
-        whole, count = self.planned.layout.pipeline, 0
-        if self.planned.placement not in (None, "aligned-stage"):
-            count = self.request.prefetch(self.planned.layout)
-        count = max(count, 2 * whole.num_stages)
-        return replace(whole, num_microbatches=min(whole.num_microbatches, count))
+        """Return the pipeline with only as many microbatches as fill it."""
+        whole = self.planned.layout.pipeline
+        return replace(whole, num_microbatches=min(whole.num_microbatches, 2 * whole.num_stages))
 
 
 def measure(run: FakeRun) -> dict[str, int]:

@@ -42,7 +42,6 @@ TP8 = ("--tensor-model-parallel-size", "8", "--sequence-parallel")
 SP = ("--sequence-parallel",)
 PP2 = ("--pipeline-model-parallel-size", "2")
 PP4 = ("--pipeline-model-parallel-size", "4")
-PP16 = ("--pipeline-model-parallel-size", "16")
 B1 = ("--micro-batch-size", "1")
 CP2 = ("--context-parallel-size", "2")
 
@@ -91,12 +90,13 @@ def cases() -> Iterator[Case]:
     yield Case("baseline_7b", PP2, chunks=2, stages=(0, 1))
     yield Case("baseline_7b", (*TP2, *SP, *PP2, *CP2), stages=(0, 1))
     yield from cases_70b()
+    yield from cases_experts()
 
 
 def cases_70b() -> Iterator[Case]:
     """Yield the fullest and the emptiest rank of each layout of docs/scale.md, and its choices.
 
-    `--let-max-prefetch` limits the measured microbatches to those that fill the pipeline.
+    A measured pipeline has as many microbatches as fill it: `--let-max-prefetch` is that number.
     """
     held, ends = ("--let-max-prefetch", "16"), (0, 7)
     a100: dict[str, Any] = {"chunks": 5, "gpus": "512 a100-80g"}
@@ -104,15 +104,15 @@ def cases_70b() -> Iterator[Case]:
     yield Case("let_70b", held, stages=ends, **a100)
     yield Case("let_70b", (*B1, *held), stages=ends, **h100)
     yield Case("let_70b", (*TP8, "--micro-batch-size", "4", *held), stages=ends, **a100)
-    for flags in (CP2, FULL, SELECTIVE):
-        yield Case("let_70b", (*flags, *held), stages=ends, **a100)
-    for flags in (PP16, (*TP8, *PP16)):
-        yield Case("let_70b", (*flags, "--let-max-prefetch", "32"), stages=(0, 15), **a100)
-    large = {"teacher": "llama-3.1-8b"}
-    yield Case("let_70b", (*B1, *held), stages=ends, **h100, **large)
-    yield Case("let_70b", (*TP8, *held), stages=ends, **a100, **large)
-    # A whole global batch of 64 microbatches, whose states the aligned stage may hold.
-    yield Case("let_70b", TP8, stages=(0,), **a100, **large)
+    yield Case("let_70b", (*CP2, *held), stages=ends, **a100)
+    yield Case("let_70b", (*SELECTIVE, *held), **a100)
+
+
+def cases_experts() -> Iterator[Case]:
+    """Yield a few layers of the mixture of experts, with local experts (`SequentialMLP`)."""
+    local = ("--no-moe-grouped-gemm", "--num-layers")
+    yield Case("baseline_moe_7b_a1b", (*local, "2"))
+    yield Case("baseline_moe_7b_a1b", (*local, "4", *PP2))
 
 
 def main() -> int:

@@ -161,9 +161,7 @@ def resilient_python(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_ranks_are_restarted_in_the_job_where_the_package_is_installed(
-    site: Path, resilient_python: str
-) -> None:
+def test_ranks_are_restarted_in_the_job_on_request(site: Path, resilient_python: str) -> None:
     code, shown = launch(
         SCRIPTS[0], site, "--dry-run", LET_PYTHON=resilient_python, LET_HANG_SECONDS="50",
         LET_RESTARTS_IN_JOB="7",
@@ -180,8 +178,14 @@ def test_ranks_are_restarted_in_the_job_where_the_package_is_installed(
     assert command.rstrip().endswith("--enable-ft-package")
 
 
-def test_no_restarts_in_the_job_means_torchrun(site: Path, resilient_python: str) -> None:
-    variables = {"LET_PYTHON": resilient_python, "LET_RESTARTS_IN_JOB": "0"}
+@pytest.mark.parametrize(
+    ("restarts", "installed"), [(None, True), ("0", True), ("3", False)], ids=str
+)
+def test_ranks_start_with_torchrun_unless_asked_and_installed(
+    restarts: str | None, installed: bool, site: Path, resilient_python: str
+) -> None:
+    variables = {"LET_PYTHON": resilient_python if installed else "/bin/true"}
+    variables |= {} if restarts is None else {"LET_RESTARTS_IN_JOB": restarts}
     code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
     assert code == 0 and "torch.distributed.run" in shown and "enable-ft" not in shown, shown
 
@@ -200,7 +204,7 @@ def test_launcher_of_a_module_and_node(
 ) -> None:
     script = f"""
         . {ROOT}/launch/lib/launcher.sh
-        OUTPUT=/run LET_PYTHON={resilient_python} LET_RANKS_PER_NODE=8
+        OUTPUT=/run LET_PYTHON={resilient_python} LET_RANKS_PER_NODE=8 LET_RESTARTS_IN_JOB=3
         compose=compose_torchrun
         if restarts_in_job {module}; then compose=compose_ft_launcher; fi
         $compose 2 {node} address 1234

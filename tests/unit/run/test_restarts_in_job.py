@@ -32,8 +32,8 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     [
         (None, False, "torchrun; recipes save"),
         ("0.4.1", False, "older than 0.6: launch/ starts ranks with torchrun"),
-        ("0.6.0", True, "with ft_launcher"),
-        ("0.10.0", True, "with ft_launcher"),
+        ("0.6.0", True, "uses its ft_launcher"),
+        ("0.10.0", True, "uses its ft_launcher"),
     ],
 )
 def test_installed_version_decides_and_the_doctor_names_it(
