@@ -34,3 +34,5 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-ib0}"
 # LET_PREFLIGHT=on                    # off: start without checking the nodes
 # LET_PREFLIGHT_SECONDS=300           # time limit of each of the two checks
 # LET_MAX_RESTARTS=50
+# LET_RESTARTS_IN_JOB=0               # restarts of the ranks within the job; needs nvidia-resiliency-ext
+# LET_HANG_SECONDS=600                # with it: the longest step before a rank counts as hung

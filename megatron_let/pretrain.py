@@ -11,19 +11,34 @@ from megatron_let.compat.device import (
     set_hardware_queues,
 )
 from megatron_let.errors import LETError, print_error, refusal_by_another_package
+from megatron_let.run import restarts_in_job
 
 USAGE_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one pretraining with these arguments, or the command line's; return its exit code."""
+    """Run one pretraining and return its exit code.
+
+    Args:
+        argv: arguments after the program's name; None takes them from the command line.
+    """
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except SystemExit as ending:
+        restarts_in_job.end_job_after(ending.code)
+        raise
+
+
+def _run(argv: list[str]) -> int:
+    """Train, and return 0, or 2 after printing why the run cannot start."""
     host = detect_host()
     # Before any import of Megatron, which reads the environment when it is imported.
     prepare_process(host, int(os.environ.get("RANK", "0")))
     try:
-        train(sys.argv[1:] if argv is None else argv, host)
+        train(argv, host)
     except LETError as error:
         print_error(error)
+        restarts_in_job.end_job("a setting is invalid")
         return USAGE_ERROR
     except Exception as error:
         refusal = refusal_by_another_package(error)
@@ -78,7 +93,7 @@ def train(argv: list[str], host: Host) -> None:
     check_token_ids(args, get_tokenizer().vocab_size)
     if args.override_opt_param_scheduler:
         PatchSet().apply_all(changed_schedule.wrappers())
-    for of_run in (control_files, unsaved, artifacts):
+    for of_run in (control_files, unsaved, artifacts, restarts_in_job):
         PatchSet().apply_all(of_run.wrappers(args))
     token_aligner = integration.token_aligner(args, config)
     if args.rank == 0:
@@ -133,6 +148,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     check_document_mask(args)
     complete_run_settings(args, report_once)
     check_loads_something(args)
+    restarts_in_job.check_arguments(args)
     load_engine(args.engine).check_arguments(args)
     pin_hub_ids(args)
     if choice := resolve_teacher_dtype(args):

@@ -8,6 +8,8 @@ here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 . "$here/../env/common.sh"
 # shellcheck source=launch/env/infiniband.sh
 . "$here/../env/$LET_FABRIC.sh"
+# shellcheck source=launch/lib/launcher.sh
+. "$here/launcher.sh"
 kind="$1"
 shift
 
@@ -28,15 +30,21 @@ print(*sorted({f"{d.name}=={d.version}" for d in m.distributions()}), sep="\n")'
         >"$LET_RECORD_DIR/packages.txt"
 }
 
-# Static rendezvous, not c10d: rank 0 is on a known node, and an attempt can shift the ranks.
-compose_launcher() {
-    launcher=("$LET_PYTHON" -m torch.distributed.run --nnodes "$1" --node-rank "$2"
-        --nproc-per-node "$LET_RANKS_PER_NODE" --master-addr "$3" --master-port "$4" --no-python)
+# Set launcher, and rank: one rank of the module and its arguments.
+compose() {
+    rank=(bash "$here/rank.sh" "$LET_PYTHON" -u -m "${module[@]}")
+    if [[ $kind == ranks && ${SLURM_NTASKS:-} == "${SLURM_NNODES:-}" ]] &&
+        restarts_in_job "${module[0]}"; then
+        compose_ft_launcher "$@"
+        rank+=(--enable-ft-package)
+    else
+        compose_torchrun "$@"
+    fi
 }
 
-rank=(bash "$here/rank.sh" "$LET_PYTHON" -u -m "$@")
+module=("$@")
 if [[ -n ${LET_SHOW:-} ]]; then
-    compose_launcher "\$SLURM_NNODES" "\$SLURM_NODEID" first-node 20000+job+attempt
+    compose "\$SLURM_NNODES" "\$SLURM_NODEID" first-node 20000+job+attempt
     printf '%s ' "${launcher[@]}"
     printf '%q ' "${rank[@]}"
     echo
@@ -50,9 +58,9 @@ name="${SLURMD_NODENAME:-$(hostname)}"
 exec 2>>"$OUTPUT/logs/node_$name.log"
 printf '==== attempt %s, job %s, %(%F %T)T: %s\n' "$LET_ATTEMPT" "$SLURM_JOB_ID" -1 "$1" >&2
 if [[ $kind == once ]]; then
-    exec "$LET_PYTHON" -m "$@"
+    exec "$LET_PYTHON" -m "${module[@]}"
 fi
-compose_launcher "$SLURM_NNODES" "$(((SLURM_NODEID + LET_NODE_SHIFT) % SLURM_NNODES))" \
+compose "$SLURM_NNODES" "$(((SLURM_NODEID + LET_NODE_SHIFT) % SLURM_NNODES))" \
     "$LET_MASTER_ADDR" "$LET_MASTER_PORT"
 [[ $SLURM_PROCID != 0 ]] || record "${launcher[@]}" "${rank[@]}"
 if ((SLURM_NTASKS == SLURM_NNODES)); then

@@ -141,7 +141,7 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     from megatron_let.planner.sizes import student_size, teacher_size
 
     rough = student_size(args, 1, 1)
-    large = rough.num_layers * rough.layer_params > _LARGE_STUDENT
+    large = rough.num_layers * rough.active_layer_params > _LARGE_STUDENT
     teacher = teacher_size(options.teacher or ("smollm2-1.7b" if large else "smollm2-135m"))
     # All planned devices are GPUs, on which `auto` is bf16.
     if args.let_teacher_dtype == "fp32":

@@ -266,6 +266,15 @@ ROWS: tuple[Patch, ...] = (
         unnecessary_when="pretrain() finishes wandb after maybe_finalize_async_save()",
         test="tests/unit/run/test_artifacts.py::test_artifact_is_logged_while_wandb_runs",
     ),
+    # Restarts within the job.
+    Patch(
+        target="megatron.training.ft_integration:setup",
+        reason="it parses the command line again, without the recipe: --enable-ft-package of a"
+        " recipe has no effect, and --save of a recipe is reported as missing",
+        parameters=(),
+        unnecessary_when="setup() takes the arguments from get_args()",
+        test="tests/unit/run/test_restarts_in_job.py::test_setup_reads_the_arguments_of_the_run",
+    ),
     # Layers by torch.
     Patch(
         target="megatron.training.models.gpt:mtp_block_spec",

@@ -7,6 +7,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_let.compat.device import Host
 from megatron_let.doctor.check import Check, import_error, is_installed, version_of
+from megatron_let.run import restarts_in_job
 
 # The minor release that constraints.txt pins.
 DEEPSPEED_VERSIONS = ">=0.19,<0.20"
@@ -139,7 +140,12 @@ def _op_state(builder: object, built: bool | None) -> str:
 
 
 def resiliency() -> Check:
-    """Check for nvidia-resiliency-ext, whose asynchronous checkpoint strategy can be used."""
-    version = version_of("nvidia-resiliency-ext")
-    path = "--async-strategy nvrx is possible" if version else "recipes save with mcore's strategy"
-    return Check("nvidia-resiliency-ext", version or "none", path)
+    """Check for nvidia-resiliency-ext, which restarts ranks within a job."""
+    version = version_of(restarts_in_job.DISTRIBUTION)
+    if version is None:
+        path = "launch/ starts ranks with torchrun; recipes save with mcore's strategy"
+    elif restarts_in_job.has_ft_launcher():
+        path = "LET_RESTARTS_IN_JOB uses its ft_launcher; --async-strategy nvrx is possible"
+    else:
+        path = f"older than {restarts_in_job.OLDEST}: launch/ starts ranks with torchrun"
+    return Check(restarts_in_job.DISTRIBUTION, version or "none", path)

@@ -56,10 +56,7 @@ def print_estimate(console: Console, found: Estimate, recipe: str, gpu: str) -> 
     if found.peak.host:
         console.print(f"and {found.peak.host / _GIB:.0f} GiB of host memory per rank")
     _print_times(console, found)
-    if found.details:
-        console.print(f"ZeRO-{found.details['zero']['stage']}")
-        for line in found.details["assumptions"]:
-            console.print(f"- {line}", highlight=False)
+    _print_details(console, found.details)
 
 
 def _print_times(console: Console, found: Estimate) -> None:
@@ -76,6 +73,16 @@ def _print_times(console: Console, found: Estimate) -> None:
         f"teacher's forward{dtype}: {found.request.teacher_share:.2%} of the student's training"
         f" FLOPs; {found.tokens_per_second:,.0f} tokens/s"
     )
+
+
+def _print_details(console: Console, details: dict[str, Any]) -> None:
+    if "zero" in details:
+        console.print(f"ZeRO-{details['zero']['stage']}")
+    if "parameters" in details:
+        total, active = details["parameters"] / 1e9, details["active_parameters"] / 1e9
+        console.print(f"{total:.1f}B parameters, {active:.1f}B active per token", highlight=False)
+    for line in details.get("assumptions", ()):
+        console.print(f"- {line}", highlight=False)
 
 
 def print_sweep(console: Console, found: list[Estimate], recipe: str, gpu: str) -> None:
@@ -102,6 +109,7 @@ def _table(title: str, *headings: str) -> Table:
 def _name(layout: Layout) -> str:
     parts = [f"TP{layout.tp}", f"PP{layout.pp}", f"DP{layout.dp}"]
     parts += [f"CP{layout.cp}"] if layout.cp > 1 else []
+    parts += [f"EP{layout.ep}"] if layout.ep > 1 else []
     parts += [f"VPP{layout.num_chunks}"] if layout.num_chunks > 1 else []
     return " ".join([*parts, f"b{layout.micro_batch_size} x {layout.num_microbatches}"])
 

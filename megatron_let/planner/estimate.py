@@ -90,7 +90,7 @@ class Estimate:
         placement: the best placement.
         costs: costs per microbatch; the times are simulated from them.
         aligned: stage and chunk of layer k.
-        details: further JSON values, under DeepSpeed.
+        details: further JSON values, of experts or under DeepSpeed.
     """
 
     request: Request
@@ -145,7 +145,22 @@ def estimate(request: Request, layout: Layout) -> Estimate:
         }
         placement = fastest(seconds)
     memory = memory_of_stages(request, layout, placement)
-    return Estimate(request, layout, memory, baseline, seconds, placement, costs, aligned)
+    details = expert_details(request.student)
+    return Estimate(request, layout, memory, baseline, seconds, placement, costs, aligned, details)
+
+
+def expert_details(student: TransformerSize) -> dict[str, Any]:
+    """Return parameters and assumptions of a mixture of experts, as JSON values; {} if dense."""
+    if student.experts is None:
+        return {}
+    return {
+        "parameters": student.num_params,
+        "active_parameters": student.num_active_params,
+        "assumptions": [
+            "every expert gets equally many tokens; a fuller expert needs more memory and time",
+            "experts in one grouped product keep what experts one after another keep",
+        ],
+    }
 
 
 def _seconds(

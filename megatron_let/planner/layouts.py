@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Estimate, Request, estimate, memory_of_stages
 from megatron_let.planner.memory import Layout, Recompute
-from megatron_let.planner.sizes import TransformerSize, student_size
+from megatron_let.planner.sizes import Experts, TransformerSize, student_size
 
 
 def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
@@ -43,6 +43,8 @@ def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
         recompute_layers=args.recompute_num_layers or 0,
         sequence_parallel=args.sequence_parallel or tp == 1,
         distributed_optimizer=args.use_distributed_optimizer,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
     )
     problem = does_not_divide(layout, student_size(args, 1, 1))
     if problem is not None:
@@ -89,7 +91,8 @@ def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
         if left or dp == 0 or args.global_batch_size % (b * dp):
             continue
         n = args.global_batch_size // (b * dp)
-        yield Layout(tp, pp, cp, dp, vpp, b, n, recompute)  # type: ignore[arg-type]
+        ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+        yield Layout(tp, pp, cp, dp, vpp, b, n, recompute, ep=ep, etp=etp)  # type: ignore[arg-type]
 
 
 def does_not_divide(layout: Layout, student: TransformerSize) -> str | None:
@@ -106,9 +109,29 @@ def does_not_divide(layout: Layout, student: TransformerSize) -> str | None:
     ):
         if count % tp:
             return f"{count} {name} do not divide over --tensor-model-parallel-size: TP {tp}."
+    if problem := _experts_do_not_divide(layout, student.experts):
+        return problem
     if layout.num_chunks > 1 and (layout.pp == 1 or layout.num_microbatches % layout.pp):
         return (
             f"{layout.num_microbatches} microbatches do not divide over PP {layout.pp}, which"
             " several chunks per stage require."
         )
+    return None
+
+
+def _experts_do_not_divide(layout: Layout, experts: Experts | None) -> str | None:
+    if experts is None:
+        return None
+    ep, etp = layout.ep, layout.expert_tp
+    ranks = layout.tp * layout.cp * layout.dp
+    split = f"--expert-tensor-parallel-size {etp}"
+    for count, name, over in (
+        (experts.num_experts, "experts do not divide over --expert-model-parallel-size", ep),
+        (ranks, f"ranks of a stage do not divide over {split} x EP {ep} =", ep * etp),
+        (experts.ffn_hidden_size, f"units of an expert do not divide over {split}:", etp),
+    ):
+        if count % over:
+            return f"{count} {name} {over}."
+    if layout.tp > 1 and not layout.sequence_parallel:
+        return f"experts under TP {layout.tp} need --sequence-parallel."
     return None

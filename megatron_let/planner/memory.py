@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from megatron_let.placement.pipeline import Pipeline
+from megatron_let.planner.experts import expert_layer_bytes, expert_work_bytes
 from megatron_let.planner.sizes import TransformerSize
 
 Recompute = Literal["none", "full", "block"]
@@ -31,6 +32,8 @@ class Layout:
         recompute_layers: recomputed layers per stage, for `block`.
         sequence_parallel: Megatron's flag of that name.
         distributed_optimizer: the optimizer's state is sharded over dp and cp.
+        ep: ranks over which the routed experts are distributed.
+        etp: ranks over which each routed expert is split; None for tp, as in Megatron.
     """
 
     tp: int
@@ -44,6 +47,18 @@ class Layout:
     recompute_layers: int = 0
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    ep: int = 1
+    etp: int | None = None
+
+    @property
+    def expert_tp(self) -> int:
+        """Return the ranks over which each routed expert is split."""
+        return self.etp or self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        """Return the ranks of a stage that hold the same routed experts."""
+        return self.tp * self.cp * self.dp // (self.ep * self.expert_tp)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -85,8 +100,8 @@ class StageMemory:
 
 
 def stage_params(size: TransformerSize, layout: Layout, stage: int) -> int:
-    """Return the parameters of one rank of a stage."""
-    params = size.num_layers // layout.pp * size.layer_params
+    """Return the parameters of one rank of a stage without routed experts."""
+    params = size.num_layers // layout.pp * size.dense_layer_params
     first, last = stage == 0, stage == layout.pp - 1
     if first or (last and size.tied):
         params += size.embedding_params
@@ -96,14 +111,22 @@ def stage_params(size: TransformerSize, layout: Layout, stage: int) -> int:
     return params // layout.tp
 
 
+def stage_expert_params(size: TransformerSize, layout: Layout) -> int:
+    """Return the parameters of the routed experts on one rank of a stage."""
+    params = size.num_layers // layout.pp * size.expert_layer_params
+    return params // (layout.ep * layout.expert_tp)
+
+
 def stage_memory(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> StageMemory:
     """Return one rank's memory without a teacher: bf16 weights, fp32 gradients, fp32 Adam."""
-    params = stage_params(size, layout, stage)
-    shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
+    dense, experts = stage_params(size, layout, stage), stage_expert_params(size, layout)
+    shards, expert_shards = 1, 1
+    if layout.distributed_optimizer:
+        shards, expert_shards = layout.dp * layout.cp, layout.expert_dp
     return StageMemory(
-        params=params * _BF16,
-        grads=params * _FP32,
-        optimizer=params * 3 * _FP32 // shards,
+        params=(dense + experts) * _BF16,
+        grads=(dense + experts) * _FP32,
+        optimizer=3 * _FP32 * (dense // shards + experts // expert_shards),
         activations=activations(size, layout, seq_length, stage),
     )
 
@@ -123,11 +146,16 @@ def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int
     """Return the temporary memory of the student's passes: the larger of the head and one layer.
 
     The backward of a recomputed layer holds all of its activations; the head is freed by then.
+    The experts' forward needs more than a layer's backward.
     """
     tokens = layout.micro_batch_size * seq_length // layout.cp
     head = tokens * _head_bytes(size, layout) if stage == layout.pp - 1 else 0
     layer = _layer_bytes(size, layout) if _recomputed_layers(size, layout) else 0
-    return max(head, tokens * (layer + _layer_backward_bytes(size, layout)))
+    if size.experts is None:
+        work = _layer_backward_bytes(size, layout)
+    else:
+        work = expert_work_bytes(size, size.experts, layout)
+    return max(head, tokens * (layer + work))
 
 
 def _layers_of_chunk(size: TransformerSize, layout: Layout) -> int:
@@ -150,11 +178,13 @@ def _layer_bytes(size: TransformerSize, layout: Layout) -> int:
 
     In bf16: inputs and outputs of the two norms; queries, keys and values before and after the
     rotary embedding (values once); the attention's output; the MLP's first product and activation.
+    Norms of queries and keys keep their inputs, which are counted.
     """
     heads = size.head_dim * (3 * size.num_heads + 3 * size.num_kv_heads)
-    mlp = (3 if size.gated else 2) * size.ffn_hidden_size
+    mlp = 0 if size.experts else (3 if size.gated else 2) * size.ffn_hidden_size
     whole = 4 * size.hidden_size
-    return _BF16 * (whole // _sequence_split(layout) + (heads + mlp) // layout.tp)
+    found = _BF16 * (whole // _sequence_split(layout) + (heads + mlp) // layout.tp)
+    return found + (expert_layer_bytes(size, size.experts, layout) if size.experts else 0)
 
 
 def _layer_backward_bytes(size: TransformerSize, layout: Layout) -> int:

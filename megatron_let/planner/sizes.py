@@ -11,6 +11,23 @@ from megatron_let.errors import LETError
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts that replace the MLP of every layer.
+
+    Attributes:
+        num_experts: routed experts.
+        topk: routed experts per token.
+        ffn_hidden_size: of one routed expert.
+        shared_ffn_hidden_size: of the shared experts together; 0 for none.
+    """
+
+    num_experts: int
+    topk: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
+
+
+@dataclass(frozen=True)
 class TransformerSize:
     """Sizes of a decoder-only transformer.
 
@@ -21,6 +38,8 @@ class TransformerSize:
         vocab_size: rows of the embedding, padding included.
         tied: the output layer is the embedding.
         num_bytes: bytes of one weight or activation of a teacher: 2 for bf16, 4 for fp32.
+        qk_norm: queries and keys are normalised per head.
+        experts: of a mixture of experts, instead of the MLP; None for a dense transformer.
     """
 
     num_layers: int
@@ -33,13 +52,56 @@ class TransformerSize:
     vocab_size: int
     tied: bool = False
     num_bytes: int = 2
+    qk_norm: bool = False
+    experts: Experts | None = None
 
     @property
     def layer_params(self) -> int:
-        """Return the parameters of one layer, including its two norms."""
+        """Return the parameters of one layer, including its norms and all experts."""
+        return self.dense_layer_params + self.expert_layer_params
+
+    @property
+    def dense_layer_params(self) -> int:
+        """Return the parameters of one layer without routed experts."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        mlp = (3 if self.gated else 2) * self.hidden_size * self.ffn_hidden_size
-        return attention + mlp + 2 * self.hidden_size
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        if self.experts is None:
+            return attention + norms + self._mlp_params(self.ffn_hidden_size)
+        router = self.experts.num_experts * self.hidden_size
+        shared = self._mlp_params(self.experts.shared_ffn_hidden_size)
+        return attention + norms + router + shared
+
+    @property
+    def expert_layer_params(self) -> int:
+        """Return the parameters of one layer's routed experts."""
+        if self.experts is None:
+            return 0
+        return self.experts.num_experts * self._mlp_params(self.experts.ffn_hidden_size)
+
+    @property
+    def active_layer_params(self) -> int:
+        """Return the parameters of one layer that a token passes."""
+        if self.experts is None:
+            return self.dense_layer_params
+        routed = self.experts.topk * self._mlp_params(self.experts.ffn_hidden_size)
+        return self.dense_layer_params + routed
+
+    @property
+    def num_params(self) -> int:
+        """Return all parameters but the final norm."""
+        return self.num_layers * self.layer_params + self._vocabulary_params
+
+    @property
+    def num_active_params(self) -> int:
+        """Return the parameters that a token passes, embedding and output layer included."""
+        return self.num_layers * self.active_layer_params + self._vocabulary_params
+
+    @property
+    def _vocabulary_params(self) -> int:
+        return self.embedding_params * (1 if self.tied else 2)
+
+    def _mlp_params(self, ffn_hidden_size: int) -> int:
+        return (3 if self.gated else 2) * self.hidden_size * ffn_hidden_size
 
     @property
     def largest_matrix(self) -> int:
@@ -56,7 +118,7 @@ class TransformerSize:
     def layer_forward_flops(self, seq_length: int) -> int:
         """Return FLOPs of one layer per token, with the full attention matrix (not causal)."""
         scores = 4 * seq_length * self.num_heads * self.head_dim
-        return 2 * self.layer_params + scores
+        return 2 * self.active_layer_params + scores
 
     @property
     def logits_forward_flops(self) -> int:
@@ -94,9 +156,10 @@ GPUS = {
 }
 
 # Arguments of students whose parameters and FLOPs the planner does not count.
-_NOT_DENSE = (
-    *("num_experts", "multi_latent_attention", "mtp_num_layers", "attention_output_gate"),
-    "hybrid_layer_pattern",
+_NOT_COUNTED = (
+    *("multi_latent_attention", "mtp_num_layers", "attention_output_gate"),
+    *("hybrid_layer_pattern", "moe_latent_size", "moe_expert_capacity_factor"),
+    *("moe_shared_expert_gate", "moe_apply_probs_on_input"),
 )
 
 # Teachers of the paper and of this repository, to plan without their files.
@@ -146,24 +209,45 @@ def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> Transfor
     """Return the sizes in Megatron's arguments, with the vocabulary padded as Megatron does.
 
     Raises:
-        LETError: the model is not a dense transformer with ordinary attention.
+        LETError: the planner does not count this model.
     """
-    for name in _NOT_DENSE:
+    for name in _NOT_COUNTED:
         if value := getattr(args, name):
             raise LETError(
-                f"The planner counts memory and time of dense transformers only, without"
-                f" {flag(name)} {value}; measure a few steps of the run instead."
+                f"The planner does not count the memory and time of {flag(name)} {value}; measure a"
+                " few steps of the run instead."
             )
     heads, hidden = args.num_attention_heads, args.hidden_size
     default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden
+    ffn_hidden_size = args.ffn_hidden_size or default
     return TransformerSize(
         num_layers=args.num_layers,
         hidden_size=hidden,
-        ffn_hidden_size=args.ffn_hidden_size or default,
+        ffn_hidden_size=ffn_hidden_size,
         num_heads=heads,
         num_kv_heads=args.num_query_groups if args.group_query_attention else heads,
         head_dim=args.kv_channels or hidden // heads,
         gated=args.swiglu,
         vocab_size=padded_vocab_size(vocab_size, args.make_vocab_size_divisible_by, tp),
         tied=not args.untie_embeddings_and_output_weights,
+        qk_norm=args.qk_layernorm,
+        experts=_experts(args, ffn_hidden_size),
+    )
+
+
+def _experts(args: argparse.Namespace, ffn_hidden_size: int) -> Experts | None:
+    """Return the experts in Megatron's arguments; None if the model is dense."""
+    if not args.num_experts:
+        return None
+    for name, counted in (("moe_layer_freq", 1), ("moe_token_dispatcher_type", "alltoall")):
+        if (value := getattr(args, name)) != counted:
+            raise LETError(
+                f"The planner counts mixtures of experts with {flag(name)} {counted} only, and the"
+                f" run has {value}; measure a few steps of the run instead."
+            )
+    return Experts(
+        num_experts=args.num_experts,
+        topk=args.moe_router_topk,
+        ffn_hidden_size=args.moe_ffn_hidden_size or ffn_hidden_size,
+        shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size or 0,
     )

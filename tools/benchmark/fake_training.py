@@ -2,7 +2,8 @@
 
 Model, DDP's buffers, the distributed optimizer, the pipeline schedule and, with LET, the teacher,
 its states and the hook are real; process groups are torch's fake ones, so one process can be any
-rank of any layout. Device and kernels are the CPU's, except for what `_shims` replaces.
+rank of any layout. Device and kernels are the CPU's, except for what `_shims` replaces. Tokens are
+routed evenly over the experts, which run one after another (`SequentialMLP`).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from common import CPU, llama_config
 from peak_memory import PeakMemory
@@ -124,6 +126,8 @@ def _join_groups(args: argparse.Namespace) -> None:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0)
@@ -134,6 +138,7 @@ def _shims() -> Iterator[None]:
     """Replace what fake tensors and groups do not support, and where a CPU differs from a GPU."""
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from megatron_let.compat.local_layers import RMSNorm
 
@@ -144,15 +149,17 @@ def _shims() -> Iterator[None]:
         mock.patch.object(torch.distributed, "all_gather_object", _all_gather_object),
         # It compares generator states; no dropout uses them here.
         mock.patch.object(CudaRNGStatesTracker, "fork", lambda *args: contextlib.nullcontext()),
-        # On a CPU torch's norm saves three fp32 copies of its input.
+        mock.patch.object(RMSNorm, "forward", _like_a_gpu),
+        mock.patch.object(fused_bias_swiglu, "swiglu", _swiglu),
+        mock.patch.object(fused_bias_swiglu, "swiglu_back", _swiglu_back),
+        mock.patch.object(fused_bias_swiglu, "weighted_swiglu", _weighted_swiglu),
+        mock.patch.object(fused_bias_swiglu, "weighted_swiglu_back", _weighted_swiglu_back),
+        mock.patch.object(MoEAlltoAllTokenDispatcher, "preprocess", _route_evenly),
         mock.patch.object(
-            RMSNorm, "forward", lambda norm, hidden: _FusedRMSNorm.apply(hidden, norm.weight)
+            MoEAlltoAllTokenDispatcher,
+            "_maybe_dtoh_and_synchronize",
+            lambda dispatcher, point, counts=None: counts,
         ),
-        # On a GPU Megatron fuses these with torch.compile, so they allocate only their result.
-        mock.patch.object(
-            fused_bias_swiglu, "swiglu", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        ),
-        mock.patch.object(fused_bias_swiglu, "swiglu_back", lambda _, x: torch.empty_like(x)),
     ):
         yield
 
@@ -174,6 +181,48 @@ class _FusedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         hidden, weight, _ = ctx.saved_tensors
         return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _like_a_gpu(norm: Any, hidden: Tensor) -> Tensor:
+    # On a CPU torch's norm saves three fp32 copies of its input.
+    return _FusedRMSNorm.apply(hidden, norm.weight)
+
+
+# On a GPU Megatron fuses these with torch.compile, so they allocate only their result.
+
+
+def _swiglu(inputs: Tensor) -> Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], inputs.shape[-1] // 2))
+
+
+def _swiglu_back(gradient: Tensor, inputs: Tensor) -> Tensor:
+    return torch.empty_like(inputs)
+
+
+def _weighted_swiglu(inputs: Tensor, weights: Tensor) -> Tensor:
+    return _swiglu(inputs)
+
+
+def _weighted_swiglu_back(
+    gradient: Tensor, inputs: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(inputs), torch.empty_like(weights)
+
+
+def _route_evenly(dispatcher: Any, routing_map: Tensor) -> Any:
+    """Set the counts of `preprocess`, which needs values, for equally many tokens per expert."""
+    tp, ep, local = dispatcher.tp_size, dispatcher.ep_size, dispatcher.num_local_experts
+    dispatcher.num_out_tokens = routing_map.shape[0] * dispatcher.config.moe_router_topk
+    per_expert, left = divmod(dispatcher.num_out_tokens, dispatcher.num_experts)
+    assert left == 0, "the tokens of a microbatch do not divide over the experts"
+    if ep > 1 or tp > 1:
+        dispatcher.input_splits = dispatcher.output_splits = [local * per_expert] * ep
+        dispatcher.output_splits_tp = np.full(tp, ep * local * per_expert)
+    dispatcher.num_global_tokens_per_local_expert = np.full((tp * ep, local), per_expert)
+    chunks = np.arange(dispatcher.num_experts * tp)
+    dispatcher.sort_input_by_local_experts = chunks.reshape(-1, local).T.ravel()
+    dispatcher.restore_output_by_local_experts = chunks.reshape(local, -1).T.ravel()
+    return np.full(local, tp * ep * per_expert)
 
 
 def _model_and_optimizer(args: argparse.Namespace) -> tuple[list[Any], Any]:

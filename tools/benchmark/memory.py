@@ -87,6 +87,7 @@ def cases() -> Iterator[Case]:
     yield Case("baseline_7b", PP2, chunks=2, stages=(0, 1))
     yield Case("baseline_7b", (*TP2, *SP, *PP2, *CP2), stages=(0, 1))
     yield from cases_70b()
+    yield from cases_experts()
 
 
 def cases_70b() -> Iterator[Case]:
@@ -100,6 +101,15 @@ def cases_70b() -> Iterator[Case]:
     yield Case("let_70b", held, stages=ends, **a100)
     yield Case("let_70b", (*B1, *held), stages=ends, **h100)
     yield Case("let_70b", (*TP8, "--micro-batch-size", "4", *held), stages=ends, **a100)
+    yield Case("let_70b", (*CP2, *held), stages=ends, **a100)
+    yield Case("let_70b", (*SELECTIVE, *held), **a100)
+
+
+def cases_experts() -> Iterator[Case]:
+    """Yield a few layers of the mixture of experts, with local experts (`SequentialMLP`)."""
+    local = ("--no-moe-grouped-gemm", "--num-layers")
+    yield Case("baseline_moe_7b_a1b", (*local, "2"))
+    yield Case("baseline_moe_7b_a1b", (*local, "4", *PP2))
 
 
 def main() -> int:

@@ -152,6 +152,69 @@ def test_container_mounts_hub_cache_for_a_hub_id(site: Path) -> None:
     assert code == 0 and ",/cache/hf image.sqsh" in shown and ",owner/name" not in shown, shown
 
 
+@pytest.fixture
+def resilient_python(tmp_path: Path) -> str:
+    """A Python that has ft_launcher."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\n[ "$2" = megatron_let.run.restarts_in_job ] && echo yes\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_ranks_are_restarted_in_the_job_on_request(site: Path, resilient_python: str) -> None:
+    code, shown = launch(
+        SCRIPTS[0], site, "--dry-run", LET_PYTHON=resilient_python, LET_HANG_SECONDS="50",
+        LET_RESTARTS_IN_JOB="7",
+    )  # fmt: skip
+    assert code == 0 and "torch.distributed.run" not in shown, shown
+    (command,) = (line for line in shown.splitlines() if "restarts_in_job" in line)
+    for expected in (
+        "--nnodes $SLURM_NNODES --node-rank $SLURM_NODEID --nproc-per-node 8",
+        "--rdzv-endpoint first-node:20000+job+attempt", "--max-restarts 7",
+        "setup:150,step:50,checkpointing:150", "--ft-rank-out-of-section-timeout 150",
+        "checkpoints/latest_checkpointed_iteration.txt", "/launch/lib/rank.sh",
+    ):  # fmt: skip
+        assert expected in command, expected
+    assert command.rstrip().endswith("--enable-ft-package")
+
+
+@pytest.mark.parametrize(
+    ("restarts", "installed"), [(None, True), ("0", True), ("3", False)], ids=str
+)
+def test_ranks_start_with_torchrun_unless_asked_and_installed(
+    restarts: str | None, installed: bool, site: Path, resilient_python: str
+) -> None:
+    variables = {"LET_PYTHON": resilient_python if installed else "/bin/true"}
+    variables |= {} if restarts is None else {"LET_RESTARTS_IN_JOB": restarts}
+    code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
+    assert code == 0 and "torch.distributed.run" in shown and "enable-ft" not in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("module", "node", "expected"),
+    [
+        # The preflight's ranks have no steps that a monitor could watch.
+        ("megatron_let.doctor.nodes", "0", "torch.distributed.run"),
+        ("megatron_let.pretrain", "0", "--local-addr address --max"),
+        ("megatron_let.pretrain", "1", "--no-python --max"),
+    ],
+)
+def test_launcher_of_a_module_and_node(
+    module: str, node: str, expected: str, resilient_python: str
+) -> None:
+    script = f"""
+        . {ROOT}/launch/lib/launcher.sh
+        OUTPUT=/run LET_PYTHON={resilient_python} LET_RANKS_PER_NODE=8 LET_RESTARTS_IN_JOB=3
+        compose=compose_torchrun
+        if restarts_in_job {module}; then compose=compose_ft_launcher; fi
+        $compose 2 {node} address 1234
+        echo "${{launcher[@]}} ordered ${{CROSS_SLURM_PROCID:-}}"
+    """
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert expected in result.stdout
+    assert module != "megatron_let.pretrain" or f"ordered {node}" in result.stdout
+
+
 @pytest.mark.parametrize("option", [["--job-name=two"], ["--job-name", "two"], ["-J", "two"]])
 def test_job_name_is_the_run_name(option: list[str], site: Path) -> None:
     code, shown = launch(SCRIPTS[0], site, "--dry-run", *option)
