@@ -1,5 +1,7 @@
 """LETError, a one-sentence error message for the user, and its output."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sys
