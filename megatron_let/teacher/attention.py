@@ -77,9 +77,10 @@ def _document_mask(
 
 
 # At import, because a model that another rank has set up arrives with the name only.
-for _name, _function in {UNMASKED: _mask, DOCUMENTS: _document_mask}.items():
+for _name in (UNMASKED, DOCUMENTS):
     AttentionInterface.register(_name, sdpa_attention_forward)
-    AttentionMaskInterface.register(_name, _function)
+AttentionMaskInterface.register(UNMASKED, _mask)
+AttentionMaskInterface.register(DOCUMENTS, _document_mask)
 
 
 def use_unmasked_attention(model: PreTrainedModel) -> None:

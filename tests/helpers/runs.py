@@ -107,7 +107,9 @@ def train(
     recipe = ["--config", str(ROOT / config)] if config else []
     argv = [*recipe, "--let-metrics-path", str(metrics), *map(str, flags)]
     run = run_forked if variables.keys() <= READ_BY_A_RANK else _torchrun
-    returncode, log = run(module, *argv, folder=folder, ranks=ranks, **variables)
+    returncode, log = run(
+        module, *argv, folder=folder, ranks=ranks, seconds=TIMEOUT_SECONDS, **variables
+    )
     finished = Run(returncode, log, metrics)
     assert not check or finished.returncode == 0, _first_failure(finished.log)
     return finished
