@@ -18,8 +18,6 @@ fast=""
 }
 
 SECONDS=0
-# Python compiles what is imported; pip would compile 350 MB of source for more than a minute.
-export PIP_COMPILE=0
 if [[ -n $fast ]]; then
     ensure_environment dev
 else
@@ -70,8 +68,6 @@ phase() {
 
 phase ruff ruff check .
 if [[ -z $fast ]]; then
-    # Meanwhile one process compiles what all of pytest's processes import.
-    python -c "import tests.helpers.preload" >/dev/null 2>&1 &
     phase mypy mypy megatron_let tools
     phase shellcheck shellcheck --external-sources \
         launch/*.sh launch/*/*.sh tests/*.sh tests/*/*.sh tools/*/*.sh .ci/run
