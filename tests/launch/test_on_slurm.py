@@ -160,6 +160,7 @@ def test_unfit_node_is_reported_before_training(launcher: Launcher, tmp_path: Pa
     assert not (job.folder / "checkpoints").exists(), "no training was started"
 
 
+@pytest.mark.slow
 def test_different_node_is_reported_before_training(launcher: Launcher, tmp_path: Path) -> None:
     """The second node has a clock 7 s ahead and another version of Triton."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -178,6 +179,7 @@ def test_different_node_is_reported_before_training(launcher: Launcher, tmp_path
     assert "submit again with --exclude=n2" in job.output
 
 
+@pytest.mark.slow
 def test_node_whose_doctor_fails_is_reported(launcher: Launcher, tmp_path: Path) -> None:
     """Python does not start on the second node; the first one is not reported."""
     python = tmp_path / "python"
@@ -189,6 +191,7 @@ def test_node_whose_doctor_fails_is_reported(launcher: Launcher, tmp_path: Path)
     assert "libc is gone" in job.output and "--exclude=n2," in job.output
 
 
+@pytest.mark.slow
 def test_slow_network_is_reported_before_training(launcher: Launcher) -> None:
     job = launcher.submit("slow", LET_PREFLIGHT="on", LET_MIN_BUS_GBPS="1000")
     assert job.wait()["ExitCode"] == "3:0", job.output[-3000:]
