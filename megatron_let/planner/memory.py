@@ -154,7 +154,7 @@ def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int
     if size.experts is None:
         work = _layer_backward_bytes(size, layout)
     else:
-        work = expert_work_bytes(size, size.experts, layout)
+        work = expert_work_bytes(size, size.experts, layout.tp, layout.ep, layout.expert_tp)
     return max(head, tokens * (layer + work))
 
 
@@ -184,7 +184,9 @@ def _layer_bytes(size: TransformerSize, layout: Layout) -> int:
     mlp = 0 if size.experts else (3 if size.gated else 2) * size.ffn_hidden_size
     whole = 4 * size.hidden_size
     found = _BF16 * (whole // _sequence_split(layout) + (heads + mlp) // layout.tp)
-    return found + (expert_layer_bytes(size, size.experts, layout) if size.experts else 0)
+    return found + (
+        expert_layer_bytes(size, size.experts, layout.tp, layout.expert_tp) if size.experts else 0
+    )
 
 
 def _layer_backward_bytes(size: TransformerSize, layout: Layout) -> int:

@@ -27,7 +27,7 @@ def test_quickstart_trains_all_three_models_quietly_and_does_nothing_twice(tmp_p
         "--text", str(tmp_path / "text.txt"), "--output", str(output),
     ]  # fmt: skip
     first, second = (
-        subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+        subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1500)
         for _ in range(2)
     )
     for run in (first, second):

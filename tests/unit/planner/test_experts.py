@@ -54,19 +54,20 @@ def test_experts_are_sharded_over_their_own_ranks() -> None:
 def test_a_rank_keeps_the_tokens_routed_to_it() -> None:
     routed, products, router, shared = 3 * 8 * 2, 3 * 3 * 6 * 2, 16 * 21, 3 * 10 * 2
     assert (
-        expert_layer_bytes(SIZE, EXPERTS, LAYOUT) == (routed + products + router) // 2 + shared // 2
+        expert_layer_bytes(SIZE, EXPERTS, LAYOUT.tp, LAYOUT.expert_tp)
+        == (routed + products + router) // 2 + shared // 2
     )
     # Both ranks of a split expert hold its tokens.
     split = replace(LAYOUT, etp=None)
     expected = (2 * routed + products + router) // 2 + shared // 2
-    assert expert_layer_bytes(SIZE, EXPERTS, split) == expected
+    assert expert_layer_bytes(SIZE, EXPERTS, split.tp, split.expert_tp) == expected
 
 
 def test_experts_forward_holds_copies_of_the_routed_tokens() -> None:
     routed = 3 * 8 * 2
     alone = replace(LAYOUT, tp=1, ep=1)
-    assert expert_work_bytes(SIZE, EXPERTS, alone) == 3 * routed
-    assert expert_work_bytes(SIZE, EXPERTS, replace(alone, ep=4)) == 4 * routed
+    assert expert_work_bytes(SIZE, EXPERTS, alone.tp, alone.ep, alone.expert_tp) == 3 * routed
+    assert expert_work_bytes(SIZE, EXPERTS, alone.tp, 4, alone.expert_tp) == 4 * routed
 
 
 def test_routed_tokens_cross_the_network_beyond_a_node() -> None:

@@ -139,7 +139,9 @@ def test_damaged_gguf_leaves_no_folder_behind(
     file = tmp_path / "small.gguf"
     file.write_bytes(content)
     assert "GGUF" in refused(file)
-    assert {path.suffix for path in (tmp_path / "cache" / "teachers").iterdir()} == {".lock"}
+    left = list((tmp_path / "cache" / "teachers").iterdir())
+    assert {path.suffix for path in left} == {".lock", ".digest"}
+    assert not any(path.is_dir() for path in left)
 
 
 def test_quantised_model_raises(copy: Path) -> None:
