@@ -72,6 +72,8 @@ setup(
         "deepspeed": ["deepspeed"],
         "evaluation": ["datasets", "lm-eval"],
         "ray": ["ray"],
+        # Restarts within the job; its wheel needs glibc 2.39.
+        "resiliency": ["nvidia-resiliency-ext>=0.6"],
         "dev": [
             "hypothesis",
             "mypy",

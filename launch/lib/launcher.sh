@@ -2,10 +2,20 @@
 # What starts the ranks of a node: torchrun, or ft_launcher, which restarts them within the job.
 # Sourced by node.sh.
 
-# Succeed if ranks of module $1 are restarted within the job: it is asked for and can be used.
+# Succeed if the ranks of module $1 are to be restarted within the job.
 restarts_in_job() {
-    [[ $1 == megatron_let.pretrain ]] && ((${LET_RESTARTS_IN_JOB:-0} > 0)) &&
-        [[ $("$LET_PYTHON" -m megatron_let.run.restarts_in_job 2>/dev/null) == yes ]]
+    [[ $1 == megatron_let.pretrain && ${LET_RESTARTS_IN_JOB:-0} != 0 ]]
+}
+
+# Print what prevents restarts within the job, or nothing.
+restarts_problem() {
+    if [[ ! $LET_RESTARTS_IN_JOB =~ ^[0-9]+$ ]]; then
+        echo "it must be a number"
+    elif [[ ${SLURM_NTASKS:-} != "${SLURM_NNODES:-}" ]]; then
+        echo "ft_launcher needs one task per node"
+    elif [[ $("$LET_PYTHON" -m megatron_let.run.restarts_in_job 2>/dev/null) != yes ]]; then
+        echo "$LET_PYTHON has no nvidia-resiliency-ext 0.6 or newer"
+    fi
 }
 
 # Set launcher; $1: number of nodes, $2: this node's rank, $3 and $4: address and port of node 0.
@@ -24,7 +34,7 @@ compose_ft_launcher() {
         --nproc-per-node "$LET_RANKS_PER_NODE" --rdzv-endpoint "$3:$4" --no-python)
     # The first node's name may not resolve on the others.
     [[ $2 != 0 ]] || launcher+=(--local-addr "$3")
-    launcher+=(--max-restarts "${LET_RESTARTS_IN_JOB:-0}")
+    launcher+=(--max-restarts "$LET_RESTARTS_IN_JOB")
     # Two starts without a new checkpoint end the job, as two attempts do.
     launcher+=(--ft-max-no-progress-cycles 2 --ft-checkpoint-iteration-file
         "$OUTPUT/checkpoints/latest_checkpointed_iteration.txt")

@@ -32,14 +32,20 @@ print(*sorted({f"{d.name}=={d.version}" for d in m.distributions()}), sep="\n")'
 
 # Set launcher, and rank: one rank of the module and its arguments.
 compose() {
+    local problem
     rank=(bash "$here/rank.sh" "$LET_PYTHON" -u -m "${module[@]}")
-    if [[ $kind == ranks && ${SLURM_NTASKS:-} == "${SLURM_NNODES:-}" ]] &&
-        restarts_in_job "${module[0]}"; then
-        compose_ft_launcher "$@"
-        rank+=(--enable-ft-package)
-    else
-        compose_torchrun "$@"
+    if [[ $kind == ranks ]] && restarts_in_job "${module[0]}"; then
+        problem="$(restarts_problem)"
+        if [[ -z $problem ]]; then
+            compose_ft_launcher "$@"
+            rank+=(--enable-ft-package)
+            return
+        fi
+        echo "error: LET_RESTARTS_IN_JOB is '$LET_RESTARTS_IN_JOB', but $problem; unset it or correct that" >&2
+        # A login node may lack what the nodes or the container have.
+        [[ -n ${LET_SHOW:-} ]] || exit 2
     fi
+    compose_torchrun "$@"
 }
 
 module=("$@")

@@ -178,16 +178,38 @@ def test_ranks_are_restarted_in_the_job_on_request(site: Path, resilient_python:
     assert command.rstrip().endswith("--enable-ft-package")
 
 
-@pytest.mark.parametrize(
-    ("restarts", "installed"), [(None, True), ("0", True), ("3", False)], ids=str
-)
-def test_ranks_start_with_torchrun_unless_asked_and_installed(
-    restarts: str | None, installed: bool, site: Path, resilient_python: str
+@pytest.mark.parametrize("restarts", [None, "0"])
+def test_ranks_start_with_torchrun_unless_asked(
+    restarts: str | None, site: Path, resilient_python: str
 ) -> None:
-    variables = {"LET_PYTHON": resilient_python if installed else "/bin/true"}
-    variables |= {} if restarts is None else {"LET_RESTARTS_IN_JOB": restarts}
-    code, shown = launch(SCRIPTS[0], site, "--dry-run", **variables)
+    variables = {} if restarts is None else {"LET_RESTARTS_IN_JOB": restarts}
+    code, shown = launch(SCRIPTS[0], site, "--dry-run", LET_PYTHON=resilient_python, **variables)
     assert code == 0 and "torch.distributed.run" in shown and "enable-ft" not in shown, shown
+    assert "LET_RESTARTS_IN_JOB" not in shown
+
+
+@pytest.mark.parametrize(
+    ("restarts", "tasks", "installed"),
+    [("3", "2", False), ("3", "4", True), ("yes", "2", True)],
+    ids=["not installed", "a task per rank", "no number"],
+)
+def test_restarts_that_cannot_be_had_end_the_attempt(
+    restarts: str, tasks: str, installed: bool, tmp_path: Path, resilient_python: str
+) -> None:
+    (tmp_path / "logs").mkdir()
+    variables = {
+        "LET_FABRIC": "ethernet", "LET_PYTHON": resilient_python if installed else "/bin/true",
+        "LET_RANKS_PER_NODE": "2", "LET_RESTARTS_IN_JOB": restarts, "LET_ATTEMPT": "1",
+        "LET_NODE_SHIFT": "0", "LET_MASTER_ADDR": "localhost", "LET_MASTER_PORT": "1",
+        "NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "OUTPUT": str(tmp_path),
+        "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": tasks, "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0", "SLURMD_NODENAME": "n0", "SLURM_TASKS_PER_NODE": "1(x2)",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "launch/lib/node.sh"), "ranks", "megatron_let.pretrain"]
+    result = subprocess.run(command, env={**os.environ, **variables}, capture_output=True)
+    assert result.returncode == 2
+    log = (tmp_path / "logs" / "node_n0.log").read_text()
+    assert f"LET_RESTARTS_IN_JOB is '{restarts}'" in log
 
 
 @pytest.mark.parametrize(

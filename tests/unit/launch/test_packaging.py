@@ -33,6 +33,7 @@ PACKAGES = {
     "compression": "backports.zstd",
     "megatron": "megatron-core",
     "modelopt": "nvidia-modelopt",
+    "nvidia_resiliency_ext": "nvidia-resiliency-ext",
     "triton": "torch",
     "yaml": "pyyaml",
 }
