@@ -15,7 +15,10 @@ SECONDS = 1600
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(FOLDER is None, reason="tests/run.sh sets OLDEST_TORCH and starts the job")
+@pytest.mark.skipif(
+    FOLDER is None,
+    reason="needs a second environment with the oldest torch, which bash tests/run.sh installs",
+)
 def test_training_on_the_oldest_torch_passes() -> None:
     log, code = Path(FOLDER or "") / "log", Path(FOLDER or "") / "code"
     deadline = time.monotonic() + SECONDS

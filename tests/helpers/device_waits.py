@@ -20,7 +20,9 @@ def print_waits() -> None:
     original: Any = P2PCommunicator._communicate
 
     def communicate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        print(f"step {get_args().curr_iteration} waits {self.config.batch_p2p_sync}", flush=True)
+        # One write: the ranks share the output.
+        sys.stdout.write(f"step {get_args().curr_iteration} waits {self.config.batch_p2p_sync}\n")
+        sys.stdout.flush()
         return original(self, *args, **kwargs)
 
     P2PCommunicator._communicate = communicate

@@ -72,7 +72,7 @@ def megatron_gradients(
             forward_backward,
             forward_step_func=lambda data, chunk: language_model_loss(chunk, next(data)["tokens"]),
             data_iterator=iter(microbatches),
-            model=[model.train()],
+            model=[model.eval()],
             num_microbatches=2,
             micro_batch_size=2,
             seq_length=LENGTH,
