@@ -27,9 +27,8 @@ from typing import Any
 
 import psutil
 from common import RESULTS_FOLDER, ROOT, save_teacher, source
-from rich.console import Console
-from rich.table import Table
 
+from megatron_let.cli.common import print_table
 from megatron_let.metrics.provenance import write_csv
 from megatron_let.planner.sizes import TransformerSize
 from tests.helpers.forked_ranks import run_ranks
@@ -57,7 +56,7 @@ def main() -> int:
             found, gib = _start(Path(name) / str(ranks), ranks, teacher)
             gib_per_rank = gib / ranks
             rows += found
-            Console(width=120).print(_table(found, gib))
+            _print(found, gib)
     if not rows:
         return 1
     write_csv(options.output, rows, source())
@@ -143,12 +142,10 @@ def _memory_of_ranks() -> float:
     return total / 2**30
 
 
-def _table(rows: list[dict[str, Any]], gib: float) -> Table:
+def _print(rows: list[dict[str, Any]], gib: float) -> None:
     columns = [name for name in rows[0] if name not in ("ranks", "GiB of all ranks")]
-    table = Table(*columns, title=f"{rows[0]['ranks']} ranks, {gib:.2f} GiB")
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in columns))
-    return table
+    cells = [[row[name] for name in columns] for row in rows]
+    print_table(f"{rows[0]['ranks']} ranks, {gib:.2f} GiB", [columns, *cells], width=120)
 
 
 if __name__ == "__main__":
