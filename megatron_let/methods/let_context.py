@@ -19,7 +19,7 @@ from megatron_let.methods.base import TrainingRun, find_layer, teacher_group
 from megatron_let.methods.global_batch import GlobalBatch, TokenSharing
 from megatron_let.methods.learned_projection import LearnedProjection, with_projection
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import Plan
+from megatron_let.placement.plan import Plan, num_microbatches_together
 from megatron_let.placement.program import AlignedLayer
 from megatron_let.placement.sample_sharing import SampleSharing, local_shard, stage_ranks
 from megatron_let.placement.scheduler import PlacementScheduler
@@ -90,11 +90,13 @@ def build_context(
     stage = parallel_state.get_pipeline_model_parallel_rank()
     found = find_layer(model, config.layer)
     aligned = _aligned_layer(None if found is None else AlignedLayer(stage, found[0]), device)
+    group = stage_ranks()
     scheduler = PlacementScheduler(
         config.placement,
         config.max_prefetch,
         _pipeline(model_config, len(model)),
         aligned,
+        num_microbatches_together(1 if group is None else group.size(), micro_batch_size),
         run.report,
     )
     shard = local_shard(model_config.sequence_parallel)
@@ -112,8 +114,7 @@ def build_context(
     local = (shard.num_local(seq_length), micro_batch_size, width)
     like = torch.empty(local, dtype=DTYPES[config.teacher_dtype], device="meta")
     if transfer is not None and samples is not None:
-        together = samples.num_together(micro_batch_size)
-        limit = scheduler.max_states(num_microbatches, together)
+        limit = scheduler.max_states(num_microbatches)
         run.report(
             f"LET: placement {config.placement}; the stage of layer {config.layer} holds at most"
             f" {limit} states before their backward, {limit * like.nbytes / 2**20:.1f} MiB per rank"

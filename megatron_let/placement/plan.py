@@ -61,6 +61,21 @@ def samples_split(num_ranks: int, micro_batch_size: int) -> int:
     return math.gcd(num_ranks, micro_batch_size)
 
 
+def num_microbatches_together(num_ranks: int, micro_batch_size: int) -> int:
+    """Return how many microbatches occupy all ranks of a stage at once; see `samples_split`."""
+    return num_ranks // samples_split(num_ranks, micro_batch_size)
+
+
+def num_computed_at_forward(pipeline: Pipeline, aligned: AlignedLayer, num_together: int) -> int:
+    """Return the most states held at a time that are computed in forwards of the aligned stage.
+
+    A state is computed in its forward, or in that of one of the `num_together` - 1 microbatches
+    before it, and held to its backward.
+    """
+    in_flight = pipeline.num_in_flight(*aligned)
+    return min(in_flight + num_together - 1, pipeline.num_microbatches)
+
+
 @functools.lru_cache(maxsize=32)
 def plan(
     placement: Placement,
@@ -177,6 +192,16 @@ class _Slot:
     idle_seconds: float
     count: int = 0
 
+    def has_room(self, costs: Costs) -> bool:
+        """Return whether the last run of the teacher has ranks without work."""
+        return self.count % costs.num_together > 0
+
+    def add(self, costs: Costs) -> None:
+        """Assign a microbatch."""
+        if not self.has_room(costs):
+            self.idle_seconds -= costs.teacher
+        self.count += 1
+
 
 def _bubble(
     pipeline: Pipeline,
@@ -190,8 +215,8 @@ def _bubble(
     slots = _idle_slots(pipeline, costs, aligned)
     ahead = _fill_steady(pipeline, costs, aligned, slots, max_prefetch) if look_ahead else []
     now = [replace(slot) for slot in slots if slot.when != "after"]
-    _fill(now, len(due), costs.teacher, aligned.stage)
-    _fill_rest(now, len(due) - _total(now), costs.teacher, aligned.stage)
+    _fill(now, len(due), costs, aligned.stage)
+    _fill_rest(now, len(due) - _total(now), costs, aligned.stage)
     return _number(pipeline, now + ahead, due)
 
 
@@ -213,7 +238,7 @@ def _fill_steady(
 ) -> list[_Slot]:
     """Return the slots, with counts, of a global batch's share that runs in the previous batch."""
     steady = [replace(slot) for slot in slots]
-    _fill(steady, pipeline.num_microbatches, costs.teacher, aligned.stage)
+    _fill(steady, pipeline.num_microbatches, costs, aligned.stage)
     ahead = [slot for slot in steady if slot.when == "after"]
     while _total(ahead) > max_prefetch:
         max(ahead, key=lambda slot: slot.count).count -= 1
@@ -224,30 +249,30 @@ def _total(slots: Iterable[_Slot]) -> int:
     return sum(slot.count for slot in slots)
 
 
-def _fill(slots: list[_Slot], num_microbatches: int, seconds: float, aligned_stage: int) -> None:
+def _fill(slots: list[_Slot], num_microbatches: int, costs: Costs, aligned_stage: int) -> None:
     """Assign microbatches to the longest slots while they fit, the aligned stage's last."""
     for on_aligned in (False, True):
         candidates = [slot for slot in slots if (slot.stage == aligned_stage) == on_aligned]
         while candidates and _total(slots) < num_microbatches:
-            longest = max(candidates, key=lambda slot: slot.idle_seconds)
-            if longest.idle_seconds < seconds * (1 - _SLACK):
+            slot = max(candidates, key=lambda slot: (slot.has_room(costs), slot.idle_seconds))
+            fits = slot.idle_seconds >= costs.teacher * (1 - _SLACK)
+            if not (fits or slot.has_room(costs)):
                 break
-            longest.idle_seconds -= seconds
-            longest.count += 1
+            slot.add(costs)
 
 
-def _fill_rest(
-    slots: list[_Slot], num_microbatches: int, seconds: float, aligned_stage: int
-) -> None:
+def _fill_rest(slots: list[_Slot], num_microbatches: int, costs: Costs, aligned_stage: int) -> None:
     """Assign the rest before the schedule, to the stage whose first pass it delays the least.
 
     A later slot of the aligned stage would delay the output that the next stage waits for.
     """
     before = [slot for slot in slots if slot.when == "before"]
+
+    def order(slot: _Slot) -> tuple[bool, float, bool]:
+        return slot.has_room(costs), slot.idle_seconds, slot.stage != aligned_stage
+
     for _ in range(num_microbatches):
-        slot = max(before, key=lambda slot: (slot.idle_seconds, slot.stage != aligned_stage))
-        slot.idle_seconds -= seconds
-        slot.count += 1
+        max(before, key=order).add(costs)
 
 
 def _number(pipeline: Pipeline, slots: list[_Slot], due: range) -> list[StagePlan]:

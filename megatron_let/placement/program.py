@@ -48,6 +48,13 @@ class TeacherState(NamedTuple):
     ahead: bool = False
 
 
+class TeacherRun(NamedTuple):
+    """Forward of the teacher on microbatches that the ranks of a stage run at once."""
+
+    microbatches: tuple[int, ...]
+    ahead: bool = False
+
+
 class Message(NamedTuple):
     """Output of a pass, or a teacher state, on its way between two stages."""
 
@@ -63,26 +70,40 @@ class Step(NamedTuple):
     messages: tuple[Message, ...]
 
 
-# A pass, the teacher's forward that gives a state, or messages.
-Item = Pass | TeacherState | Step
+# A pass, a forward of the teacher, or messages.
+Item = Pass | TeacherRun | Step
 
 
 def stage_program(
-    pipeline: Pipeline, aligned: AlignedLayer, stages: Sequence[StagePlan], stage: int
+    pipeline: Pipeline,
+    aligned: AlignedLayer,
+    stages: Sequence[StagePlan],
+    stage: int,
+    num_together: int = 1,
 ) -> Iterator[Item]:
     """Yield what one stage does in a global batch.
 
     Args:
         stages: the teacher's work; microbatches that none of them computes for this batch got
             their states in the previous one.
+        num_together: microbatches that the ranks of a stage run at once. The messages and their
+            order do not depend on it.
     """
     mine, is_aligned = stages[stage], stage == aligned.stage
+
+    def computed(microbatches: tuple[int, ...], ahead: bool) -> Iterator[Item]:
+        for some in itertools.batched(microbatches, num_together):
+            yield TeacherRun(some, ahead)
+            for microbatch in some:
+                state = TeacherState(microbatch, ahead)
+                yield Step("post", (Message(stage, aligned.stage, state),))
+
     due = {m: s for s, plan in enumerate(stages) for m in (*plan.before, *plan.waiting)}
     ahead = {m: s for s, plan in enumerate(stages) for m in plan.after}
-    at_forward = set(mine.at_forward)
+    at_forward = dict.fromkeys(mine.at_forward)
     if is_aligned:
         yield from _receives(due, stage, False)
-    yield from _computed(mine.before, stage, aligned, False)
+    yield from computed(mine.before, False)
     num_forwards = 0
     for item in _schedule(pipeline, stage):
         if isinstance(item, Step):
@@ -96,14 +117,17 @@ def stage_program(
             yield item
             continue
         if through_k and item.microbatch in at_forward:
-            yield TeacherState(item.microbatch)
+            run = tuple(itertools.islice(at_forward, num_together))
+            yield TeacherRun(run)
+            for microbatch in run:
+                del at_forward[microbatch]
         yield item
         num_forwards += 1
         if num_forwards == mine.num_forwards_to_wait:
-            yield from _computed(mine.waiting, stage, aligned, False)
+            yield from computed(mine.waiting, False)
     if is_aligned:
         yield from _receives(ahead, stage, True)
-    yield from _computed(mine.after, stage, aligned, True)
+    yield from computed(mine.after, True)
 
 
 def last_messages(
@@ -122,15 +146,6 @@ def _receives(sources: dict[int, int], stage: int, ahead: bool) -> Iterator[Step
     for microbatch, source in sorted(sources.items()):
         if source != stage:
             yield Step("post", (Message(source, stage, TeacherState(microbatch, ahead)),))
-
-
-def _computed(
-    microbatches: tuple[int, ...], stage: int, aligned: AlignedLayer, ahead: bool
-) -> Iterator[Item]:
-    for microbatch in microbatches:
-        state = TeacherState(microbatch, ahead)
-        yield state
-        yield Step("post", (Message(stage, aligned.stage, state),))
 
 
 def _schedule(pipeline: Pipeline, stage: int) -> Iterator[Step | Pass]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from megatron.core import parallel_state
 
-from megatron_let.placement.plan import samples_split
+from megatron_let.placement.plan import num_microbatches_together, samples_split
 from megatron_let.placement.sequence_shard import SequenceShard
 from megatron_let.teacher.model import Teacher
 
@@ -45,8 +45,7 @@ class SampleSharing:
 
     def num_together(self, micro_batch_size: int) -> int:
         """Return how many microbatches occupy all ranks of the group at once."""
-        num_ranks = len(self._shards)
-        return num_ranks // samples_split(num_ranks, micro_batch_size)
+        return num_microbatches_together(len(self._shards), micro_batch_size)
 
     def state(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the state of one microbatch; see `states`.

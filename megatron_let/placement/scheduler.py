@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from megatron_let.placement.plan import (
     FIXED_PLACEMENTS,
     Plan,
     fastest,
+    num_computed_at_forward,
     plan,
     steady_timeline,
     step_time_ratio,
@@ -34,11 +36,13 @@ class PassTimes:
     """Wall-clock times of one global batch on this stage, in seconds.
 
     Attributes:
-        teacher: teacher forward on one microbatch; 0 on a stage that ran none.
+        num_together: see `num_microbatches_together`.
+        teacher: teacher forward on as many microbatches; 0 on a stage that ran none.
         forwards: start and end of each forward pass of the student.
     """
 
     device: torch.device
+    num_together: int
     teacher: float = 0.0
     forwards: list[tuple[float, float]] = field(default_factory=list)
 
@@ -51,7 +55,8 @@ class PassTimes:
         """Run and time `work`, the teacher forward on `num_microbatches` microbatches."""
         start = self._now()
         work()
-        self.teacher = (self._now() - start) / max(1, num_microbatches)
+        num_runs = math.ceil(num_microbatches / self.num_together)
+        self.teacher = (self._now() - start) / max(1, num_runs)
 
     def time_forward(self, work: Callable[..., Any], *args: Any) -> Any:
         """Run and time one forward pass."""
@@ -83,7 +88,8 @@ class PassTimes:
             measured[-1] = self.backward_ratio(pipeline.num_warmup(last))
         torch.distributed.all_reduce(measured, op=torch.distributed.ReduceOp.MAX)
         *forward, teacher, ratio = measured.tolist()
-        return Costs(tuple(forward), tuple(ratio * seconds for seconds in forward), teacher)
+        backward = tuple(ratio * seconds for seconds in forward)
+        return Costs(tuple(forward), backward, teacher, num_together=self.num_together)
 
 
 class PlacementScheduler:
@@ -98,6 +104,7 @@ class PlacementScheduler:
         max_prefetch: int | None,
         pipeline: Pipeline,
         aligned: AlignedLayer,
+        num_together: int,
         report: Callable[[str], None],
     ) -> None:
         """Store the requested placement and the pipeline of the run.
@@ -108,10 +115,12 @@ class PlacementScheduler:
                 all microbatches of the global batch.
             pipeline: pipeline of the run; its number of microbatches is ignored.
             aligned: stage and chunk of layer k.
+            num_together: microbatches that the ranks of a stage run at once.
             report: prints one line on one rank.
         """
         self.placement, self._max_prefetch = placement, max_prefetch
         self._pipeline, self._aligned, self._report = pipeline, aligned, report
+        self._num_together = num_together
         self._costs: Costs | None = None
         self._step = 0
 
@@ -124,14 +133,11 @@ class PlacementScheduler:
         """Return how many states the aligned stage may hold."""
         return min(self._max_prefetch or num_microbatches, num_microbatches)
 
-    def max_states(self, num_microbatches: int, num_together: int) -> int:
-        """Return the most states that the aligned stage holds at a time.
-
-        Beyond the prefetched ones, a state is computed in its forward, or in that of one of the
-        `num_together` - 1 microbatches before it, and held to its backward.
-        """
-        in_flight = self._sized(num_microbatches).num_in_flight(*self._aligned)
-        computed = min(in_flight + num_together - 1, num_microbatches)
+    def max_states(self, num_microbatches: int) -> int:
+        """Return the most states that the aligned stage holds at a time."""
+        computed = num_computed_at_forward(
+            self._sized(num_microbatches), self._aligned, self._num_together
+        )
         return max(self.max_prefetch(num_microbatches), computed)
 
     def plan(self, num_microbatches: int, num_ready: int, look_ahead: bool) -> Plan:
@@ -151,7 +157,9 @@ class PlacementScheduler:
     def timer(self, device: torch.device) -> PassTimes | None:
         """Return a timer if the coming step is to be measured."""
         wanted = self.needs_teacher_everywhere and self.placement in ("bubble", "auto")
-        return PassTimes(device) if wanted and self._step == _MEASURED_STEP else None
+        if not wanted or self._step != _MEASURED_STEP:
+            return None
+        return PassTimes(device, self._num_together)
 
     def end_step(self, timer: PassTimes | None, stage: int, num_microbatches: int) -> None:
         """Advance the step counter and store measured costs."""
@@ -189,9 +197,12 @@ class PlacementScheduler:
         ahead = self.plan(pipeline.num_microbatches, 0, True).num_ahead
         forward = "/".join(f"{seconds * 1e3:.3g}" for seconds in costs.forward)
         backward = "/".join(f"{seconds * 1e3:.3g}" for seconds in costs.backward)
+        teacher = f"{costs.teacher * 1e3:.3g}"
+        if costs.num_together > 1:
+            teacher += f" for {costs.num_together}"
         return (
             f"placement {placement} from the costs measured in ms per microbatch (stages forward"
-            f" {forward}, backward {backward}, teacher {costs.teacher * 1e3:.3g}); {ahead} of"
+            f" {forward}, backward {backward}, teacher {teacher}); {ahead} of"
             f" {pipeline.num_microbatches} microbatches one batch ahead; simulated step"
             f" {ratio:.3f} of one without a teacher"
         )

@@ -14,7 +14,7 @@ from megatron_let.placement.program import (
     Message,
     StagePlan,
     Step,
-    TeacherState,
+    TeacherRun,
     stage_program,
 )
 
@@ -29,11 +29,12 @@ class Costs:
 
     Attributes:
         forward, backward: [num_stages], cost of a stage through all of its model chunks.
-        teacher: teacher forward on one rank, on its share of the samples.
+        teacher: teacher forward of the ranks of a stage, on up to `num_together` microbatches.
         transfer: sending an activation or its gradient to the next stage.
         state_transfer: sending a teacher state to the aligned stage.
         reduce: reducing a stage's gradients and gathering its parameters, as far as its own passes
             do not hide it; the teacher overlaps it.
+        num_together: see `num_microbatches_together`.
     """
 
     forward: tuple[float, ...]
@@ -42,6 +43,7 @@ class Costs:
     transfer: float = 0.0
     state_transfer: float = 0.0
     reduce: float = 0.0
+    num_together: int = 1
 
     @staticmethod
     def uniform(num_stages: int, forward: float, backward: float, teacher: float) -> Costs:
@@ -52,7 +54,8 @@ class Costs:
 class Span(NamedTuple):
     """Work of one stage from `start` to `end`.
 
-    For teacher work done ahead, `microbatch` continues past the end of this global batch.
+    For teacher work, `microbatch` is the first one; done ahead, it continues past the end of this
+    global batch.
     """
 
     stage: int
@@ -117,7 +120,12 @@ def simulate(
     plans = stages or [StagePlan()] * pipeline.num_stages
     messages: dict[Message, _Arrival] = defaultdict(_Arrival)
     runs = [
-        _Stage(pipeline, costs, stage, list(stage_program(pipeline, aligned, plans, stage)))
+        _Stage(
+            pipeline,
+            costs,
+            stage,
+            list(stage_program(pipeline, aligned, plans, stage, costs.num_together)),
+        )
         for stage in range(pipeline.num_stages)
     ]
     # Lists, not generators: every stage advances in every round.
@@ -166,11 +174,11 @@ class _Stage:
             self._position, self._is_posted, changed = self._position + 1, False, True
         return changed
 
-    def _work(self, item: Pass | TeacherState) -> None:
+    def _work(self, item: Pass | TeacherRun) -> None:
         start = self._now
-        if isinstance(item, TeacherState):
+        if isinstance(item, TeacherRun):
             self._now += self._costs.teacher
-            number = item.microbatch + item.ahead * self._pipeline.num_microbatches
+            number = item.microbatches[0] + item.ahead * self._pipeline.num_microbatches
             self.spans.append(Span(self._stage, "teacher", number, 0, start, self._now))
             return
         seconds = self._costs.forward if item.kind == "forward" else self._costs.backward

@@ -8,7 +8,13 @@ from typing import Any
 
 from megatron_let.config.let_config import Placement
 from megatron_let.placement.pipeline import Pipeline
-from megatron_let.placement.plan import FIXED_PLACEMENTS, fastest, samples_split, steady_timeline
+from megatron_let.placement.plan import (
+    FIXED_PLACEMENTS,
+    fastest,
+    num_computed_at_forward,
+    num_microbatches_together,
+    steady_timeline,
+)
 from megatron_let.placement.program import AlignedLayer
 from megatron_let.placement.simulate import Costs, simulate
 from megatron_let.planner.communication import (
@@ -210,6 +216,7 @@ def stage_costs(request: Request, layout: Layout) -> Costs:
         tuple(forward),
         tuple(backward),
         teacher=_teacher_seconds(request, layout),
+        num_together=_num_together(layout),
         transfer=activation_transfer(student, layout, seq_length, request.gpu),
         state_transfer=state_transfer(request.teacher, layout, seq_length, request.gpu),
         reduce=exposed_reduction(student, layout, request.gpu, forward, backward),
@@ -217,11 +224,20 @@ def stage_costs(request: Request, layout: Layout) -> Costs:
 
 
 def _teacher_seconds(request: Request, layout: Layout) -> float:
+    """Return the time of one rank's samples of one microbatch; other ranks run the others'."""
     if request.teacher is None:
         return 0.0
-    split = samples_split(layout.tp * layout.cp, layout.micro_batch_size)
-    tokens = layout.micro_batch_size * request.seq_length / split
+    tokens = _samples_of_rank(layout) * request.seq_length
     return tokens * request.teacher.forward_flops(request.seq_length, logits=False) / request.flops
+
+
+def _num_together(layout: Layout) -> int:
+    return num_microbatches_together(layout.tp * layout.cp, layout.micro_batch_size)
+
+
+def _samples_of_rank(layout: Layout) -> int:
+    """Return the samples of one rank in a forward of the teacher."""
+    return _num_together(layout) * layout.micro_batch_size // (layout.tp * layout.cp)
 
 
 def memory_of_stages(
@@ -238,16 +254,13 @@ def _memory(
     student = stage_memory(request.student, layout, request.seq_length, stage)
     if request.teacher is None or (placement == "aligned-stage" and stage != aligned.stage):
         return student
-    samples = layout.micro_batch_size // samples_split(
-        layout.tp * layout.cp, layout.micro_batch_size
-    )
     held = 1
     if stage == aligned.stage:
         # A state is held from its microbatch's forward to its backward, or from the start.
-        held = layout.pipeline.num_in_flight(*aligned)
+        held = num_computed_at_forward(layout.pipeline, aligned, _num_together(layout))
         held = held if placement == "aligned-stage" else max(held, request.prefetch(layout))
     state = teacher_state(request.teacher, layout, request.seq_length)
-    work = teacher_work(request.teacher, samples, request.seq_length)
+    work = teacher_work(request.teacher, _samples_of_rank(layout), request.seq_length)
     # The teacher runs before a forward or a first backward, when the pass's work is not allocated.
     unallocated = pass_work(request.student, layout, request.seq_length, stage)
     return replace(

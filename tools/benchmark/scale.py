@@ -24,8 +24,7 @@ from megatron_let.cli.common import print_table
 from megatron_let.cli.plan import plan_one
 from megatron_let.compat.device import prepare_process
 from megatron_let.metrics.provenance import write_csv
-from megatron_let.placement.plan import samples_split, steady_timeline
-from megatron_let.planner.estimate import Estimate, Request, estimate
+from megatron_let.planner.estimate import Request, estimate
 from megatron_let.planner.failures import checkpoint_interval, interruption_seconds, useful_share
 from megatron_let.planner.memory import Layout, teacher_weights
 from megatron_let.planner.teacher_group import teacher_group
@@ -111,18 +110,13 @@ def teacher_rows() -> Iterator[dict[str, Any]]:
                 "teacher": f"{teacher_weights(teacher) / 2e9:.1f}B",
                 "GiB": f"{estimate(deeper, planned.layout).peak.total / 2**30:.1f}",
                 "best placement": placed,
-                "shared": row["shared"],
                 "group": row["group"],
                 "group_ranks": row["group_ranks"],
             }
 
 
 def step_row(request: Request, layout: Layout) -> dict[str, Any]:
-    """Return the simulated times of one layout, relative to a step without a teacher.
-
-    `shared` is the best placement if all tensor-parallel ranks of a stage shared the teacher's work
-    on several microbatches, which is not implemented.
-    """
+    """Return the simulated times of one layout, relative to a step without a teacher."""
     found = estimate(request, layout)
     steady = layout.num_microbatches * max(
         forward + backward
@@ -137,22 +131,9 @@ def step_row(request: Request, layout: Layout) -> dict[str, Any]:
         "baseline_seconds": round(found.baseline_seconds, 3),
         "idle": round(1 - steady / found.baseline_seconds, 4),
         **{name: round(s / found.baseline_seconds, 4) for name, s in found.seconds.items()},
-        "shared": round(_shared(request, layout, found), 4),
         "group": round(group.cost_ratio, 4),
         "group_ranks": group.num_ranks,
     }
-
-
-def _shared(request: Request, layout: Layout, found: Estimate) -> float:
-    """Return the ratio of the best placement without repeated teacher work."""
-    split = samples_split(layout.tp, layout.micro_batch_size)
-    costs = replace(found.costs, teacher=found.costs.teacher * split / layout.tp)
-    prefetch = request.prefetch(layout)
-    durations = (
-        steady_timeline(name, layout.pipeline, costs, found.aligned, prefetch).duration
-        for name in ("spread", "bubble")
-    )
-    return min(durations) / found.baseline_seconds
 
 
 def failure_rows() -> Iterator[dict[str, Any]]:

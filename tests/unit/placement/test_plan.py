@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +33,9 @@ def requests(draw: st.DrawFn) -> tuple[Placement, Pipeline, Costs, AlignedLayer,
     microbatches = groups * stages if chunks > 1 else draw(st.integers(1, 17))
     seconds = st.floats(0.1, 10)
     forward = tuple(draw(seconds) for _ in range(stages))
-    costs = Costs(forward, tuple(2 * f for f in forward), teacher=draw(st.floats(0, 10)))
+    backward = tuple(2 * f for f in forward)
+    together = draw(st.integers(1, 5))
+    costs = Costs(forward, backward, teacher=draw(st.floats(0, 10)), num_together=together)
     aligned = AlignedLayer(draw(st.integers(0, stages - 1)), draw(st.integers(0, chunks - 1)))
     limit = draw(st.integers(1, microbatches))
     pipeline = Pipeline(stages, microbatches, chunks, overlap_p2p=draw(st.booleans()))
@@ -81,11 +84,13 @@ def test_plan_does_not_deadlock_for_any_position_of_layer_k(
 
 
 @pytest.mark.parametrize(("stages", "microbatches", "chunks"), SIZES)
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("teacher", [0.2, 0.5, 1.0])
 def test_step_time_bubble_at_most_spread_at_most_aligned_stage(
-    stages: int, microbatches: int, chunks: int, teacher: float
+    stages: int, microbatches: int, chunks: int, teacher: float, together: int
 ) -> None:
     pipeline, costs = Pipeline(stages, microbatches, chunks), Costs.uniform(stages, 1, 2, teacher)
+    costs = replace(costs, num_together=together)
     aligned, spread, bubble = (
         steady_timeline(placement, pipeline, costs, AlignedLayer(0), microbatches).duration
         for placement in FIXED_PLACEMENTS
@@ -126,6 +131,23 @@ def test_plan_two_stages_six_microbatches_equals_plan_by_hand(
         max_prefetch=6,
         num_ready=num_ready,
     )
+    assert shares(made) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ready", "expected"),
+    [
+        # Runs of up to two: one at the start of the second stage, two in the first one's wait.
+        (0, [((), (2, 3, 4, 5), (), ()), ((0, 1), (), (), (0, 1, 2, 3))]),
+        (4, [((), (), (), ()), ((4, 5), (), (), (0, 1, 2, 3))]),
+    ],
+)
+def test_plan_fills_runs_of_several_microbatches(
+    num_ready: int, expected: list[tuple[tuple[int, ...], ...]]
+) -> None:
+    costs = replace(Costs.uniform(2, 1, 2, 1), num_together=2)
+    options = {"max_prefetch": 6, "num_ready": num_ready}
+    made = plan("bubble", Pipeline(2, 6), costs, AlignedLayer(0), **options)  # type: ignore[arg-type]
     assert shares(made) == expected
 
 

@@ -74,6 +74,17 @@ def test_stage_waits_until_its_output_is_awaited() -> None:
     assert starts[:2] == [0, 5]
 
 
+@pytest.mark.parametrize(("num_together", "num_runs"), [(1, 6), (2, 3), (4, 2), (8, 1)])
+@pytest.mark.parametrize("when", ["before", "at_forward"])
+def test_teacher_runs_on_several_microbatches(when: str, num_together: int, num_runs: int) -> None:
+    costs = replace(Costs.uniform(2, 1, 2, 5), num_together=num_together)
+    plans = [StagePlan(**{when: tuple(range(6))}), StagePlan()]
+    spans = simulate(Pipeline(2, 6), costs, FIRST, plans).spans[0]
+    runs = [span for span in spans if span.kind == "teacher"]
+    assert [span.microbatch for span in runs] == list(range(0, 6, num_together))
+    assert len(runs) == num_runs and all(span.end - span.start == 5 for span in runs)
+
+
 def test_duration_includes_transfers() -> None:
     costs = Costs((1, 1), (2, 2), teacher=0, transfer=0.25)
     assert simulate(Pipeline(2, 1), costs, FIRST).duration == pytest.approx(6.5)

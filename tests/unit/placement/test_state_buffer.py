@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from megatron_let.placement.pipeline import Pipeline
 from megatron_let.placement.plan import Plan
-from megatron_let.placement.program import StagePlan
+from megatron_let.placement.program import AlignedLayer, StagePlan, TeacherRun, stage_program
 from megatron_let.placement.state_buffer import TeacherStateBuffer
 from megatron_let.placement.transfer import Message
 
@@ -129,3 +130,8 @@ def test_ranks_that_would_repeat_work_compute_the_next_microbatches() -> None:
     assert aligned.end().tolist() == [0, 0, 0, 1, 0, 0]
     helper.after_backward()
     assert second.computed[3:] == [100, 101] and second.calls == [2, 1, 2]
+    # The simulation has the same runs.
+    for stage, samples in enumerate((first, second)):
+        program = stage_program(Pipeline(2, 6), AlignedLayer(0), PLAN.stages, stage, 2)
+        runs = [item for item in program if isinstance(item, TeacherRun)]
+        assert [len(run.microbatches) for run in runs] == samples.calls
