@@ -5,6 +5,7 @@ The entry itself is left out, because each rank runs it as `__main__`.
 
 # ruff: noqa: E402, F401
 import argparse
+import contextlib
 import functools
 import gc
 import warnings
@@ -21,7 +22,6 @@ import megatron.core.datasets.gpt_dataset
 import megatron.core.models.mimo.comm.colocated_communicator
 import megatron.core.optimizer.distrib_optimizer
 import megatron.core.tokenizers.text.libraries
-import megatron.core.tokenizers.text.models
 import torch._dynamo.trace_rules
 import torch.utils.tensorboard
 import transformers.models.llama.modeling_llama
@@ -41,6 +41,10 @@ import megatron_let.integration
 import megatron_let.losses.cosine
 import megatron_let.methods.forward_step
 import megatron_let.run.unsaved
+
+with contextlib.suppress(ModuleNotFoundError):
+    # Gone in Megatron 0.20.
+    import megatron.core.tokenizers.text.models
 
 # Tables that each rank would build once more: transformers' when it loads a model, torch's when it
 # calls a compiled function, and Megatron's docstrings of 26 classes, for each of three parsers.
