@@ -17,6 +17,9 @@ from megatron_let.planner.sizes import TransformerSize
 Recompute = Literal["none", "full", "block"]
 _BF16 = 2
 _FP32 = 4
+# Interleaved stages receive and send in the background: inputs received ahead of their pass,
+# outputs and gradients not yet sent. Counted under fake tensors (tools/benchmark/memory.py).
+_MESSAGES_ON_THEIR_WAY = 6
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def activations(size: TransformerSize, layout: Layout, seq_length: int, stage: i
     checkpoint = tokens * _BF16 * size.hidden_size // _sequence_split(layout)
     chunk = recomputed * checkpoint + (layers - recomputed) * tokens * _layer_bytes(size, layout)
     work = pass_work(size, layout, seq_length, stage)
-    return _chunks_in_flight(layout, stage) * chunk + work
+    messages = _MESSAGES_ON_THEIR_WAY * checkpoint if layout.num_chunks > 1 else 0
+    return _chunks_in_flight(layout, stage) * chunk + messages + work
 
 
 def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int) -> int:
@@ -152,10 +156,14 @@ def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int
     head = tokens * _head_bytes(size, layout) if stage == layout.pp - 1 else 0
     layer = _layer_bytes(size, layout) if _recomputed_layers(size, layout) else 0
     if size.experts is None:
-        work = _layer_backward_bytes(size, layout)
+        work = _layer_backward_bytes(size, layout, tokens)
     else:
-        work = expert_work_bytes(size, size.experts, layout.tp, layout.ep, layout.expert_tp)
-    return max(head, tokens * (layer + work))
+        work = tokens * expert_work_bytes(
+            size, size.experts, layout.tp, layout.ep, layout.expert_tp
+        )
+    # Megatron's `get_global_memory_buffer`, for the gathered input of a layer, stays allocated.
+    gathered = _BF16 * size.hidden_size if _sequence_split(layout) > 1 else 0
+    return max(head, tokens * layer + work) + tokens * gathered
 
 
 def _layers_of_chunk(size: TransformerSize, layout: Layout) -> int:
@@ -178,25 +186,31 @@ def _layer_bytes(size: TransformerSize, layout: Layout) -> int:
 
     In bf16: inputs and outputs of the two norms; queries, keys and values before and after the
     rotary embedding (values once); the attention's output; the MLP's first product and activation.
+    In fp32, the logarithm of each head's sum of exponentials.
     Norms of queries and keys keep their inputs, which are counted.
     """
     heads = size.head_dim * (3 * size.num_heads + 3 * size.num_kv_heads)
     mlp = 0 if size.experts else (3 if size.gated else 2) * size.ffn_hidden_size
     whole = 4 * size.hidden_size
     found = _BF16 * (whole // _sequence_split(layout) + (heads + mlp) // layout.tp)
+    found += _FP32 * size.num_heads // layout.tp
     return found + (
         expert_layer_bytes(size, size.experts, layout.tp, layout.expert_tp) if size.experts else 0
     )
 
 
-def _layer_backward_bytes(size: TransformerSize, layout: Layout) -> int:
-    """Return the gradients alive at once in one layer's backward, per token.
+def _layer_backward_bytes(size: TransformerSize, layout: Layout, tokens: int) -> int:
+    """Return the gradients alive at once in one layer's backward.
 
-    They are those of the layer's output and of the MLP's first product. The gradient of the
-    activation reuses memory that the layer kept.
+    They are that of the layer's output and, first, those of the second product's weight and input,
+    for which sequence parallelism gathers the output's; then that of the first product.
     """
-    product = (2 if size.gated else 1) * size.ffn_hidden_size
-    return _BF16 * (size.hidden_size // _sequence_split(layout) + product // layout.tp)
+    ffn = size.ffn_hidden_size // layout.tp
+    gathered = size.hidden_size if _sequence_split(layout) > 1 else 0
+    second = tokens * (gathered + ffn) + size.hidden_size * ffn
+    first = tokens * (2 if size.gated else 1) * ffn
+    output = tokens * size.hidden_size // _sequence_split(layout)
+    return _BF16 * (output + max(second, first))
 
 
 def _head_bytes(size: TransformerSize, layout: Layout) -> int:

@@ -103,6 +103,7 @@ def cases_70b() -> Iterator[Case]:
     yield Case("let_70b", (*TP8, "--micro-batch-size", "4", *held), stages=ends, **a100)
     yield Case("let_70b", (*CP2, *held), stages=ends, **a100)
     yield Case("let_70b", (*SELECTIVE, *held), **a100)
+    yield Case("let_70b", (*FULL, *held), stages=ends, **a100)
     yield Case("let_70b", (*TP8, *held), stages=ends, teacher="llama-3.1-8b", **a100)
     yield Case("let_70b", (*B1, *held), stages=ends, teacher="llama-3.1-8b", **h100)
     deep, ends = ("--pipeline-model-parallel-size", "16", "--let-max-prefetch", "32"), (0, 15)
