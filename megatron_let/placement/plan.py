@@ -93,7 +93,7 @@ def plan(
         placement: `aligned-stage`: the aligned stage computes each microbatch before its forward;
             `spread`: evenly over the stages, before the schedule starts; `bubble`: in the idle
             times of the stages (the aligned stage last), and the rest before the schedule.
-        costs: costs of one microbatch; used by `bubble` only, which depends on their ratios.
+        costs: costs of one microbatch; only `bubble` depends on their ratios.
         aligned: stage and model chunk of layer k.
         max_prefetch: states that the aligned stage may hold before their backward, at least 1.
         num_ready: number of first microbatches whose states the previous batch computed.
@@ -105,7 +105,7 @@ def plan(
     """
     due = range(num_ready, pipeline.num_microbatches)
     if placement == "aligned-stage" or pipeline.num_stages == 1:
-        stages = _aligned(pipeline, aligned, due)
+        stages = _aligned(pipeline, aligned, due, costs.num_together)
     elif placement == "spread":
         stages = _spread(pipeline, aligned, due)
     else:
@@ -113,7 +113,7 @@ def plan(
     stages = _within(stages, aligned, max_prefetch)
     # No plan is used that is not shown to complete under NCCL's rules.
     if not plan_completes(pipeline, aligned, stages):
-        stages = _aligned(pipeline, aligned, due)
+        stages = _aligned(pipeline, aligned, due, costs.num_together)
     return Plan(tuple(stages))
 
 
@@ -142,10 +142,12 @@ def fastest(seconds: Mapping[Placement, float]) -> Placement:
     return next(name for name in FIXED_PLACEMENTS if seconds[name] <= limit)
 
 
-def _aligned(pipeline: Pipeline, aligned: AlignedLayer, due: range) -> list[StagePlan]:
+def _aligned(
+    pipeline: Pipeline, aligned: AlignedLayer, due: range, num_together: int
+) -> list[StagePlan]:
     stages = [StagePlan()] * pipeline.num_stages
-    # With one stage the first one runs before the schedule and overlaps the parameter gather.
-    before = tuple(due[:1]) if pipeline.num_stages == 1 else ()
+    # With one stage the first run is before the schedule and overlaps the parameter gather.
+    before = tuple(due[:num_together]) if pipeline.num_stages == 1 else ()
     stages[aligned.stage] = StagePlan(before=before, at_forward=tuple(due[len(before) :]))
     return stages
 

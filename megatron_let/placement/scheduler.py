@@ -143,7 +143,9 @@ class PlacementScheduler:
     def plan(self, num_microbatches: int, num_ready: int, look_ahead: bool) -> Plan:
         """Plan the work of one step; see `megatron_let.placement.plan.plan`."""
         pipeline = self._sized(num_microbatches)
-        costs = self._costs or Costs.uniform(pipeline.num_stages, 1, 1, 1)
+        costs = self._costs or replace(
+            Costs.uniform(pipeline.num_stages, 1, 1, 1), num_together=self._num_together
+        )
         return plan(
             self._placement(pipeline),
             pipeline,

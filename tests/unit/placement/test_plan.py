@@ -102,12 +102,13 @@ def shares(made: Plan) -> list[tuple[tuple[int, ...], ...]]:
     return [(s.before, s.waiting, s.at_forward, s.after) for s in made.stages]
 
 
-def test_plan_one_stage_computes_only_first_microbatch_before_schedule() -> None:
+@pytest.mark.parametrize("num_together", [1, 2])
+def test_plan_one_stage_computes_only_first_run_before_schedule(num_together: int) -> None:
+    costs = replace(Costs.uniform(1, 1, 2, 1), num_together=num_together)
     for placement in FIXED_PLACEMENTS:
-        made = plan(
-            placement, Pipeline(1, 3), Costs.uniform(1, 1, 2, 1), AlignedLayer(0), max_prefetch=3
-        )
-        assert shares(made) == [((0,), (), (1, 2), ())]
+        made = plan(placement, Pipeline(1, 3), costs, AlignedLayer(0), max_prefetch=3)
+        whole = (0, 1, 2)
+        assert shares(made) == [(whole[:num_together], (), whole[num_together:], ())]
 
 
 @pytest.mark.parametrize(
