@@ -221,7 +221,7 @@ def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | No
         "time_speed_up": _ratio(_at(baseline.seconds(), last), seconds),
         "training_seconds": _at(run.seconds(), run.metrics.last_step),
         "tokens_per_second": statistics.median(rates) if rates else None,
-        "teacher_step_cost": teacher_step_cost(run.metrics),
+        "teacher_step_cost": teacher_step_cost(run.metrics, baseline.metrics),
         "peak_memory_bytes": run.peak_memory_bytes,
         "downstream": run.downstream,
     }
@@ -244,10 +244,13 @@ def steps_to_reach(valid_loss: Curve, target: float) -> float | None:
     return None
 
 
-def teacher_step_cost(metrics: RunMetrics) -> float | None:
-    """Return the median time of a step with the teacher over one without, in the same run."""
+def teacher_step_cost(metrics: RunMetrics, baseline: RunMetrics) -> float | None:
+    """Return the median time of a step with the teacher over one without.
+
+    The latter is of the same run, or of the baseline if the run has the teacher in all steps.
+    """
     with_teacher = metrics.step_seconds(aligned=True)
-    without = metrics.step_seconds(aligned=False)
+    without = metrics.step_seconds(aligned=False) or baseline.step_seconds(aligned=False)
     if not with_teacher or not without:
         return None
     return statistics.median(with_teacher) / statistics.median(without)

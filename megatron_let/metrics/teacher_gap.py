@@ -26,6 +26,7 @@ class Gain:
         steps: the baseline's steps over the run's to the baseline's last loss; None if it was not
             reached.
         seconds: the same of the training seconds.
+        step: time of a step with the teacher over one without; see `teacher_step_cost`.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Gain:
     loss: float
     steps: float | None
     seconds: float | None
+    step: float | None = None
 
 
 def gains(
@@ -56,8 +58,8 @@ def gains(
             continue
         figures, gap = run_figures(run, baseline), teacher_losses[teacher] - last
         if figures["difference"] is not None:
-            gained = -figures["difference"], figures["speed_up"], figures["time_speed_up"]
-            found.append(Gain(method, teacher, run.seed, gap, *gained))
+            speed = (figures[key] for key in ("speed_up", "time_speed_up", "teacher_step_cost"))
+            found.append(Gain(method, teacher, run.seed, gap, -figures["difference"], *speed))
     return found
 
 
@@ -140,7 +142,7 @@ def _crossing(groups: Sequence[Sequence[Gain]]) -> tuple[float, tuple[float, flo
 def rows(found: Sequence[Gain]) -> list[dict[str, Any]]:
     """Return the rows of the CSV file, one per run."""
     names = {"gap": "teacher_minus_baseline", "loss": "loss_gain", "steps": "speed_up",
-             "seconds": "time_speed_up"}  # fmt: skip
+             "seconds": "time_speed_up", "step": "teacher_step_cost"}  # fmt: skip
     return [
         {names.get(key, key): f"{v:.5g}" if isinstance(v, float) else v for key, v in
          vars(gain).items()}

@@ -73,12 +73,19 @@ def test_steps_to_reach_is_between_surrounding_evaluations(
         assert max(before, default=below[0]) <= reached <= below[0]
 
 
-@pytest.mark.parametrize(("teacher_steps", "expected"), [(10, 2.0), (40, None), (0, None)])
+@pytest.mark.parametrize(
+    ("teacher_steps", "of_baseline", "expected"),
+    [(10, 0, 2.0), (40, 0, 2.0), (0, 0, None), (40, 40, None)],
+    ids=["some steps", "all steps", "no step", "no step without"],
+)
 def test_teacher_step_cost_is_ratio_of_medians(
-    tmp_path: Path, teacher_steps: int, expected: float | None
+    tmp_path: Path, teacher_steps: int, of_baseline: int, expected: float | None
 ) -> None:
-    folder = write_run(tmp_path / "run", {}, teacher_steps=teacher_steps)
-    assert teacher_step_cost(load_metrics(folder / "metrics.jsonl")) == expected
+    run, baseline = (
+        load_metrics(write_run(tmp_path / name, {}, teacher_steps=number) / "metrics.jsonl")
+        for name, number in (("run", teacher_steps), ("baseline", of_baseline))
+    )
+    assert teacher_step_cost(run, baseline) == expected
 
 
 def test_figures_match_values_computed_by_hand(two: tuple[Path, Path]) -> None:

@@ -40,6 +40,7 @@ def test_gains_are_from_the_baseline_of_the_seed(runs: list[ComparedRun]) -> Non
     assert found[0].steps == pytest.approx(40 / (20 + 20 * 2 / 3))
     assert found[0].seconds == pytest.approx(found[0].steps)
     assert found[1].steps is None
+    assert [g.step for g in found] == [None, None]
 
 
 def test_run_without_a_baseline_of_its_seed_is_left_out(runs: list[ComparedRun]) -> None:
