@@ -40,6 +40,10 @@ from megatron_let.planner.sizes import TransformerSize, teacher_size
 SIGNATURE = "quickstart.json"
 SMOLLM2 = "smollm2"
 _ALREADY_DONE = "      already done"
+_CONTROL = (
+    "At the sizes for a CPU, a teacher of random weights gives most of the gain too"
+    " (docs/results.md has the control)."
+)
 _SWEEP = Path("sweep_head_to_head")
 _STUDENT_RECIPE, _TEACHER_RECIPE = Path("quickstart_baseline"), Path("quickstart_teacher")
 _VOCAB_SIZE = 4096
@@ -269,20 +273,20 @@ class _Quickstart:
         self._say_stage("report")
         runs = [load_run(name, self.output / name) for name in load_sweep(_SWEEP).variants]
         title = "The student without and with the small model as its teacher"
-        remarks = self._spent(runs[0].seconds()) if self.trains_teacher else []
+        remarks = [self._spent(runs[0].seconds()), _CONTROL] if self.trains_teacher else []
         report(runs, None, self.output / "comparison", title, self.command, remarks)
 
-    def _spent(self, baseline_seconds: Mapping[int, float]) -> list[str]:
+    def _spent(self, baseline_seconds: Mapping[int, float]) -> str:
         """Return the small model's own loss and cost in a sentence."""
         small = load_run("teacher", self.teacher_run)
         step, loss = small.metrics.last_step, small.metrics.final_valid_loss
         tokens, seconds = small.tokens()[step], small.seconds()[step]
         share = seconds / max(baseline_seconds.values())
-        return [
+        return (
             f"The small model's own held-out loss is {loss:.4f}, after {tokens:,.0f} tokens. Its"
             f" training took {seconds:.0f} s on all cores, {share:.0%} of the baseline's seconds;"
             " the times above leave it out."
-        ]
+        )
 
     @contextlib.contextmanager
     def _output_to_log(self) -> Iterator[None]:
