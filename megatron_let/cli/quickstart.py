@@ -41,8 +41,8 @@ SIGNATURE = "quickstart.json"
 SMOLLM2 = "smollm2"
 _ALREADY_DONE = "      already done"
 _CONTROL = (
-    "At the sizes for a CPU, a teacher of random weights gives most of the gain too"
-    " (docs/results.md has the control)."
+    "In the documented runs on a CPU, a teacher with random weights gave most of the gain too"
+    " (docs/results.md)."
 )
 _SWEEP = Path("sweep_head_to_head")
 _STUDENT_RECIPE, _TEACHER_RECIPE = Path("quickstart_baseline"), Path("quickstart_teacher")

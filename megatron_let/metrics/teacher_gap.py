@@ -36,7 +36,7 @@ class Gain:
     loss: float
     steps: float | None
     seconds: float | None
-    step: float | None = None
+    step: float | None
 
 
 def gains(

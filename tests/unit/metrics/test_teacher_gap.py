@@ -14,7 +14,7 @@ from tests.helpers.metrics_files import write_run
 
 
 def gain(teacher: str, gap: float, loss: float, seed: int = 1, method: str = "let") -> Gain:
-    return Gain(method, teacher, seed, gap, loss, 1 + loss, None)
+    return Gain(method, teacher, seed, gap, loss, 1 + loss, None, None)
 
 
 STRONG = [gain("strong", -1.0, 0.3 + 0.01 * seed, seed) for seed in range(3)]

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_let.placement import scheduler
-from megatron_let.placement.scheduler import PassTimes
+from megatron_let.placement.pipeline import Pipeline
+from megatron_let.placement.program import AlignedLayer
+from megatron_let.placement.scheduler import PassTimes, PlacementScheduler
 
 
 @pytest.mark.parametrize(("num_together", "expected"), [(1, 2.0), (2, 3.0), (8, 6.0)])
@@ -17,3 +19,9 @@ def test_teacher_time_is_that_of_one_run(
     times = PassTimes(torch.device("cpu"), num_together)
     times.time_teacher(lambda: None, num_microbatches=3)
     assert times.teacher == expected
+
+
+def test_first_run_fills_the_ranks_before_any_cost_is_measured() -> None:
+    made = PlacementScheduler("auto", None, Pipeline(1, 5), AlignedLayer(0), 2, print)
+    (stage,) = made.plan(5, num_ready=0, look_ahead=True).stages
+    assert stage.before == (0, 1) and stage.at_forward == (2, 3, 4)
