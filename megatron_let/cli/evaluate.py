@@ -70,7 +70,7 @@ def _add_tasks(commands: Any) -> None:
     add("--tasks", nargs="+", metavar="NAME", help="a subset of the tasks, by lm-eval's names")
     add("--num-fewshot", type=int, default=1, metavar="N", help="examples (default: 1)")
     add("--limit", type=int, metavar="N", help="items per task (default: all)")
-    add("--batch-size", help="default: auto on a GPU, 8 on a CPU")
+    add("--batch-size", metavar="B", help="default: auto on a GPU, one context at a time on a CPU")
     add("--watch", action="store_true",
         help="MODEL is a run: score all its checkpoints, and new ones until it ends")  # fmt: skip
     add(
@@ -151,7 +151,7 @@ def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row
         Settings(given.num_fewshot, given.limit, _dtype(given, weights)),
         given.output / "cache",
         given.data,
-        given.batch_size or ("auto" if device.startswith("cuda") else "8"),
+        given.batch_size,
         device,
     )
     tokens = consumed_tokens(weights.args) if isinstance(weights, MegatronWeights) else None

@@ -18,6 +18,8 @@ from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
 from megatron_let.files.atomic import write_json
 
 ACCURACIES = ("acc", "acc_norm")
+# In bf16, lm-eval's default for a bf16 model, a log-likelihood of -100 is rounded to a half.
+_SOFTMAX = "float32"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def evaluate(
     settings: Settings,
     cache: Path,
     data: Path | None = None,
-    batch_size: str = "auto",
+    batch_size: str | None = None,
     device: str = "cpu",
 ) -> list[Result]:
     """Score a model on tasks, computing only results that are not in the cache.
@@ -73,7 +75,8 @@ def evaluate(
         weights: model from `open_model`.
         cache: folder of results, one JSON file per task.
         data: folder of local task data; None takes it from the hub.
-        batch_size: a number, or `auto` for the largest that fits.
+        batch_size: a number, or `auto` for the largest that fits. None is `auto` on a GPU, and on a
+            CPU one forward pass per context where the model has a key-value cache, else 8.
 
     Raises:
         LETError: lm-eval is not installed, or the data of a task is missing.
@@ -82,7 +85,7 @@ def evaluate(
         "checkpoint": checkpoint_hash(weights.folder),
         "tokenizer": tokenizer_hash(weights.tokenizer),
         "device": torch.device(device).type,
-        "settings": asdict(settings),
+        "settings": asdict(settings) | {"softmax": _SOFTMAX},
         "versions": versions(),
     }
     files = {task: cache / _file_name(identity, task, data) for task in tasks}
@@ -111,20 +114,26 @@ def check_installed() -> None:
         ) from error
 
 
-def _lm_eval_model(weights: Any, settings: Settings, batch_size: str, device: str) -> Any:
+def _lm_eval_model(weights: Any, settings: Settings, batch_size: str | None, device: str) -> Any:
     check_installed()
     from lm_eval.models.huggingface import HFLM
+
+    from megatron_let.evaluation.shared_context import SharedContextLM, can_share_context
 
     if weights.tokenizer is None:
         raise LETError(
             f"lm-eval needs a tokenizer, and {weights.folder} names none; give --tokenizer."
         )
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    return HFLM(
-        pretrained=load_model(weights, dtype, device),
+    model = load_model(weights, dtype, device)
+    on_cpu = torch.device(device).type == "cpu"
+    shared = batch_size is None and on_cpu and can_share_context(model)
+    return (SharedContextLM if shared else HFLM)(
+        pretrained=model,
         tokenizer=hugging_face_tokenizer(weights.tokenizer),
-        batch_size=batch_size,
+        batch_size=batch_size or ("8" if on_cpu else "auto"),
         device=device,
+        softmax_dtype=_SOFTMAX,
     )
 
 

@@ -1,0 +1,84 @@
+"""Score all continuations of a context with one forward pass over the context, on a CPU.
+
+lm-eval's `HFLM` runs the context once per continuation and computes logits for all of its tokens.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# ((context, continuation) as text, token ids of the context, token ids of the continuation).
+Request = tuple[tuple[str, str], list[int], list[int]]
+# (log-likelihood, whether greedy decoding gives the continuation).
+Answer = tuple[float, bool]
+
+
+class SharedContextLM(HFLM):
+    """lm-eval's `HFLM` with one key-value cache for all continuations of a context."""
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, _) in enumerate(requests):
+            groups.setdefault(tuple(context), []).append(index)
+        answers: dict[int, Answer] = {}
+        for context, group in tqdm(groups.items(), disable=disable_tqdm, desc="Contexts"):
+            chosen = [requests[index] for index in group]
+            if self._fits(chosen):
+                found = self._score(list(context), [continuation for _, _, continuation in chosen])
+            else:
+                # Each request is truncated on its own, so they share nothing.
+                found = super()._loglikelihood_tokens(chosen, True, override_bs)
+            answers |= dict(zip(group, found, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    def _fits(self, requests: list[Request]) -> bool:
+        longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+        return longest <= self.max_length + 1
+
+    @torch.inference_mode()
+    def _score(self, context: list[int], continuations: list[list[int]]) -> list[Answer]:
+        first = self.model(self._ids([context]), use_cache=True, logits_to_keep=1)
+        logits = first.logits[:, -1:].expand(len(continuations), -1, -1)
+        # The last token of a continuation is predicted, but predicts nothing.
+        inputs = self._ids([continuation[:-1] for continuation in continuations])
+        if inputs.shape[1]:
+            first.past_key_values.batch_repeat_interleave(len(continuations))
+            rest = self.model(inputs, past_key_values=first.past_key_values).logits
+            logits = torch.cat((logits, rest), dim=1)
+        return [_answer(*pair) for pair in zip(logits, continuations, strict=True)]
+
+    def _ids(self, rows: list[list[int]]) -> torch.Tensor:
+        """Return token ids (B, S), padded on the right, where causal attention does not see it."""
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True).to(self.device)
+
+
+def can_share_context(model: Any) -> bool:
+    """Return whether a transformers model keeps only keys and values, which a pass can extend."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    with torch.inference_mode():
+        output = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
+
+
+def _answer(logits: torch.Tensor, continuation: list[int]) -> Answer:
+    """Return the answer from logits (S, V), of which those after the continuation are padding."""
+    logits = logits[: len(continuation)]
+    target = torch.tensor(continuation, device=logits.device)
+    chosen = log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, target[:, None])
+    return float(chosen.sum()), bool((logits.argmax(dim=-1) == target).all())

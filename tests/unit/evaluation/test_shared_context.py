@@ -1,0 +1,120 @@
+"""One forward pass per context gives the log-likelihoods of lm-eval's own batches."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_let.checkpoint.tokenizer_files import hugging_face_tokenizer
+from megatron_let.evaluation.harness import Settings
+from megatron_let.evaluation.models import open_model
+from tests.helpers.checkpoints import save_llama, with_tokenizer
+
+pytest.importorskip(
+    "lm_eval", reason="lm-eval is missing: bash launch/lib/environment.sh evaluation"
+)
+from lm_eval.models.huggingface import HFLM
+
+from megatron_let.evaluation import harness
+from megatron_let.evaluation.shared_context import SharedContextLM, can_share_context
+
+pytestmark = pytest.mark.medium
+
+SIZES = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 64, "max_position_embeddings": 48}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SIZES | {"num_key_value_heads": 2},
+    "mistral": SIZES | {"num_key_value_heads": 2, "sliding_window": 8},
+    "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": SIZES | {"n_positions": 48, "n_inner": 64},
+    "gpt_neox": SIZES,
+    "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "mamba": SIZES | {"state_size": 4},
+    "lfm2": SIZES | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+}
+
+
+def random_model(kind: str, settings: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **settings)
+    # At the default scale all logits would be nearly equal.
+    config.initializer_range = config.init_std = 0.3
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer") / "llama"
+    return hugging_face_tokenizer(with_tokenizer(save_llama(folder, vocab_size=600)))
+
+
+def requests(seed: int) -> list[Any]:
+    """Shared and single contexts, one-token and equal continuations, and some beyond the window."""
+    draw = random.Random(seed)
+
+    def ids(shortest: int, longest: int) -> list[int]:
+        return draw.choices(range(600), k=draw.randint(shortest, longest))
+
+    found = []
+    for context in [ids(1, 36) for _ in range(8)] + [ids(40, 60)]:
+        for _ in range(draw.randint(1, 4)):
+            found.append((("", ""), context, ids(1, 12)))
+    draw.shuffle(found)
+    return [*found, found[0]]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_shared_context_gives_log_likelihoods_of_lm_eval(kind: str, tokenizer: Any) -> None:
+    model = random_model(kind, MODELS[kind])
+    assert can_share_context(model)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": 3, "device": "cpu"}
+    shared, stock = (of(pretrained=model, **settings) for of in (SharedContextLM, HFLM))
+    for seed in range(3):
+        asked = requests(seed)
+        # The most likely first token, so that some answers are greedy.
+        asked.append((("", ""), asked[0][1], _greedy(model, asked[0][1], 2)))
+        expected = stock._loglikelihood_tokens(asked, disable_tqdm=True)
+        found = shared._loglikelihood_tokens(asked, disable_tqdm=True)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        assert any(greedy for _, greedy in found) and not all(greedy for _, greedy in found)
+        values = [value for value, _ in expected]
+        assert [value for value, _ in found] == pytest.approx(values, rel=1e-4, abs=1e-4)
+
+
+def _greedy(model: Any, context: list[int], length: int) -> list[int]:
+    ids = torch.tensor([context])
+    for _ in range(length):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(dim=-1)), dim=1)
+    return [int(token) for token in ids[0, len(context) :]]
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_model_with_other_state_than_keys_and_values_cannot_share(kind: str) -> None:
+    assert not can_share_context(random_model(kind, STATEFUL[kind]))
+
+
+@pytest.mark.parametrize("batch_size", [None, "2"], ids=["shared", "batches"])
+def test_log_likelihood_of_bf16_model_is_not_rounded_to_bf16(
+    batch_size: str | None, tmp_path: Path
+) -> None:
+    folder = with_tokenizer(save_llama(tmp_path / "llama", vocab_size=600))
+    model = harness._lm_eval_model(
+        open_model(folder), Settings(dtype="bfloat16"), batch_size, "cpu"
+    )
+    context, continuation = list(range(20, 30)), list(range(40, 80))
+    ((found, _),) = model._loglikelihood_tokens(
+        [(("", ""), context, continuation)], disable_tqdm=True
+    )
+    ids = torch.tensor([context + continuation])
+    with torch.inference_mode():
+        chosen = model.model(ids).logits[0, 9:-1].double().log_softmax(dim=-1)
+    # The sum is about -289, where bf16 has steps of 2; shapes change it by about 0.05.
+    expected = float(chosen.gather(1, ids[0, 10:, None]).sum())
+    assert found == pytest.approx(expected, abs=0.3)
