@@ -4,6 +4,7 @@ lm-eval's `HFLM` runs the context once per continuation and computes logits for 
 """
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 Request = tuple[tuple[str, str], list[int], list[int]]
 # (log-likelihood, whether greedy decoding gives the continuation).
 Answer = tuple[float, bool]
+# Continuations in one batch, which bounds the memory if very many have the same context.
+_BATCH = 16
 
 
 class SharedContextLM(HFLM):
@@ -34,13 +37,14 @@ class SharedContextLM(HFLM):
             groups.setdefault(tuple(context), []).append(index)
         answers: dict[int, Answer] = {}
         for context, group in tqdm(groups.items(), disable=disable_tqdm, desc="Contexts"):
-            chosen = [requests[index] for index in group]
-            if self._fits(chosen):
-                found = self._score(list(context), [continuation for _, _, continuation in chosen])
-            else:
-                # Each request is truncated on its own, so they share nothing.
-                found = super()._loglikelihood_tokens(chosen, True, override_bs)
-            answers |= dict(zip(group, found, strict=True))
+            for batch in itertools.batched(group, _BATCH):
+                chosen = [requests[index] for index in batch]
+                if self._fits(chosen):
+                    found = self._score(list(context), [ids for _, _, ids in chosen])
+                else:
+                    # Each request is truncated on its own, so they share nothing.
+                    found = super()._loglikelihood_tokens(chosen, True, override_bs)
+                answers |= dict(zip(batch, found, strict=True))
         return [answers[index] for index in range(len(requests))]
 
     def _fits(self, requests: list[Request]) -> bool:
