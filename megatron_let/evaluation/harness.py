@@ -85,7 +85,7 @@ def evaluate(
         "checkpoint": checkpoint_hash(weights.folder),
         "tokenizer": tokenizer_hash(weights.tokenizer),
         "device": torch.device(device).type,
-        "settings": asdict(settings) | {"softmax": _SOFTMAX},
+        "settings": asdict(settings) | {"softmax": _SOFTMAX, "batch_size": batch_size},
         "versions": versions(),
     }
     files = {task: cache / _file_name(identity, task, data) for task in tasks}

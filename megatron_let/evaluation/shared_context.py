@@ -21,6 +21,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 Answer = tuple[float, bool]
 # Continuations in one batch, which bounds the memory if very many have the same context.
 _BATCH = 16
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+# Values of `rope_type`.
+_LENGTH_DEPENDENT = ("longrope", "dynamic")
 
 
 class SharedContextLM(HFLM):
@@ -39,17 +42,19 @@ class SharedContextLM(HFLM):
         for context, group in tqdm(groups.items(), disable=disable_tqdm, desc="Contexts"):
             for batch in itertools.batched(group, _BATCH):
                 chosen = [requests[index] for index in batch]
-                if self._fits(chosen):
+                if self._can_share(chosen):
                     found = self._score(list(context), [ids for _, _, ids in chosen])
                 else:
-                    # Each request is truncated on its own, so they share nothing.
                     found = super()._loglikelihood_tokens(chosen, True, override_bs)
                 answers |= dict(zip(batch, found, strict=True))
         return [answers[index] for index in range(len(requests))]
 
-    def _fits(self, requests: list[Request]) -> bool:
-        longest = max(len(context) + len(continuation) for _, context, continuation in requests)
-        return longest <= self.max_length + 1
+    def _can_share(self, requests: list[Request]) -> bool:
+        """Return False if lm-eval would truncate a request, or refuse one without tokens."""
+        return all(
+            context and ids and len(context) + len(ids) <= self.max_length + 1
+            for _, context, ids in requests
+        )
 
     @torch.inference_mode()
     def _score(self, context: list[int], continuations: list[list[int]]) -> list[Answer]:
@@ -59,9 +64,17 @@ class SharedContextLM(HFLM):
         inputs = self._ids([continuation[:-1] for continuation in continuations])
         if inputs.shape[1]:
             first.past_key_values.batch_repeat_interleave(len(continuations))
-            rest = self.model(inputs, past_key_values=first.past_key_values).logits
-            logits = torch.cat((logits, rest), dim=1)
-        return [_answer(*pair) for pair in zip(logits, continuations, strict=True)]
+            cache = first.past_key_values
+            rest = self.model(inputs, past_key_values=cache, use_cache=True)
+            logits = torch.cat((logits, rest.logits), dim=1)
+        return [self._answer(*pair) for pair in zip(logits, continuations, strict=True)]
+
+    def _answer(self, logits: torch.Tensor, continuation: list[int]) -> Answer:
+        """Return the answer from logits (S, V), of which the last ones may be of padding."""
+        logits = logits[: len(continuation)]
+        target = torch.tensor(continuation, device=logits.device)
+        chosen = log_softmax(logits, dim=-1, dtype=self.softmax_dtype).gather(1, target[:, None])
+        return float(chosen.sum()), bool((logits.argmax(dim=-1) == target).all())
 
     def _ids(self, rows: list[list[int]]) -> torch.Tensor:
         """Return token ids (B, S), padded on the right, where causal attention does not see it."""
@@ -70,19 +83,20 @@ class SharedContextLM(HFLM):
 
 
 def can_share_context(model: Any) -> bool:
-    """Return whether a transformers model keeps only keys and values, which a pass can extend."""
+    """Return whether a transformers model gives the same logits in two passes as in one.
+
+    It may keep only keys and values, and their rotation may not depend on the length of the input.
+    """
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return False
+    if any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in _LENGTH_DEPENDENT):
+        return False
+    ids = torch.arange(8, device=model.device)[None]
     with torch.inference_mode():
-        output = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
-
-
-def _answer(logits: torch.Tensor, continuation: list[int]) -> Answer:
-    """Return the answer from logits (S, V), of which those after the continuation are padding."""
-    logits = logits[: len(continuation)]
-    target = torch.tensor(continuation, device=logits.device)
-    chosen = log_softmax(logits, dim=-1, dtype=torch.float32).gather(1, target[:, None])
-    return float(chosen.sum()), bool((logits.argmax(dim=-1) == target).all())
+        first = model(ids[:, :4], use_cache=True)
+        cache = getattr(first, "past_key_values", None)
+        if type(cache) is not DynamicCache or any(type(x) not in _PLAIN for x in cache.layers):
+            return False
+        second = model(ids[:, 4:], past_key_values=cache, use_cache=True).logits
+        whole = model(ids).logits[:, 4:]
+    return bool((second - whole).abs().max() <= 0.05 * whole.abs().max())

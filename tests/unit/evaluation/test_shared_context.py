@@ -33,10 +33,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": SIZES | {"n_positions": 48, "n_inner": 64},
     "gpt_neox": SIZES,
+    "bloom": SIZES | {"n_layer": 2, "n_head": 4},
+    "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "use_cache": False},
     "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
 }
-STATEFUL: dict[str, dict[str, Any]] = {
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+             "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}  # fmt: skip
+UNSUITED: dict[str, dict[str, Any]] = {
     "mamba": SIZES | {"state_size": 4},
+    "phi3": SIZES | {"rope_parameters": LONG_ROPE, "pad_token_id": 0},
     "lfm2": SIZES | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
 }
 
@@ -78,8 +83,9 @@ def test_shared_context_gives_log_likelihoods_of_lm_eval(kind: str, tokenizer: A
     shared, stock = (of(pretrained=model, **settings) for of in (SharedContextLM, HFLM))
     for seed in range(3):
         asked = requests(seed)
-        # The most likely first token, so that some answers are greedy.
-        asked.append((("", ""), asked[0][1], _greedy(model, asked[0][1], 2)))
+        # The most likely tokens, so that some answers are greedy.
+        context = next(context for _, context, _ in asked if len(context) < 40)
+        asked.append((("", ""), context, _greedy(model, context, 2)))
         expected = stock._loglikelihood_tokens(asked, disable_tqdm=True)
         found = shared._loglikelihood_tokens(asked, disable_tqdm=True)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -95,9 +101,26 @@ def _greedy(model: Any, context: list[int], length: int) -> list[int]:
     return [int(token) for token in ids[0, len(context) :]]
 
 
-@pytest.mark.parametrize("kind", STATEFUL)
-def test_model_with_other_state_than_keys_and_values_cannot_share(kind: str) -> None:
-    assert not can_share_context(random_model(kind, STATEFUL[kind]))
+def test_context_is_computed_once_and_batches_are_bounded(tokenizer: Any) -> None:
+    model = random_model("llama", MODELS["llama"])
+    lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    asked = [(("", ""), [1, 2, 3], [4, 5, n]) for n in range(6, 26)]
+    lm._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert shapes == [(1, 3), (16, 2), (1, 3), (4, 2)]
+
+
+@pytest.mark.parametrize("kind", UNSUITED)
+def test_model_whose_passes_depend_on_each_other_cannot_share(kind: str) -> None:
+    assert not can_share_context(random_model(kind, UNSUITED[kind]))
+
+
+def test_empty_continuation_is_refused_as_by_lm_eval(tokenizer: Any) -> None:
+    model = random_model("llama", MODELS["llama"])
+    lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu")
+    with pytest.raises(AssertionError):
+        lm._loglikelihood_tokens([(("", ""), [1, 2], [])], disable_tqdm=True)
 
 
 @pytest.mark.parametrize("batch_size", [None, "2"], ids=["shared", "batches"])
