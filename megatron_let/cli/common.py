@@ -59,6 +59,13 @@ def add_command(
     return parser
 
 
+def positive(text: str) -> int:
+    """Return a flag's value as a number of at least 1; a type of argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
     """Print a line without wrapping or markup."""
     console.print(text, style=style, end=end, highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from megatron_let.cli.common import add_command, run_command, say
+from megatron_let.cli.common import add_command, positive, run_command, say
 
 if TYPE_CHECKING:
     from megatron_let.checkpoint.weights import Weights
@@ -68,11 +68,11 @@ def _add_import(commands: Any) -> None:
     parser = add_command(commands, "hf-to-megatron", _import, text)
     _add_conversion_flags(parser)
     add = parser.add_argument
-    add("--tensor-model-parallel-size", type=_positive, default=1, metavar="TP",
+    add("--tensor-model-parallel-size", type=positive, default=1, metavar="TP",
         help="planned layout: checked, and the vocabulary padded for it (default: 1)")  # fmt: skip
-    add("--pipeline-model-parallel-size", type=_positive, default=1, metavar="PP",
+    add("--pipeline-model-parallel-size", type=positive, default=1, metavar="PP",
         help="planned layout: checked (default: 1)")  # fmt: skip
-    add("--make-vocab-size-divisible-by", type=_positive, default=128, metavar="N",
+    add("--make-vocab-size-divisible-by", type=positive, default=128, metavar="N",
         help="as in training (default: 128)")  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def _add_verify(commands: Any) -> None:
     add("second", type=Path, metavar="B", help="Megatron checkpoint or Hugging Face folder")
     add("--tokenizer", type=Path, help="tokenizer of the checkpoints (default: theirs)")
     add("--data", type=Path, metavar="PREFIX", help="indexed data to run both models on")
-    add("--num-sequences", type=_positive, default=4, metavar="N", help="default: 4")
-    add("--seq-length", type=_positive, default=128, metavar="S", help="default: 128")
+    add("--num-sequences", type=positive, default=4, metavar="N", help="default: 4")
+    add("--seq-length", type=positive, default=128, metavar="S", help="default: 128")
     add(
         "--tolerance",
         type=float,
@@ -98,13 +98,6 @@ def _add_inspect(commands: Any) -> None:
     add = add_command(commands, "inspect", _inspect, "show a checkpoint's contents").add_argument
     add("checkpoint", type=Path, metavar="DIR")
     add("--json", action="store_true", help="print JSON")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def _size(text: str) -> str:

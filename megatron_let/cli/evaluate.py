@@ -18,6 +18,7 @@ from megatron_let.cli.common import (
     add_command,
     command_line,
     device_of,
+    positive,
     print_table,
     run_command,
     say,
@@ -68,9 +69,10 @@ def _add_tasks(commands: Any) -> None:
     add("--output", type=Path, default=Path("evaluation"), help="results (default: evaluation)")
     add("--data", type=Path, metavar="DIR", help="local tasks, from `fetch` (default: the hub)")
     add("--tasks", nargs="+", metavar="NAME", help="a subset of the tasks, by lm-eval's names")
-    add("--num-fewshot", type=int, default=1, metavar="N", help="examples (default: 1)")
-    add("--limit", type=int, metavar="N", help="items per task (default: all)")
-    add("--batch-size", metavar="B", help="default: auto on a GPU, one context at a time on a CPU")
+    add("--num-fewshot", type=_not_negative, default=1, metavar="N", help="examples (default: 1)")
+    add("--limit", type=positive, metavar="N", help="items per task (default: all)")
+    add("--batch-size", type=_batch_size, metavar="B",
+        help="default: auto on a GPU, one context at a time on a CPU")  # fmt: skip
     add("--watch", action="store_true",
         help="MODEL is a run: score all its checkpoints, and new ones until it ends")  # fmt: skip
     add(
@@ -80,6 +82,14 @@ def _add_tasks(commands: Any) -> None:
         metavar="SECONDS",
         help="polling interval (default: 60)",
     )
+
+
+def _batch_size(text: str) -> str:
+    return text if text == "auto" else str(positive(text))
+
+
+def _not_negative(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def _add_perplexity(commands: Any) -> None:
@@ -92,9 +102,9 @@ def _add_perplexity(commands: Any) -> None:
     )
     data.add_argument("--data-args-path", type=Path, metavar="FILE", help="a blend, as in training")
     add = parser.add_argument
-    add("--seq-length", type=int, default=1280, metavar="S", help="default: 1280, the paper's")
-    add("--batch-size", type=int, default=1, metavar="B", help="default: 1")
-    add("--max-tokens", type=int, metavar="N", help="tokens per data set (default: all)")
+    add("--seq-length", type=positive, default=1280, metavar="S", help="default: 1280, the paper's")
+    add("--batch-size", type=positive, default=1, metavar="B", help="default: 1")
+    add("--max-tokens", type=positive, metavar="N", help="tokens per data set (default: all)")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
 
 

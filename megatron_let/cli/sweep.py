@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_let.cli.common import command_line, output_console, run_command, say
+from megatron_let.cli.common import command_line, output_console, positive, run_command, say
 from megatron_let.cli.compare import report
 from megatron_let.cli.local_run import (
     LOG,
@@ -93,8 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     add("sweep", type=Path, help="one of configs/sweep_*.yaml, or its name")
     add("--output", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
     add("--seeds", type=int, nargs="+", default=[], help="default: the sweep's")
-    add("--nproc-per-node", type=int, default=1, metavar="N", help="ranks per run (default: 1)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    add(
+        "--nproc-per-node", type=positive, default=1, metavar="N", help="ranks per run (default: 1)"
+    )
+    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--verbose", action="store_true", help="show the runs' output too")
     add(
         "--recipe",

@@ -18,7 +18,7 @@ from megatron_let.evaluation.tasks import Task, data_fingerprint, local_data
 from megatron_let.files.atomic import write_json
 
 ACCURACIES = ("acc", "acc_norm")
-# In bf16, lm-eval's default for a bf16 model, a log-likelihood of -100 is rounded to a half.
+# In bf16, lm-eval's default for a bf16 model, -100 is rounded to a multiple of 0.5.
 _SOFTMAX = "float32"
 
 

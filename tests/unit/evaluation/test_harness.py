@@ -109,6 +109,29 @@ def test_unknown_task_or_missing_data_raises(tmp_path: Path) -> None:
         local_data(TASKS[0], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        ("tasks", "--batch-size", "0"),
+        ("tasks", "--batch-size", "many"),
+        ("tasks", "--limit", "-1"),
+        ("tasks", "--num-fewshot", "-1"),
+        ("perplexity", "--batch-size", "0"),
+        ("perplexity", "--seq-length", "1.5"),
+        ("perplexity", "--max-tokens", "0"),
+    ],
+)
+def test_impossible_count_is_refused_with_its_value(
+    command: str, flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data-path", "none"] if command == "perplexity" else []
+    with pytest.raises(SystemExit) as raised:
+        main([command, "none", *data, f"{flag}={value}"])
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert flag in error and repr(value) in error
+
+
 def test_local_data_replaces_splits_of_hub(data: Path) -> None:
     (task,) = tasks_named(["arc_easy"])
     found = local_data(task, data)
@@ -158,7 +181,10 @@ def test_evaluate_computes_each_result_once(
     assert evaluate(weights, two, Settings(), tmp_path) == first
     evaluate(weights, tasks_named(["arc_easy", "sciq"]), Settings(), tmp_path)
     evaluate(weights, two, Settings(num_fewshot=0), tmp_path)
-    assert asked == [["arc_easy", "boolq"], ["sciq"], ["arc_easy", "boolq"]]
+    # A score of other batches was computed in another way.
+    evaluate(weights, two, Settings(), tmp_path, batch_size="8")
+    both = ["arc_easy", "boolq"]
+    assert asked == [both, ["sciq"], both, both]
 
 
 def test_new_checkpoints_yields_complete_ones_until_done(tmp_path: Path) -> None:
