@@ -70,7 +70,7 @@ setup(
         # Baselines of tools/benchmark.
         "benchmark": ["nvidia-modelopt", "orjson"],
         "deepspeed": ["deepspeed"],
-        "evaluation": ["datasets", "lm-eval"],
+        "evaluation": ["datasets", "lm-eval", "tqdm"],
         "ray": ["ray"],
         # Restarts within the job; its wheel needs glibc 2.39.
         "resiliency": ["nvidia-resiliency-ext>=0.6"],
