@@ -8,6 +8,7 @@ A MODEL is a Megatron checkpoint, a run (its last checkpoint) or a Hugging Face 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ def _run(given: argparse.Namespace, console: Console) -> int:
 
     if given.probes < 2 or given.starts < 1 or given.samples < 1 or given.seq_length < 1:
         raise LETError("Give at least 2 --probes, and 1 of --starts, --samples and --seq-length.")
+    if not 0 <= given.weight < math.inf:
+        raise LETError(f"--weight is {given.weight}; give a finite number of at least 0.")
     table, picture = given.output / "curvature.csv", given.output / "curvature.png"
     found: dict[str, list[Curvature]] = {}
     for model in given.models:

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_let.cli.common import output_console, run_command
+from megatron_let.cli.common import output_console, positive, run_command
 from megatron_let.config.arguments import flag, num_steps
 from megatron_let.config.let_config import LETConfig
 from megatron_let.engines import load_engine
@@ -35,6 +35,15 @@ _SHORT_FLAGS = {
     "vpp": "--num-virtual-stages-per-pipeline-rank",
     "micro_batch_size": "--micro-batch-size",
 }
+# Megatron checks these when a run starts; unset ones have a default.
+_AT_LEAST_ONE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "seq_length", "micro_batch_size", "global_batch_size", "vocab_size",
+    "make_vocab_size_divisible_by", "num_experts", "moe_ffn_hidden_size", "moe_router_topk",
+    "recompute_num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+)  # fmt: skip
 # The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
 _LARGE_STUDENT = 2e9
 # Wide enough for the tables in a pipe, where rich assumes 80 columns.
@@ -64,12 +73,12 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, help="recipe: a file or a packaged name")
-    add("--gpus", type=int, required=True, help="number of ranks")
+    add("--gpus", type=positive, required=True, help="number of ranks")
     add("--gpu", choices=sorted(GPUS), required=True)
     for name in _SHORT_FLAGS:
-        add(flag(name), type=int, help="replaces the recipe's value")
+        add(flag(name), type=positive, help="replaces the recipe's value")
     add("--teacher", help=f"model folder, or one of {', '.join(TEACHERS)} (default: the paper's)")
-    add("--vocab-size", type=int, help="vocabulary size of the data (default: the teacher's)")
+    add("--vocab-size", type=positive, help="vocabulary size of the data (default: the teacher's)")
     add("--efficiency", type=float, default=0.5, help="share of the peak FLOP/s (default: 0.5)")
     add("--reserve", type=float, default=0.1, help="share of memory to leave free (default: 0.1)")
     add("--sweep", action="store_true", help="rank all layouts that fit")
@@ -131,7 +140,19 @@ def megatron_arguments(config: Path, flags: list[str]) -> argparse.Namespace:
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     # The plan reads none of these folders.
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
-    return parser.parse_args(recipe_argv(load_recipe(config), parser, flags, variables))
+    args = parser.parse_args(recipe_argv(load_recipe(config), parser, flags, variables))
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise LETError(f"{flag(name)} is {value}; give at least 1.")
+    return args
+
+
+def _check_shares(options: argparse.Namespace) -> None:
+    if not 0 < options.efficiency <= 1:
+        raise LETError(f"--efficiency is {options.efficiency}; give more than 0 and at most 1.")
+    if not 0 <= options.reserve < 1:
+        raise LETError(f"--reserve is {options.reserve}; give at least 0 and less than 1.")
 
 
 def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
@@ -140,6 +161,7 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     from megatron_let.planner.estimate import Request
     from megatron_let.planner.sizes import student_size, teacher_size
 
+    _check_shares(options)
     rough = student_size(args, 1, 1)
     large = rough.num_layers * rough.active_layer_params > _LARGE_STUDENT
     teacher = teacher_size(options.teacher or ("smollm2-1.7b" if large else "smollm2-135m"))

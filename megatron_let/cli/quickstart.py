@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.cli.common import output_console, run_command, say
+from megatron_let.cli.common import output_console, positive, run_command, say
 from megatron_let.cli.compare import report
 from megatron_let.cli.local_run import (
     LOG,
@@ -88,7 +88,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart.sh", description=description)
     add = parser.add_argument
     add("--steps", type=int, help=f"steps of the student (default: {_STEPS}; GPU: {_GPU_STEPS})")
-    add("--seed", type=int, default=1234, help="of all runs (default: 1234)")
+    add("--seed", type=positive, default=1234, help="of all runs (default: 1234)")
     add("--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results")
     add("--teacher", help=f"instead of training one: a folder, .gguf file, hub id or {SMOLLM2}")
     add("--text", type=Path, nargs="+", help="text files")

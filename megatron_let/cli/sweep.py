@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("sweep", type=Path, help="one of configs/sweep_*.yaml, or its name")
     add("--output", type=Path, default=Path("runs/sweep"), help="default: runs/sweep")
-    add("--seeds", type=int, nargs="+", default=[], help="default: the sweep's")
+    add("--seeds", type=positive, nargs="+", default=[], help="default: the sweep's")
     add(
         "--nproc-per-node", type=positive, default=1, metavar="N", help="ranks per run (default: 1)"
     )

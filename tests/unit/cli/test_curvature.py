@@ -49,7 +49,10 @@ def test_checkpoint_and_folder_of_one_model_have_the_same_rows(
     ("options", "words"),
     [
         (["--layers", "4"], "--layers has 4 but the model has 3 layers"),
+        (["--layers", "0"], "--layers has 0 but the model has 3 layers"),
         (["--layers", "1", "--probes", "1"], "at least 2 --probes"),
+        (["--layers", "1", "--weight", "nan"], "--weight is nan"),
+        (["--layers", "1", "--weight", "-1"], "--weight is -1"),
         (["--layers", "1", "--samples", "99999"], "fewer than 99999 windows of 9 tokens"),
     ],
 )

@@ -207,6 +207,15 @@ def test_plot_writes_an_svg(tmp_path: Path) -> None:
         ),
         (("--multi-latent-attention",), ["--multi-latent-attention"]),
         (("--mtp-num-layers", "1"), ["--mtp-num-layers 1"]),
+        (("--num-layers", "0"), ["--num-layers is 0"]),
+        (("--hidden-size", "-4"), ["--hidden-size is -4"]),
+        (("--seq-length", "0"), ["--seq-length is 0"]),
+        (("--tensor-model-parallel-size", "0"), ["--tensor-model-parallel-size is 0"]),
+        (("--efficiency", "0"), ["--efficiency is 0"]),
+        (("--efficiency", "1.5"), ["--efficiency is 1.5"]),
+        (("--efficiency", "nan"), ["--efficiency is nan"]),
+        (("--reserve", "1"), ["--reserve is 1"]),
+        (("--reserve", "-0.5"), ["--reserve is -0.5"]),
     ],
 )
 def test_invalid_request_prints_one_line_and_returns_2(
@@ -215,6 +224,16 @@ def test_invalid_request_prints_one_line_and_returns_2(
     assert run(*flags) == 2
     error = capsys.readouterr().err
     assert all(words in error for words in named) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["gpus", "tp", "micro-batch-size", "vocab-size"])
+def test_count_below_1_is_refused_with_its_value(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run(f"--{name}=-8")
+    assert raised.value.code == 2
+    assert f"--{name}: '-8'" in capsys.readouterr().err
 
 
 def test_sweep_ranks_layouts_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
