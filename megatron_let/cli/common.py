@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -64,6 +66,27 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def check_output(path: Path) -> None:
+    """Check, before any work, that the folder `path` exists or can be made.
+
+    Raises:
+        LETError: a part of the path is a file, or may not be written to.
+    """
+    path = path.absolute()
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise LETError(f"The output folder {path} cannot be made: {existing} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise LETError(f"The output folder {path} cannot be written: no permission in {existing}.")
+
+
+def check_output_file(path: Path) -> None:
+    """Check, before any work, that the file `path` can be written, like `check_output`."""
+    if path.is_dir():
+        raise LETError(f"The output {path} is a folder; give the name of a file.")
+    check_output(path.parent)
 
 
 def say(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:

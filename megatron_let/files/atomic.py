@@ -16,8 +16,13 @@ from megatron_let.errors import LETError
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, and replace `path` with it if the block ends without an error."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Yield a temporary path, and replace `path` with it if the block ends without an error.
+
+    The folder of `path` is made if it does not exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the process id, because two processes may write the same file.
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         yield partial
         with partial.open("rb") as file:
