@@ -11,8 +11,21 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_let.cli.common import command_line, output_console, print_table, run_command, say
-from megatron_let.metrics.compare import ComparedRun, compare, find_baseline, load_run
+from megatron_let.cli.common import (
+    check_output,
+    command_line,
+    output_console,
+    print_table,
+    run_command,
+    say,
+)
+from megatron_let.metrics.compare import (
+    ComparedRun,
+    check_variants,
+    compare,
+    find_baseline,
+    load_run,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare(given: argparse.Namespace) -> int:
+    check_output(given.out)
     runs = [_load(text) for text in given.runs]
+    check_variants(runs)
     report(runs, given.baseline, given.out, given.title, command_line())
     return 0
 
@@ -64,7 +79,8 @@ def _load(text: str) -> ComparedRun:
     name, separator, path = text.partition("=")
     if separator and "/" not in name:
         return load_run(name, Path(path))
-    return load_run(Path(text).resolve().name, Path(text))
+    run = Path(text).resolve()
+    return load_run(run.parent.name if run.is_file() else run.name, Path(text))
 
 
 def _parser() -> argparse.ArgumentParser:

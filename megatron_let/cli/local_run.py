@@ -1,6 +1,7 @@
 """Train runs of a sweep on this machine, in child processes, and show their progress."""
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -11,12 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn
 
 from megatron_let.cli.common import say
 from megatron_let.errors import LETError
+from megatron_let.files.atomic import write_json
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.metrics.sweep import SweepRun
@@ -25,6 +28,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 # Where runs/ and launch/ are: the checkout, or the current folder of an installed package.
 ROOT = _CHECKOUT if (_CHECKOUT / "launch").is_dir() else Path.cwd()
 LOG = "train.log"
+_SETTINGS = "settings.json"
 _POLL_SECONDS = 1.0
 # Recent steps whose median time predicts the time left.
 _RECENT_STEPS = 20
@@ -160,7 +164,12 @@ class Trainer:
 
         Returns:
             The message of each run that failed, by its name; the others were still trained.
+
+        Raises:
+            LETError: a folder has a run of other settings.
         """
+        for folder, run in runs.items():
+            self._check_same(folder, run)
         waiting = dict(runs)
         one_seed = len({run.seed for run in runs.values()}) == 1
         failed: dict[str, str] = {}
@@ -181,6 +190,32 @@ class Trainer:
                     child.wait()
         return failed
 
+    def _check_same(self, folder: Path, run: SweepRun) -> None:
+        """Check that a run which took a step in the folder has the settings of this one."""
+        if not (folder / _SETTINGS).is_file() or not load_metrics(folder / METRICS).last_step:
+            return
+        theirs, ours = json.loads((folder / _SETTINGS).read_text()), self._settings(folder, run)
+        for name in theirs | ours:
+            if theirs.get(name) != ours.get(name):
+                raise LETError(
+                    f"{folder} holds another run: {name} is {theirs.get(name)} there and"
+                    f" {ours.get(name)} here; give another --output, or delete that folder."
+                )
+
+    def _settings(self, folder: Path, run: SweepRun) -> dict[str, Any]:
+        """Return what determines a run; paths beside its folder are relative to it."""
+        beside = str(folder.absolute().parents[1])
+        variables = {name: self.environment.get(name) for name in ("DATA", "TEACHER")}
+
+        def portable(value: Any) -> Any:
+            if isinstance(value, list):
+                return [portable(item) for item in value]
+            inside = isinstance(value, str) and value.startswith(beside)
+            return os.path.relpath(value, folder) if inside else value
+
+        values = run.settings | variables
+        return {name: portable(value) for name, value in values.items()}
+
     def _begin(self, folder: Path, run: SweepRun, label: str, progress: Progress) -> None:
         metrics = folder / METRICS
         done = load_metrics(metrics)
@@ -196,6 +231,7 @@ class Trainer:
         task = progress.add_task(
             label, total=run.num_steps, completed=done.last_step, status="starting", printed=2
         )
+        write_json(folder / _SETTINGS, self._settings(folder, run))
         environment = {**self.environment, "OUTPUT": str(folder)}
         self._running[task] = run, Child(run.variant, command, environment, folder / LOG)
 

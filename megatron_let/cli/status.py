@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import itertools
 import shlex
 import statistics
 import subprocess
@@ -10,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_let.config.recipes import RecipeError, load_recipe
+from megatron_let.config.recipes import RecipeError, load_recipe, value_of
 from megatron_let.files.names import DONE, METRICS, SAVE_NOW, STOP, TRACKER
 from megatron_let.metrics.read import load_metrics
 
@@ -25,7 +24,7 @@ def num_steps(run: Path) -> int | None:
         return None
     command = records[-1] / "command.txt"
     words = shlex.split(command.read_text()) if command.exists() else []
-    given = dict(itertools.pairwise(words)).get("--train-iters")
+    given = value_of("--train-iters", words)
     if given is not None:
         return int(given)
     try:

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_let.cli.common import command_line, output_console, positive, run_command, say
+from megatron_let.cli.common import (
+    check_output,
+    command_line,
+    output_console,
+    positive,
+    run_command,
+    say,
+)
 from megatron_let.cli.compare import report
 from megatron_let.cli.local_run import (
     LOG,
@@ -24,6 +31,8 @@ from megatron_let.cli.local_run import (
     interruptible,
     run_environment,
 )
+from megatron_let.config.arguments import flag
+from megatron_let.config.recipes import find_recipe
 from megatron_let.errors import LETError
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.compare import ComparedRun, load_run
@@ -45,9 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
     sweep = load_sweep(given.sweep)
-    for text in given.recipe:
-        name, _, file = text.partition("=")
-        sweep.recipes[name] = Path(file)
+    _replace_recipes(sweep, given.recipe)
+    _check(given)
     output = given.output.resolve()
     teachers = {name: output / "teachers" / name for name in sweep.teachers}
     models = {name: folder / "model" for name, folder in teachers.items()}
@@ -85,9 +93,31 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
     return 1 if failed else 0
 
 
+def _replace_recipes(sweep: Sweep, given: list[str]) -> None:
+    for text in given:
+        name, _, file = text.partition("=")
+        if name not in sweep.recipes:
+            names = ", ".join(sweep.recipes)
+            raise LETError(f"--recipe has {text!r}; give NAME=FILE with a NAME of {names}.")
+        sweep.recipes[name] = find_recipe(Path(file))
+
+
+def _check(given: argparse.Namespace) -> None:
+    if len(set(given.seeds)) < len(given.seeds):
+        raise LETError(f"--seeds is {' '.join(map(str, given.seeds))}; give each seed once.")
+    for name in ("jobs", "nproc_per_node"):
+        if given.sbatch and getattr(given, name) > 1:
+            raise LETError(
+                f"{flag(name)} {getattr(given, name)} has no effect with --sbatch, whose jobs have"
+                " the size of their scripts; leave it out."
+            )
+    check_output(given.output)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], epilog="-- FLAGS are given to every run"
+        description=(__doc__ or "").splitlines()[0],
+        epilog="-- FLAGS are given to every variant, not to the sweep's teachers",
     )
     add = parser.add_argument
     add("sweep", type=Path, help="one of configs/sweep_*.yaml, or its name")
@@ -116,18 +146,24 @@ def _report_gains(
     out: Path,
     console: Console,
 ) -> None:
-    """Write what each method gains with each of the sweep's teachers."""
+    """Write what each method gains with each of the sweep's teachers.
+
+    Raises:
+        LETError: a teacher was evaluated on other text than the baseline.
+    """
     from megatron_let.metrics import teacher_gap
     from megatron_let.metrics.provenance import provenance, write_csv
 
     losses = {}
+    baselines = [run for run in runs if run.name == sweep.baseline]
     for name, folder in teachers.items():
-        loss = load_run(name, folder).metrics.final_valid_loss
+        teacher = load_run(name, folder)
+        _check_same_text(teacher, baselines[0])
+        loss = teacher.metrics.final_valid_loss
         assert loss is not None, "a teacher is trained to an evaluation after its last step"
         losses[name] = loss
     having = [(run, sweep.variants[run.name].get("teacher")) for run in runs]
     taught = [(sweep.method(run.name), teacher, run) for run, teacher in having if teacher]
-    baselines = [run for run in runs if run.name == sweep.baseline]
     gains = teacher_gap.gains(taught, losses, baselines)
     if not gains:
         return
@@ -136,6 +172,16 @@ def _report_gains(
     for method in dict.fromkeys(gain.method for gain in gains):
         say(console, f"- {method}: {teacher_gap.describe(teacher_gap.crossover(gains, method))}")
     say(console, f"written: {out / 'gains.csv'}, {out / 'gains.png'}")
+
+
+def _check_same_text(teacher: ComparedRun, baseline: ComparedRun) -> None:
+    for name in ("seq_length", "valid_data_path", "split", "full_validation", "tokenizer_model"):
+        theirs, ours = ((run.settings or {}).get(name) for run in (teacher, baseline))
+        if theirs != ours:
+            raise LETError(
+                f"The gains cannot be compared: {name} of the teacher {teacher.name} is {theirs},"
+                f" and {ours} of the students; set it in the sweep's entry of that teacher too."
+            )
 
 
 def _check_trained(teachers: Mapping[str, Path]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def load_recipe(path: Path) -> dict[str, Any]:
                 raise RecipeError(f"The recipe {path} sets {name} twice.")
             settings[str(name)] = _in_folder(value, path.parent)
     return settings
+
+
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """Return the last value of `--flag VALUE` or `--flag=VALUE` in a command line, as argparse."""
+    found = None
+    for word, following in itertools.zip_longest(words, words[1:]):
+        name, separator, value = word.partition("=")
+        if name == flag:
+            found = value if separator else following
+    return found
 
 
 def load_yaml(path: Path) -> Any:

@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,8 @@ from megatron_let.run.output_folder import read_settings
 
 _CHECKPOINTS = "checkpoints"
 _EVALUATION = "evaluation/results.json"
+# What runs of one variant have in common; each seed may have its own teacher and data.
+_METHOD = ("let_method", "let_loss", "let_weight", "let_stop_step", "let_layer")
 
 Curve = dict[int, float]
 
@@ -32,6 +34,7 @@ class ComparedRun:
         path: its folder or metrics file.
         settings: settings by argument name; None if the folder does not record them.
         downstream: average accuracy in percent of the last evaluated checkpoint.
+        evaluated: how that was evaluated: tasks, examples, items.
     """
 
     name: str
@@ -39,6 +42,7 @@ class ComparedRun:
     metrics: RunMetrics
     settings: dict[str, Any] | None = None
     downstream: float | None = None
+    evaluated: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str | None:
@@ -91,16 +95,47 @@ def load_run(name: str, path: Path) -> ComparedRun:
         )
     folder = metrics.parent
     settings = read_settings(folder / _CHECKPOINTS)
-    return ComparedRun(name, path, load_metrics(metrics), settings, _downstream(folder))
+    return ComparedRun(name, path, load_metrics(metrics), settings, *_downstream(folder))
 
 
-def _downstream(folder: Path) -> float | None:
-    """Return the average accuracy of the evaluated checkpoint with the most tokens."""
+def _downstream(folder: Path) -> tuple[float | None, dict[str, Any]]:
+    """Return the average accuracy of the run's last evaluated checkpoint, and its conditions."""
     if not (folder / _EVALUATION).is_file():
-        return None
-    models = json.loads((folder / _EVALUATION).read_text())["models"]
-    latest = max(models, key=lambda model: model["tokens"] or 0, default=None)
-    return None if latest is None else float(latest["average"])
+        return None, {}
+    stored = json.loads((folder / _EVALUATION).read_text())
+    models = [model for model in stored["models"] if _is_of(folder, Path(model["model"]))]
+    if not models:
+        return None, {}
+    latest = max(models, key=lambda model: model["tokens"] or 0)
+    conditions = {name: stored.get(name) for name in ("num_fewshot", "limit")}
+    tasks = sorted(result["task"] for result in latest["results"])
+    return float(latest["average"]), {"tasks": tasks, **conditions}
+
+
+def _is_of(folder: Path, model: Path) -> bool:
+    """Return whether a model, of which a moved run has an outdated path, is one of this run."""
+    if model.exists():
+        return model.resolve().is_relative_to(folder.resolve())
+    return folder.resolve().name in model.parts
+
+
+def check_variants(runs: Sequence[ComparedRun]) -> None:
+    """Check that the runs of one name are seeds of one variant.
+
+    Raises:
+        LETError: two of them have one seed, or other methods.
+    """
+    for i, run in enumerate(runs):
+        for other in (earlier for earlier in runs[:i] if earlier.name == run.name):
+            name = f"The runs {other.path} and {run.path} are both named {run.name}"
+            how = "give them as NAME=RUN with two names"
+            for setting in _METHOD:
+                values = [(r.settings or {}).get(setting) for r in (other, run)]
+                if values[0] != values[1]:
+                    shown = " and ".join(map(str, values))
+                    raise LETError(f"{name}, and {setting} is {shown}; {how}.")
+            if run.path.resolve() == other.path.resolve() or run.seed == other.seed is not None:
+                raise LETError(f"{name}, and have the seed {run.seed}; {how}, or one of them.")
 
 
 def find_baseline(runs: list[ComparedRun], name: str | None) -> str:
@@ -204,21 +239,23 @@ def run_figures(run: ComparedRun, baseline: ComparedRun) -> dict[str, float | No
 
     The target is the baseline's last held-out loss, and `difference` the run's at that step minus
     it; `steps_to_target` and `seconds_to_target` are None if the run never reached it or its time
-    is unknown. `speed_up` and `time_speed_up` are the baseline's steps and training seconds at its
-    last evaluation over those of the run at the target.
+    is unknown. `speed_up` and `time_speed_up` are the baseline's steps and training seconds to the
+    target, which it may pass before its last evaluation, over those of the run.
     """
     target = _target(baseline)
-    steps = None if target is None else steps_to_reach(run.metrics.valid_loss, target)
+    steps, needed = (
+        None if target is None else steps_to_reach(r.metrics.valid_loss, target)
+        for r in (run, baseline)
+    )
     seconds = _at(run.seconds(), steps)
-    last = max(baseline.metrics.valid_loss, default=None)
     rates = [row["tokens_per_second"] for step, row in run.metrics.steps.items() if step > 1]
     return {
         "final_loss": run.metrics.final_valid_loss,
         "difference": last_difference(run.metrics, baseline.metrics),
         "steps_to_target": steps,
-        "speed_up": _ratio(last, steps),
+        "speed_up": _ratio(needed, steps),
         "seconds_to_target": seconds,
-        "time_speed_up": _ratio(_at(baseline.seconds(), last), seconds),
+        "time_speed_up": _ratio(_at(baseline.seconds(), needed), seconds),
         "training_seconds": _at(run.seconds(), run.metrics.last_step),
         "tokens_per_second": statistics.median(rates) if rates else None,
         "teacher_step_cost": teacher_step_cost(run.metrics, baseline.metrics),
@@ -281,6 +318,11 @@ def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
     if missing := [step for step in range(1, steps) if step not in run.metrics.steps]:
         fate = "their time is interpolated" if missing[0] > 1 else "so its time is unknown"
         notes.append(f"no metrics of {_ranges(missing)}, {fate}")
+    notes += [
+        f"{name} was changed from {before} to {since} at step {step}"
+        for step, changed in run.metrics.changes.items()
+        for name, (before, since) in changed.items()
+    ]
     if run is not baseline:
         notes += differences(run, baseline)
     return [f"{run.path.name}: {note}" for note in notes]
@@ -300,8 +342,13 @@ def differences(run: ComparedRun, baseline: ComparedRun) -> list[str]:
     ours, theirs = run.settings, baseline.settings
     if ours is None or theirs is None:
         return ["the settings are unknown, so the comparison may be unfair"]
-    return [
-        f"{name} is {ours.get(name)}, the baseline's {theirs.get(name)}"
-        for name in ours | theirs
-        if not name.startswith("let_") and ours.get(name) != theirs.get(name)
+    # Older versions stored fewer settings.
+    shared = [name for name in ours if name in theirs and not name.startswith("let_")]
+    found = [
+        f"{name} is {ours[name]}, the baseline's {theirs[name]}"
+        for name in shared
+        if ours[name] != theirs[name]
     ]
+    if run.evaluated and baseline.evaluated and run.evaluated != baseline.evaluated:
+        found.append(f"downstream is of {run.evaluated}, the baseline's of {baseline.evaluated}")
+    return found

@@ -25,22 +25,30 @@ def last_difference(run: RunMetrics, baseline: RunMetrics) -> float | None:
 def interval(pairs: Sequence[tuple[RunMetrics, RunMetrics]]) -> tuple[float, float] | None:
     """Return a 95 % bootstrap interval of the mean of `last_difference` over (run, baseline) pairs.
 
-    The evaluation's microbatches are resampled, the same ones for both runs of a pair and for all
-    pairs: it is the uncertainty that comes from the choice of the held-out text, with these seeds.
-    None if a run has no losses of microbatches, or another number of them.
+    The evaluation's microbatches are resampled, the same ones for both runs of a pair: it is the
+    uncertainty that comes from the choice of the held-out text, with these seeds. Megatron shuffles
+    that text by the seed, so the ends of the pairs' intervals are averaged, which is their mean's
+    interval if a text has the same effect in each pair, and too wide if not.
+
+    None if a run has no losses of microbatches, or another number than its baseline.
     """
-    rows: list[np.ndarray] = []
+    ends: list[tuple[float, float]] = []
     for run, baseline in pairs:
         last = max(baseline.valid_loss, default=0)
         ours, theirs = (m.valid_microbatches.get(last, []) for m in (run, baseline))
-        if not ours or len(ours) != len(theirs) or (rows and len(ours) != len(rows[0])):
+        if not ours or len(ours) != len(theirs):
             return None
-        rows.append(np.subtract(ours, theirs))
-    if not rows:
+        differences = np.subtract(ours, theirs)
+        if not np.isfinite(differences).all():
+            return None
+        ends.append(_resampled(differences))
+    if not ends:
         return None
-    differences = np.mean(rows, axis=0)
-    if not np.isfinite(differences).all():
-        return None
+    low, high = np.mean(ends, axis=0).tolist()
+    return low, high
+
+
+def _resampled(differences: np.ndarray) -> tuple[float, float]:
     drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
     low, high = np.quantile(differences[drawn].mean(axis=1), QUANTILES).tolist()
     return low, high

@@ -11,7 +11,7 @@ from megatron_let.errors import LETError
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """One run's metrics; of several rows of one iteration, the last one.
+    """One run's metrics. A step that is taken again replaces all rows from it on.
 
     A loss that was not finite, which a metrics file has as null, is NaN.
 
@@ -19,11 +19,14 @@ class RunMetrics:
         steps: training rows by iteration.
         valid_loss: validation loss by iteration.
         valid_microbatches: losses of the microbatches of an evaluation, by iteration.
+        changes: settings that a resumed run changed, as {name: [before, since]}, by the iteration
+            that it resumed at.
     """
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     valid_loss: dict[int, float] = field(default_factory=dict)
     valid_microbatches: dict[int, list[float]] = field(default_factory=dict)
+    changes: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -70,11 +73,24 @@ def load_metrics(path: Path) -> RunMetrics:
             continue
         _check(path, number, row)
         if "lm_loss" in row:
+            _forget_from(run, row["iteration"])
             run.steps[row["iteration"]] = row | {"lm_loss": _number(row["lm_loss"])}
         elif "valid_loss" in row:
             run.valid_loss[row["iteration"]] = _number(row["valid_loss"])
             run.valid_microbatches[row["iteration"]] = row.get("microbatches", [])
+        elif "changed" in row:
+            run.changes[row["iteration"]] = run.changes.get(row["iteration"], {}) | row["changed"]
     return run
+
+
+def _forget_from(run: RunMetrics, iteration: int) -> None:
+    """Drop the rows of steps that the run, resumed from an earlier checkpoint, takes again."""
+    # The last key is the largest.
+    if iteration > next(reversed(run.steps), 0):
+        return
+    for rows in (run.steps, run.valid_loss, run.valid_microbatches):
+        for step in [step for step in rows if step >= iteration]:
+            del rows[step]
 
 
 def _check(path: Path, number: int, row: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ _FIGURES = (
     ("peak_memory_bytes", "peak GiB", "{:.2f}", _GIB),
     ("downstream", "downstream %", "{:.1f}", 1),
 )
+# Figures of the runs that reached the baseline's last loss.
+_TO_TARGET = ("steps_to_target", "speed_up", "seconds_to_target", "time_speed_up")
 COLUMNS = ("run", "seeds", *(heading for _, heading, _, _ in _FIGURES))
 
 
@@ -51,7 +53,7 @@ def table_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
 def _cell(variant: Variant, key: str, form: str, unit: int) -> str:
     """Format the mean, and the range over several seeds."""
     spread = variant.figures[key]
-    missing = len(variant.runs) - (0 if spread is None else spread.count)
+    missing = len(variant.runs) - _num_having(variant, key)
     absence = _absence(variant, key) if missing else None
     if spread is None:
         return absence or "–"
@@ -60,12 +62,18 @@ def _cell(variant: Variant, key: str, form: str, unit: int) -> str:
     return f"{cell}, {missing} {absence}" if absence else cell
 
 
+def _num_having(variant: Variant, key: str) -> int:
+    # A run that reached the baseline's loss may have no seconds.
+    spread = variant.figures["steps_to_target" if key in _TO_TARGET else key]
+    return 0 if spread is None else spread.count
+
+
 def _absence(variant: Variant, key: str) -> str | None:
     """Return the word for runs without a figure, if the reason is known."""
-    if key == "steps_to_target" and variant.has_target:
+    if key in _TO_TARGET and variant.has_target:
         return "never"
     diverged = any(run.metrics.diverged_at is not None for run in variant.runs)
-    return "diverged" if key == "final_loss" and diverged else None
+    return "diverged" if key in ("final_loss", "difference") and diverged else None
 
 
 def two_runs(variants: list[Variant]) -> tuple[ComparedRun, ComparedRun] | None:

@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_let.config.recipes import (
     line_of,
     load_recipe,
     load_yaml,
+    value_of,
 )
 
 _KEYS = {"title", "baseline", "recipes", "seeds", "variants"}
@@ -65,12 +65,24 @@ class SweepRun:
         Raises:
             RecipeError: neither sets it.
         """
-        # The last occurrence of a flag wins, as in argparse.
-        steps = dict(pairwise(self.flags)).get("--train-iters")
+        steps = value_of("--train-iters", self.flags)
         steps = steps or load_recipe(self.recipe).get("train-iters")
         if steps is None:
             raise RecipeError(f"The recipe {self.recipe} has no train-iters, which a sweep needs.")
         return int(steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the recipe's settings and the values of the flags, by name without the dashes."""
+        values = dict(load_recipe(self.recipe))
+        name = ""
+        for word in self.flags:
+            if word.startswith("--"):
+                name, separator, value = word[2:].partition("=")
+                values[name] = [value] if separator else []
+            else:
+                values[name].append(word)
+        return values
 
 
 def load_sweep(path: Path) -> Sweep:

@@ -1,6 +1,7 @@
 """What each method gains, against how much better its teacher is than the student becomes."""
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ def gains(
     """Compare each finished run with the baseline of its seed.
 
     Args:
-        runs: method, teacher and run; left out if it was not evaluated at the baseline's last step.
+        runs: method, teacher and run; left out if it was not evaluated at the baseline's last step,
+            or a loss is not finite.
         teacher_losses: each teacher's last held-out loss.
     """
     found = []
@@ -57,9 +59,10 @@ def gains(
         if baseline is None or last is None:
             continue
         figures, gap = run_figures(run, baseline), teacher_losses[teacher] - last
-        if figures["difference"] is not None:
+        difference = figures["difference"]
+        if difference is not None and math.isfinite(difference + gap):
             speed = (figures[key] for key in ("speed_up", "time_speed_up", "teacher_step_cost"))
-            found.append(Gain(method, teacher, run.seed, gap, -figures["difference"], *speed))
+            found.append(Gain(method, teacher, run.seed, gap, -difference, *speed))
     return found
 
 
@@ -87,19 +90,20 @@ class Crossover:
 def crossover(found: Sequence[Gain], method: str) -> Crossover:
     """Return where a method begins to harm, from its gains with several teachers.
 
-    The gains of each teacher are resampled over its seeds.
+    The seeds are resampled, the same ones for all teachers, whose gains share the baselines.
     """
     points = _by_teacher(found, method)
     crossing = _crossing(list(points.values()))
     gap, between = crossing or (None, None)
     if sum(len(group) > 1 for group in points.values()) < 2:
         return Crossover(gap, between, None, None, float(gap is not None))
-    generator = np.random.default_rng(0)
+    generator, seeds = np.random.default_rng(0), list({gain.seed for gain in found})
     crossings = []
     for _ in range(RESAMPLES):
-        drawn = [[group[i] for i in generator.integers(len(group), size=len(group))]
+        chosen = [seeds[i] for i in generator.integers(len(seeds), size=len(seeds))]
+        drawn = [[gain for seed in chosen for gain in group if gain.seed == seed]
                  for group in points.values()]  # fmt: skip
-        crossings.append(_crossing(drawn))
+        crossings.append(_crossing([group for group in drawn if group]))
     there = [found[0] for found in crossings if found is not None]
     low, high = np.quantile(there, QUANTILES).tolist() if there else (None, None)
     return Crossover(gap, between, low, high, len(there) / RESAMPLES)

@@ -74,7 +74,19 @@ _COMPARED = (
     "valid_data_path",
     "split",
     "eval_iters",
+    "eval_global_batch_size",
+    "eval_micro_batch_size",
     "full_validation",
+    "lr_decay_iters",
+    "rampup_batch_size",
+    "num_experts",
+    "swiglu",
+    "normalization",
+    "position_embedding_type",
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
 )
 
 

@@ -36,6 +36,14 @@ def write_run(
         )
     if downstream is not None:
         (folder / "evaluation").mkdir()
-        models = [{"tokens": 10, "average": 1.0}, {"tokens": 20, "average": downstream}]
+        models = [
+            {"model": model, "tokens": tokens, "average": average, "results": []}
+            for model, tokens, average in (
+                (f"runs/{folder.name}/checkpoints/iter_0000010", 10, 1.0),
+                (f"runs/{folder.name}/checkpoints/iter_0000020", 20, downstream),
+                # Of another run that was evaluated together with this one.
+                ("runs/other/checkpoints/iter_0000030", 30, 2.0),
+            )
+        ]
         (folder / "evaluation" / "results.json").write_text(json.dumps({"models": models}))
     return folder

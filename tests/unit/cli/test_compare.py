@@ -27,6 +27,23 @@ def test_two_runs_print_losses_by_step_and_figures(
     assert (tmp_path / "out" / "index.html").is_file()
 
 
+def test_runs_of_one_name_that_are_not_seeds_of_one_variant_are_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = {"a": "none", "b": "let"}
+    runs = [
+        write_run(tmp_path / name / "seed-1", BASE, settings={"let_method": method})
+        for name, method in methods.items()
+    ]
+    out = ["--out", str(tmp_path / "out")]
+    assert main([*map(str, runs), *out]) == 2
+    assert "both named seed-1, and let_method is none and let" in capsys.readouterr().err
+    # A file has the name of its folder.
+    assert main([str(runs[0] / "metrics.jsonl"), f"seed-1={runs[0]}", *out]) == 2
+    assert "have the seed 1" in capsys.readouterr().err
+    assert main([f"{path.parent.name}={path}" for path in runs] + out) == 0
+
+
 def test_run_without_metrics_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

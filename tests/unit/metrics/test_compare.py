@@ -130,6 +130,28 @@ def test_seeds_are_compared_with_baseline_of_same_seed(tmp_path: Path) -> None:
     assert let.notes == []
 
 
+def test_run_equal_to_a_baseline_that_ends_higher_has_no_speed_up(tmp_path: Path) -> None:
+    curve = {20: 4.8, 30: 4.9, 40: 5.0}
+    runs = [
+        load_run(name, write_run(tmp_path / name, curve, settings={"let_method": method}))
+        for name, method in (("baseline", "none"), ("let", "let"))
+    ]
+    for variant in compare(runs, "baseline"):
+        assert (means(variant)["speed_up"], means(variant)["time_speed_up"]) == (1.0, 1.0)
+
+
+def test_changed_setting_and_other_evaluation_are_noted(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "baseline", BASE, settings={}, downstream=40.0)
+    let = write_run(tmp_path / "let", LET, settings={"let_method": "let"}, downstream=41.0)
+    with (let / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"iteration": 20, "changed": {"lr": [0.1, 1e-3]}}) + "\n")
+    results = let / "evaluation/results.json"
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"limit": "10"}))
+    _, variant = compare([load_run(path.name, path) for path in (base, let)], "baseline")
+    assert any("lr was changed from 0.1 to 0.001 at step 20" in note for note in variant.notes)
+    assert any("downstream" in note and "'10'" in note for note in variant.notes)
+
+
 def test_run_that_never_reaches_baseline_has_no_speed_up(tmp_path: Path) -> None:
     worse = write_run(tmp_path / "b", {20: 7.0, 40: 5.1}, settings={"let_method": "let"})
     runs = [load_run("baseline", write_run(tmp_path / "a", BASE)), load_run("let", worse)]
@@ -208,8 +230,15 @@ def test_diverged_run_is_marked_and_others_are_compared(tmp_path: Path) -> None:
 
 
 def test_different_settings_are_listed(tmp_path: Path) -> None:
-    baseline = load_run("baseline", write_run(tmp_path / "a", BASE, settings={}))
-    other = {"let_method": "let", "let_weight": 0.3, "lr": 3e-3, "settings": {"clip_grad": 1.0}}
+    # Of an older version, which did not store swiglu.
+    old = {"settings": {"clip_grad": None}}
+    baseline = load_run("baseline", write_run(tmp_path / "a", BASE, settings=old))
+    other = {
+        "let_method": "let",
+        "let_weight": 0.3,
+        "lr": 3e-3,
+        "settings": {"clip_grad": 1.0, "swiglu": True},
+    }
     let = load_run("let", write_run(tmp_path / "b", LET, settings=other))
     assert differences(let, baseline) == [
         "lr is 0.003, the baseline's 0.001",

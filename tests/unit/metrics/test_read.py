@@ -21,11 +21,19 @@ def write(path: Path, *rows: dict[str, Any], end: str = "") -> Path:
     return path
 
 
-def test_repeated_step_keeps_last_row(tmp_path: Path) -> None:
-    rows = [step(1, lm_loss=9.0), step(2), step(1, lm_loss=4.0), {"iteration": 2, "valid_loss": 3}]
-    loaded = load_metrics(write(tmp_path / "m.jsonl", *rows))
-    assert loaded.steps[1]["lm_loss"] == 4.0
-    assert (loaded.last_step, loaded.valid_loss, loaded.final_valid_loss) == (2, {2: 3}, 3)
+def test_step_taken_again_replaces_the_rows_from_it_on(tmp_path: Path) -> None:
+    losses = [{"iteration": i, "valid_loss": 9.0 - i, "microbatches": [1.0]} for i in range(1, 5)]
+    first = [row for i in range(1, 5) for row in (step(i, lm_loss=9.0), losses[i - 1])]
+    # Resumed at step 2, it has other evaluations.
+    again = [step(3, lm_loss=4.0), step(4, lm_loss=3.0)]
+    path = write(tmp_path / "m.jsonl", *first, {"iteration": 2, "changed": {"lr": [1, 2]}}, *again)
+    loaded = load_metrics(path)
+    assert [row["lm_loss"] for row in loaded.steps.values()] == [9.0, 9.0, 4.0, 3.0]
+    assert loaded.valid_loss == {1: 8.0, 2: 7.0} and list(loaded.valid_microbatches) == [1, 2]
+    assert loaded.changes == {2: {"lr": [1, 2]}}
+    # Killed before it was as far as before, it is not finished.
+    write(path, *first, *again[:1])
+    assert load_metrics(path).last_step == 3
 
 
 def test_test_loss_is_not_validation_loss(tmp_path: Path) -> None:

@@ -42,7 +42,21 @@ def test_step_rows_are_evaluations_of_both_runs(tmp_path: Path) -> None:
 def test_table_shows_never_for_run_above_baseline(tmp_path: Path) -> None:
     cells = dict(zip(COLUMNS, table_rows(variants(tmp_path, {20: 7.0, 40: 5.1}))[1], strict=True))
     assert cells["steps to the baseline's loss"] == "never"
-    assert cells["held-out loss"] == "5.1000" and cells["speed-up in steps"] == "–"
+    assert cells["held-out loss"] == "5.1000" and cells["speed-up in steps"] == "never"
+
+
+def test_seed_that_never_reaches_the_baseline_is_marked_beside_the_speed_up(tmp_path: Path) -> None:
+    runs = [
+        load_run(name, write_run(tmp_path / f"{name}{seed}", valid, settings=settings))
+        for seed, let in ((1, {20: 4.9, 40: 4.5}), (2, {20: 7.0, 40: 5.1}))
+        for name, valid, settings in (
+            ("baseline", BASE, {"seed": seed}),
+            ("let", let, {"seed": seed, "let_method": "let"}),
+        )
+    ]
+    cells = dict(zip(COLUMNS, table_rows(compare(runs, "baseline"))[1], strict=True))
+    for column in ("speed-up in steps", "speed-up in time", "steps to the baseline's loss"):
+        assert cells[column].endswith(", 1 never")
 
 
 @pytest.mark.parametrize(

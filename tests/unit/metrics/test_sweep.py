@@ -11,6 +11,7 @@ import yaml
 from megatron_let.config.recipes import RecipeError
 from megatron_let.metrics.sweep import (
     Sweep,
+    SweepRun,
     load_sweep,
     runs_of,
     sbatch_line,
@@ -127,6 +128,23 @@ def test_list_of_values_follows_its_flag() -> None:
     recipe = ROOT / "configs/tiny.yaml"
     sweep = Sweep("t", "a", {"r": recipe}, (7,), {"a": {"recipe": "r", "data-path": [1, "x"]}})
     assert runs_of(sweep)[0].flags[2:] == ("--data-path", "1", "x")
+
+
+def test_later_and_joined_values_of_a_flag_win() -> None:
+    flags = (
+        "--train-iters",
+        "7",
+        "--lr=1",
+        "--train-iters=9",
+        "--no-save",
+        "--data-path",
+        "1",
+        "x",
+    )
+    run = SweepRun("a", 1, ROOT / "configs/tiny.yaml", flags)
+    assert run.num_steps == 9
+    found = {name: run.settings[name] for name in ("train-iters", "lr", "no-save", "data-path")}
+    assert found == {"train-iters": ["9"], "lr": ["1"], "no-save": [], "data-path": ["1", "x"]}
 
 
 def test_sbatch_line_names_run_and_script(tmp_path: Path) -> None:

@@ -57,6 +57,25 @@ def test_crossover_is_where_the_means_change_their_sign() -> None:
     assert f"{found.gap:+.2f}" in describe(found)
 
 
+def test_seeds_are_drawn_together_because_teachers_share_the_baselines() -> None:
+    shifts = {1: -0.06, 2: 0.0, 3: 0.06}
+    found = [
+        gain(teacher, gap - shift, loss + shift, seed)
+        for teacher, gap, loss in (("strong", -0.2, 0.1), ("weak", 0.2, -0.1))
+        for seed, shift in shifts.items()
+    ]
+    result = crossover(found, "let")
+    # A baseline that is worse by x moves the crossing by x, and all draws of one seed have x.
+    assert (result.low, result.high) == pytest.approx((-0.06, 0.06), abs=0.021)
+    assert result.high > 0.05  # type: ignore[operator]
+
+
+def test_loss_that_is_not_finite_leaves_the_others(runs: list[ComparedRun]) -> None:
+    runs[2].metrics.valid_loss[40] = float("nan")
+    found = gains([("let", "t", run) for run in runs[2:]], {"t": 4.0}, runs[:2])
+    assert [g.seed for g in found] == [2]
+
+
 def test_spread_over_seeds_widens_the_interval() -> None:
     wide = [gain("weak", 1.0, -0.1 + 0.08 * (seed - 1), seed) for seed in range(3)]
     narrow, wider = crossover([*STRONG, *WEAK], "let"), crossover([*STRONG, *wide], "let")
