@@ -3,9 +3,10 @@
     megatron-let plan --config let_7b --gpus 32 --gpu a100-80g [--pp 4 ...]
 
 It prints memory per rank and a discrete-event simulation of Megatron's schedule with the teacher in
-it. `--sweep` ranks the layouts that fit; `--break-even` gives the cost of the whole run. With
-`--engine deepspeed` it prints GPU and host memory under ZeRO, and the time of the passes. All other
-flags are Megatron's and LET's.
+it. `--sweep` ranks the layouts that fit, keeping the TP, PP, VPP and microbatch size given on the
+command line; `--break-even` gives the cost of the whole run. With `--engine deepspeed` it prints
+GPU and host memory under ZeRO, and the time of the passes. All other flags are Megatron's and
+LET's.
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_let.cli.common import output_console, positive, run_command
-from megatron_let.config.arguments import flag, num_steps
-from megatron_let.config.let_config import LETConfig
+from megatron_let.cli.common import (
+    check_output_file,
+    output_console,
+    positive,
+    run_command,
+    say,
+)
+from megatron_let.config.arguments import flag, let_config_from_args, num_steps
+from megatron_let.config.let_config import METHODS, LETConfig
 from megatron_let.engines import load_engine
 from megatron_let.errors import LETError
 from megatron_let.planner.sizes import GPUS, TEACHERS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_let.planner.break_even import RunCost
     from megatron_let.planner.estimate import Estimate, Request
     from megatron_let.planner.memory import Layout
+    from megatron_let.planner.sizes import TransformerSize
     from megatron_let.planner.zero import Zero
 
 _SHORT_FLAGS = {
@@ -35,6 +46,14 @@ _SHORT_FLAGS = {
     "vpp": "--num-virtual-stages-per-pipeline-rank",
     "micro_batch_size": "--micro-batch-size",
 }
+# Flags of a layout that --sweep chooses itself, or assumes.
+_NOT_SWEPT = (
+    "--recompute-", "--no-recompute-", "--no-sequence-parallel", "--no-use-distributed-optimizer",
+    "--num-layers-per-virtual-pipeline-stage", "--pipeline-model-parallel-layout",
+)  # fmt: skip
+# Value of a recipe's ${DATA}, ${TEACHER} and so on, of which the plan reads no files.
+_UNUSED = "<unused>"
+_PICTURES = (".png", ".svg", ".pdf")
 # Megatron checks these when a run starts; unset ones have a default.
 _AT_LEAST_ONE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -53,7 +72,7 @@ _WIDTH = 110
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; return 0 if it fits, 1 if not, 2 if the request is invalid."""
     options, flags = _parse(argv)
-    return run_command("plan", lambda _: _plan(options, flags))
+    return run_command("plan", lambda console: _plan(options, flags, console))
 
 
 def plan_one(argv: list[str]) -> tuple[Request, Estimate]:
@@ -77,17 +96,22 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--gpu", choices=sorted(GPUS), required=True)
     for name in _SHORT_FLAGS:
         add(flag(name), type=positive, help="replaces the recipe's value")
-    add("--teacher", help=f"model folder, or one of {', '.join(TEACHERS)} (default: the paper's)")
+    add(
+        "--teacher",
+        help=f"model folder, or one of {', '.join(TEACHERS)} (default: --let-teacher,"
+        " or the paper's)",
+    )
     add("--vocab-size", type=positive, help="vocabulary size of the data (default: the teacher's)")
     add("--efficiency", type=float, default=0.5, help="share of the peak FLOP/s (default: 0.5)")
     add("--reserve", type=float, default=0.1, help="share of memory to leave free (default: 0.1)")
     add("--sweep", action="store_true", help="rank all layouts that fit")
     add("--json", action="store_true", help="print JSON instead of a table")
-    add("--plot", type=Path, help="draw the stages' timeline (.png, .svg)")
+    add("--plot", type=Path, help="draw the stages' timeline (.png, .svg, .pdf)")
     add(
         "--break-even",
         type=Path,
-        help="print GPU hours to the baseline's loss by speed-up, and draw them (.png, .svg)",
+        help="print GPU hours to the baseline's loss by speed-up (of a sweep: for its fastest"
+        " layout), and draw them (.png, .svg, .pdf)",
     )
     options, flags = parser.parse_known_args(argv)
     for name, megatron_flag in _SHORT_FLAGS.items():
@@ -96,38 +120,81 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return options, flags
 
 
-def _plan(options: argparse.Namespace, flags: list[str]) -> int:
+def _plan(options: argparse.Namespace, flags: list[str], messages: Console) -> int:
     from megatron_let.compat.device import detect_host, prepare_process
 
     prepare_process(detect_host(), 0)
-    from megatron_let.planner import display
-    from megatron_let.planner.break_even import run_cost
-    from megatron_let.planner.layouts import sweep
-
     args = megatron_arguments(options.config, flags)
     _check_engine(args, options)
     request = _request(args, options)
+    _check_outputs(request, args, options)
+    found = (
+        _sweep(request, args, options, flags)
+        if options.sweep
+        else [_estimate(request, args, options)]
+    )
+    cost = _cost(found[0], args) if options.break_even is not None and found else None
+    _print(found, cost, options)
+    if not found:
+        say(
+            messages,
+            f"plan: no layout divides over {options.gpus} {options.gpu} and fits their memory; give"
+            " more or larger GPUs, or fewer flags that fix the layout.",
+            "red",
+        )
+        return 1
+    _draw(found[0], cost, options)
+    return 0 if found[0].fits else 1
+
+
+def _sweep(
+    request: Request, args: argparse.Namespace, options: argparse.Namespace, flags: list[str]
+) -> list[Estimate]:
+    """Return the layouts that fit, among those with the command line's TP, PP and so on."""
+    from megatron_let.planner.layouts import sweep
+
+    given = {token.split("=", 1)[0] for token in flags}
+    for name in sorted(given):
+        if name.startswith(_NOT_SWEPT):
+            raise LETError(
+                f"--sweep does not take {name}; drop it, or plan one layout without --sweep."
+            )
+    return sweep(request, args, options.gpus, given)
+
+
+def _cost(found: Estimate, args: argparse.Namespace) -> RunCost:
+    from megatron_let.planner.break_even import run_cost
+
+    stop_step = LETConfig.stop_step if args.let_stop_step is None else args.let_stop_step
+    return run_cost(found, num_steps(args), stop_step)
+
+
+def _print(found: list[Estimate], cost: RunCost | None, options: argparse.Namespace) -> None:
+    """Print the estimates, and the cost of the first, as JSON or tables."""
+    from megatron_let.planner import display
+
     console, titles = output_console(_WIDTH), (options.config.stem, options.gpu)
-    if options.sweep:
-        found = sweep(request, args, options.gpus)
-    else:
-        found = [_estimate(request, args, options)]
     if options.json:
         values = [display.as_json(each) for each in found]
+        if cost is not None:
+            values[0]["break_even"] = display.break_even_as_json(cost)
         print(json.dumps(values if options.sweep else values[0], indent=2))
-    elif options.sweep:
+        return
+    if options.sweep and found:
         display.print_sweep(console, found, *titles)
-    else:
+    elif found:
         display.print_estimate(console, found[0], *titles)
+    if cost is not None:
+        display.print_break_even(console, cost)
+
+
+def _draw(found: Estimate, cost: RunCost | None, options: argparse.Namespace) -> None:
+    from megatron_let.planner import display
+
     if options.plot is not None:
-        display.plot_stages(found[0], options.plot)
-    if options.break_even is not None and found:
-        stop_step = LETConfig.stop_step if args.let_stop_step is None else args.let_stop_step
-        cost = run_cost(found[0], num_steps(args), stop_step)
-        if not options.json:
-            display.print_break_even(console, cost)
+        display.plot_stages(found, options.plot)
+    if cost is not None:
         display.plot_break_even(cost, options.break_even)
-    return 0 if found and found[0].fits else 1
 
 
 def megatron_arguments(config: Path, flags: list[str]) -> argparse.Namespace:
@@ -138,8 +205,7 @@ def megatron_arguments(config: Path, flags: list[str]) -> argparse.Namespace:
     from megatron_let.config.recipes import load_recipe, recipe_argv
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    # The plan reads none of these folders.
-    variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), "unused")
+    variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), _UNUSED)
     args = parser.parse_args(recipe_argv(load_recipe(config), parser, flags, variables))
     for name in _AT_LEAST_ONE:
         value = getattr(args, name)
@@ -155,16 +221,69 @@ def _check_shares(options: argparse.Namespace) -> None:
         raise LETError(f"--reserve is {options.reserve}; give at least 0 and less than 1.")
 
 
+def _check_method(args: argparse.Namespace) -> None:
+    """Check the method and its settings, as a run does."""
+    learns_from = METHODS[args.let_method or "none"].learns_from
+    if learns_from is None:
+        return
+    if learns_from == "logits":
+        raise LETError(
+            f"The planner does not count --let-method {args.let_method}; measure a few steps of the"
+            " run instead."
+        )
+    args.let_teacher = args.let_teacher or Path(_UNUSED)
+    layer, num_layers = let_config_from_args(args).layer, args.num_layers
+    if layer > num_layers:
+        raise LETError(
+            f"--let-layer is {layer} but the student has {num_layers} layers; give a number from 1"
+            f" to {num_layers}."
+        )
+
+
+def _check_outputs(request: Request, args: argparse.Namespace, options: argparse.Namespace) -> None:
+    """Check that there is something to draw, and that it can be written."""
+    for name in ("plot", "break_even"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        if request.teacher is None:
+            raise LETError(
+                f"{flag(name)} shows where a teacher runs or what it costs, and this run has no"
+                " teacher; give --let-method let."
+            )
+        if path.suffix.lower() not in _PICTURES:
+            raise LETError(f"{flag(name)} {path} is not a picture; end it in .png, .svg or .pdf.")
+        check_output_file(path)
+    has_steps = args.train_iters is not None or args.train_samples is not None
+    steps = num_steps(args) if has_steps else 0
+    if options.break_even is not None and steps < 1:
+        raise LETError(
+            f"--break-even needs the steps of the run, which has {steps}; give --train-iters at"
+            " least 1."
+        )
+
+
+def _teacher(
+    student: TransformerSize, args: argparse.Namespace, options: argparse.Namespace
+) -> str:
+    """Return the name or folder of the teacher: that of the flags, or the paper's."""
+    if options.teacher:
+        return str(options.teacher)
+    if args.let_teacher is not None and _UNUSED not in args.let_teacher.parts:
+        return str(args.let_teacher)
+    large = student.num_layers * student.active_layer_params > _LARGE_STUDENT
+    return "smollm2-1.7b" if large else "smollm2-135m"
+
+
 def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     from megatron_let.config.arguments import layer_number
-    from megatron_let.config.let_config import METHODS
     from megatron_let.planner.estimate import Request
     from megatron_let.planner.sizes import student_size, teacher_size
 
     _check_shares(options)
     rough = student_size(args, 1, 1)
-    large = rough.num_layers * rough.active_layer_params > _LARGE_STUDENT
-    teacher = teacher_size(options.teacher or ("smollm2-1.7b" if large else "smollm2-135m"))
+    _check_method(args)
+    teacher = teacher_size(_teacher(rough, args, options))
     # All planned devices are GPUs, on which `auto` is bf16.
     if args.let_teacher_dtype == "fp32":
         teacher = dataclasses.replace(teacher, num_bytes=4)

@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from megatron_let.errors import LETError
 from megatron_let.placement.plan import steady_timeline
 from megatron_let.planner.break_even import RunCost
 from megatron_let.planner.estimate import Estimate
@@ -36,6 +35,18 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "tokens_per_second": found.tokens_per_second,
         "fits": found.fits,
         **found.details,
+    }
+
+
+def break_even_as_json(cost: RunCost) -> dict[str, Any]:
+    """Return the cost of a run as JSON values."""
+    return {
+        **dataclasses.asdict(cost),
+        "let_gpu_hours": {
+            name: {f"{s:.1f}": cost.let_gpu_hours(s, ratio) for s in _SPEEDUPS}
+            for name, ratio in cost.ratios.items()
+        },
+        "break_even_speedup": {name: cost.break_even(r) for name, r in cost.ratios.items()},
     }
 
 
@@ -115,19 +126,13 @@ def _name(layout: Layout) -> str:
 
 
 def plot_stages(found: Estimate, path: Path) -> None:
-    """Draw each stage's passes over time, one panel per placement.
-
-    Raises:
-        LETError: the run has no teacher.
-    """
+    """Draw each stage's passes over time, one panel per placement of the teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    if not found.seconds:
-        raise LETError("--plot shows where a teacher runs, and this run has no teacher.")
     layout, prefetch = found.layout, found.request.prefetch(found.layout)
     height = 1 + (0.6 + 0.35 * layout.pp) * len(found.seconds)
     figure, panels = pyplot.subplots(len(found.seconds), sharex=True, figsize=(11, height))
@@ -152,6 +157,7 @@ def plot_stages(found: Estimate, path: Path) -> None:
     legend = [Patch(color=colour, label=kind) for kind, colour in _SPAN_COLOURS.items()]
     figure.legend(handles=legend, loc="upper right", ncols=3, fontsize=8, frameon=False)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
@@ -191,4 +197,5 @@ def plot_break_even(cost: RunCost, path: Path) -> None:
     axes.set_ylabel("thousand GPU hours")
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

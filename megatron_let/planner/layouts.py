@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+from megatron_let.config.arguments import flag
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Estimate, Request, estimate, memory_of_stages
 from megatron_let.planner.memory import Layout, Recompute
 from megatron_let.planner.sizes import Experts, TransformerSize, student_size
+
+# What a sweep tries, by argument.
+_TRIED = {
+    "tensor_model_parallel_size": (1, 2, 4, 8),
+    "pipeline_model_parallel_size": (1, 2, 4, 8, 16),
+    "num_virtual_stages_per_pipeline_rank": (1, 2, 5),
+    "micro_batch_size": (1, 2, 4, 8, 16),
+}
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 
 
 def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
@@ -70,10 +80,16 @@ def _chunks(args: argparse.Namespace, pp: int) -> int:
     return int(args.num_layers // (pp * layers))
 
 
-def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimate]:
-    """Estimate all layouts that fit, and return them with the fastest first."""
+def sweep(
+    request: Request, args: argparse.Namespace, gpus: int, given: Collection[str] = ()
+) -> list[Estimate]:
+    """Estimate all layouts that fit, and return them with the fastest first.
+
+    Args:
+        given: flags of the command line, whose values in `args` are kept.
+    """
     found = []
-    for layout in _layouts(args, gpus):
+    for layout in _layouts(args, gpus, given):
         if does_not_divide(layout, request.student) is not None:
             continue
         # Memory first: the simulation is much slower.
@@ -82,17 +98,18 @@ def sweep(request: Request, args: argparse.Namespace, gpus: int) -> list[Estimat
     return sorted((each for each in found if each.fits), key=lambda each: each.best_seconds)
 
 
-def _layouts(args: argparse.Namespace, gpus: int) -> Iterator[Layout]:
-    for tp, pp, vpp, b, recompute in itertools.product(
-        (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 5), (1, 2, 4, 8, 16), ("none", "full")
-    ):
+def _layouts(args: argparse.Namespace, gpus: int, given: Collection[str]) -> Iterator[Layout]:
+    tried = [
+        (getattr(args, name),) if flag(name) in given else values for name, values in _TRIED.items()
+    ]
+    for (tp, pp, vpp, b), recompute in itertools.product(itertools.product(*tried), _RECOMPUTE):
         cp = args.context_parallel_size
         dp, left = divmod(gpus, tp * pp * cp)
         if left or dp == 0 or args.global_batch_size % (b * dp):
             continue
         n = args.global_batch_size // (b * dp)
         ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-        yield Layout(tp, pp, cp, dp, vpp, b, n, recompute, ep=ep, etp=etp)  # type: ignore[arg-type]
+        yield Layout(tp, pp, cp, dp, vpp, b, n, recompute, ep=ep, etp=etp)
 
 
 def does_not_divide(layout: Layout, student: TransformerSize) -> str | None:

@@ -183,9 +183,10 @@ def test_plan_takes_the_aligned_layer_by_name_or_number(name: str, layer: int) -
     assert request.layer == layer
 
 
-def test_plot_writes_an_svg(tmp_path: Path) -> None:
-    assert run("--pp", "4", "--plot", str(tmp_path / "stages.svg")) == 0
-    text = (tmp_path / "stages.svg").read_text()
+def test_plot_makes_its_folder_and_writes_an_svg(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "stages.svg"
+    assert run("--pp", "4", "--plot", str(path)) == 0
+    text = path.read_text()
     assert "stage 3" in text or "<svg" in text
 
 
@@ -216,14 +217,39 @@ def test_plot_writes_an_svg(tmp_path: Path) -> None:
         (("--efficiency", "nan"), ["--efficiency is nan"]),
         (("--reserve", "1"), ["--reserve is 1"]),
         (("--reserve", "-0.5"), ["--reserve is -0.5"]),
+        (("--let-method", "rkd"), ["--let-method rkd", "measure a few steps"]),
+        (("--let-method", "salt", "--sweep"), ["--let-method salt", "measure a few steps"]),
+        (("--let-teacher", "/nowhere"), ["/nowhere", "--teacher"]),
+        (("--let-stop-step", "-1"), ["--let-stop-step is -1"]),
+        (("--let-layer", "0"), ["--let-layer is 0"]),
+        (("--let-layer", "33"), ["--let-layer is 33", "32 layers"]),
+        (("--let-max-prefetch", "0"), ["--let-max-prefetch is 0"]),
+        (("--sweep", "--recompute-granularity", "full"), ["--sweep", "--recompute-granularity"]),
+        (("--sweep", "--recompute-num-layers=1"), ["--sweep", "--recompute-num-layers;"]),
+        (
+            ("--sweep", "--no-use-distributed-optimizer"),
+            ["--sweep", "--no-use-distributed-optimizer"],
+        ),
+        (
+            ("--sweep", "--num-layers-per-virtual-pipeline-stage", "2"),
+            ["--sweep", "--num-layers-per-virtual-pipeline-stage"],
+        ),
+        (("--plot", "x.txt"), ["--plot x.txt", ".pdf"]),
+        (("--plot", "x"), ["--plot x ", ".png"]),
+        (("--plot", "/dev/null/x.svg"), ["/dev/null is a file"]),
+        (("--break-even", "x.doc"), ["--break-even x.doc", ".svg"]),
+        (("--break-even", "/dev/null/x.svg"), ["/dev/null is a file"]),
+        (("--break-even", "x.svg", "--train-iters", "0"), ["--break-even", "--train-iters"]),
+        (("--plot", "x.svg", "--let-method", "none"), ["--plot", "no teacher"]),
     ],
 )
 def test_invalid_request_prints_one_line_and_returns_2(
     flags: tuple[str, ...], named: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*flags) == 2
-    error = capsys.readouterr().err
-    assert all(words in error for words in named) and error.count("\n") == 1
+    shown = capsys.readouterr()
+    assert all(words in shown.err for words in named) and shown.err.count("\n") == 1
+    assert not shown.out
 
 
 @pytest.mark.parametrize("name", ["gpus", "tp", "micro-batch-size", "vocab-size"])
@@ -245,6 +271,50 @@ def test_sweep_ranks_layouts_that_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert speeds == sorted(speeds, reverse=True)
     assert plan.main(flags) == 0
     assert f"{len(found)} layouts fit a100-80g" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("teacher_flag", ["--teacher", "--let-teacher"])
+def test_teacher_of_either_flag_is_planned(teacher_flag: str, teacher: Path) -> None:
+    argv = ["--config", "tiny", "--gpus", "1", "--gpu", "a100-80g", teacher_flag, str(teacher)]
+    request, _ = plan.plan_one(argv)
+    assert request.teacher is not None and request.teacher.hidden_size == 48
+
+
+def test_teacher_takes_precedence_over_let_teacher() -> None:
+    argv = ["--config", "tiny", "--gpus", "1", "--gpu", "a100-80g", "--let-teacher", "/nowhere"]
+    request, _ = plan.plan_one([*argv, "--teacher", "opt-125m"])
+    assert request.teacher is not None and request.teacher.hidden_size == 768
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "value"),
+    [
+        (("--tp", "2"), "tp", 2),
+        (("--tensor-model-parallel-size=2",), "tp", 2),
+        (("--pp", "2"), "pp", 2),
+        (("--pp", "2", "--vpp", "1"), "num_chunks", 1),
+        (("--micro-batch-size", "2"), "micro_batch_size", 2),
+    ],
+)
+def test_sweep_keeps_the_layout_flags_of_the_command_line(
+    flags: tuple[str, ...], part: str, value: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--config", "tiny", "--gpus", "8", "--gpu", "a100-80g", "--sweep", "--json"]
+    assert plan.main([*argv, *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {each["layout"][part] for each in found} == {value}
+
+
+@pytest.mark.parametrize("picture", ["--plot", "--break-even"])
+def test_sweep_in_which_no_layout_fits_returns_1(
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.svg"
+    argv = ["--config", "let_70b", "--gpus", "8", "--gpu", "a100-40g", "--sweep"]
+    assert plan.main([*argv, picture, str(path)]) == 1
+    shown = capsys.readouterr()
+    assert "no layout divides over 8 a100-40g and fits" in shown.err and not path.exists()
+    assert shown.err.count("\n") == 1 and not shown.out
 
 
 def test_teacher_size_is_read_from_folder_and_unknown_name_raises(teacher: Path) -> None:

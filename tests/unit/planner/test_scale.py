@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_break_even_prints_hours_and_draws(
     text = capsys.readouterr().out
     assert "teacher in 19.7% of its steps" in text and "1.25e+10" in text
     assert "<svg" in path.read_text()
+
+
+def test_break_even_is_part_of_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "cost.pdf"
+    argv = ["--config", "let_7b", "--gpus", "32", "--gpu", "a100-80g", "--json"]
+    assert plan.main([*argv, "--break-even", str(path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    cost = found["break_even"]
+    assert cost["gpu_hours"] == pytest.approx(7629 * found["baseline_seconds"] * 32 / 3600)
+    assert cost["ratios"]["bubble"] == found["ratio"]["bubble"]
+    assert cost["let_gpu_hours"]["bubble"]["1.6"] < cost["gpu_hours"]
+    assert cost["break_even_speedup"]["bubble"] >= 1
+    assert path.is_file()
 
 
 def test_break_even_takes_the_default_stop_step(tmp_path: Path) -> None:
