@@ -109,11 +109,26 @@ def print_table(title: str | None, rows: Iterable[Sequence[object]], width: int 
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """Return the device of that name, or by default a GPU if there is one, else the CPU."""
+    """Return the device of that name, or by default a GPU if there is one, else the CPU.
+
+    Raises:
+        LETError: the name is unknown, or this machine has no such device.
+    """
     import torch
 
     # Not torch.cuda, whose shims on a CPU claim a GPU.
-    return torch.device(name or ("cuda" if torch.accelerator.is_available() else "cpu"))
+    present = torch.accelerator.is_available()
+    try:
+        device = torch.device(name or ("cuda" if present else "cpu"))
+    except RuntimeError as error:
+        raise LETError(f"The device {name!r} is unknown; give cpu, cuda or cuda:N.") from error
+    if device.type == "cpu":
+        return device
+    kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    if not present or kind is None or device.type != kind.type or (device.index or 0) >= count:
+        names = ", ".join(f"{kind.type}:{i}" for i in range(count)) if kind else ""
+        raise LETError(f"This machine has no device {device}; give cpu{names and f', {names}'}.")
+    return device
 
 
 def command_line() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from rich.console import Console
 
 from megatron_let.cli.common import (
     add_command,
+    check_output,
+    check_output_file,
     command_line,
     device_of,
     positive,
@@ -25,12 +27,17 @@ from megatron_let.cli.common import (
 )
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
+from megatron_let.files.names import DONE
 from megatron_let.metrics.provenance import provenance, write_csv
 
 if TYPE_CHECKING:
+    from megatron_let.evaluation.models import Model
     from megatron_let.evaluation.perplexity import Perplexity
     from megatron_let.evaluation.table import Row
     from megatron_let.evaluation.tasks import Task
+
+# Seconds between two looks at a run under --watch.
+_INTERVAL = 60
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,13 +82,8 @@ def _add_tasks(commands: Any) -> None:
         help="default: auto on a GPU, one context at a time on a CPU")  # fmt: skip
     add("--watch", action="store_true",
         help="MODEL is a run: score all its checkpoints, and new ones until it ends")  # fmt: skip
-    add(
-        "--interval",
-        type=float,
-        default=60,
-        metavar="SECONDS",
-        help="polling interval (default: 60)",
-    )
+    add("--interval", type=_seconds, metavar="SECONDS",
+        help=f"polling interval of --watch (default: {_INTERVAL})")  # fmt: skip
 
 
 def _batch_size(text: str) -> str:
@@ -90,6 +92,16 @@ def _batch_size(text: str) -> str:
 
 def _not_negative(text: str) -> int:
     return 0 if text == "0" else positive(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _add_perplexity(commands: Any) -> None:
@@ -117,43 +129,85 @@ def _add_fetch(commands: Any) -> None:
 
 
 def _tasks(given: argparse.Namespace, console: Console) -> int:
-    from megatron_let.evaluation.harness import check_installed, versions
-    from megatron_let.evaluation.tasks import tasks_named
+    if given.data is not None:
+        # lm-eval reads local files through `datasets`, which tries the network first. Set before
+        # the imports below, because huggingface_hub reads it when it is imported.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from megatron_let.evaluation.harness import check_installed, check_tokenizer, versions
 
     check_installed()
-    tasks = tasks_named(given.tasks)
-    if given.data is not None:
-        # lm-eval reads local files through `datasets`, which tries the network first.
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    _check_flags(given)
+    tasks = _checked_tasks(given)
     say(console, ", ".join(f"{name} {number}" for name, number in versions().items()))
-    for models in _models(given):
-        rows = [_row(given, model, tasks) for model in models]
-        _write_table(given, rows, tasks, console)
+    for models in _models(given, console):
+        opened = _open_all(given, models)
+        for weights in opened:
+            check_tokenizer(weights)
+        pairs = zip(models, opened, strict=True)
+        _write_table(given, [_row(given, *pair, tasks) for pair in pairs], tasks, console)
     return 0
 
 
-def _models(given: argparse.Namespace) -> Iterable[list[Path]]:
+def _check_flags(given: argparse.Namespace) -> None:
+    device_of(given.device)
+    if given.tokenizer is not None and not given.tokenizer.exists():
+        raise LETError(
+            f"The tokenizer {given.tokenizer} does not exist; give a tokenizer's folder or a"
+            " SentencePiece .model file."
+        )
+
+
+def _checked_tasks(given: argparse.Namespace) -> tuple[Task, ...]:
+    """Return the tasks, after a check of their local data and of the output folder."""
+    from megatron_let.evaluation.table import read_results_json
+    from megatron_let.evaluation.tasks import local_data, tasks_named
+
+    tasks = tasks_named(given.tasks)
+    if given.data is not None:
+        for task in tasks:
+            local_data(task, given.data)
+    check_output(given.output)
+    read_results_json(given.output / "results.json")
+    return tasks
+
+
+def _models(given: argparse.Namespace, console: Console) -> Iterable[list[Path]]:
     """Yield the models to score; with --watch, again whenever the run has more checkpoints."""
-    from megatron_let.evaluation.models import new_checkpoints
+    from megatron_let.evaluation.models import (
+        check_run_folder,
+        finished_checkpoints,
+        new_checkpoints,
+    )
 
     if not given.watch:
+        if given.interval is not None:
+            raise LETError("--interval has no effect without --watch; add --watch or leave it out.")
         return [given.models]
-    if len(given.models) > 1 or not given.models[0].is_dir():
+    run, *others = given.models
+    if others:
         raise LETError(
-            "--watch takes one checkpoint folder of a run that has started, not"
-            f" {', '.join(map(str, given.models))}."
+            f"--watch takes one run, not {len(given.models)}; leave out"
+            f" {', '.join(map(str, others))}."
         )
-    return new_checkpoints(given.models[0], given.interval)
+    check_run_folder(run)
+    if not finished_checkpoints(run) and not (run / DONE).is_file():
+        say(console, f"waiting for the first checkpoint in {run}")
+    return new_checkpoints(run, given.interval or _INTERVAL)
 
 
-def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row:
+def _open_all(given: argparse.Namespace, models: Sequence[Path]) -> list[Model]:
+    """Open the models before the first is scored; weights are read when a model is loaded."""
+    from megatron_let.evaluation.models import open_model
+
+    return [open_model(model, given.tokenizer) for model in models]
+
+
+def _row(given: argparse.Namespace, model: Path, weights: Model, tasks: tuple[Task, ...]) -> Row:
     from megatron_let.checkpoint.describe import consumed_tokens
     from megatron_let.checkpoint.weights import MegatronWeights
     from megatron_let.evaluation.harness import Settings, evaluate
-    from megatron_let.evaluation.models import open_model
     from megatron_let.evaluation.table import Row
 
-    weights = open_model(model, given.tokenizer)
     device = str(device_of(given.device))
     results = evaluate(
         weights,
@@ -165,7 +219,19 @@ def _row(given: argparse.Namespace, model: Path, tasks: tuple[Task, ...]) -> Row
         device,
     )
     tokens = consumed_tokens(weights.args) if isinstance(weights, MegatronWeights) else None
-    return Row(str(model), tokens or None, tuple(results))
+    return Row(str(model), tokens or None, tuple(results), _source(given))
+
+
+def _source(given: argparse.Namespace) -> dict[str, str]:
+    from megatron_let.evaluation.harness import versions
+
+    return {
+        **provenance(command_line()),
+        **versions(),
+        "num_fewshot": str(given.num_fewshot),
+        "limit": str(given.limit or "none"),
+        "data": str(given.data.resolve()) if given.data is not None else "hub",
+    }
 
 
 def _dtype(given: argparse.Namespace, weights: Any) -> str | None:
@@ -184,33 +250,49 @@ def _write_table(
     given: argparse.Namespace, rows: list[Row], tasks: tuple[Task, ...], console: Console
 ) -> None:
     from megatron_let.evaluation import table
-    from megatron_let.evaluation.harness import versions
 
+    rows = _with_earlier_rows(given.output / "results.json", rows, console)
     shots = f"{given.num_fewshot}-shot accuracy, %"
     limit = f", first {given.limit} items" if given.limit else ""
     print_table(shots + limit, table.terminal_rows(rows, tasks))
-    source = provenance(command_line()) | versions()
-    source |= {"num_fewshot": str(given.num_fewshot), "limit": str(given.limit or "none")}
-    write_csv(given.output / "results.csv", table.csv_rows(rows, tasks), source)
-    table.write_results_json(given.output / "results.json", rows, tasks, source)
+    write_csv(given.output / "results.csv", table.csv_rows(rows, tasks), {})
+    table.write_results_json(given.output / "results.json", rows, tasks, _source(given))
     plotted = table.plot_average(given.output / "average.png", rows, tasks)
     names = ["results.csv", "results.json", *(["average.png"] if plotted else [])]
     say(console, f"written: {', '.join(str(given.output / name) for name in names)}")
 
 
-def _perplexity(given: argparse.Namespace, console: Console) -> int:
-    from megatron_let.evaluation.models import open_model
-    from megatron_let.evaluation.perplexity import blend_of
+def _with_earlier_rows(path: Path, rows: list[Row], console: Console) -> list[Row]:
+    """Put the rows of other models in `path` first; leave out those of other tasks or settings."""
+    from megatron_let.evaluation.table import read_results_json
 
-    items = given.data_path
-    if given.data_args_path is not None:
-        if not given.data_args_path.is_file():
-            raise LETError(f"The blend {given.data_args_path} does not exist.")
-        items = given.data_args_path.read_text().split()
-    prefixes = blend_of(items)
+    models = {row.model for row in rows}
+    earlier = [row for row in read_results_json(path) if row.model not in models]
+    kept = [row for row in earlier if row.conditions() == rows[0].conditions()]
+    left_out = [row.model for row in earlier if row not in kept]
+    if left_out:
+        say(
+            console,
+            f"removed from {path}, scored with other tasks, settings or versions (the cache keeps"
+            f" the scores): {', '.join(left_out)}",
+            "yellow",
+        )
+    return kept + rows
+
+
+def _perplexity(given: argparse.Namespace, console: Console) -> int:
+    from megatron_let.evaluation.perplexity import blend_of, check_data
+
+    _check_flags(given)
+    if given.json is not None:
+        check_output_file(given.json)
+    prefixes = blend_of(_blend(given))
+    opened = _open_all(given, given.models)
+    for tokenizer in dict.fromkeys(weights.tokenizer for weights in opened):
+        check_data(prefixes, tokenizer)
     found = {}
-    for model in given.models:
-        parts = _parts(given, open_model(model, given.tokenizer), prefixes)
+    for model, weights in zip(given.models, opened, strict=True):
+        parts = _parts(given, weights, prefixes)
         found[str(model)] = [_values(part) for part in parts]
         print_table(str(model), _table_rows(parts))
         for part in parts:
@@ -223,6 +305,22 @@ def _perplexity(given: argparse.Namespace, console: Console) -> int:
         write_json(given.json, provenance(command_line()) | {"models": found})
         say(console, f"written: {given.json}")
     return 0
+
+
+def _blend(given: argparse.Namespace) -> list[str]:
+    """Return the items of `--data-path`, or of the file `--data-args-path`."""
+    if given.data_args_path is None:
+        items: list[str] = given.data_path
+        return items
+    if not given.data_args_path.is_file():
+        raise LETError(f"The blend {given.data_args_path} does not exist.")
+    items = given.data_args_path.read_text().split()
+    if not items:
+        raise LETError(
+            f"The blend {given.data_args_path} is empty; write prefixes, or WEIGHT PREFIX pairs,"
+            " into it."
+        )
+    return items
 
 
 def _parts(given: argparse.Namespace, weights: Any, prefixes: list[Path]) -> list[Perplexity]:

@@ -114,16 +114,21 @@ def check_installed() -> None:
         ) from error
 
 
+def check_tokenizer(weights: Any) -> None:
+    """Raise a LETError if a model from `open_model` has no tokenizer."""
+    if weights.tokenizer is None:
+        raise LETError(
+            f"lm-eval needs a tokenizer, and {weights.folder} names none; give --tokenizer."
+        )
+
+
 def _lm_eval_model(weights: Any, settings: Settings, batch_size: str | None, device: str) -> Any:
     check_installed()
     from lm_eval.models.huggingface import HFLM
 
     from megatron_let.evaluation.shared_context import SharedContextLM, can_share_context
 
-    if weights.tokenizer is None:
-        raise LETError(
-            f"lm-eval needs a tokenizer, and {weights.folder} names none; give --tokenizer."
-        )
+    check_tokenizer(weights)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     model = load_model(weights, dtype, device)
     on_cpu = torch.device(device).type == "cpu"

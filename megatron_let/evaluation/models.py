@@ -134,6 +134,25 @@ def checkpoint_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_run_folder(path: Path) -> None:
+    """Check that `path` is the checkpoint folder of a run, which may have no checkpoint yet.
+
+    Raises:
+        LETError: another kind of folder; names the one to give.
+    """
+    wanted = "give the checkpoint folder of a run that has started"
+    if not path.is_dir():
+        raise LETError(f"The folder {path} does not exist; {wanted}.")
+    if (path / "config.json").is_file():
+        raise LETError(f"The folder {path} is a Hugging Face model, not a run; {wanted}.")
+    if is_checkpoint(path):
+        raise LETError(f"The folder {path} is a single checkpoint; give its run, {path.parent}.")
+    if (path / "checkpoints").is_dir():
+        raise LETError(
+            f"The folder {path} is a run's output; give its checkpoints, {path / 'checkpoints'}."
+        )
+
+
 def finished_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints in the folder of a run, oldest first."""
     whole = [p for p in run.iterdir() if _ITERATION.fullmatch(p.name) and is_complete(p)]
@@ -141,16 +160,25 @@ def finished_checkpoints(run: Path) -> list[Path]:
 
 
 def new_checkpoints(run: Path, interval_seconds: float) -> Iterator[list[Path]]:
-    """Yield all complete checkpoints each time there are new ones, until the run is done."""
+    """Yield all complete checkpoints each time there are new ones, until the run is done.
+
+    Raises:
+        LETError: the run is done and has no complete checkpoint.
+    """
     seen: list[Path] = []
     while True:
         # Read before the checkpoints, so that the last one is not missed.
         done = (run / DONE).is_file()
         found = finished_checkpoints(run)
-        if found != seen:
+        if found and found != seen:
             seen = found
             yield found
         elif not done:
             time.sleep(interval_seconds)
         if done:
-            return
+            break
+    if not seen:
+        raise LETError(
+            f"The run {run} is done ({DONE}) and has no complete checkpoint; give the folder that"
+            " has its iter_* folders."
+        )

@@ -85,6 +85,27 @@ def windows(prefix: Path, length: int, max_tokens: int | None) -> Iterator[np.nd
         yield held
 
 
+def check_data(prefixes: list[Path], tokenizer: Path | None) -> None:
+    """Check that the data sets can be read and were made with a model's tokenizer.
+
+    Raises:
+        LETError: names the first data set for which this is not so.
+    """
+    text = _text_tokenizer(tokenizer)
+    for prefix in prefixes:
+        open_indexed(prefix)
+        if text is not None:
+            check_same_fingerprint(prefix, text)
+
+
+def _text_tokenizer(tokenizer: Path | None) -> TextTokenizer | None:
+    if tokenizer is None:
+        return None
+    if tokenizer.is_file():
+        return SentencePieceText(tokenizer)
+    return HuggingFaceText(read_tokenizer(tokenizer))
+
+
 @torch.no_grad()
 def perplexity(
     model: Any,
@@ -107,13 +128,8 @@ def perplexity(
         LETError: the data has fewer than two tokens, is of another tokenizer, or its windows are
             too long for the model.
     """
-    text: TextTokenizer | None = None
-    if tokenizer is not None and tokenizer.is_file():
-        text = SentencePieceText(tokenizer)
-    elif tokenizer is not None:
-        text = HuggingFaceText(read_tokenizer(tokenizer))
-    if text is not None:
-        check_same_fingerprint(prefix, text)
+    check_data([prefix], tokenizer)
+    text = _text_tokenizer(tokenizer)
     loss, tokens = 0.0, 0
     config = model.config.get_text_config(decoder=True)
     for batch in _batches(windows(prefix, length, max_tokens), batch_size):

@@ -1,15 +1,20 @@
 """Report scores in the form of the paper's Table 1: terminal, CSV, JSON and a plot."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_let.errors import LETError, first_line
 from megatron_let.evaluation.harness import ACCURACIES, Result
 from megatron_let.evaluation.tasks import Task
 from megatron_let.files.atomic import atomic_file, write_json
+
+# Entries of `Row.source` that may differ between rows of one table.
+_PER_CALL = ("command", "date", "processor")
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,13 @@ class Row:
     Attributes:
         tokens: number of tokens it was trained on; None if unknown.
         results: one per task.
+        source: settings, versions, command and date.
     """
 
     model: str
     tokens: int | None
     results: tuple[Result, ...]
+    source: dict[str, str] = field(default_factory=dict)
 
     def score(self, task: Task) -> tuple[float, float]:
         """Return accuracy and standard error of a task, in percent."""
@@ -39,6 +46,11 @@ class Row:
         error = math.sqrt(sum(e**2 for _, e in scores)) / len(scores)
         return sum(value for value, _ in scores) / len(scores), error
 
+    def conditions(self) -> tuple[set[str], dict[str, str]]:
+        """Return what rows of one table have in common: the tasks, the settings and versions."""
+        common = {key: value for key, value in self.source.items() if key not in _PER_CALL}
+        return {result.task for result in self.results}, common
+
 
 def terminal_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> Iterator[tuple[str, ...]]:
     """Yield the header and the rows of the table for the terminal, with standard errors."""
@@ -49,15 +61,18 @@ def terminal_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> Iterator[tuple[
 
 
 def csv_rows(rows: Sequence[Row], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Return one line per model, task and metric, and one per model for the average."""
+    """Return one line per model, task and metric, and one per model for the average.
+
+    Each line ends with the entries of its row's `source`.
+    """
     lines = []
     for row in rows:
         for result in row.results:
             about = {"items": result.items, "task_version": result.task_version}
             for metric in filter(result.scores.__contains__, ACCURACIES):
                 percent, error = (100 * result.scores[k] for k in (metric, f"{metric}_stderr"))
-                lines.append(_line(row, result.task, metric, percent, error) | about)
-        lines.append(_line(row, "average", "", *row.average(tasks)))
+                lines.append(_line(row, result.task, metric, percent, error) | about | row.source)
+        lines.append(_line(row, "average", "", *row.average(tasks)) | row.source)
     return lines
 
 
@@ -83,6 +98,31 @@ def write_results_json(
         average, error = row.average(tasks)
         models.append(asdict(row) | {"average": average, "average_stderr": error})
     write_json(path, source | {"models": models})
+
+
+def read_results_json(path: Path) -> list[Row]:
+    """Return the rows that `write_results_json` wrote; none if the file does not exist.
+
+    Raises:
+        LETError: the file has another form.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [
+            Row(
+                model["model"],
+                model["tokens"],
+                tuple(Result(**result) for result in model["results"]),
+                model.get("source", {}),
+            )
+            for model in json.loads(path.read_text())["models"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LETError(
+            f"The file {path} is not a table of scores ({first_line(error)}); move it away, or give"
+            " another --output."
+        ) from error
 
 
 def plot_average(path: Path, rows: Sequence[Row], tasks: Sequence[Task]) -> bool:

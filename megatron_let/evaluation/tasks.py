@@ -42,7 +42,7 @@ TASKS = (
 
 
 def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
-    """Return the tasks with these names, or all nine for None.
+    """Return the tasks with these names, each once, or all nine for None.
 
     Raises:
         LETError: an unknown name.
@@ -51,7 +51,7 @@ def tasks_named(names: list[str] | None) -> tuple[Task, ...]:
     for name in names or ():
         if name not in known:
             raise LETError(f"The task {name!r} is unknown; give one of {', '.join(known)}.")
-    return tuple(known[name] for name in names) if names else TASKS
+    return tuple(known[name] for name in dict.fromkeys(names)) if names else TASKS
 
 
 def local_data(task: Task, data: Path) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,18 @@ from megatron_let.errors import LETError
 from megatron_let.evaluation import harness
 from megatron_let.evaluation.harness import Result, Settings, evaluate
 from megatron_let.evaluation.models import (
+    check_run_folder,
     checkpoint_hash,
     finished_checkpoints,
     new_checkpoints,
 )
-from megatron_let.evaluation.table import Row, csv_rows, plot_average, write_results_json
+from megatron_let.evaluation.table import (
+    Row,
+    csv_rows,
+    plot_average,
+    read_results_json,
+    write_results_json,
+)
 from megatron_let.evaluation.tasks import TASKS, local_data, tasks_named
 from tests.helpers.checkpoints import as_deepspeed, as_megatron, save_llama, with_tokenizer
 
@@ -100,6 +110,11 @@ def test_results_json_has_answers_and_source(tmp_path: Path) -> None:
     write_results_json(tmp_path / "r.json", [row("a", 7, 30.0)], TASKS, {"command": "c"})
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["models"][0]["results"][0]["answers"] == "0110" and found["command"] == "c"
+    assert read_results_json(tmp_path / "r.json") == [row("a", 7, 30.0)]
+
+
+def test_task_named_twice_is_used_once() -> None:
+    assert [task.name for task in tasks_named(["sciq", "piqa", "sciq"])] == ["sciq", "piqa"]
 
 
 def test_unknown_task_or_missing_data_raises(tmp_path: Path) -> None:
@@ -116,6 +131,7 @@ def test_unknown_task_or_missing_data_raises(tmp_path: Path) -> None:
         ("tasks", "--batch-size", "many"),
         ("tasks", "--limit", "-1"),
         ("tasks", "--num-fewshot", "-1"),
+        *(("tasks", "--interval", value) for value in ("0", "-1", "nan", "inf", "soon")),
         ("perplexity", "--batch-size", "0"),
         ("perplexity", "--seq-length", "1.5"),
         ("perplexity", "--max-tokens", "0"),
@@ -203,6 +219,134 @@ def test_new_checkpoints_yields_complete_ones_until_done(tmp_path: Path) -> None
     assert [path.name for path in next(watch)] == ["iter_0000010", "iter_0000020"]
     assert list(watch) == []
     assert len(finished_checkpoints(tmp_path)) == 2
+
+
+def test_new_checkpoints_of_finished_run_without_checkpoint_raises(tmp_path: Path) -> None:
+    (tmp_path / "DONE").touch()
+    with pytest.raises(LETError, match=str(tmp_path)):
+        next(new_checkpoints(tmp_path, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ("config.json", "{here}"),
+        ("checkpoints/iter_0000010/.metadata", "{here}/checkpoints"),
+        ("metadata.json", "{here}"),
+        (None, "{here}"),
+    ],
+)
+def test_folder_without_iterations_cannot_be_watched(
+    entry: str | None, named: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    if entry is not None:
+        (run / entry).parent.mkdir(parents=True)
+        (run / entry).write_text('{"sharded_backend": "torch_dist"}')
+    with pytest.raises(LETError, match=named.format(here=run)):
+        check_run_folder(run)
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that `evaluate` was called with; it returns 50 % for each task."""
+    folders: list[str] = []
+
+    def scores(weights: Any, tasks: Any, *_: Any) -> list[Result]:
+        folders.append(weights.folder.name)
+        return [result(task.name, 50.0) for task in tasks]
+
+    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    monkeypatch.setattr(harness, "versions", lambda: {"lm-eval": "0"})
+    monkeypatch.setattr(harness, "evaluate", scores)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["{here}/missing"], "missing"),
+        (["{here}/no_tokenizer"], "no_tokenizer"),
+        (["--output", "{here}/file"], "{here}/file"),
+        (["--output", "{here}/other"], "other/results.json"),
+        (["--data", "{data}", "--tasks", "boolq", "sciq"], "sciq/validation.jsonl"),
+        (["--tokenizer", "{here}/missing"], "missing"),
+        (["--device", "gpu"], "'gpu'"),
+        (["--interval", "5"], "--interval"),
+        (["{here}", "--watch"], "{here}"),
+        (["--watch"], "Hugging Face"),
+    ],
+)
+def test_bad_input_exits_with_error_line_before_a_model_is_scored(
+    flags: list[str], words: str, model: Path, data: Path, tmp_path: Path, scored: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    save_llama(tmp_path / "no_tokenizer", vocab_size=600)
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/results.json").write_text("[]")
+    given = [flag.format(here=tmp_path, data=data) for flag in flags]
+    output = [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    assert main(["tasks", str(model), *given, *output]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("evaluate: error: ") and words.format(here=tmp_path) in line
+    assert not scored and not (tmp_path / "out").exists()
+
+
+def test_later_evaluation_keeps_rows_of_other_models_with_equal_settings(
+    model: Path, tmp_path: Path, scored: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = Path(shutil.copytree(model, tmp_path / "second"))
+
+    def models_after(*arguments: object) -> list[str]:
+        flags = ["--output", tmp_path, "--device", "cpu"]
+        assert main([str(a) for a in ("tasks", *arguments, *flags)]) == 0
+        with (tmp_path / "results.csv").open() as file:
+            names = dict.fromkeys(line["model"] for line in csv.DictReader(file))
+        assert list(names) == [row.model for row in read_results_json(tmp_path / "results.json")]
+        return [Path(name).name for name in names]
+
+    assert models_after(model) == [model.name]
+    assert models_after(second) == [model.name, "second"]
+    assert models_after(model) == ["second", model.name]
+    assert "removed" not in capsys.readouterr().err
+    assert models_after(second, "--num-fewshot", 0) == ["second"]
+    assert str(model) in capsys.readouterr().err
+    assert models_after(model, "--tasks", "piqa") == [model.name]
+    assert scored == [model.name, "second", model.name, "second", model.name]
+
+
+def test_watch_says_that_it_waits_for_the_first_checkpoint(
+    model: Path, tmp_path: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def train(seconds: float) -> None:
+        assert seconds == 7.5
+        as_deepspeed(as_megatron(model, tmp_path / "megatron"), run / "iter_0000010")
+        (run / "DONE").touch()
+
+    monkeypatch.setattr("megatron_let.evaluation.models.time.sleep", train)
+    flags = ["--watch", "--interval", "7.5", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(["tasks", str(run), *flags]) == 0
+    assert capsys.readouterr().err.count("waiting for the first checkpoint") == 1
+    assert scored == ["iter_0000010"]
+
+
+def test_local_data_sets_offline_mode_before_it_is_read(tmp_path: Path) -> None:
+    code = (
+        "import sys; from megatron_let.cli.evaluate import main; main(sys.argv[1:]);"
+        " import datasets, huggingface_hub.constants as hub;"
+        " print(hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)"
+    )
+    pytest.importorskip("datasets")
+    environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
+    call = [sys.executable, "-c", code, "tasks", "none", "--data", str(tmp_path)]
+    found = subprocess.run(call, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["True", "True"], found.stderr
 
 
 def test_lm_eval_gives_equal_scores_for_every_checkpoint_format(

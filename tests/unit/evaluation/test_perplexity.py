@@ -134,17 +134,29 @@ def test_megatron_checkpoint_gives_logits_of_source_model(tied: bool, tmp_path: 
         (["--data-path", "{here}/nowhere"], "nowhere.bin does not exist"),
         (["--data-args-path", "{here}/nowhere"], "does not exist"),
         (["--data-path", "{here}/large"], "another tokenizer"),
+        (["--data-path", "{data}", "{here}/nowhere", "{data}"], "nowhere.bin"),
+        (["--data-args-path", "{here}/empty.txt"], "empty.txt"),
+        (["{here}/missing", "--data-path", "{data}"], "missing"),
+        (["--data-path", "{data}", "--tokenizer", "{here}/missing"], "{here}/missing"),
+        (["--data-path", "{data}", "--device", "gpu"], "'gpu'"),
+        (["--data-path", "{data}", "--device", "cuda"], "no device cuda"),
+        (["--data-path", "{data}", "--json", "{here}"], "{here}"),
+        (["--data-path", "{data}", "--json", "{here}/empty.txt/p.json"], "empty.txt"),
     ],
 )
-def test_bad_data_exits_with_error_line(
-    flags: list[str], words: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_exits_with_error_line_before_a_model_is_loaded(
+    flags: list[str], words: str, model: Path, data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("megatron_let.evaluation.models.load_model", None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (tmp_path / "empty.txt").touch()
     other = with_tokenizer(tmp_path / "tokenizer", 700)
     write_indexed(tmp_path / "large", TEXTS * 40, AutoTokenizer.from_pretrained(other))
-    given = [flag.format(here=tmp_path) for flag in flags]
+    given = [flag.format(here=tmp_path, data=data) for flag in flags]
     assert main(["perplexity", str(model), *given]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("evaluate: error: ") and words in line
+    assert line.startswith("evaluate: error: ") and words.format(here=tmp_path) in line
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, None), (False, torch.float32)])
