@@ -21,7 +21,7 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-ib0}"
 # Without =, names match by prefix: mlx5 is every adapter.
 # export NCCL_IB_HCA="=mlx5_0,mlx5_1,mlx5_4,mlx5_5"
 
-# Optional; the values here are the defaults.
+# Optional; the values here are the defaults. Numbers have no unit.
 # module load cuda                    # commands that a job needs before Python starts
 # LET_PYTHON=                         # .venv/bin/python of the repository; in a container, python3
 # LET_CONTAINER=                      # pyxis or apptainer, with

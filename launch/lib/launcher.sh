@@ -9,9 +9,7 @@ restarts_in_job() {
 
 # Print what prevents restarts within the job, or nothing.
 restarts_problem() {
-    if [[ ! $LET_RESTARTS_IN_JOB =~ ^[0-9]+$ ]]; then
-        echo "it must be a number"
-    elif [[ ${SLURM_NTASKS:-} != "${SLURM_NNODES:-}" ]]; then
+    if [[ ${SLURM_NTASKS:-} != "${SLURM_NNODES:-}" ]]; then
         echo "ft_launcher needs one task per node"
     elif [[ $("$LET_PYTHON" -m megatron_let.run.restarts_in_job 2>/dev/null) != yes ]]; then
         echo "$LET_PYTHON has no nvidia-resiliency-ext 0.6 or newer"

@@ -16,6 +16,7 @@ load_site() {
     # shellcheck source=launch/site.example.sh
     . "$site"
     set -o nounset
+    _check_numbers "$site"
     # The baseline uses the teacher's tokenizer too, so that the runs can be compared.
     TEACHER="${TEACHER:-${LET_MODELS:+$LET_MODELS/$1}}"
     TOKENIZER="${TOKENIZER:-$TEACHER}"
@@ -38,6 +39,22 @@ load_site() {
     [[ -n ${LET_CONTAINER:-} || -x $LET_PYTHON ]] ||
         _missing "there is no Python at $LET_PYTHON: create it on a login node with" \
             "bash launch/lib/environment.sh, or set LET_PYTHON in $site"
+}
+
+# Check the numbers before anything starts; $1 is the site file. Some are read after an attempt.
+_check_numbers() {
+    local name
+    for name in LET_GPUS_PER_NODE LET_RANKS_PER_NODE LET_DISK_GIB LET_PREFLIGHT_SECONDS \
+        LET_MAX_RESTARTS LET_RESTARTS_IN_JOB LET_HANG_SECONDS; do
+        _check_number "$1" "$name" '^(0|[1-9][0-9]*)$' "a whole number"
+    done
+    _check_number "$1" LET_MIN_BUS_GBPS '^[0-9]+([.][0-9]+)?$' "a number"
+}
+
+_check_number() {
+    [[ -z ${!2:-} || ${!2} =~ $3 ]] && return
+    _missing "$2 is '${!2}': set it in $1 to $4 without a unit"
+    unset "$2"
 }
 
 # End with an error, or note it in a dry run.

@@ -29,7 +29,7 @@ from megatron_let.checkpoint.torch_dist import COMMON_STATE, Shard, write_torch_
 from megatron_let.checkpoint.weights import Weights
 from megatron_let.config.arguments import padded_vocab_size
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import atomic_folder, write_json
+from megatron_let.files.atomic import atomic_folder, check_separate, write_json
 from megatron_let.files.names import TRACKER
 from megatron_let.planner.layouts import does_not_divide
 from megatron_let.planner.memory import Layout
@@ -53,8 +53,9 @@ def to_hugging_face_folder(
 
     Raises:
         LETError: a tensor that is not part of the model, a tokenizer for which transformers gives
-            other ids, or `output` exists; nothing is written.
+            other ids, or `output` exists or overlaps what is read; nothing is written.
     """
+    check_separate(output, weights.folder, weights.tokenizer)
     _check_all_used(weights)
     dtype = dtype or weights.dtype
     plan = {
@@ -118,8 +119,10 @@ def to_megatron_checkpoint(
         force: replace an existing `output`.
 
     Raises:
-        LETError: the layout does not fit the model, or `output` exists; nothing is written.
+        LETError: the layout does not fit the model, or `output` exists or overlaps what is read;
+            nothing is written.
     """
+    check_separate(output, weights.folder, weights.tokenizer)
     parallel = Layout(layout.tensor_parallel, layout.pipeline_parallel, 1, 1, 1, 1, 1)
     problem = does_not_divide(parallel, weights.architecture)
     if problem is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,11 +18,14 @@ import yaml
 from rich.console import Console
 
 from megatron_let.cli.common import add_command, positive, run_command, say
+from megatron_let.errors import LETError
+from megatron_let.files.atomic import check_separate
 
 if TYPE_CHECKING:
     from megatron_let.checkpoint.weights import Weights
 
 DIFFERENT = 1
+_NUM_SEQUENCES, _SEQ_LENGTH = 4, 128
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,13 +87,13 @@ def _add_verify(commands: Any) -> None:
     add("second", type=Path, metavar="B", help="Megatron checkpoint or Hugging Face folder")
     add("--tokenizer", type=Path, help="tokenizer of the checkpoints (default: theirs)")
     add("--data", type=Path, metavar="PREFIX", help="indexed data to run both models on")
-    add("--num-sequences", type=positive, default=4, metavar="N", help="default: 4")
-    add("--seq-length", type=positive, default=128, metavar="S", help="default: 128")
+    add("--num-sequences", type=positive, metavar="N", help=f"default: {_NUM_SEQUENCES}")
+    add("--seq-length", type=positive, metavar="S", help=f"default: {_SEQ_LENGTH}")
     add(
         "--tolerance",
         type=float,
         default=1e-4,
-        help="largest difference of fp32 logits (default: 1e-4)",
+        help="largest difference of fp32 logits, or of tensors with --weights-only (default: 1e-4)",
     )
     add("--weights-only", action="store_true", help="compare tensors without running the models")
 
@@ -112,11 +116,20 @@ def _dtype(given: argparse.Namespace) -> Any:
     return DTYPES[given.dtype] if given.dtype else None
 
 
+def _open(given: argparse.Namespace) -> Weights:
+    """Open `--input`, unless the output would replace a part of it or of `--tokenizer`."""
+    from megatron_let.checkpoint.weights import open_weights
+
+    # The weights have the folder of one iteration; --input may be the folder of a run.
+    check_separate(given.output, given.input, given.tokenizer)
+    return open_weights(given.input, given.tokenizer)
+
+
 def _export(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.checkpoint.convert import to_hugging_face_folder
-    from megatron_let.checkpoint.weights import MegatronWeights, open_weights
+    from megatron_let.checkpoint.weights import MegatronWeights
 
-    weights = open_weights(given.input, given.tokenizer)
+    weights = _open(given)
     to_hugging_face_folder(weights, given.output, _dtype(given), given.max_shard_size, given.force)
     say(console, f"{_describe(weights)} -> {given.output}")
     if isinstance(weights, MegatronWeights) and weights.ignored_rope_factor is not None:
@@ -135,9 +148,8 @@ def _export(given: argparse.Namespace, console: Console) -> int:
 def _import(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.checkpoint.architecture import recipe_settings
     from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
-    from megatron_let.checkpoint.weights import open_weights
 
-    weights = open_weights(given.input, given.tokenizer)
+    weights = _open(given)
     layout = MegatronLayout(
         given.tensor_model_parallel_size,
         given.pipeline_model_parallel_size,
@@ -161,10 +173,30 @@ def _describe(weights: Weights) -> str:
     )
 
 
+def _check_verify(given: argparse.Namespace) -> None:
+    """Check the flags of `verify`.
+
+    Raises:
+        LETError: a tolerance that no difference can be within, or a flag without effect.
+    """
+    if not 0 <= given.tolerance < math.inf:
+        raise LETError(f"--tolerance is {given.tolerance}; give a finite number of at least 0.")
+    if not given.weights_only:
+        return
+    for name in ("data", "num_sequences", "seq_length"):
+        value = getattr(given, name)
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise LETError(
+                f"{flag} is {value} and --weights-only runs no model on it; leave one of them out."
+            )
+
+
 def _verify(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.checkpoint.verify import audit, compare_logits, sample_tokens
     from megatron_let.checkpoint.weights import open_weights
 
+    _check_verify(given)
     first = open_weights(given.first, given.tokenizer)
     second = open_weights(given.second, given.tokenizer)
     tensors = audit(first, second)
@@ -179,7 +211,8 @@ def _verify(given: argparse.Namespace, console: Console) -> int:
         say(console, f"not part of the model: {', '.join(tensors.unused[:5])}", "yellow")
     close = tensors.largest_difference <= given.tolerance
     if not given.weights_only:
-        tokens = sample_tokens(first, given.num_sequences, given.seq_length, given.data)
+        count, length = given.num_sequences or _NUM_SEQUENCES, given.seq_length or _SEQ_LENGTH
+        tokens = sample_tokens(first, count, length, given.data)
         found = compare_logits(first, second, tokens)
         say(
             console,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_let.cli.common import run_command
+from megatron_let.cli.common import check_output, run_command
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import atomic_file, write_json
 from megatron_let.files.environment_text import environment_text
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(options: argparse.Namespace) -> int:
     output, budget = options.output, options.megabytes * 1_000_000
+    check_output(output)
     if (output / "manifest.json").exists():
         raise LETError(f"{output} holds a corpus already; give another --output, or delete it.")
     output.mkdir(parents=True, exist_ok=True)

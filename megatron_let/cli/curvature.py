@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from megatron_let.cli.common import command_line, device_of, print_table, run_command, say
+from megatron_let.cli.common import (
+    check_output,
+    command_line,
+    device_of,
+    print_table,
+    run_command,
+    say,
+)
 from megatron_let.errors import LETError
 
 if TYPE_CHECKING:
@@ -53,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.metrics.provenance import provenance, write_csv
 
+    check_output(given.output)
     if given.probes < 2 or given.starts < 1 or given.samples < 1 or given.seq_length < 1:
         raise LETError("Give at least 2 --probes, and 1 of --starts, --samples and --seq-length.")
     if not 0 <= given.weight < math.inf:

@@ -85,8 +85,8 @@ def _options(given: argparse.Namespace) -> PreprocessOptions:
     selection = Selection(
         json_keys=tuple(dict.fromkeys(given.json_keys)),
         subset_key=given.subset_key,
-        include_subsets=_names(given.include_subsets),
-        exclude_subsets=_names(given.exclude_subsets),
+        include_subsets=_names("--include-subsets", given.include_subsets),
+        exclude_subsets=_names("--exclude-subsets", given.exclude_subsets),
         split=_split(given.split),
         per_subset=given.per_subset,
         append_eod=given.append_eod,
@@ -105,13 +105,24 @@ def _options(given: argparse.Namespace) -> PreprocessOptions:
     )
 
 
-def _names(given: list[str]) -> tuple[str, ...]:
-    """Return subset names; an existing file is replaced by its lines, without comments."""
-    names: list[str] = []
-    for name in given:
-        lines = Path(name).read_text().splitlines() if Path(name).is_file() else [name]
-        names += [line.partition("#")[0].strip() for line in lines]
-    return tuple(sorted({name for name in names if name}))
+def _names(flag: str, given: list[str]) -> tuple[str, ...]:
+    """Return subset names; an existing file is replaced by its lines, without comments.
+
+    Raises:
+        LETError: a path to no file, or a value that names no subset.
+    """
+    names: set[str] = set()
+    for value in given:
+        is_file = Path(value).is_file()
+        # A subset's name may have a slash, so only these are paths.
+        if not is_file and (value.endswith(".txt") or value.startswith(("/", "./", "../", "~/"))):
+            raise LETError(f"{flag} has {value!r}, which is not a file; correct the path.")
+        lines = Path(value).read_text().splitlines() if is_file else [value]
+        found = {line.partition("#")[0].strip() for line in lines} - {""}
+        if not found:
+            raise LETError(f"{flag} has {value!r}, which names no subset; give a name per line.")
+        names |= found
+    return tuple(sorted(names))
 
 
 def _split(text: str | None) -> tuple[float, float, float] | None:

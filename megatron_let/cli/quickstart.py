@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_let.cli.common import output_console, positive, run_command, say
+from megatron_let.cli.common import check_output, output_console, positive, run_command, say
 from megatron_let.cli.compare import report
 from megatron_let.cli.local_run import (
     LOG,
@@ -97,6 +97,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.steps is not None and options.steps < 20:
         parser.error(f"--steps is {options.steps}; give at least 20")
     options.output = options.output.resolve()
+    # A file given twice would be held out and trained on.
+    options.text = list(dict.fromkeys(path.resolve() for path in options.text or ()))
     return options
 
 
@@ -124,6 +126,7 @@ class _Quickstart:
     def run(self) -> int:
         """Run the stages; return the exit code."""
         start = time.monotonic()
+        check_output(self.output)
         self._claim_output()
         say(self.console, f"output: {self.output}; logs: {self.log.name}, */{LOG} in it")
         if self.trains_teacher:
@@ -153,7 +156,7 @@ class _Quickstart:
             "steps": self.steps,
             "seed": self.options.seed,
             "teacher": teacher if known else str(Path(teacher).resolve()),
-            "text": [str(path.resolve()) for path in self.options.text or ()],
+            "text": [*map(str, self.options.text)],
         }
         signature = self.output / SIGNATURE
         found = json.loads(signature.read_text()) if signature.is_file() else {}

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from megatron_let.cli.common import (
     add_command,
+    check_output,
     command_line,
     device_of,
     output_console,
@@ -74,13 +75,13 @@ def _names(given: argparse.Namespace, wanted: Sequence[str], console: Console) -
     if given.data is not None and not given.data.is_dir():
         raise LETError(f"The folder {given.data} of --data does not exist.")
     if given.sets:
-        return list(given.sets)
+        return list(dict.fromkeys(given.sets))
     found = [n for n in wanted if n in PACKAGED or (given.data and (given.data / n).is_dir())]
     if missing := [name for name in wanted if name not in found]:
         say(console, f"not at hand, left out: {', '.join(missing)}", "yellow")
     if not found:
         raise LETError("None of the data sets of --config is at hand; give a folder with --data.")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _pretrain(given: argparse.Namespace, console: Console) -> int:
@@ -88,6 +89,7 @@ def _pretrain(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.timeseries.settings import load_settings
     from megatron_let.timeseries.training import accuracy, save_teacher, train_teacher
 
+    check_output(given.output)
     settings = load_settings(given.config)["teacher"]
     names = _names(given, settings["sets"], console)
     sets = [load_data_set(name, given.data) for name in names]
@@ -110,10 +112,11 @@ def _train(given: argparse.Namespace, console: Console) -> int:
     from megatron_let.teacher.package import packaged_teacher
     from megatron_let.timeseries.classifier import inspect_student
     from megatron_let.timeseries.outcomes import METHODS, is_finished, save_run
-    from megatron_let.timeseries.series import load_data_set
+    from megatron_let.timeseries.series import data_set_hash, load_data_set
     from megatron_let.timeseries.settings import load_settings
     from megatron_let.timeseries.training import fine_tune, load_teacher
 
+    check_output(given.output)
     settings, device = load_settings(given.config)["student"], device_of()
     names = _names(given, settings["sets"], console)
     file = given.teacher or given.output / _TEACHER
@@ -122,12 +125,15 @@ def _train(given: argparse.Namespace, console: Console) -> int:
     sets = [load_data_set(name, given.data) for name in names]
     longest = max(data.train.mask.shape[1] for data in sets)
     folder = inspect_student(student, settings["layer"], longest)
-    out = output_console()
+    out, student_hash = output_console(), _student_hash(student, folder.path)
+    seeds = dict.fromkeys(given.seeds or settings["seeds"])
     for data in sets:
-        for seed, method in itertools.product(given.seeds or settings["seeds"], METHODS):
+        data_hash = data_set_hash(data.name, given.data)
+        for seed, method in itertools.product(seeds, METHODS):
             run = {"data_set": data.name, "method": method, "seed": seed}
             name = " ".join(map(str, run.values()))
             run |= {"student": Path(student).name, "settings": _determining(settings, method, file)}
+            run |= {"student_hash": student_hash, "data_hash": data_hash}
             if is_finished(given.output, run):
                 say(out, f"{name}: finished before")
                 continue
@@ -143,9 +149,21 @@ def _determining(settings: Mapping[str, Any], method: str, teacher: Path) -> str
     """Return what determines the numbers of a run besides its data set, seed and student."""
     values = {key: value for key, value in settings.items() if key not in ("sets", "seeds")}
     if method == "let":
-        with teacher.open("rb") as stream:
-            values["teacher"] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        values["teacher"] = _file_hash(teacher)
     return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _student_hash(student: str, folder: Path) -> str:
+    """Return a hash of a student's weights, which are in `folder`."""
+    from megatron_let.evaluation.models import checkpoint_hash
+
+    # What a .gguf file is converted to depends on the version of transformers.
+    return _file_hash(Path(student)) if Path(student).is_file() else checkpoint_hash(folder)
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _text(epoch: Mapping[str, Any]) -> str:
@@ -163,7 +181,10 @@ def _table(given: argparse.Namespace, console: Console) -> int:
     title = f"test accuracy in %, mean (range over seeds), of {students}"
     print_table(title, table_rows(runs))
     files = [given.output / name for name in ("time_series.csv", "time_series.png")]
-    write_csv(files[0], [row for run in runs for row in run], {})
+    rows = [row for run in runs for row in run]
+    # Runs of an earlier version have fewer columns.
+    columns = dict.fromkeys((name for row in rows for name in row), "")
+    write_csv(files[0], [columns | row for row in rows], {})
     plot(files[1], runs)
     say(console, f"written: {', '.join(map(str, files))}")
     return 0

@@ -70,6 +70,29 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_separate(output: Path, *read: Path | None) -> None:
+    """Check that writing, and with --force replacing, `output` deletes nothing that is read.
+
+    Args:
+        read: files and folders; None is skipped.
+
+    Raises:
+        LETError: the output is one of them, contains one, or lies in one.
+    """
+    target = output.resolve()
+    for path in filter(None, read):
+        source = path.resolve()
+        if target == source:
+            relation = "is"
+        elif target in source.parents:
+            relation = "contains"
+        elif source in target.parents:
+            relation = "is inside"
+        else:
+            continue
+        raise LETError(f"The output {output} {relation} the input {path}; give another output.")
+
+
 def replace_folder(partial: Path, path: Path) -> None:
     """Rename a finished folder to `path`, and delete the one that was there."""
     # A killed process may have left one.

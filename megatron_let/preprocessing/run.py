@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -17,7 +18,7 @@ from typing import IO, Any
 from megatron_let.data.fingerprint import fingerprint
 from megatron_let.data.text_tokenizer import load_text_tokenizer
 from megatron_let.errors import LETError
-from megatron_let.files.atomic import write_json
+from megatron_let.files.atomic import check_separate, write_json
 from megatron_let.preprocessing.executors import queued_on_slurm, run_tasks, submit_to_slurm
 from megatron_let.preprocessing.inputs import divide, find_inputs, signature
 from megatron_let.preprocessing.job import Job, PreprocessOptions
@@ -78,15 +79,16 @@ def _run(job: Job, say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 def _check(options: PreprocessOptions) -> None:
-    selection = options.selection
+    selection, split = options.selection, options.selection.split
     if options.workers is not None and options.workers < 1:
         raise LETError(f"--workers is {options.workers}; give at least 1.")
-    if selection.split is not None and (min(selection.split) < 0 or sum(selection.split) <= 0):
-        given = ",".join(f"{w:g}" for w in selection.split)
-        raise LETError(f"--split is {given}; give three weights from 0, such as 989,10,1.")
+    # Written so that NaN is refused.
+    if split is not None and not (min(split) >= 0 and 0 < sum(split) < math.inf):
+        given = ",".join(f"{w:g}" for w in split)
+        raise LETError(f"--split is {given}; give three finite weights from 0, such as 989,10,1.")
     if options.subset_weights and not selection.per_subset:
         raise LETError("--subset-weights needs --per-subset; give both.")
-    if len(selection.json_keys) > 1 and (selection.per_subset or selection.split is not None):
+    if len(selection.json_keys) > 1 and (selection.per_subset or split is not None):
         raise LETError(
             f"--per-subset and --split make a blend of one field and --json-keys has"
             f" {len(selection.json_keys)}; give one key per run."
@@ -114,7 +116,10 @@ def _plan(options: PreprocessOptions) -> Job:
         "max_document_bytes": options.max_document_bytes,
         "subset_weights": options.subset_weights,
     }
-    return Job(options, tasks, tokenizer, plan, ignored)
+    job = Job(options, tasks, tokenizer, plan, ignored)
+    # The folder is deleted when the run is complete.
+    check_separate(job.work, *map(Path, files))
+    return job
 
 
 def _claim(job: Job, report_path: Path) -> None:
@@ -143,7 +148,8 @@ def _remove_run(job: Job, report_path: Path) -> None:
         suffixes = (".bin", ".idx", ".tokenizer.json")
         files = [prefix + suffix for prefix in report["data_sets"].values() for suffix in suffixes]
         for file in filter(None, (*files, report["data_args"], report_path)):
-            Path(file).unlink(missing_ok=True)
+            # Not at the report's path, which in a copy is that of the original.
+            report_path.with_name(Path(file).name).unlink(missing_ok=True)
     for path in job.work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -19,6 +19,8 @@ Rows = list[dict[str, str]]
 def is_finished(output: Path, run: Run) -> bool:
     """Return whether a run is finished: `data_set`, `method`, `seed`, and what else determines it.
 
+    A value that the file lacks, because an earlier version wrote it, is not compared.
+
     Raises:
         LETError: the finished run differs in something else.
     """
@@ -26,8 +28,9 @@ def is_finished(output: Path, run: Run) -> bool:
     if not file.is_file():
         return False
     there = _read(file)[0]
-    if different := [name for name, value in run.items() if there[name] != str(value)]:
-        raise LETError(f"{file} has another {different[0]}; give another --output, or delete it.")
+    if different := [n for n, value in run.items() if there.get(n, str(value)) != str(value)]:
+        name = different[0].replace("_", " ")
+        raise LETError(f"{file} has another {name}; give another --output, or delete it.")
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 import zipfile
@@ -65,21 +66,13 @@ def load_data_set(name: str, folder: Path | None = None) -> DataSet:
     Raises:
         LETError: the set is not there, or a file is not valid.
     """
-    if folder is None or not (folder / name).is_dir():
-        if name not in PACKAGED:
-            raise LETError(
-                f"There is no data set {name}; put {name}_TRAIN.ts and {name}_TEST.ts in a folder"
-                f" {name} of --data, or choose from {', '.join(PACKAGED)}."
-            )
-        folder = packaged_folder()
-    (train, labels), (test, test_labels) = (
-        read_ts(folder / name / f"{name}_{part}.ts") for part in ("TRAIN", "TEST")
-    )
+    files = _files(name, folder)
+    (train, labels), (test, test_labels) = map(read_ts, files)
     classes = sorted(set(labels))
     if not set(test_labels) <= set(classes) or test[0].shape[1] != train[0].shape[1]:
         raise LETError(
-            f"The test file in {folder / name} has other channels or labels than the training file;"
-            " copy the data set again."
+            f"The test file {files[1]} has other channels or labels than the training file; copy"
+            " the data set again."
         )
     std, mean = torch.std_mean(torch.cat(train), dim=0, correction=0)
     length = max(map(len, (*train, *test)))
@@ -91,6 +84,24 @@ def load_data_set(name: str, folder: Path | None = None) -> DataSet:
         return Series(values, mask, torch.tensor([*map(classes.index, names)]))
 
     return DataSet(name, padded(train, labels), padded(test, test_labels), len(classes))
+
+
+def data_set_hash(name: str, folder: Path | None = None) -> str:
+    """Return a hash of the content of the files that `load_data_set` reads."""
+    digests = (hashlib.sha256(file.read_bytes()).digest() for file in _files(name, folder))
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def _files(name: str, folder: Path | None) -> list[Path]:
+    """Return the files of a set for training and for test."""
+    if folder is None or not (folder / name).is_dir():
+        if name not in PACKAGED:
+            raise LETError(
+                f"There is no data set {name}; put {name}_TRAIN.ts and {name}_TEST.ts in a folder"
+                f" {name} of --data, or choose from {', '.join(PACKAGED)}."
+            )
+        folder = packaged_folder()
+    return [folder / name / f"{name}_{part}.ts" for part in ("TRAIN", "TEST")]
 
 
 def packaged_folder() -> Path:

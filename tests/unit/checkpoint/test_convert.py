@@ -368,6 +368,64 @@ def test_existing_output_is_kept_unless_forced(
     assert not (tmp_path / "out/precious").exists() and (tmp_path / "out/config.json").exists()
 
 
+@pytest.mark.parametrize("command", ["megatron-to-hf", "hf-to-megatron"])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("run", "contains the input"),
+        ("run/checkpoints", "is the input"),
+        ("run/checkpoints/", "is the input"),
+        ("link", "is the input"),
+        ("run/checkpoints/iter_0000001", "is inside the input"),
+        ("run/../run/checkpoints/hf", "is inside the input"),
+        ("tokenizer", "is the input"),
+        (".", "contains the input"),
+    ],
+)
+def test_output_that_overlaps_the_input_is_refused_and_nothing_deleted(
+    command: str, output: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "run/checkpoints/iter_0000001/a", tmp_path / "tokenizer/b"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (tmp_path / "link").symlink_to(tmp_path / "run/checkpoints")
+    code, line = run(
+        capsys, command, "--input", tmp_path / "run/checkpoints", "--tokenizer",
+        tmp_path / "tokenizer", "--output", f"{tmp_path}/{output}", "--force",
+    )  # fmt: skip
+    assert code == 2 and words in line
+    assert all(file.exists() for file in files)
+
+
+def test_output_that_is_the_tokenizer_of_a_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = with_tokenizer(save_llama(tmp_path / "llama", vocab_size=600))
+    megatron = as_megatron(source, tmp_path / "megatron")
+    code, line = run(capsys, "megatron-to-hf", "--input", megatron, "--output", source, "--force")
+    assert code == 2 and "is the input" in line
+    assert (source / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tolerance", "nan"], "--tolerance is nan; "),
+        (["--tolerance", "-1"], "--tolerance is -1.0; "),
+        (["--tolerance", "inf"], "--tolerance is inf; "),
+        (["--weights-only", "--data", "pile"], "--data is pile and --weights-only"),
+        (["--weights-only", "--num-sequences", "4"], "--num-sequences is 4 and --weights-only"),
+        (["--weights-only", "--seq-length", "128"], "--seq-length is 128 and --weights-only"),
+    ],
+)
+def test_flags_of_verify_that_decide_nothing_are_refused(
+    flags: list[str], words: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = run(capsys, "verify", source, source, *flags)
+    assert code == 2 and words in line
+
+
 def test_failed_write_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     with (

@@ -45,6 +45,14 @@ def test_existing_corpus_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--output" in capsys.readouterr().err
 
 
+def test_output_that_is_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file")]) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["linux-doc-6.12", "perl-doc"])
 def test_package_is_unpacked_and_each_document_written_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

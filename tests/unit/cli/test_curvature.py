@@ -70,6 +70,14 @@ def test_bad_request_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_output_that_is_a_file_is_refused(
+    student: Path, teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(student), *arguments(teacher, data, tmp_path / "file", "--layers", 1)]) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
 def test_token_outside_a_vocabulary_is_refused(
     teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,8 +75,11 @@ def test_folder_of_other_files_is_refused_and_kept(
     assert [path.name for path in tmp_path.iterdir()] == [text.name]
 
 
-def test_held_out_text_is_not_trained_on(tmp_path: Path, text: Path) -> None:
-    assert call("--output", tmp_path / "out", "--text", text) == 0
+@pytest.mark.parametrize("times", [1, 2])
+def test_held_out_text_is_not_trained_on(times: int, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(text)
+    texts = [text, tmp_path / "link.txt"][:times]
+    assert call("--output", tmp_path / "out", "--text", *texts) == 0
     valid, train = (
         [json.loads(line)["text"] for line in (tmp_path / f"out/data/{name}.jsonl").open()]
         for name in ("valid", "train")
@@ -84,6 +87,11 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path, text: Path) -> None:
     assert len(valid) >= 3 and not set("".join(valid).split("\n\n")[:-1]) & set(
         "".join(train).split("\n\n")[:-1]
     ) - {""}
+
+
+def test_output_that_is_a_file_is_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--output", text, "--text", text) == 2
+    assert f"{text} is a file" in capsys.readouterr().err
 
 
 def test_trained_tokenizer_is_byte_level_and_ends_documents(tmp_path: Path, text: Path) -> None:

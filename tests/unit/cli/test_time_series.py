@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_let.cli.time_series import main
+from megatron_let.metrics.provenance import write_csv
 from tests.helpers.time_series import NAME, write_settings, write_waves
 
 
@@ -61,6 +64,59 @@ def test_missing_input_is_one_line(
     assert main([*command, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.rstrip().splitlines()[-1].startswith("time-series: error: ")
+
+
+@pytest.mark.parametrize("changed", ["student", "data"])
+def test_finished_run_of_other_weights_or_data_is_refused(
+    changed: str, tmp_path: Path, arguments: list[str], teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    student = Path(shutil.copytree(teacher, tmp_path / "a/model"))
+    other = Path(shutil.copytree(teacher, tmp_path / "b/model"))
+    assert main(["pretrain-teacher", *arguments]) == 0
+    train = ["train", *arguments, "--seeds", "1", "1", "--sets", NAME, NAME, "--student"]
+    assert main([*train, str(student)]) == 0
+    assert "finished before" not in capsys.readouterr().out
+    # The same weights in another folder.
+    assert main([*train, str(other)]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    if changed == "student":
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    else:
+        file = tmp_path / "data" / NAME / f"{NAME}_TEST.ts"
+        file.write_text(file.read_text() + "# A comment.\n")
+    assert main([*train, str(other)]) == 2
+    assert f"seed-1.csv has another {changed} hash; " in capsys.readouterr().err
+
+
+def test_finished_runs_of_an_earlier_version_are_kept(
+    tmp_path: Path, arguments: list[str], teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their files have no hashes of the student and the data."""
+    train = ["train", *arguments, "--student", str(teacher)]
+    assert main(["pretrain-teacher", *arguments]) == 0
+    assert main([*train, "--seeds", "1"]) == 0
+    for file in (tmp_path / "out").rglob("seed-1.csv"):
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        old = [{k: v for k, v in row.items() if not k.endswith("_hash")} for row in rows]
+        write_csv(file, old, {})
+    capsys.readouterr()
+    assert main(train) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert main(["table", "--output", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out/time_series.csv").open(newline="") as stream:
+        assert {row["data_hash"] == "" for row in csv.DictReader(stream)} == {True, False}
+
+
+@pytest.mark.parametrize("command", ["pretrain-teacher", "train"])
+def test_output_that_is_a_file_is_refused_before_training(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([command, "--output", str(tmp_path / "file")]) == 2
+    assert "file is a file" in capsys.readouterr().err
 
 
 def test_layer_out_of_range_is_one_line(

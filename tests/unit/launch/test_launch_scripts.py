@@ -190,8 +190,8 @@ def test_ranks_start_with_torchrun_unless_asked(
 
 @pytest.mark.parametrize(
     ("restarts", "tasks", "installed"),
-    [("3", "2", False), ("3", "4", True), ("yes", "2", True)],
-    ids=["not installed", "a task per rank", "no number"],
+    [("3", "2", False), ("3", "4", True)],
+    ids=["not installed", "a task per rank"],
 )
 def test_restarts_that_cannot_be_had_end_the_attempt(
     restarts: str, tasks: str, installed: bool, tmp_path: Path, resilient_python: str
@@ -249,6 +249,16 @@ MISSING: list[tuple[dict[str, str], str]] = [
     ({"LET_CONTAINER": "pyxis"}, "LET_IMAGE is not set"),
     ({"LET_SITE": "/nowhere"}, "no site file /nowhere"),
     ({"LET_PYTHON": "/nowhere/python"}, "no Python at /nowhere/python"),
+    ({"LET_GPUS_PER_NODE": "eight"}, "LET_GPUS_PER_NODE is 'eight'"),
+    ({"LET_RANKS_PER_NODE": "-1"}, "LET_RANKS_PER_NODE is '-1'"),
+    ({"LET_DISK_GIB": "0.5"}, "LET_DISK_GIB is '0.5'"),
+    ({"LET_PREFLIGHT_SECONDS": "5m"}, "LET_PREFLIGHT_SECONDS is '5m'"),
+    ({"LET_MAX_RESTARTS": "unlimited"}, "LET_MAX_RESTARTS is 'unlimited'"),
+    ({"LET_MAX_RESTARTS": "08"}, "LET_MAX_RESTARTS is '08'"),
+    ({"LET_RESTARTS_IN_JOB": "yes"}, "LET_RESTARTS_IN_JOB is 'yes'"),
+    ({"LET_HANG_SECONDS": "10m", "LET_RESTARTS_IN_JOB": "no"}, "LET_RESTARTS_IN_JOB is 'no'"),
+    ({"LET_HANG_SECONDS": "10m"}, "LET_HANG_SECONDS is '10m'"),
+    ({"LET_MIN_BUS_GBPS": "1,5"}, "LET_MIN_BUS_GBPS is '1,5'"),
 ]
 
 
@@ -273,6 +283,14 @@ def test_dry_run_names_what_is_missing_and_shows_the_rest(
     missing = [line for line in shown.splitlines() if line.startswith("# missing: ")]
     assert any(expected in line for line in missing)
     assert "#SBATCH --nodes=4" in shown and "torch.distributed.run" in shown
+
+
+def test_numbers_may_be_empty_and_the_bandwidth_a_decimal(site: Path) -> None:
+    code, shown = launch(
+        SCRIPTS[0], site, "--dry-run", LET_MAX_RESTARTS="", LET_HANG_SECONDS="0",
+        LET_MIN_BUS_GBPS="1.5",
+    )  # fmt: skip
+    assert code == 0 and "# missing" not in shown
 
 
 def test_unknown_container_ends_with_one_error_line(site: Path) -> None:

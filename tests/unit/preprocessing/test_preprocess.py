@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,12 @@ def test_command_line_reads_subset_file(hugging_face: Path, tmp_path: Path, caps
     [
         (["--split", "1,2"], "--split is '1,2'"),
         (["--split=-1,2,3"], "--split is -1,2,3"),
+        (["--split", "989,10,nan"], "--split is 989,10,nan"),
+        (["--split", "nan,10,1"], "--split is nan,10,1"),
+        (["--split", "989,10,inf"], "--split is 989,10,inf"),
+        (["--include-subsets", ""], "--include-subsets has '', which names no subset"),
+        (["--include-subsets", "a", "lsit.txt"], "--include-subsets has 'lsit.txt', which is not"),
+        (["--exclude-subsets", "./lists/exclude"], "has './lists/exclude', which is not a file"),
         (["--workers", "0"], "--workers is 0"),
         (["--subset-weights", "a=2"], "--subset-weights needs --per-subset"),
         (["--per-subset", "--subset-weights", "a"], "--subset-weights has 'a'"),
@@ -311,6 +318,49 @@ def test_invalid_flags_are_a_usage_error(
     )  # fmt: skip
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("content", ["", "# Github\n\n"])
+def test_subset_file_without_a_name_is_refused(
+    content: str, hugging_face: Path, tmp_path: Path, capsys: Any
+) -> None:
+    subsets = tmp_path / "keep.txt"
+    subsets.write_text(content)
+    code = main(
+        ["--input", "in.jsonl", "--output-prefix", str(tmp_path / "out"), "--tokenizer-model",
+         str(hugging_face), "--include-subsets", str(subsets)]
+    )  # fmt: skip
+    assert code == 2
+    assert "keep.txt', which names no subset" in capsys.readouterr().err
+
+
+def test_subset_names_may_have_a_slash(hugging_face: Path, tmp_path: Path, capsys: Any) -> None:
+    names = ("a/b", "USPTO Backgrounds", "Wikipedia (en)", "Pile-CC")
+    source = write_input(tmp_path / "in.jsonl", ["a", "b", "c", "d"], names)
+    code = main(
+        ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-model",
+         str(hugging_face), "--include-subsets", *names[:3], "--workers", "1"]
+    )  # fmt: skip
+    assert code == 0
+    assert "4 documents in, 3 out" in capsys.readouterr().err
+
+
+def test_overwrite_of_a_copy_keeps_the_original(hugging_face: Path, tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl", ["one", "two"])
+    run([source], tmp_path / "original/out", hugging_face)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    before = files_of(tmp_path / "original")
+    run([source], tmp_path / "copy/out", hugging_face, append_eod=False, overwrite=True)
+    assert files_of(tmp_path / "original") == before
+    assert len(documents_of(tmp_path / "copy/out_text_document")[0]) == 1
+
+
+def test_input_in_the_folder_of_shards_is_refused(hugging_face: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.work").mkdir()
+    source = write_input(tmp_path / "out.work/in.jsonl", ["one"])
+    with pytest.raises(LETError, match="contains the input"):
+        run([source], tmp_path / "out", hugging_face, overwrite=True)
+    assert source.exists()
 
 
 def megatron_blend(**paths: Any) -> Any:
