@@ -21,8 +21,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     The folder of `path` is made if it does not exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # With the process id, because two processes may write the same file.
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    # One name for all processes, so that what a killed one left is replaced.
+    partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
