@@ -168,8 +168,7 @@ class Trainer:
         Raises:
             LETError: a folder has a run of other settings.
         """
-        for folder, run in runs.items():
-            self._check_same(folder, run)
+        self.check(runs)
         waiting = dict(runs)
         one_seed = len({run.seed for run in runs.values()}) == 1
         failed: dict[str, str] = {}
@@ -190,8 +189,16 @@ class Trainer:
                     child.wait()
         return failed
 
+    def check(self, runs: Mapping[Path, SweepRun]) -> None:
+        """Check, before any training, that no folder has steps of a run with other settings.
+
+        Raises:
+            LETError: names the folder and the first setting that differs.
+        """
+        for folder, run in runs.items():
+            self._check_same(folder, run)
+
     def _check_same(self, folder: Path, run: SweepRun) -> None:
-        """Check that a run which took a step in the folder has the settings of this one."""
         if not (folder / _SETTINGS).is_file() or not load_metrics(folder / METRICS).last_step:
             return
         theirs, ours = json.loads((folder / _SETTINGS).read_text()), self._settings(folder, run)

@@ -74,7 +74,9 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
         f" {output}/*/*/{LOG}",
     )
     trainer = Trainer(environment, console, given.jobs, given.nproc_per_node, given.verbose)
-    failed = trainer.train({teachers[name]: run for name, run in teacher_runs(sweep).items()})
+    of_teachers = {teachers[name]: run for name, run in teacher_runs(sweep).items()}
+    trainer.check(of_teachers | folders)
+    failed = trainer.train(of_teachers)
     for message in failed.values():
         raise LETError(message)
     for name, folder in teachers.items():

@@ -73,16 +73,16 @@ class SweepRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the recipe's settings and the values of the flags, by name without the dashes."""
-        values = dict(load_recipe(self.recipe))
+        """Return the recipe's settings and the flags' values as text, by name without dashes."""
+        given: dict[str, list[str]] = {}
         name = ""
         for word in self.flags:
             if word.startswith("--"):
                 name, separator, value = word[2:].partition("=")
-                values[name] = [value] if separator else []
+                given[name] = [value] if separator else []
             else:
-                values[name].append(word)
-        return values
+                given[name].append(word)
+        return load_recipe(self.recipe) | {name: " ".join(words) for name, words in given.items()}
 
 
 def load_sweep(path: Path) -> Sweep:

@@ -97,8 +97,8 @@ def _files(name: str, folder: Path | None) -> list[Path]:
     if folder is None or not (folder / name).is_dir():
         if name not in PACKAGED:
             raise LETError(
-                f"There is no data set {name}; put {name}_TRAIN.ts and {name}_TEST.ts in a folder"
-                f" {name} of --data, or choose from {', '.join(PACKAGED)}."
+                f"The data set {name} was not found; put {name}_TRAIN.ts and {name}_TEST.ts in the"
+                f" folder {name} of --data, or choose from {', '.join(PACKAGED)}."
             )
         folder = packaged_folder()
     return [folder / name / f"{name}_{part}.ts" for part in ("TRAIN", "TEST")]

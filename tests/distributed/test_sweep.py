@@ -61,7 +61,7 @@ def test_sweep_continues_after_failed_run_and_skips_finished_runs(
         assert sum("lm_loss" in json.loads(row) for row in rows) == 5
     # Another setting is not the finished run's.
     third = subprocess.run([*command, "--lr=5"], env=variables, capture_output=True, text=True)
-    assert third.returncode == 2 and "lr is" in third.stderr and "['5'] here" in third.stderr
+    assert third.returncode == 2 and "lr is" in third.stderr and "and 5 here" in third.stderr
 
 
 def processes_of(output: Path) -> list[psutil.Process]:

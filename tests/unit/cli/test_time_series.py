@@ -52,7 +52,7 @@ def test_commands_lead_to_the_table(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["pretrain-teacher", "--sets", "Handwriting"], "There is no data set Handwriting"),
+        (["pretrain-teacher", "--sets", "Handwriting"], "data set Handwriting was not found"),
         (["pretrain-teacher", "--data", "nowhere"], "The folder nowhere of --data does not exist"),
         (["train"], "make it with `pretrain-teacher`"),
         (["table"], "has no finished run"),

@@ -342,7 +342,9 @@ def test_local_data_sets_offline_mode_before_it_is_read(tmp_path: Path) -> None:
         " import datasets, huggingface_hub.constants as hub;"
         " print(hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)"
     )
-    pytest.importorskip("datasets")
+    pytest.importorskip(
+        "datasets", reason="datasets is missing: bash launch/lib/environment.sh evaluation"
+    )
     environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k}
     call = [sys.executable, "-c", code, "tasks", "none", "--data", str(tmp_path)]
     found = subprocess.run(call, env=environment, capture_output=True, text=True)

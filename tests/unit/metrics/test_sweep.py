@@ -144,7 +144,7 @@ def test_later_and_joined_values_of_a_flag_win() -> None:
     run = SweepRun("a", 1, ROOT / "configs/tiny.yaml", flags)
     assert run.num_steps == 9
     found = {name: run.settings[name] for name in ("train-iters", "lr", "no-save", "data-path")}
-    assert found == {"train-iters": ["9"], "lr": ["1"], "no-save": [], "data-path": ["1", "x"]}
+    assert found == {"train-iters": "9", "lr": "1", "no-save": "", "data-path": "1 x"}
 
 
 def test_sbatch_line_names_run_and_script(tmp_path: Path) -> None:
