@@ -51,7 +51,7 @@ _requeue() {
         end "$EXIT_RESTARTS" "error: run $RUN was requeued ${SLURM_RESTART_COUNT:-0} times" \
             "(LET_MAX_RESTARTS): not requeued again; submit it again to continue"
     say "requeueing run $RUN at iteration $(iteration)"
-    scontrol requeue "$SLURM_JOB_ID" ||
+    ask_slurm scontrol requeue "$SLURM_JOB_ID" ||
         end 1 "error: this cluster does not requeue job $SLURM_JOB_ID: submit it again to continue"
     # Slurm kills this script now.
     sleep 120

@@ -42,6 +42,18 @@ say() {
     printf 'launch: %s\n' "$*"
 }
 
+# Print what a command of Slurm prints. It is repeated for five minutes while it fails, because a
+# controller that restarts does not answer.
+ask_slurm() {
+    local seconds
+    for seconds in 5 10 20 40 80 145; do
+        "$@" && return
+        say "$1 $2 failed: again in $seconds s" >&2
+        sleep "$seconds"
+    done
+    "$@"
+}
+
 # Exit with code $1 and the message.
 end() {
     local code="$1"

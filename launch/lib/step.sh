@@ -61,7 +61,8 @@ set_rendezvous() {
     LET_NODE_SHIFT=$((LET_NODE_SHIFT % ${#hosts[@]}))
     first="${hosts[(${#hosts[@]} - LET_NODE_SHIFT) % ${#hosts[@]}]}"
     # The address, because the name may not resolve on the other nodes.
-    LET_MASTER_ADDR="$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
+    LET_MASTER_ADDR="$(ask_slurm scontrol show node "$first" |
+        sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
     # A different port per attempt, so that a used port fails only one.
     export LET_NODE_SHIFT LET_MASTER_ADDR
     export LET_MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * LET_ATTEMPT) % 10000))
@@ -70,7 +71,8 @@ set_rendezvous() {
 # Print the seconds to the time limit minus $1; 0 (`timeout`: no limit) if there is none.
 seconds_left() {
     local end
-    end="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')"
+    end="$(ask_slurm scontrol show job -o "$SLURM_JOB_ID" |
+        sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')"
     [[ $end == 20* ]] || { echo 0 && return; }
     end=$(($(date -d "$end" +%s) - $(date +%s) - $1))
     echo $((end > 0 ? end : 1))

@@ -49,8 +49,13 @@ def state(run: Path, job: str) -> str:
     try:
         query = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return f"unknown, no squeue here{stopping}"
+    except subprocess.TimeoutExpired:
+        return f"unknown, squeue does not answer{stopping}"
+    # Slurm forgets a job minutes after its end; any other failure says nothing about the job.
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        return f"unknown, squeue failed ({' '.join(answer.stderr.split())}){stopping}"
     return f"{answer.stdout.strip().lower() or 'not queued'}{stopping}"
 
 

@@ -133,9 +133,14 @@ class Cluster:
             time.sleep(0.2)
 
     def command(self, *command: str) -> str:
-        """Return what one of Slurm's commands prints; empty if it fails."""
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        return result.stdout.strip()
+        """Return what one of Slurm's commands prints, repeating it for a minute while it fails."""
+        deadline = time.monotonic() + 60
+        while True:
+            result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+            if not result.returncode:
+                return result.stdout.strip()
+            assert time.monotonic() < deadline, f"{command}: {result.stderr}"
+            time.sleep(0.5)
 
     def cancel_all(self) -> None:
         """Cancel all jobs and wait until they have ended."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let.files.names import DONE, SAVE_NOW, STOP
+from tests.helpers.programs import write_program
 from tests.helpers.runs import ROOT, largest_difference
 from tests.launch.jobs import Job, Launcher, kill
 
@@ -134,13 +134,6 @@ def test_hung_rank_ends_the_job_after_the_timeout(launcher: Launcher) -> None:
     assert details["ExitCode"] == "5:0", job.output[-3000:]
     assert "rank 0 on node n1 failed first" in job.output
     assert "Timed out waiting" in job.output
-
-
-def write_program(path: Path, *lines: str) -> str:
-    """Write a program; return a PATH that finds it first."""
-    path.write_text("\n".join(("#!/bin/bash", *lines, "")))
-    path.chmod(0o755)
-    return f"{path.parent}:{os.environ['PATH']}"
 
 
 def test_unfit_node_is_reported_before_training(launcher: Launcher, tmp_path: Path) -> None:
@@ -292,7 +285,8 @@ def test_full_disk_is_reported_and_keeps_the_last_checkpoint(
         )  # fmt: skip
         assert resumed.wait()["ExitCode"] == "0:0", resumed.output[-6000:]
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        # Lazily, because after a failure the job may still have files open there.
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
 @pytest.mark.slow

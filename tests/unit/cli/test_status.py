@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.programs import write_program
 from tests.helpers.runs import ROOT, environment
 
 
@@ -31,9 +32,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def status(folder: Path) -> tuple[int, dict[str, str]]:
+def status(folder: Path, path: str = "") -> tuple[int, dict[str, str]]:
     program = [sys.executable, str(ROOT / "tools/run_status.py"), str(folder)]
-    result = subprocess.run(program, text=True, capture_output=True, env=environment(PATH=""))
+    result = subprocess.run(program, text=True, capture_output=True, env=environment(PATH=path))
     return result.returncode, {x[:11].strip(): x[12:] for x in result.stdout.splitlines()}
 
 
@@ -47,6 +48,22 @@ def test_running_attempt_shows_progress_speed_and_checkpoint(run: Path) -> None:
     assert lines["checkpoint"].startswith("step 30, ")
     assert lines["attempts"] == "2, the last as job 7 on n[1-2]"
     assert lines["last end"] == "attempt 1 with code 137 of rank 3, saved step 20"
+
+
+@pytest.mark.parametrize(
+    ("command", "state"),
+    [
+        ("echo RUNNING", "running"),
+        ("true", "not queued"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "not queued"),
+        ("echo 'error: Unable to contact controller' >&2; exit 1", "unknown, squeue failed"),
+    ],
+)
+def test_state_is_unknown_if_squeue_fails(
+    run: Path, tmp_path: Path, command: str, state: str
+) -> None:
+    path = write_program(tmp_path / "squeue", command)
+    assert status(run, path)[1]["state"].startswith(state)
 
 
 def test_control_files_change_state(run: Path) -> None:

@@ -395,6 +395,24 @@ def test_exit_code_of_an_attempt_ends_or_requeues(
         assert "last words" in shown and "old" not in shown, "only this attempt's lines"
 
 
+@pytest.mark.parametrize(("failures", "tried", "printed"), [(0, 1, "x"), (3, 4, "x"), (99, 7, "")])
+def test_slurm_is_asked_again_while_it_fails(
+    failures: int, tried: int, printed: str, tmp_path: Path
+) -> None:
+    script = f"""
+. {ROOT}/launch/lib/job.sh
+sleep() {{ echo "$1" >>{tmp_path}/waits; }}
+scontrol() {{ echo >>{tmp_path}/tries; (($(wc -l <{tmp_path}/tries) > {failures})) && echo x; }}
+ask_slurm scontrol requeue 7
+"""
+    result = subprocess.run(["bash", "-c", script], text=True, capture_output=True)
+    assert (result.stdout.strip(), result.returncode == 0) == (printed, bool(printed))
+    assert len((tmp_path / "tries").read_text().splitlines()) == tried
+    waits = tmp_path / "waits"
+    seconds = [int(line) for line in waits.read_text().split()] if waits.exists() else []
+    assert len(seconds) == tried - 1 and sum(seconds) <= 300
+
+
 def test_rank_that_lost_its_peer_is_not_reported_as_cause(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "exits").mkdir()

@@ -69,7 +69,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_set_is_refused() -> None:
-    with pytest.raises(LETError, match=r"no data set Handwriting.*--data.*JapaneseVowels"):
+    with pytest.raises(LETError, match=r"Handwriting.*--data.*JapaneseVowels"):
         load_data_set("Handwriting")
 
 
