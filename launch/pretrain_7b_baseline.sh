@@ -14,9 +14,12 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 launch="$(dirname -- "${BASH_SOURCE[0]}")"
-# sbatch runs a copy in its spool folder; Slurm knows the folder of the original.
-[[ -e $launch/lib/job.sh ]] ||
-    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_[^/]*\.sh.*|\1|p')"
+# sbatch runs a copy in its spool folder; Slurm, once it answers, knows the folder of the original.
+for seconds in 10 20 40 80 150; do
+    [[ ! -e $launch/lib/job.sh ]] || break
+    launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_[^/]*\.sh.*|\1|p')" ||
+        sleep "$seconds"
+done
 # shellcheck source=launch/lib/job.sh
 . "$launch/lib/job.sh"
 run_job configs/baseline_7b.yaml SmolLM2-1.7B 300 "$@"

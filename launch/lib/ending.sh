@@ -52,7 +52,7 @@ _requeue() {
             "(LET_MAX_RESTARTS): not requeued again; submit it again to continue"
     say "requeueing run $RUN at iteration $(iteration)"
     ask_slurm scontrol requeue "$SLURM_JOB_ID" ||
-        end 1 "error: this cluster does not requeue job $SLURM_JOB_ID: submit it again to continue"
+        end 1 "error: Slurm does not requeue job $SLURM_JOB_ID (above): submit it again to continue"
     # Slurm kills this script now.
     sleep 120
 }

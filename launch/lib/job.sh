@@ -42,12 +42,13 @@ say() {
     printf 'launch: %s\n' "$*"
 }
 
-# Print what a command of Slurm prints. It is repeated for five minutes while it fails, because a
-# controller that restarts does not answer.
+# Print what a command of Slurm prints. It is repeated for five minutes while the controller does not
+# answer, and once if it does.
 ask_slurm() {
     local seconds
     for seconds in 5 10 20 40 80 145; do
         "$@" && return
+        ((seconds == 5)) || ! scontrol ping | grep -q " UP" || return 1
         say "$1 $2 failed: again in $seconds s" >&2
         sleep "$seconds"
     done

@@ -75,7 +75,8 @@ def check_output(path: Path) -> None:
         LETError: a part of the path is a file, or may not be written to.
     """
     path = path.absolute()
-    existing = next(part for part in (path, *path.parents) if part.exists())
+    # Path.exists raises if a folder above may not be entered.
+    existing = next(part for part in (path, *path.parents) if os.path.exists(part))
     if not existing.is_dir():
         raise LETError(f"The output folder {path} cannot be made: {existing} is a file.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -84,7 +85,7 @@ def check_output(path: Path) -> None:
 
 def check_output_file(path: Path) -> None:
     """Check, before any work, that the file `path` can be written, like `check_output`."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise LETError(f"The output {path} is a folder; give the name of a file.")
     check_output(path.parent)
 

@@ -19,6 +19,7 @@ from megatron_let.cli.common import (
     run_command,
     say,
 )
+from megatron_let.files.names import METRICS
 from megatron_let.metrics.compare import (
     ComparedRun,
     check_variants,
@@ -80,7 +81,7 @@ def _load(text: str) -> ComparedRun:
     if separator and "/" not in name:
         return load_run(name, Path(path))
     run = Path(text).resolve()
-    return load_run(run.parent.name if run.is_file() else run.name, Path(text))
+    return load_run(run.parent.name if run.name == METRICS else run.name, Path(text))
 
 
 def _parser() -> argparse.ArgumentParser:

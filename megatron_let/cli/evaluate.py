@@ -230,6 +230,9 @@ def _source(given: argparse.Namespace) -> dict[str, str]:
         **versions(),
         "num_fewshot": str(given.num_fewshot),
         "limit": str(given.limit or "none"),
+        "dtype": given.dtype or "the model's",
+        "device": str(device_of(given.device)),
+        "batch_size": str(given.batch_size or "default"),
         "data": str(given.data.resolve()) if given.data is not None else "hub",
     }
 

@@ -20,15 +20,23 @@ from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn
 from megatron_let.cli.common import say
 from megatron_let.errors import LETError
 from megatron_let.files.atomic import write_json
-from megatron_let.files.names import METRICS
+from megatron_let.files.names import METRICS, TRACKER
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.metrics.sweep import SweepRun
+from megatron_let.run.output_folder import data_folder_id, teacher_id
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # Where runs/ and launch/ are: the checkout, or the current folder of an installed package.
 ROOT = _CHECKOUT if (_CHECKOUT / "launch").is_dir() else Path.cwd()
 LOG = "train.log"
 _SETTINGS = "settings.json"
+# Settings, by how their names begin, that may change when a run continues.
+_MAY_CHANGE = (
+    "context-parallel-size", "ckpt-", "distributed-", "exit-", "let-max-prefetch",
+    "let-placement", "let-teacher-compile", "log-", "micro-batch-size", "num-workers", "overlap-",
+    "pipeline-model-parallel-size", "recompute-", "save", "sequence-parallel", "tensorboard-",
+    "tensor-model-parallel-size", "timing-", "use-distributed-optimizer", "wandb-",
+)  # fmt: skip
 _POLL_SECONDS = 1.0
 # Recent steps whose median time predicts the time left.
 _RECENT_STEPS = 20
@@ -136,11 +144,42 @@ def run_subcommand(words: Sequence[str | Path], log: Path, verbose: Console | No
     run_command_line(str(words[0]), command, environment, log, verbose)
 
 
+def _portable(value: Any, folder: Path) -> Any:
+    """Return a setting as it is elsewhere too: a path beside the run's `folder` is relative."""
+    if isinstance(value, list):
+        return [_portable(item, folder) for item in value]
+    if isinstance(value, str) and Path(value).is_relative_to(folder.parents[1]):
+        return os.path.relpath(value, folder)
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """Return a setting's value without the way it is written: 0.001 for 1e-3 of a flag."""
+    # A switch is given by its name only.
+    if isinstance(value, bool):
+        return "" if value else value
+    for kind in (int, float):
+        with contextlib.suppress(TypeError, ValueError):
+            return kind(value)
+    return value
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    if "#" in str(theirs) and "#" not in str(ours):
+        # A teacher that is yet to be trained again has a name and no digest.
+        return str(theirs).partition("#")[0] == ours
+    return bool(theirs == ours)
+
+
 def export(run: Path, folder: Path, log: Path, verbose: Console | None) -> None:
-    """Convert a run's last checkpoint to a Hugging Face folder, unless it is there."""
-    if not (folder / "config.json").is_file():
-        conversion = ("convert", "megatron-to-hf", "--input", run / "checkpoints")
-        run_subcommand((*conversion, "--output", folder), log, verbose)
+    """Convert a run's last checkpoint to a Hugging Face folder, unless that is newer."""
+    made, checkpoint = folder / "config.json", run / "checkpoints" / TRACKER
+    if made.is_file() and not (
+        checkpoint.is_file() and checkpoint.stat().st_mtime > made.stat().st_mtime
+    ):
+        return
+    conversion = ("convert", "megatron-to-hf", "--input", run / "checkpoints", "--force")
+    run_subcommand((*conversion, "--output", folder), log, verbose)
 
 
 @dataclass
@@ -198,30 +237,30 @@ class Trainer:
         for folder, run in runs.items():
             self._check_same(folder, run)
 
+    def record(self, folder: Path, run: SweepRun) -> None:
+        """Write what determines the run that begins in `folder`."""
+        write_json(folder / _SETTINGS, self._settings(folder, run))
+
     def _check_same(self, folder: Path, run: SweepRun) -> None:
         if not (folder / _SETTINGS).is_file() or not load_metrics(folder / METRICS).last_step:
             return
         theirs, ours = json.loads((folder / _SETTINGS).read_text()), self._settings(folder, run)
         for name in theirs | ours:
-            if theirs.get(name) != ours.get(name):
+            if not _is_same(theirs.get(name), ours.get(name)):
                 raise LETError(
                     f"{folder} holds another run: {name} is {theirs.get(name)} there and"
-                    f" {ours.get(name)} here; give another --output, or delete that folder."
+                    f" {ours.get(name)} here; give another --output."
                 )
 
     def _settings(self, folder: Path, run: SweepRun) -> dict[str, Any]:
-        """Return what determines a run; paths beside its folder are relative to it."""
-        beside = str(folder.absolute().parents[1])
-        variables = {name: self.environment.get(name) for name in ("DATA", "TEACHER")}
-
-        def portable(value: Any) -> Any:
-            if isinstance(value, list):
-                return [portable(item) for item in value]
-            inside = isinstance(value, str) and value.startswith(beside)
-            return os.path.relpath(value, folder) if inside else value
-
-        values = run.settings | variables
-        return {name: portable(value) for name, value in values.items()}
+        """Return what determines a run: it is the same wherever the data and the output are."""
+        settings = run.settings
+        kept = [name for name in settings if not name.removeprefix("no-").startswith(_MAY_CHANGE)]
+        values = {name: _portable(settings[name], folder.absolute()) for name in kept}
+        if "let-teacher" in values:
+            values["let-teacher"] = teacher_id(settings["let-teacher"])
+        values["DATA"] = data_folder_id(self.environment["DATA"])
+        return values | {"TEACHER": teacher_id(self.environment["TEACHER"])}
 
     def _begin(self, folder: Path, run: SweepRun, label: str, progress: Progress) -> None:
         metrics = folder / METRICS
@@ -238,7 +277,7 @@ class Trainer:
         task = progress.add_task(
             label, total=run.num_steps, completed=done.last_step, status="starting", printed=2
         )
-        write_json(folder / _SETTINGS, self._settings(folder, run))
+        self.record(folder, run)
         environment = {**self.environment, "OUTPUT": str(folder)}
         self._running[task] = run, Child(run.variant, command, environment, folder / LOG)
 

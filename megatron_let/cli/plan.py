@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,11 @@ _AT_LEAST_ONE = (
     "recompute_num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
     "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+)  # fmt: skip
+# Of these only the global batch size has a default in Megatron, from the number of ranks.
+_REQUIRED = (
+    "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
+    "global_batch_size",
 )  # fmt: skip
 # The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
 _LARGE_STUDENT = 2e9
@@ -206,7 +212,11 @@ def megatron_arguments(config: Path, flags: list[str]) -> argparse.Namespace:
 
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), _UNUSED)
+    variables = {**os.environ, **variables}
     args = parser.parse_args(recipe_argv(load_recipe(config), parser, flags, variables))
+    for name in _REQUIRED:
+        if getattr(args, name) is None and not args.hybrid_layer_pattern:
+            raise LETError(f"{flag(name)} is not set; give it here or in {config}.")
     for name in _AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -269,8 +279,11 @@ def _teacher(
     """Return the name or folder of the teacher: that of the flags, or the paper's."""
     if options.teacher:
         return str(options.teacher)
-    if args.let_teacher is not None and _UNUSED not in args.let_teacher.parts:
-        return str(args.let_teacher)
+    given, learns_from = args.let_teacher, METHODS[args.let_method or "none"].learns_from
+    if learns_from is not None and given is not None and _UNUSED not in given.parts:
+        # Nothing is downloaded: a hub id, or a folder of another machine, is known by its name.
+        known = given.name.partition("@")[0].lower()
+        return known if known in TEACHERS and not given.exists() else str(given)
     large = student.num_layers * student.active_layer_params > _LARGE_STUDENT
     return "smollm2-1.7b" if large else "smollm2-135m"
 

@@ -6,6 +6,7 @@ After an interruption the same command continues, and ends with the same bytes.
 from __future__ import annotations
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,15 @@ def _names(flag: str, given: list[str]) -> tuple[str, ...]:
         is_file = Path(value).is_file()
         # A subset's name may have a slash, so only these are paths.
         if not is_file and (value.endswith(".txt") or value.startswith(("/", "./", "../", "~/"))):
-            raise LETError(f"{flag} has {value!r}, which is not a file; correct the path.")
-        lines = Path(value).read_text().splitlines() if is_file else [value]
-        found = {line.partition("#")[0].strip() for line in lines} - {""}
+            raise LETError(
+                f"{flag} has {value!r}, which is not a file; correct the path, or give a file that"
+                " contains it if it is the name of a subset."
+            )
+        lines = [value]
+        if is_file:
+            # A name may have a #, as C# has.
+            lines = [re.sub(r"(^|\s)#.*", "", x) for x in Path(value).read_text().splitlines()]
+        found = {line.strip() for line in lines} - {""}
         if not found:
             raise LETError(f"{flag} has {value!r}, which names no subset; give a name per line.")
         names |= found

@@ -41,8 +41,8 @@ SIGNATURE = "quickstart.json"
 SMOLLM2 = "smollm2"
 _ALREADY_DONE = "      already done"
 _CONTROL = (
-    "In the documented runs on a CPU, a teacher with random weights gave half of the gain or more"
-    " (docs/results.md)."
+    "In the documented runs of the quickstart on a CPU, a teacher with random weights gave half of"
+    " the gain or more (docs/results.md)."
 )
 _SWEEP = Path("sweep_head_to_head")
 _STUDENT_RECIPE, _TEACHER_RECIPE = Path("quickstart_baseline"), Path("quickstart_teacher")

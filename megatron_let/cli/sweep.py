@@ -9,7 +9,7 @@ from its checkpoint. Flags after `--` are given to every run.
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +29,7 @@ from megatron_let.cli.local_run import (
     Trainer,
     export,
     interruptible,
+    plain,
     run_environment,
 )
 from megatron_let.config.arguments import flag
@@ -36,7 +37,17 @@ from megatron_let.config.recipes import find_recipe
 from megatron_let.errors import LETError
 from megatron_let.files.names import METRICS
 from megatron_let.metrics.compare import ComparedRun, load_run
-from megatron_let.metrics.sweep import Sweep, load_sweep, runs_of, sbatch_line, teacher_runs
+from megatron_let.metrics.sweep import (
+    Sweep,
+    SweepRun,
+    load_sweep,
+    runs_of,
+    sbatch_line,
+    teacher_runs,
+)
+
+# Settings that determine the text of the evaluation.
+_HELD_OUT = ("seq-length", "valid-data-path", "split", "full-validation", "tokenizer-model")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +86,7 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
     )
     trainer = Trainer(environment, console, given.jobs, given.nproc_per_node, given.verbose)
     of_teachers = {teachers[name]: run for name, run in teacher_runs(sweep).items()}
+    _check_same_text(sweep, of_teachers.values(), runs)
     trainer.check(of_teachers | folders)
     failed = trainer.train(of_teachers)
     for message in failed.values():
@@ -148,20 +160,14 @@ def _report_gains(
     out: Path,
     console: Console,
 ) -> None:
-    """Write what each method gains with each of the sweep's teachers.
-
-    Raises:
-        LETError: a teacher was evaluated on other text than the baseline.
-    """
+    """Write what each method gains with each of the sweep's teachers."""
     from megatron_let.metrics import teacher_gap
     from megatron_let.metrics.provenance import provenance, write_csv
 
     losses = {}
     baselines = [run for run in runs if run.name == sweep.baseline]
     for name, folder in teachers.items():
-        teacher = load_run(name, folder)
-        _check_same_text(teacher, baselines[0])
-        loss = teacher.metrics.final_valid_loss
+        loss = load_run(name, folder).metrics.final_valid_loss
         assert loss is not None, "a teacher is trained to an evaluation after its last step"
         losses[name] = loss
     having = [(run, sweep.variants[run.name].get("teacher")) for run in runs]
@@ -176,14 +182,21 @@ def _report_gains(
     say(console, f"written: {out / 'gains.csv'}, {out / 'gains.png'}")
 
 
-def _check_same_text(teacher: ComparedRun, baseline: ComparedRun) -> None:
-    for name in ("seq_length", "valid_data_path", "split", "full_validation", "tokenizer_model"):
-        theirs, ours = ((run.settings or {}).get(name) for run in (teacher, baseline))
-        if theirs != ours:
-            raise LETError(
-                f"The gains cannot be compared: {name} of the teacher {teacher.name} is {theirs},"
-                f" and {ours} of the students; set it in the sweep's entry of that teacher too."
-            )
+def _check_same_text(sweep: Sweep, teachers: Iterable[SweepRun], runs: Sequence[SweepRun]) -> None:
+    """Check that the teachers and the baseline are evaluated on the same text.
+
+    Raises:
+        LETError: names the teacher and the first setting that differs.
+    """
+    baseline = next(run for run in runs if run.variant == sweep.baseline)
+    for teacher in teachers:
+        for name in _HELD_OUT:
+            theirs, ours = (plain(run.settings.get(name)) for run in (teacher, baseline))
+            if theirs != ours:
+                raise LETError(
+                    f"The gains cannot be compared: {name} of the {teacher.variant} is {theirs},"
+                    f" and {ours} of the students; set it in the sweep's entry of that teacher too."
+                )
 
 
 def _check_trained(teachers: Mapping[str, Path]) -> None:

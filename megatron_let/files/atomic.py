@@ -77,7 +77,7 @@ def check_separate(output: Path, *read: Path | None) -> None:
         read: files and folders; None is skipped.
 
     Raises:
-        LETError: the output is one of them, contains one, or lies in one.
+        LETError: the output is one of them, contains one, or is a file or folder in one.
     """
     target = output.resolve()
     for path in filter(None, read):
@@ -86,8 +86,8 @@ def check_separate(output: Path, *read: Path | None) -> None:
             relation = "is"
         elif target in source.parents:
             relation = "contains"
-        elif source in target.parents:
-            relation = "is inside"
+        elif source in target.parents and target.exists():
+            relation = "is a part of"
         else:
             continue
         raise LETError(f"The output {output} {relation} the input {path}; give another output.")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class ComparedRun:
         settings: settings by argument name; None if the folder does not record them.
         downstream: average accuracy in percent of the last evaluated checkpoint.
         evaluated: how that was evaluated: tasks, examples, items.
+        other_models: the evaluated models if none of them is the run's.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ComparedRun:
     settings: dict[str, Any] | None = None
     downstream: float | None = None
     evaluated: dict[str, Any] = field(default_factory=dict)
+    other_models: tuple[str, ...] = ()
 
     @property
     def method(self) -> str | None:
@@ -98,24 +101,33 @@ def load_run(name: str, path: Path) -> ComparedRun:
     return ComparedRun(name, path, load_metrics(metrics), settings, *_downstream(folder))
 
 
-def _downstream(folder: Path) -> tuple[float | None, dict[str, Any]]:
-    """Return the average accuracy of the run's last evaluated checkpoint, and its conditions."""
+def _downstream(folder: Path) -> tuple[float | None, dict[str, Any], tuple[str, ...]]:
+    """Return the average accuracy of the run's last evaluated checkpoint, and its conditions.
+
+    Or else the names of the models that were evaluated instead.
+    """
     if not (folder / _EVALUATION).is_file():
-        return None, {}
+        return None, {}, ()
     stored = json.loads((folder / _EVALUATION).read_text())
     models = [model for model in stored["models"] if _is_of(folder, Path(model["model"]))]
     if not models:
-        return None, {}
+        return None, {}, tuple(model["model"] for model in stored["models"])
     latest = max(models, key=lambda model: model["tokens"] or 0)
     conditions = {name: stored.get(name) for name in ("num_fewshot", "limit")}
     tasks = sorted(result["task"] for result in latest["results"])
-    return float(latest["average"]), {"tasks": tasks, **conditions}
+    return float(latest["average"]), {"tasks": tasks, **conditions}, ()
 
 
 def _is_of(folder: Path, model: Path) -> bool:
-    """Return whether a model, of which a moved run has an outdated path, is one of this run."""
+    """Return whether a model is one of this run, which may have been moved since.
+
+    Its path may be relative to the folder, and its checkpoints a link to another disk.
+    """
+    if not model.is_absolute() and (folder / model).exists():
+        return True
     if model.exists():
-        return model.resolve().is_relative_to(folder.resolve())
+        linked = Path(os.path.abspath(model)).is_relative_to(os.path.abspath(folder))
+        return linked or model.resolve().is_relative_to(folder.resolve())
     return folder.resolve().name in model.parts
 
 
@@ -131,7 +143,8 @@ def check_variants(runs: Sequence[ComparedRun]) -> None:
             how = "give them as NAME=RUN with two names"
             for setting in _METHOD:
                 values = [(r.settings or {}).get(setting) for r in (other, run)]
-                if values[0] != values[1]:
+                # Older versions, and a metrics file alone, have fewer settings.
+                if None not in values and values[0] != values[1]:
                     shown = " and ".join(map(str, values))
                     raise LETError(f"{name}, and {setting} is {shown}; {how}.")
             if run.path.resolve() == other.path.resolve() or run.seed == other.seed is not None:
@@ -185,6 +198,7 @@ class Variant:
         figures: spread of each key of `run_figures`; None if no run has the figure.
         notes: reasons why the comparison is incomplete or unfair.
         has_target: whether the baseline has a last held-out loss to reach.
+        num_unfinished: runs that have not reached it and were not evaluated at its step.
         interval: 95 % interval of the mean `difference` over choices of the held-out text.
     """
 
@@ -193,6 +207,7 @@ class Variant:
     figures: dict[str, Spread | None]
     notes: list[str]
     has_target: bool = True
+    num_unfinished: int = 0
     interval: tuple[float, float] | None = None
 
     @property
@@ -224,7 +239,14 @@ def _variant(name: str, runs: list[ComparedRun], baselines: list[ComparedRun]) -
         figures={key: Spread.of(figures[key] for figures in found) for key in found[0]},
         notes=[note for run, partner in pairs for note in _notes(run, partner)],
         has_target=any(_target(partner) is not None for partner in partners),
-        interval=interval([(run.metrics, partner.metrics) for run, partner in pairs]),
+        num_unfinished=sum(
+            figures["steps_to_target"] is figures["difference"] is run.metrics.diverged_at is None
+            for run, figures in zip(runs, found, strict=True)
+        ),
+        # Another seed has the held-out text in another order.
+        interval=interval([(run.metrics, partner.metrics) for run, partner in pairs])
+        if all(run.seed == partner.seed for run, partner in pairs)
+        else None,
     )
 
 
@@ -315,6 +337,8 @@ def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
         notes.append(f"diverged at step {run.metrics.diverged_at}, its loss is not finite")
     if not run.metrics.valid_loss:
         notes.append("never evaluated")
+    if run.other_models:
+        notes.append(f"its {_EVALUATION} has no model of it but {', '.join(run.other_models)}")
     if missing := [step for step in range(1, steps) if step not in run.metrics.steps]:
         fate = "their time is interpolated" if missing[0] > 1 else "so its time is unknown"
         notes.append(f"no metrics of {_ranges(missing)}, {fate}")

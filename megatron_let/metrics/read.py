@@ -79,7 +79,8 @@ def load_metrics(path: Path) -> RunMetrics:
             run.valid_loss[row["iteration"]] = _number(row["valid_loss"])
             run.valid_microbatches[row["iteration"]] = row.get("microbatches", [])
         elif "changed" in row:
-            run.changes[row["iteration"]] = run.changes.get(row["iteration"], {}) | row["changed"]
+            for name, (before, since) in row["changed"].items():
+                _change(run, row["iteration"], name, before, since)
     return run
 
 
@@ -91,6 +92,22 @@ def _forget_from(run: RunMetrics, iteration: int) -> None:
     for rows in (run.steps, run.valid_loss, run.valid_microbatches):
         for step in [step for step in rows if step >= iteration]:
             del rows[step]
+    # What had changed later holds from here on.
+    later = [run.changes[step].items() for step in sorted(run.changes) if step >= iteration]
+    for name, (before, since) in [entry for changed in later for entry in changed]:
+        _change(run, iteration - 1, name, before, since)
+
+
+def _change(run: RunMetrics, iteration: int, name: str, before: Any, since: Any) -> None:
+    """Record a setting from the step after `iteration` on, whatever abandoned steps had."""
+    known = [run.changes[step][name] for step in sorted(run.changes) if name in run.changes[step]]
+    for step in run.changes:
+        if step >= iteration:
+            run.changes[step].pop(name, None)
+    kept = [run.changes[step][name] for step in sorted(run.changes) if name in run.changes[step]]
+    had = kept[-1][1] if kept else known[0][0] if known else before
+    if had != since:
+        run.changes.setdefault(iteration, {})[name] = [had, since]
 
 
 def _check(path: Path, number: int, row: dict[str, Any]) -> None:

@@ -53,13 +53,12 @@ def table_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
 def _cell(variant: Variant, key: str, form: str, unit: int) -> str:
     """Format the mean, and the range over several seeds."""
     spread = variant.figures[key]
-    missing = len(variant.runs) - _num_having(variant, key)
-    absence = _absence(variant, key) if missing else None
+    absent = {reason: count for reason, count in _absent(variant, key).items() if count > 0}
     if spread is None:
-        return absence or "–"
+        return " or ".join(absent) or "–"
     mean, low, high = (form.format(v / unit) for v in (spread.mean, spread.low, spread.high))
     cell = mean if spread.count == 1 else f"{mean} ({low}–{high})"
-    return f"{cell}, {missing} {absence}" if absence else cell
+    return ", ".join((cell, *(f"{count} {reason}" for reason, count in absent.items())))
 
 
 def _num_having(variant: Variant, key: str) -> int:
@@ -68,12 +67,14 @@ def _num_having(variant: Variant, key: str) -> int:
     return 0 if spread is None else spread.count
 
 
-def _absence(variant: Variant, key: str) -> str | None:
-    """Return the word for runs without a figure, if the reason is known."""
+def _absent(variant: Variant, key: str) -> dict[str, int]:
+    """Return how many runs are without a figure, by reason, if it is known."""
+    missing = len(variant.runs) - _num_having(variant, key)
+    diverged = sum(run.metrics.diverged_at is not None for run in variant.runs)
     if key in _TO_TARGET and variant.has_target:
-        return "never"
-    diverged = any(run.metrics.diverged_at is not None for run in variant.runs)
-    return "diverged" if key in ("final_loss", "difference") and diverged else None
+        unfinished = variant.num_unfinished
+        return {"never": missing - unfinished, "unfinished": unfinished}
+    return {"diverged": min(missing, diverged)} if key in ("final_loss", "difference") else {}
 
 
 def two_runs(variants: list[Variant]) -> tuple[ComparedRun, ComparedRun] | None:

@@ -77,7 +77,7 @@ class Crossover:
             the interpolation; None if no resample crosses, or fewer than two teachers have several
             seeds.
         high: its upper end.
-        share: share of the resamples that cross.
+        share: share of the resamples that cross, of those that have all teachers.
     """
 
     gap: float | None
@@ -97,16 +97,19 @@ def crossover(found: Sequence[Gain], method: str) -> Crossover:
     gap, between = crossing or (None, None)
     if sum(len(group) > 1 for group in points.values()) < 2:
         return Crossover(gap, between, None, None, float(gap is not None))
-    generator, seeds = np.random.default_rng(0), list({gain.seed for gain in found})
+    generator = np.random.default_rng(0)
+    seeds = list(dict.fromkeys(gain.seed for group in points.values() for gain in group))
     crossings = []
     for _ in range(RESAMPLES):
         chosen = [seeds[i] for i in generator.integers(len(seeds), size=len(seeds))]
         drawn = [[gain for seed in chosen for gain in group if gain.seed == seed]
                  for group in points.values()]  # fmt: skip
-        crossings.append(_crossing([group for group in drawn if group]))
+        # Without one of the teachers, the line would join others.
+        if all(drawn):
+            crossings.append(_crossing(drawn))
     there = [found[0] for found in crossings if found is not None]
     low, high = np.quantile(there, QUANTILES).tolist() if there else (None, None)
-    return Crossover(gap, between, low, high, len(there) / RESAMPLES)
+    return Crossover(gap, between, low, high, len(there) / max(1, len(crossings)))
 
 
 def describe(found: Crossover) -> str:

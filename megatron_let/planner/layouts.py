@@ -72,6 +72,12 @@ def _chunks(args: argparse.Namespace, pp: int) -> int:
     layers = args.num_layers_per_virtual_pipeline_stage
     if not layers:
         return args.num_virtual_stages_per_pipeline_rank or 1
+    if args.num_virtual_stages_per_pipeline_rank:
+        raise LETError(
+            f"--num-layers-per-virtual-pipeline-stage is {layers} and"
+            " --num-virtual-stages-per-pipeline-rank is"
+            f" {args.num_virtual_stages_per_pipeline_rank}; give one of them."
+        )
     if args.num_layers % (pp * layers):
         raise LETError(
             f"--num-layers {args.num_layers} is not a multiple of PP {pp} x"

@@ -166,7 +166,7 @@ def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
         return values | {"let_method": "none"}
     let = {f"let_{name}": value for name, value in dataclasses.asdict(config).items()}
     let = {name: value for name, value in let.items() if name not in _HOW}
-    return values | let | {"let_teacher": _teacher_id(str(config.teacher))}
+    return values | let | {"let_teacher": teacher_id(str(config.teacher))}
 
 
 def _data_list_id(file: Path) -> str:
@@ -195,7 +195,14 @@ def _content_id(name: str, files: list[Path], ends: bool = False) -> str:
     return f"{name}#{digest.hexdigest()[:12]}"
 
 
-def _teacher_id(teacher: str) -> str:
+def data_folder_id(data: str) -> str:
+    """Return a digest of the indexed data sets in a folder, or of those whose path begins so."""
+    path = Path(data)
+    found = path.glob("*.bin") if path.is_dir() else path.parent.glob(f"{path.name}*.bin")
+    return _content_id("", sorted(found))
+
+
+def teacher_id(teacher: str) -> str:
     """Return `owner/name@commit` of a snapshot from the hub, name and digest of another path.
 
     The name alone of a path that is gone: past --let-stop-step no teacher is needed.

@@ -44,6 +44,29 @@ def test_runs_of_one_name_that_are_not_seeds_of_one_variant_are_rejected(
     assert main([f"{path.parent.name}={path}" for path in runs] + out) == 0
 
 
+def test_metrics_files_of_one_folder_are_two_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, valid in (("base", BASE), ("let", {20: 5.0, 40: 4.5})):
+        metrics = write_run(tmp_path / name, valid) / "metrics.jsonl"
+        metrics.rename(tmp_path / f"{name}.jsonl")
+    runs = [str(tmp_path / f"{name}.jsonl") for name in ("base", "let")]
+    assert main([*runs, "--baseline", "base.jsonl", "--out", str(tmp_path / "out")]) == 0
+    assert "let.jsonl reached the baseline's" in capsys.readouterr().out
+
+
+def test_seed_of_an_older_version_is_compared_with_the_others(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "baseline", BASE, settings={})]
+    runs += [
+        write_run(tmp_path / f"a/{i}", BASE, settings=s)
+        for i, s in enumerate(
+            ({"let_method": "let", "let_weight": 0.1}, {"seed": 2, "let_method": "let"}, None)
+        )
+    ]
+    given = [f"{name}={run}" for name, run in zip(("baseline", *["let"] * 3), runs, strict=True)]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_run_without_metrics_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,19 @@ import psutil
 import pytest
 from rich.console import Console
 
+from megatron_let.cli import local_run
 from megatron_let.cli.local_run import (
+    Trainer,
+    export,
     interruptible,
     next_line,
     run_command_line,
     run_environment,
 )
+from megatron_let.config.recipes import find_recipe
 from megatron_let.errors import LETError
+from megatron_let.files.names import METRICS, TRACKER
+from megatron_let.metrics.sweep import SweepRun
 
 
 def python(code: str) -> list[str]:
@@ -117,3 +124,90 @@ def test_processes_share_the_cores_unless_threads_are_given(
     assert run_environment(tmp_path, tmp_path, 8)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert run_environment(tmp_path, tmp_path, 2)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A folder with the data, a teacher, and the first step of a run with them."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.bin").write_bytes(b"tokens")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/config.json").write_text("{}")
+    folder = tmp_path / "runs/let/seed-1"
+    folder.mkdir(parents=True)
+    trainer_of(tmp_path).record(folder, sweep_run())
+    (folder / METRICS).write_text('{"iteration": 1, "lm_loss": 5.0}\n')
+    return tmp_path
+
+
+def trainer_of(folder: Path) -> Trainer:
+    return Trainer(run_environment(folder / "data", folder / "teacher"), Console())
+
+
+def sweep_run(*flags: str) -> SweepRun:
+    return SweepRun("let", 1, find_recipe(Path("tiny")), ("--seed", "1", "--lr", "0.0010", *flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lr", "1e-3"), ("--micro-batch-size", "1"), ("--log-interval", "7"),
+        ("--no-save-optim",), ("--recompute-granularity", "full"), ("--wandb-project", "x"),
+    ],
+)  # fmt: skip
+def test_run_continues_with_settings_that_may_change(begun: Path, flags: tuple[str, ...]) -> None:
+    trainer_of(begun).check({begun / "runs/let/seed-1": sweep_run(*flags)})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--lr", "2e-3"), ("--let-loss", "logsum"), ("--train-iters", "9"), ("--let-teacher", "x")],
+)
+def test_run_of_other_settings_is_refused(begun: Path, flags: tuple[str, ...]) -> None:
+    with pytest.raises(LETError, match=f"{flags[0][2:]} is .* there and .* here"):
+        trainer_of(begun).check({begun / "runs/let/seed-1": sweep_run(*flags)})
+
+
+def test_run_is_the_same_in_another_place_and_another_with_other_content(begun: Path) -> None:
+    moved = begun.rename(begun.with_name(f"{begun.name}-moved"))
+    runs = {moved / "runs/let/seed-1": sweep_run()}
+    trainer_of(moved).check(runs)
+    for file in ("data/train.bin", "teacher/config.json"):
+        content = (moved / file).read_bytes()
+        (moved / file).write_bytes(content[::-1])
+        with pytest.raises(LETError, match="holds another run"):
+            trainer_of(moved).check(runs)
+        (moved / file).write_bytes(content)
+
+
+def test_finished_student_of_a_teacher_that_was_trained_again_is_refused(begun: Path) -> None:
+    model, folder = begun / "runs/teachers/small/model", begun / "runs/let/seed-1"
+    student = sweep_run("--let-teacher", str(model))
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"first")
+    trainer_of(begun).record(folder, student)
+    trainer_of(begun).check({folder: student})
+    (model / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(LETError, match="let-teacher is model#"):
+        trainer_of(begun).check({folder: student})
+    # Before it is trained again, nothing is known of it.
+    shutil.rmtree(model)
+    trainer_of(begun).check({folder: student})
+
+
+def test_model_older_than_its_checkpoint_is_exported_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[object] = []
+    monkeypatch.setattr(local_run, "run_subcommand", lambda words, *_: exported.append(words))
+    tracker, made = tmp_path / "checkpoints" / TRACKER, tmp_path / "model/config.json"
+    for file, seconds in ((tracker, 10), (made, 20)):
+        file.parent.mkdir()
+        file.touch()
+        os.utime(file, (seconds, seconds))
+    export(tmp_path, made.parent, tmp_path / "log", None)
+    assert not exported
+    os.utime(tracker, (30, 30))
+    export(tmp_path, made.parent, tmp_path / "log", None)
+    assert len(exported) == 1

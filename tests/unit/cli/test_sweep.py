@@ -30,6 +30,18 @@ def test_option_without_effect_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_teachers_and_students_of_other_texts_are_refused_before_training(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("DATA", str(tmp_path))
+    monkeypatch.setenv("TEACHER", str(teacher))
+    argv = ["sweep_crossover", "--output", str(tmp_path / "out"), "--", "--seq-length", "128"]
+    assert main(argv) == 2
+    assert "seq-length of the teacher-" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_file_as_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").touch()
     assert main([SWEEP, "--output", str(tmp_path / "out")]) == 2

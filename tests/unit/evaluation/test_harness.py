@@ -314,7 +314,9 @@ def test_later_evaluation_keeps_rows_of_other_models_with_equal_settings(
     assert models_after(second, "--num-fewshot", 0) == ["second"]
     assert str(model) in capsys.readouterr().err
     assert models_after(model, "--tasks", "piqa") == [model.name]
-    assert scored == [model.name, "second", model.name, "second", model.name]
+    assert models_after(second, "--tasks", "piqa", "--dtype", "float16") == ["second"]
+    assert models_after(model, "--tasks", "piqa", "--batch-size", 3) == [model.name]
+    assert scored == [*[model.name, "second"] * 3, model.name]
 
 
 def test_watch_says_that_it_waits_for_the_first_checkpoint(

@@ -395,14 +395,22 @@ def test_exit_code_of_an_attempt_ends_or_requeues(
         assert "last words" in shown and "old" not in shown, "only this attempt's lines"
 
 
-@pytest.mark.parametrize(("failures", "tried", "printed"), [(0, 1, "x"), (3, 4, "x"), (99, 7, "")])
-def test_slurm_is_asked_again_while_it_fails(
-    failures: int, tried: int, printed: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("state", "failures", "tried", "printed"),
+    [("DOWN", 0, 1, "x"), ("DOWN", 3, 4, "x"), ("DOWN", 99, 7, ""), ("UP", 1, 2, "x"),
+     ("UP", 99, 2, "")],
+)  # fmt: skip
+def test_slurm_is_asked_again_while_it_does_not_answer(
+    state: str, failures: int, tried: int, printed: str, tmp_path: Path
 ) -> None:
     script = f"""
 . {ROOT}/launch/lib/job.sh
 sleep() {{ echo "$1" >>{tmp_path}/waits; }}
-scontrol() {{ echo >>{tmp_path}/tries; (($(wc -l <{tmp_path}/tries) > {failures})) && echo x; }}
+scontrol() {{
+    [[ $1 != ping ]] || {{ echo "Slurmctld(primary) at host is {state}" && return; }}
+    echo >>{tmp_path}/tries
+    (($(wc -l <{tmp_path}/tries) > {failures})) && echo x
+}}
 ask_slurm scontrol requeue 7
 """
     result = subprocess.run(["bash", "-c", script], text=True, capture_output=True)

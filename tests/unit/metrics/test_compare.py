@@ -152,6 +152,40 @@ def test_changed_setting_and_other_evaluation_are_noted(tmp_path: Path) -> None:
     assert any("downstream" in note and "'10'" in note for note in variant.notes)
 
 
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [("checkpoints", True), ("{}/checkpoints/iter_0000001", True), ("{}/../elsewhere", False),
+     ("/gone/runs/let/checkpoints", True), ("/gone/elsewhere", False)],
+)  # fmt: skip
+def test_downstream_scores_of_the_run_are_found_and_others_named(
+    tmp_path: Path, model: str, found: bool
+) -> None:
+    let = write_run(tmp_path / "let", LET, settings={"let_method": "let"}, downstream=41.0)
+    # A link to another disk.
+    (let / "checkpoints").rename(tmp_path / "disk")
+    (let / "checkpoints").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/iter_0000001").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    row = {"model": model.format(let), "tokens": None, "average": 41.0, "results": []}
+    (let / "evaluation/results.json").write_text(json.dumps({"models": [row]}))
+    run = load_run("let", let)
+    assert run.downstream == (41.0 if found else None)
+    baseline = load_run("baseline", write_run(tmp_path / "baseline", BASE, settings={}))
+    notes = compare([baseline, run], "baseline")[1].notes
+    assert found != any(row["model"] in note for note in notes)
+
+
+def test_interval_needs_the_same_seed(tmp_path: Path) -> None:
+    runs = [
+        load_run(name, write_run(tmp_path / f"{name}{seed}", BASE, settings={"seed": seed}))
+        for name, seed in (("baseline", 1), ("let", 1), ("other", 2))
+    ]
+    for run in runs:
+        run.metrics.valid_microbatches[40] = [5.0, 4.0, 6.0]
+    _, let, other = compare(runs, "baseline")
+    assert let.interval == (0.0, 0.0) and other.interval is None
+
+
 def test_run_that_never_reaches_baseline_has_no_speed_up(tmp_path: Path) -> None:
     worse = write_run(tmp_path / "b", {20: 7.0, 40: 5.1}, settings={"let_method": "let"})
     runs = [load_run("baseline", write_run(tmp_path / "a", BASE)), load_run("let", worse)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_let.errors import LETError
 from megatron_let.metrics.read import RunMetrics, load_metrics
@@ -34,6 +37,39 @@ def test_step_taken_again_replaces_the_rows_from_it_on(tmp_path: Path) -> None:
     # Killed before it was as far as before, it is not finished.
     write(path, *first, *again[:1])
     assert load_metrics(path).last_step == 3
+
+
+# Attempts of one run: where each resumes, in percent of what was saved, the value of a setting, and
+# how many steps it takes.
+ATTEMPTS = st.lists(st.tuples(st.integers(0, 100), st.sampled_from("ab"), st.integers(0, 5)))
+
+
+@given(ATTEMPTS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+def test_changes_are_those_between_the_steps_that_count(
+    tmp_path: Path, attempts: list[tuple[int, str, int]]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    had: list[str] = []
+    stored = "a"
+    for percent, value, steps in [(0, "a", 3), *attempts]:
+        had = had[: len(had) * percent // 100]
+        # As a run writes it: beside the setting of the attempt before.
+        if value != stored:
+            rows.append({"iteration": len(had), "changed": {"x": [stored, value]}})
+        stored = value
+        for _ in range(steps):
+            had.append(value)
+            rows.append(step(len(had)))
+    loaded = load_metrics(write(tmp_path / "m.jsonl", *rows))
+    changes = {it: c["x"] for it, c in loaded.changes.items() if c and 0 < it < len(had)}
+    assert list(loaded.steps)[: len(had)] == list(range(1, len(had) + 1))
+    if len(loaded.steps) == len(had):
+        assert changes == {
+            i: [before, since]
+            for i, (before, since) in enumerate(itertools.pairwise(had), 1)
+            if before != since
+        }
 
 
 def test_test_loss_is_not_validation_loss(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from pathlib import Path
 
@@ -57,6 +58,25 @@ def test_seed_that_never_reaches_the_baseline_is_marked_beside_the_speed_up(tmp_
     cells = dict(zip(COLUMNS, table_rows(compare(runs, "baseline"))[1], strict=True))
     for column in ("speed-up in steps", "speed-up in time", "steps to the baseline's loss"):
         assert cells[column].endswith(", 1 never")
+
+
+def test_unfinished_and_diverged_runs_are_not_counted_as_one_another(tmp_path: Path) -> None:
+    base = load_run("baseline", write_run(tmp_path / "b", BASE, settings={}))
+    lets = [
+        load_run("let", write_run(tmp_path / f"let{seed}", valid, steps=steps, settings=
+                                  {"seed": seed, "let_method": "let"}))
+        for seed, valid, steps in (
+            (1, {20: 4.9, 40: 4.5}, 40), (2, {20: 7.0}, 30), (3, {20: 7.0, 40: math.nan}, 40),
+        )
+    ]  # fmt: skip
+    rows = lets[2].metrics.steps
+    for row in list(rows)[29:]:
+        rows[row]["lm_loss"] = math.nan
+    cells = dict(zip(COLUMNS, table_rows(compare([base, *lets], "baseline"))[1], strict=True))
+    assert cells["speed-up in steps"].endswith(", 1 never, 1 unfinished")
+    assert cells["minus the baseline's"] == "-0.5000, 1 diverged"
+    cells = dict(zip(COLUMNS, table_rows(compare([base, lets[1]], "baseline"))[1], strict=True))
+    assert cells["speed-up in steps"] == "unfinished"
 
 
 @pytest.mark.parametrize(

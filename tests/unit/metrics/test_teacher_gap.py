@@ -70,6 +70,16 @@ def test_seeds_are_drawn_together_because_teachers_share_the_baselines() -> None
     assert result.high > 0.05  # type: ignore[operator]
 
 
+def test_seeds_of_other_methods_and_missing_ones_change_nothing() -> None:
+    pairs = [*STRONG[:2], *WEAK[:2]]
+    alone = crossover(pairs, "let")
+    assert alone == crossover([*pairs, gain("strong", -1.0, 0.3, 9, method="rkd")], "let")
+    # A line past the middle teacher, in the draws without its seed, would cross elsewhere.
+    middle = gain("middle", 0.0, 0.3, 0)
+    found = crossover([*pairs, middle], "let")
+    assert found.low is not None and found.low > 0 and found.share == 1
+
+
 def test_loss_that_is_not_finite_leaves_the_others(runs: list[ComparedRun]) -> None:
     runs[2].metrics.valid_loss[40] = float("nan")
     found = gains([("let", "t", run) for run in runs[2:]], {"t": 4.0}, runs[:2])

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_let.cli import plan
+from megatron_let.config.recipes import find_recipe, load_recipe
 from megatron_let.errors import LETError
 from megatron_let.planner.estimate import Request, aligned_layer, estimate, memory_of_stages
 from megatron_let.planner.layouts import does_not_divide
@@ -278,6 +280,51 @@ def test_teacher_of_either_flag_is_planned(teacher_flag: str, teacher: Path) -> 
     argv = ["--config", "tiny", "--gpus", "1", "--gpu", "a100-80g", teacher_flag, str(teacher)]
     request, _ = plan.plan_one(argv)
     assert request.teacher is not None and request.teacher.hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    ("flags", "hidden_size"),
+    [
+        (("--let-teacher", "HuggingFaceTB/SmolLM2-1.7B"), 2048),
+        (("--let-teacher", "facebook/opt-125m@main"), 768),
+        (("--let-teacher", "/of/another/machine/SmolLM2-1.7B"), 2048),
+        (("--let-teacher", "/nowhere/x.gguf", "--let-method", "none"), None),
+    ],
+)
+def test_teacher_that_is_not_here_is_known_by_its_name(
+    flags: tuple[str, ...], hidden_size: int | None
+) -> None:
+    request, _ = plan.plan_one(["--config", "tiny", "--gpus", "1", "--gpu", "a100-80g", *flags])
+    assert (request.teacher and request.teacher.hidden_size) == hidden_size
+
+
+@pytest.mark.parametrize("name", ["global-batch-size", "micro-batch-size", "num-layers"])
+def test_recipe_without_a_size_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    values = load_recipe(find_recipe(Path("tiny")))
+    recipe.write_text(yaml.safe_dump({"all": {k: v for k, v in values.items() if k != name}}))
+    code = plan.main(["--config", str(recipe), "--gpus", "1", "--gpu", "a100-80g"])
+    assert code == 2 and f"--{name} is not set" in capsys.readouterr().err
+
+
+def test_recipe_has_the_variables_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    values = load_recipe(find_recipe(Path("tiny"))) | {"let-layer": "${MY_LAYER}"}
+    recipe.write_text(yaml.safe_dump({"all": values}))
+    monkeypatch.setenv("MY_LAYER", "2")
+    assert (
+        plan.plan_one(["--config", str(recipe), "--gpus", "1", "--gpu", "a100-80g"])[0].layer == 2
+    )
+
+
+def test_two_numbers_of_model_chunks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config", "tiny", "--gpus", "8", "--gpu", "a100-80g", "--pp", "2", "--vpp", "2"]
+    assert plan.main([*argv, "--num-layers-per-virtual-pipeline-stage", "1"]) == 2
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_teacher_takes_precedence_over_let_teacher() -> None:

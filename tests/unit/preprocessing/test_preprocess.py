@@ -334,6 +334,27 @@ def test_subset_file_without_a_name_is_refused(
     assert "keep.txt', which names no subset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"), [("C#", {"C#"}), ("# all\nC# # a comment\n#F\n  C\n", {"C", "C#"})]
+)
+def test_subset_names_may_have_a_hash(
+    given: str, kept: set[str], hugging_face: Path, tmp_path: Path
+) -> None:
+    source = write_input(
+        tmp_path / "in.jsonl", ["a", "b", "c", "d"], ("C", "C#", "F#", "a comment")
+    )
+    if "\n" in given:
+        (tmp_path / "keep.txt").write_text(given)
+        given = str(tmp_path / "keep.txt")
+    code = main(
+        ["--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-model",
+         str(hugging_face), "--include-subsets", given]
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads((tmp_path / "out.report.json").read_text())
+    assert set(report["subsets"]) == kept
+
+
 def test_subset_names_may_have_a_slash(hugging_face: Path, tmp_path: Path, capsys: Any) -> None:
     names = ("a/b", "USPTO Backgrounds", "Wikipedia (en)", "Pile-CC")
     source = write_input(tmp_path / "in.jsonl", ["a", "b", "c", "d"], names)
