@@ -22,4 +22,6 @@ for seconds in 10 20 40 80 150; do
 done
 # shellcheck source=launch/lib/job.sh
 . "$launch/lib/job.sh"
+# GPUs of 40 GB show 39.6 GiB.
+: "${LET_GPU_GIB:=38}"
 run_job configs/let_7b_deepspeed.yaml SmolLM2-1.7B 300 "$@"

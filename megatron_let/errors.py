@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Everything that Megatron's `train` calls happens once training has begun.
+# Everything that these functions of Megatron call happens once training has begun.
+_TRAINING = ("train", "evaluate_and_print_results")
 _TRAINING_LOOP = os.path.join("megatron", "training", "training.py")
 
 
@@ -81,7 +82,7 @@ def refusal_by_another_package(error: Exception) -> LETError | None:
         None once Megatron's training loop has begun, when the traceback matters.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    if any(f.name == "train" and f.filename.endswith(_TRAINING_LOOP) for f in frames):
+    if any(f.name in _TRAINING and f.filename.endswith(_TRAINING_LOOP) for f in frames):
         return None
     last = frames[-1]
     path = _write_traceback("".join(traceback.format_exception(error)))
@@ -89,6 +90,16 @@ def refusal_by_another_package(error: Exception) -> LETError | None:
         f"The run cannot start: {first_line(error).rstrip('.')} ({type(error).__name__} in"
         f" {last.name}, {Path(last.filename).name}:{last.lineno}; the traceback is in {path})."
     )
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Return whether an error may be gone at the next start: of a network, a device or a disk.
+
+    Most of another package's errors about a setting are no RuntimeError, as torch's are.
+    """
+    settings = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+                PermissionError, NotImplementedError, RecursionError)  # fmt: skip
+    return isinstance(error, OSError | RuntimeError | EOFError) and not isinstance(error, settings)
 
 
 def _write_traceback(text: str) -> Path:

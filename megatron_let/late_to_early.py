@@ -171,6 +171,11 @@ class _TeacherState:
                 " block."
             )
         self._num_backward += 1
+        if self._num_backward > 1:
+            raise LETError(
+                "The student's layer received a second gradient inside `step()`, to which the"
+                " alignment would be added again; call backward() once, on the sum of the losses."
+            )
         return self._state
 
     def end(self) -> None:

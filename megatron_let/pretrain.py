@@ -10,10 +10,17 @@ from megatron_let.compat.device import (
     prepare_process,
     set_hardware_queues,
 )
-from megatron_let.errors import LETError, print_error, refusal_by_another_package
+from megatron_let.errors import (
+    LETError,
+    is_of_the_machine,
+    print_error,
+    refusal_by_another_package,
+)
 from megatron_let.run import restarts_in_job
 
 USAGE_ERROR = 2
+# A launcher starts the run again after this code.
+MACHINE_ERROR = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    """Train, and return 0, or 2 after printing why the run cannot start."""
+    """Train, and return 0; 2 after printing why the run cannot start, or 1 if it may later."""
     host = detect_host()
     # Before any import of Megatron, which reads the environment when it is imported.
     prepare_process(host, int(os.environ.get("RANK", "0")))
@@ -45,7 +52,7 @@ def _run(argv: list[str]) -> int:
         if refusal is None:
             raise
         print_error(refusal)
-        return USAGE_ERROR
+        return MACHINE_ERROR if is_of_the_machine(error) else USAGE_ERROR
     return 0
 
 

@@ -14,7 +14,9 @@ finish_attempt() {
         show_failure "$time" "$code" "$rank" "$node"
     elif ((code)); then
         say "no rank recorded an exit code; the step ended with code $code; the nodes' last lines:"
-        tail -qn 5 -- "$OUTPUT"/logs/node_*.log 2>/dev/null | sed 's/^/    /'
+        while IFS= read -r node; do
+            this_attempts_lines "$OUTPUT/logs/node_$node.log" | tail -n 5 | sed 's/^/    /'
+        done <"$ATTEMPT/nodes.txt"
     fi
     ((code == 0)) || _show_disk
     # This fails on a full disk, which _show_disk has reported.
@@ -75,9 +77,14 @@ first_failure() {
 
 # Print the end of a rank's log, without lines of earlier attempts; nothing if the rank has none.
 _last_lines() {
-    [[ -e $(rank_log "$1") ]] || return 0
-    tail -n 30 -- "$(rank_log "$1")" |
-        awk '/^==== attempt / { text = "" } { text = text $0 "\n" } END { printf "%s", text }'
+    this_attempts_lines "$(rank_log "$1")" | tail -n 30
+}
+
+# Print the lines of a log since the head of this attempt, which is printed too.
+this_attempts_lines() {
+    [[ -e $1 ]] || return 0
+    awk -v head="==== attempt $LET_ATTEMPT, job $SLURM_JOB_ID," \
+        '/^==== attempt / { ours = index($0, head) == 1 } ours' "$1"
 }
 
 rank_log() {

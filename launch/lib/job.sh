@@ -70,6 +70,9 @@ _read_arguments() {
         --)
             shift
             TRAINING_ARGUMENTS=("$@")
+            [[ " $* " != *" --skip-train "* ]] ||
+                end "$EXIT_USAGE" "error: --skip-train evaluates once, and a job here is requeued" \
+                    "until its run is done: evaluate by megatron_let.pretrain in a job of your own"
             break
             ;;
         *) SBATCH_OPTIONS+=("$1") ;;

@@ -3,6 +3,8 @@
 
 check_nodes() {
     local code=0 limit="${LET_PREFLIGHT_SECONDS:-300}" free
+    # Later a save needs the space of one checkpoint more, and the default is that of three.
+    [[ $(iteration) == 0 ]] || LET_DISK_GIB=$((LET_DISK_GIB / 3))
     free="$(($(df --output=avail -k -- "$OUTPUT" | tail -n 1) / 1048576))"
     ((free >= LET_DISK_GIB)) || end "$EXIT_BAD_NODE" "error: the disk of $OUTPUT has $free GiB free," \
         "$LET_DISK_GIB needed: free some, or set LET_DISK_GIB"
@@ -27,7 +29,7 @@ _refuse_bad_nodes() {
     while IFS= read -r node; do
         if [[ ! -e $VERDICTS/$node ]]; then
             say "node $node: the doctor did not finish; the end of $OUTPUT/logs/node_$node.log:"
-            tail -n 5 -- "$OUTPUT/logs/node_$node.log" 2>/dev/null | sed 's/^/    /'
+            this_attempts_lines "$OUTPUT/logs/node_$node.log" | tail -n 5 | sed 's/^/    /'
         elif [[ -s $VERDICTS/$node ]]; then
             sed "s/^/launch: node $node: /" "$VERDICTS/$node"
         else

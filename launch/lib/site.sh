@@ -23,6 +23,8 @@ load_site() {
     LET_PYTHON="${LET_PYTHON:-$(_default_python)}"
     LET_GPUS_PER_NODE="${LET_GPUS_PER_NODE:-8}"
     LET_RANKS_PER_NODE="${LET_RANKS_PER_NODE:-$LET_GPUS_PER_NODE}"
+    # The recipes are sized for GPUs of 80 GB, which show 79 GiB.
+    LET_GPU_GIB="${LET_GPU_GIB:-75}"
     PYTHONPATH="$LET_ROOT${PYTHONPATH:+:$PYTHONPATH}"
     for name in LET_RUNS DATA TEACHER LET_FABRIC ${LET_CONTAINER:+LET_IMAGE}; do
         if [[ -z ${!name:-} ]]; then
@@ -44,7 +46,7 @@ load_site() {
 # Check the numbers before anything starts; $1 is the site file. Some are read after an attempt.
 _check_numbers() {
     local name
-    for name in LET_GPUS_PER_NODE LET_RANKS_PER_NODE LET_DISK_GIB LET_PREFLIGHT_SECONDS \
+    for name in LET_GPUS_PER_NODE LET_GPU_GIB LET_RANKS_PER_NODE LET_DISK_GIB LET_PREFLIGHT_SECONDS \
         LET_MAX_RESTARTS LET_RESTARTS_IN_JOB LET_HANG_SECONDS; do
         _check_number "$1" "$name" '^(0|[1-9][0-9]*)$' "a whole number"
     done

@@ -43,7 +43,33 @@ compose_training() {
     TRAINING+=(--exit-signal-handler --exit-signal "$EXIT_SIGNAL")
     [[ -z $1 ]] || TRAINING+=(--exit-duration-in-mins "$1")
     TRAINING+=(--flight-recorder-dump-path "$OUTPUT/flight_recorder/rank_")
-    TRAINING+=(--wandb-save-dir "$OUTPUT" "${TRAINING_ARGUMENTS[@]}")
+    TRAINING+=(--wandb-save-dir "$OUTPUT")
+    _add_training_arguments
+}
+
+# Once the job has saved, it continues from there: what it was started from is left out.
+_add_training_arguments() {
+    local argument before=""
+    if ! _has_saved; then
+        TRAINING+=("${TRAINING_ARGUMENTS[@]}")
+        return
+    fi
+    for argument in "${TRAINING_ARGUMENTS[@]}"; do
+        case "$argument" in
+        --load | --load=* | --ckpt-step | --ckpt-step=*) ;;
+        --finetune | --no-load-optim | --no-load-rng) ;;
+        *) [[ $before == --load || $before == --ckpt-step ]] || TRAINING+=("$argument") ;;
+        esac
+        before="$argument"
+    done
+}
+
+# Whether the last checkpoint is another than when this job began.
+_has_saved() {
+    local start
+    [[ -n ${SLURM_JOB_ID:-} && -r $OUTPUT/attempts.tsv ]] || return 1
+    start="$(awk -F '\t' -v job="$SLURM_JOB_ID" '$2 == job { print $3; exit }' "$OUTPUT/attempts.tsv")"
+    [[ -n $start && $start != "$(iteration)" ]]
 }
 
 quoted() {

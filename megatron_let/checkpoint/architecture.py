@@ -195,10 +195,14 @@ def norm_epsilon(args: Mapping[str, Any]) -> float:
 
 
 def _rope_of_megatron(args: Mapping[str, Any]) -> tuple[str, float]:
+    interpolation = args.get("rotary_seq_len_interpolation_factor")
     if args.get("use_rope_scaling"):
+        if interpolation:
+            name = "rotary_seq_len_interpolation_factor"
+            _refuse(name, interpolation, "None with use_rope_scaling")
         return "llama3", rope_scaling_factor(args)
-    if args.get("rotary_seq_len_interpolation_factor"):
-        return "linear", float(args["rotary_seq_len_interpolation_factor"])
+    if interpolation:
+        return "linear", float(interpolation)
     return "default", 1.0
 
 
@@ -303,4 +307,6 @@ def recipe_settings(architecture: Architecture) -> dict[str, Any]:
     else:
         settings.pop("moe-layer-freq", None)  # 1, the default
     epsilon = float(f"{architecture.norm_epsilon:.6g}")
-    return settings | {"norm-epsilon": epsilon, "disable-bias-linear": True}
+    # Megatron's default is a dropout of 0.1.
+    no_dropout = {"attention-dropout": 0.0, "hidden-dropout": 0.0}
+    return settings | no_dropout | {"norm-epsilon": epsilon, "disable-bias-linear": True}

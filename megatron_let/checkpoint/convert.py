@@ -70,7 +70,8 @@ def to_hugging_face_folder(
         if weights.tokenizer is not None:
             loaded = write_tokenizer(weights.tokenizer, folder)
             generation = generation_settings(weights.tokenizer, loaded)
-        special = {name: generation[name] for name in SPECIAL_TOKENS if name in generation}
+        # Without a value, Llama's and Mixtral's configs have that of another tokenizer.
+        special = {name: generation.get(name) for name in SPECIAL_TOKENS}
         write_json(folder / "config.json", config | special)
         write_json(folder / "generation_config.json", generation)
         write_safetensors(folder, plan, weights.read, max_shard_size)
@@ -197,7 +198,7 @@ def _release_arguments(
     }
     if weights.tokenizer is not None:
         kind = "SentencePieceTokenizer" if weights.tokenizer.is_file() else "HuggingFaceTokenizer"
-        values |= {"tokenizer_type": kind, "tokenizer_model": str(weights.tokenizer)}
+        values |= {"tokenizer_type": kind, "tokenizer_model": str(weights.tokenizer.resolve())}
     return argparse.Namespace(**values)
 
 

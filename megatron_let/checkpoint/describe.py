@@ -17,7 +17,7 @@ _LAYOUT = (
     ("DP", "data_parallel_size"),
 )
 # Entries of a GPT model and its run; any other is reported.
-_EXPECTED = ("embedding.", "decoder.", "output_layer.", "common_state", "rng_state",
+_EXPECTED = ("embedding.", "decoder.", "mtp.", "output_layer.", "common_state", "rng_state",
              "rerun_state_machine_state", f"{PROJECTION}_")  # fmt: skip
 
 

@@ -22,6 +22,7 @@ class ModelType:
         class_name: class of the causal language model.
         qkv_bias: whether it has these biases; both, if its config has a field for them.
         qk_norm, has_experts, has_shared_expert: the parts that every model of the type has.
+        has_layer_types: whether `layer_types` decides where the window applies.
         fixed: field of the config -> the only value that Megatron supports.
         num_experts: field of the config with the number of experts.
         experts: module of a mixture of experts in a layer.
@@ -34,6 +35,7 @@ class ModelType:
     qk_norm: bool = False
     has_experts: bool = False
     has_shared_expert: bool = False
+    has_layer_types: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     num_experts: str = "num_experts"
     experts: str = "mlp"
@@ -46,16 +48,19 @@ MODEL_TYPES = (
     ModelType(
         "llama", "LlamaForCausalLM", fixed={"attention_bias": False, "mlp_bias": False}
     ),
-    ModelType("qwen2", "Qwen2ForCausalLM", qkv_bias=(True,)),
+    ModelType("qwen2", "Qwen2ForCausalLM", qkv_bias=(True,), has_layer_types=True),
     # Its attention_bias would also be one of the output projection.
-    ModelType("qwen3", "Qwen3ForCausalLM", qk_norm=True, fixed={"attention_bias": False}),
+    ModelType(
+        "qwen3", "Qwen3ForCausalLM", qk_norm=True, has_layer_types=True,
+        fixed={"attention_bias": False},
+    ),
     ModelType(
         "mixtral", "MixtralForCausalLM", has_experts=True, fixed={"router_jitter_noise": 0.0},
         num_experts="num_local_experts", experts="block_sparse_moe", gate="w1", up="w3", down="w2",
     ),
     ModelType(
         "qwen2_moe", "Qwen2MoeForCausalLM", qkv_bias=(True, False), has_experts=True,
-        has_shared_expert=True,
+        has_shared_expert=True, has_layer_types=True,
     ),
     ModelType(
         "qwen3_moe", "Qwen3MoeForCausalLM", qk_norm=True, has_experts=True,
@@ -168,6 +173,8 @@ def _read(kind: ModelType, config: Mapping[str, Any]) -> dict[str, Any]:
         raise LETError(
             f"transformers cannot read the model's config.json ({first_line(error)})."
         ) from error
+    # As the model does when it is built: a field outside of rope_parameters has precedence.
+    read.standardize_rope_params()
     fields: dict[str, Any] = read.to_dict()
     if kind.has_experts:
         # Qwen3-MoE's field has another name since transformers 5.
@@ -182,10 +189,10 @@ def _check_fixed(kind: ModelType, read: Mapping[str, Any]) -> None:
         LETError: names the field, its value and the supported one.
     """
     layers = read.get("layer_types")
-    fixed = {"hidden_act": "silu", "per_layer_config": None, **kind.fixed}
-    if layers is None:
+    fixed = {"hidden_act": "silu", "is_causal": True, "per_layer_config": None, **kind.fixed}
+    if layers is None or not kind.has_layer_types:
         fixed["sliding_window"] = None
-    elif any(layer != "full_attention" for layer in layers):
+    if layers is not None and any(layer != "full_attention" for layer in layers):
         raise LETError(
             f"The model's layer_types are {sorted(set(layers))} (sliding_window"
             f" {read.get('sliding_window')}); the converter only supports full_attention."

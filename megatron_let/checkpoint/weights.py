@@ -83,7 +83,9 @@ class MegatronWeights:
             )
         self.dtype: torch.dtype = embedding.dtype
         rows = int(embedding.shape[0])
-        self.architecture = from_megatron(self.args, _vocab_size(self.args, self.tokenizer, rows))
+        is_own = own is not None and self.tokenizer is not None and self.tokenizer.samefile(own)
+        vocab_size = _vocab_size(self.args, self.tokenizer, rows, is_own)
+        self.architecture = from_megatron(self.args, vocab_size)
         if tokenizer is not None:
             _check_equal_ids(tokenizer, own, self.folder)
         self._mappings = parameter_mappings(self.architecture)
@@ -160,8 +162,11 @@ def _check_equal_ids(given: Path, own: Path | None, folder: Path) -> None:
         )
 
 
-def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> int:
+def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int, is_own: bool) -> int:
     """Return the number of the embedding's rows that are tokens.
+
+    Args:
+        is_own: whether the tokenizer is the run's, whose embedding may have been given more rows.
 
     Raises:
         LETError: the tokenizer is not the run's.
@@ -176,7 +181,7 @@ def _vocab_size(args: Mapping[str, Any], tokenizer: Path | None, rows: int) -> i
         int(args.get("make_vocab_size_divisible_by") or 128),
         int(args.get("tensor_model_parallel_size") or 1),
     )
-    if size > rows or (known is None and expected != rows):
+    if size > rows or (known is None and expected != rows and not is_own):
         raise LETError(
             f"The tokenizer {tokenizer} has {size} tokens, padded {expected}, and the checkpoint's"
             f" embedding has {rows} rows; give the run's --tokenizer."

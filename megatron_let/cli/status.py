@@ -40,23 +40,22 @@ def checkpoint(run: Path) -> tuple[int, float] | None:
     return (int(content), time.time() - tracker.stat().st_mtime) if content.isdigit() else None
 
 
-def state(run: Path, job: str) -> str:
-    """Return the state of the run's job in a few words."""
+def state(run: Path) -> str:
+    """Return the state of the run's jobs, which have its name, in a few words."""
     checkpoints = run / "checkpoints"
     if (checkpoints / DONE).exists():
         return "done"
     stopping = " (asked to stop)" if (checkpoints / STOP).exists() else ""
     try:
-        query = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+        query = ["squeue", "--noheader", "--me", f"--name={run.resolve().name}", "--format=%T"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except OSError:
         return f"unknown, no squeue here{stopping}"
     except subprocess.TimeoutExpired:
         return f"unknown, squeue does not answer{stopping}"
-    # Slurm forgets a job minutes after its end; any other failure says nothing about the job.
-    if answer.returncode and "Invalid job id" not in answer.stderr:
+    if answer.returncode:
         return f"unknown, squeue failed ({' '.join(answer.stderr.split())}){stopping}"
-    return f"{answer.stdout.strip().lower() or 'not queued'}{stopping}"
+    return f"{', '.join(answer.stdout.lower().split()) or 'not queued'}{stopping}"
 
 
 def progress(run: Path) -> Iterator[tuple[str, str]]:
@@ -78,7 +77,7 @@ def rows(run: Path) -> Iterator[tuple[str, str]]:
     """Yield the name and text of each line to print."""
     lines = (run / "attempts.tsv").read_text().splitlines()
     _, job, _, _, nodes = lines[-1].split("\t")
-    yield "state", state(run, job)
+    yield "state", state(run)
     yield from progress(run)
     last = checkpoint(run)
     yield "checkpoint", f"step {last[0]}, {_duration(last[1])} ago" if last else "none"

@@ -74,7 +74,7 @@ def _sweep(given: argparse.Namespace, more: list[str], errors: Console) -> int:
     if given.sbatch:
         _check_trained(models)
         for run in runs:
-            print(sbatch_line(run, ROOT / "launch"))
+            print(sbatch_line(run, ROOT / "launch", output.name))
         return 0
     folders = {output / run.variant / f"seed-{run.seed}": run for run in runs}
     environment = _environment(given.jobs * given.nproc_per_node)

@@ -104,7 +104,10 @@ def _same_samples(args: argparse.Namespace, valid: Any) -> Any:
     if args.dataloader_type != "single":
         # A shuffling sampler has an order of its own.
         return valid
-    return RepeatedDataset(valid, args.eval_iters * args.eval_global_batch_size, len(valid))
+    period = args.eval_iters * args.eval_global_batch_size
+    # An evaluation that was interrupted, or another period before, leaves a part of one.
+    start = 0 if args.skip_train else args.consumed_valid_samples
+    return RepeatedDataset(valid, period, len(valid), start)
 
 
 def get_batch(

@@ -33,14 +33,20 @@ class RepeatedDataset(DatasetWrapper):
     of different text.
     """
 
-    def __init__(self, dataset: Any, period: int, length: int) -> None:
-        """Repeat the first `period` samples, those of one evaluation, up to `length`."""
+    def __init__(self, dataset: Any, period: int, length: int, start: int = 0) -> None:
+        """Repeat the first `period` samples, those of one evaluation, up to `length`.
+
+        Args:
+            start: index that the first evaluation begins at; the first sample is there.
+        """
         super().__init__(dataset)
-        self._period, self._length = period, length
+        self._period, self._length, self._start = period, length, start
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int | None) -> dict[str, Any]:
         # None asks Megatron's data sets for a sample of padding.
-        return super().__getitem__(None if index is None else index % self._period)
+        if index is None:
+            return super().__getitem__(None)
+        return super().__getitem__((index - self._start) % self._period)

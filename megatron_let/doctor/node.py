@@ -18,8 +18,6 @@ from megatron_let.compat.device import detect_host, prepare_process
 from megatron_let.doctor.check import GIB, nvidia_smi
 from megatron_let.doctor.machine import check_machine
 
-# The recipes are sized for GPUs of 80 GB, which show 79 GiB.
-MIN_GPU_GIB = 75
 # More is another training process; a node's services take some hundred MiB.
 MAX_USED_MIB = 4096
 # Double-bit ECC error, row remapping failure, GPU off the bus, uncontained error.
@@ -37,10 +35,12 @@ def write_verdict(folder: Path, node: str, problems: list[str]) -> None:
         stream.writelines(f"{problem}\n" for problem in problems)
 
 
-def node_problems(output: Path, gpus: int, min_free_gib: float) -> Iterator[str]:
+def node_problems(
+    output: Path, gpus: int, min_gpu_gib: float, min_free_gib: float
+) -> Iterator[str]:
     """Yield the problems of `gpus` GPUs (0 skips them) and of the disk, one sentence each."""
     if gpus:
-        yield from _gpu_problems(gpus)
+        yield from _gpu_problems(gpus, min_gpu_gib)
     free = shutil.disk_usage(output).free / GIB
     if free < min_free_gib:
         yield f"{free:.1f} GiB free at {output}, {min_free_gib:g} needed for its checkpoints"
@@ -52,7 +52,7 @@ def node_problems(output: Path, gpus: int, min_free_gib: float) -> Iterator[str]
         yield f"{output} cannot be written ({error.strerror})"
 
 
-def _gpu_problems(expected: int) -> Iterator[str]:
+def _gpu_problems(expected: int, min_gib: float) -> Iterator[str]:
     try:
         memory = [float(value) for value in nvidia_smi("memory.total")]
         used = [float(value) for value in nvidia_smi("memory.used")]
@@ -63,8 +63,8 @@ def _gpu_problems(expected: int) -> Iterator[str]:
     if len(memory) != expected:
         yield f"{len(memory)} GPUs, {expected} expected"
     for index, mebibytes in enumerate(memory):
-        if mebibytes / 1024 < MIN_GPU_GIB:
-            yield f"GPU {index} has {mebibytes / 1024:.0f} GiB, {MIN_GPU_GIB} needed"
+        if mebibytes / 1024 < min_gib:
+            yield f"GPU {index} has {mebibytes / 1024:.0f} GiB, {min_gib:g} needed"
     for index, mebibytes in enumerate(used):
         if mebibytes > MAX_USED_MIB:
             yield f"GPU {index} holds {mebibytes / 1024:.0f} GiB of another process"
@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verdicts", type=Path, required=True, help="folder for one file per node")
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    gpus, disk = int(os.environ["LET_GPUS_PER_NODE"]), float(os.environ["LET_DISK_GIB"])
-    problems = [*node_problems(arguments.output, gpus, disk), *doctor_problems()]
+    names = ("LET_GPUS_PER_NODE", "LET_GPU_GIB", "LET_DISK_GIB")
+    gpus, memory, disk = (int(os.environ[name]) for name in names)
+    problems = [*node_problems(arguments.output, gpus, memory, disk), *doctor_problems()]
     write_verdict(arguments.verdicts, node_name(), problems)
     return 1 if problems else 0
 

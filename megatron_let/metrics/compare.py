@@ -79,7 +79,7 @@ class ComparedRun:
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Return the peak memory in bytes of the rank that writes the metrics."""
+        """Return the peak memory in bytes of the rank with the most."""
         sizes = [row["max_memory_bytes"] for row in self.metrics.steps.values()]
         return max(sizes, default=None)
 

@@ -221,8 +221,10 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def sbatch_line(run: SweepRun, launch: Path) -> str:
+def sbatch_line(run: SweepRun, launch: Path, sweep: str) -> str:
     """Return the command that submits a run whose recipe is named METHOD_SIZE.yaml.
+
+    The job's name, which is its folder's, begins with `sweep`.
 
     Raises:
         RecipeError: the folder `launch` has no job script for the recipe.
@@ -234,4 +236,4 @@ def sbatch_line(run: SweepRun, launch: Path) -> str:
             f"The recipe {run.recipe.name} has no job script {script.name}; give others by"
             " --recipe NAME=configs/METHOD_SIZE.yaml."
         )
-    return shlex.join(["sbatch", f"--job-name={run.name}", str(script), "--", *run.flags])
+    return shlex.join(["sbatch", f"--job-name={sweep}-{run.name}", str(script), "--", *run.flags])

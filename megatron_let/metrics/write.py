@@ -39,6 +39,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def largest_peak_memory_bytes() -> int:
+    """Return `peak_memory_bytes` of the process with the most; collective over the job."""
+    if not torch.distributed.is_initialized():
+        return peak_memory_bytes()
+    peak = torch.tensor([peak_memory_bytes()], dtype=torch.int64, device="cuda")
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return int(peak.item())
+
+
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """Replace NaN and infinity, which JSON lacks, by null."""
     return {
@@ -66,10 +75,11 @@ class MetricsFile:
     A training row has `iteration` (1-based), `lm_loss`, `let_cosine`, `let_weight` (both absent
     once the weight is 0), `let_logsum` or `let_cca` if that is the loss, `kd_loss` under `rkd` and
     `salt`, `grad_norm`, `learning_rate`, `step_seconds`, `tokens_per_second` and
-    `max_memory_bytes`. An evaluation row has `iteration` and `valid_loss` or `test_loss` (with
-    `_1`, `_2` for further validation sets), and `microbatches`, the losses of its microbatches. A
-    row with `changed` has the settings with which a run was continued on purpose. A step that a
-    killed run lost and repeated has two rows; the later one counts.
+    `max_memory_bytes`, of the rank with the most. An evaluation row has `iteration` and
+    `valid_loss` or `test_loss` (with `_1`, `_2` for further validation sets), and `microbatches`,
+    the losses of its microbatches. A row with `changed` has the settings with which a run was
+    continued on purpose. A step that a killed run lost and repeated has two rows; the later one
+    counts.
     """
 
     def __init__(
@@ -102,8 +112,10 @@ class MetricsFile:
             result = original(*args, **kwargs)
             seconds = time.perf_counter() - start
             optimizer, iteration = args[3], kwargs["iteration"] + 1
+            peak = largest_peak_memory_bytes()
             if LOSS_KEY in result[0]:
-                self._write(self._step_row(result, optimizer, iteration, seconds))
+                row = self._step_row(result, optimizer, iteration, seconds)
+                self._write(row | {"max_memory_bytes": peak})
             return result
 
         return train_step
@@ -123,7 +135,6 @@ class MetricsFile:
             "learning_rate": get_canonical_lr_for_logging(optimizer.param_groups),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "max_memory_bytes": peak_memory_bytes(),
         }
 
     def wrap_evaluate_and_print_results(self, original: Callable[..., Any]) -> Callable[..., Any]:

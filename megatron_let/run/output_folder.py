@@ -43,6 +43,7 @@ _IDENTITY = (
     "train_data_path",
     "data_args_path",
     "per_split_data_args_path",
+    "split",
     "reset_position_ids",
     "reset_attention_mask",
     "eod_mask_loss",
@@ -72,7 +73,6 @@ _COMPARED = (
     "bf16",
     "fp16",
     "valid_data_path",
-    "split",
     "eval_iters",
     "eval_global_batch_size",
     "eval_micro_batch_size",
@@ -244,6 +244,8 @@ def claim(args: argparse.Namespace, config: LETConfig) -> None:
     if stored is not None and _has_begun(save, stored):
         _check_same(save, stored, ours)
     _check_not_started_over(save, args, known=stored is not None)
+    if args.skip_train:
+        return
     _check_metrics(metrics, save, stored)
     settings = {name: getattr(args, name, None) for name in _COMPARED}
     if stored is not None and metrics is not None and _not_empty(metrics):
@@ -307,6 +309,8 @@ def _check_same(save: Path, stored: dict[str, Any], ours: dict[str, Any]) -> Non
 def _is_same(name: str, stored: dict[str, Any], ours: dict[str, Any]) -> bool:
     if name not in stored and name.endswith("data_args_path"):
         return True  # older versions did not store it
+    if name == "split" and name not in stored:
+        return bool(stored.get(_SETTINGS, {}).get(name, ours[name]) == ours[name])
     if name not in stored:
         # An older version had no such flag, and did what its default does.
         default = getattr(LETConfig(), name.removeprefix("let_"), None)
@@ -338,6 +342,7 @@ def _is_old_path(stored: str, ours: str) -> bool:
 
 def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -> None:
     if not (save / TRACKER).is_file():
+        _check_no_checkpoint(save)
         return
     loads_it = args.load is not None and Path(args.load).resolve() == save.resolve()
     if loads_it and not args.finetune:
@@ -348,6 +353,18 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
         f"The output folder {save} holds {whose} at iteration {iteration}; add --load {save} to"
         " continue it, or give another --save."
     )
+
+
+def _check_no_checkpoint(save: Path) -> None:
+    """Check that a folder without a tracker, as after a partial copy, has no whole checkpoint."""
+    # Megatron writes this file last.
+    found = sorted(path.parent for path in save.glob("iter_*/metadata.json"))
+    if found:
+        raise LETError(
+            f"The output folder {save} has {found[-1].name} but no {TRACKER}, without which the run"
+            f" would start over; write {int(found[-1].name[5:])} into that file to continue, or"
+            " give another --save."
+        )
 
 
 def _check_metrics(path: Path | None, save: Path | None, stored: dict[str, Any] | None) -> None:

@@ -89,6 +89,7 @@ class Teacher:
 
     Attributes:
         width: d_T, size of the tapped state.
+        dtype: of the weights and of the state.
         num_bytes: size of the weights on the device.
     """
 
@@ -113,6 +114,7 @@ class Teacher:
             LETError: the model cannot be used, or not with `documents`.
         """
         self._model: Any = model.eval().requires_grad_(False)
+        self.dtype: torch.dtype = self._model.get_input_embeddings().weight.dtype
         self._compiled: Any = None
         self._unmasked, self._documents = uses_unmasked_attention(model), documents
         if documents is not None:
@@ -146,14 +148,16 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the tapped state `[b, s, d_T]` of tokens `[b, s]` (int64)."""
+        """Return the tapped state `[b, s, d_T]` of tokens `[b, s]` (int64), in `dtype`."""
         if self._documents is None:
             mask = torch.ones_like(tokens) if self._unmasked else None
             output = self._run(input_ids=tokens, attention_mask=mask, use_cache=False)
         else:
             inputs = self._documents.inputs(tokens)
             output = self._run(input_ids=tokens, use_cache=False, **inputs)
-        return output.last_hidden_state if self._tap is None else self._tap.take()
+        state = output.last_hidden_state if self._tap is None else self._tap.take()
+        # Mamba keeps its residual stream in fp32; the receiver's buffers have the weights' type.
+        return state.to(self.dtype) if isinstance(state, torch.Tensor) else state
 
     def _run(self, **inputs: Any) -> Any:
         if self._compiled is None:

@@ -64,6 +64,18 @@ def test_resumed_run_has_the_same_losses(tmp_path: Path, teacher: Path, data: Pa
     assert not (checkpoints / "partial").exists()
 
 
+def test_rate_changes_on_resume_if_it_is_overridden(
+    tmp_path: Path, teacher: Path, data: Path
+) -> None:
+    zero, flags = {"stage": 1}, ("--lr-decay-style", "constant", "--lr-warmup-iters", 0)
+    _save(tmp_path / "whole", teacher, data, zero, *flags, "--lr", 1e-3)
+    resumed = deepspeed_run(
+        tmp_path / "other", teacher, data, zero, "--load", tmp_path / "whole" / "checkpoints",
+        *flags, "--lr", 7e-3, "--override-opt_param-scheduler",
+    )  # fmt: skip
+    assert {row["learning_rate"] for row in resumed.steps} == {7e-3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "flags"),

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_let.errors import LETError, print_error, refusal_by_another_package
+from megatron_let.errors import (
+    LETError,
+    is_of_the_machine,
+    print_error,
+    refusal_by_another_package,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,24 @@ def test_error_is_printed_once_per_node_at_start_and_once_per_job_if_collective(
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     print_error(LETError("No.", collective))
     assert capsys.readouterr().err == (f"megatron_let: error (rank {rank}): No.\n" * prints)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.distributed.DistStoreError("timed out"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[gloo] Connection closed by peer"), True),
+        (OSError(5, "Input/output error"), True),
+        (TimeoutError("x"), True),
+        (FileNotFoundError("x"), False),
+        (AssertionError("x"), False),
+        (ValueError("x"), False),
+        (NotImplementedError("x"), False),
+    ],
+)
+def test_error_that_may_be_gone_at_the_next_start(error: Exception, expected: bool) -> None:
+    assert is_of_the_machine(error) == expected
 
 
 def fail_with(message: str) -> None:

@@ -137,6 +137,10 @@ class Checkpoints:
         assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
         if is_universal(folder):
             _repair_universal(chunk.engine, groups)
+        elif self._args.override_opt_param_scheduler:
+            # The scheduler prefers a group's own limits, which are now the checkpoint's.
+            for group, ours in zip(optimizer.param_groups, groups, strict=True):
+                group.update({name: ours[name] for name in _SCHEDULED if name in ours})
         _replay_cpu_adam(getattr(chunk.engine.optimizer, "optimizer", chunk.engine.optimizer))
         set_checkpoint_version(_VERSION)
         check_checkpoint_args(state["args"])
@@ -151,6 +155,10 @@ class Checkpoints:
         for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
             setattr(self._args, name, getattr(saved, name))
         update_num_microbatches(consumed_samples=saved.consumed_train_samples)
+
+
+# Limits of a parameter group that `OptimizerParamScheduler` reads.
+_SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def test_vocabulary_is_padded_to_a_multiple(
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0,
                            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
          "low_freq_factor"),
+        # Outside of rope_scaling it has precedence when the model is built.
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+          "original_max_position_embeddings": 131072}, "original_max_position_embeddings"),
+        ({"is_causal": False}, "is_causal"),
         ({"rope_theta": 10000.5}, "10000.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
@@ -89,6 +94,11 @@ def test_unsupported_llama_is_refused(change: dict[str, Any], words: str) -> Non
         ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "mlp_only_layers"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
         ("mixtral", {"sliding_window": 8}, "sliding_window"),
+        # These ignore layer_types.
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8,
+                       "layer_types": ["full_attention"] * 2}, "sliding_window"),
+        ("mixtral", {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
+         "sliding_window"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
     ],
 )  # fmt: skip
@@ -279,8 +289,16 @@ def test_rounded_epsilon_is_equal() -> None:
     assert first_difference(rounded, arguments(LLAMA)) is None
 
 
+def test_two_scalings_of_rope_are_refused() -> None:
+    args = to_megatron(variant("llama3 rope")) | {"rotary_seq_len_interpolation_factor": 4}
+    with pytest.raises(LETError, match="rotary_seq_len_interpolation_factor is 4"):
+        from_megatron(args, 256)
+
+
 def test_recipe_settings_use_megatron_flags() -> None:
     settings = recipe_settings(variant("llama3 rope"))
+    # Megatron's default is 0.1.
+    assert settings["attention-dropout"] == settings["hidden-dropout"] == 0.0
     assert settings["num-query-groups"] == 3 and settings["rope-scaling-factor"] == 32.0
     assert "kv-channels" not in settings and "kv-channels" in recipe_settings(variant("wide heads"))
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_let.checkpoint.convert import MegatronLayout, to_megatron_checkpoint
+from megatron_let.checkpoint.formats import iteration_folder, open_checkpoint
 from megatron_let.checkpoint.torch_dist import TorchDist
 from megatron_let.checkpoint.verify import compare_logits
-from megatron_let.checkpoint.weights import open_weights
+from megatron_let.checkpoint.weights import MegatronWeights, open_weights
 from megatron_let.cli.convert import main
 from megatron_let.errors import LETError
 from megatron_let.files import atomic
@@ -354,6 +355,18 @@ def test_tokenizer_of_another_model_is_refused(
         "--tokenizer", other,
     )  # fmt: skip
     assert code == 2 and "700 tokens" in line and not (tmp_path / "out").exists()
+
+
+def test_run_whose_embedding_was_given_more_rows_is_read(checkpoint: Path) -> None:
+    opened = open_checkpoint(iteration_folder(checkpoint))
+    rows = dict(opened.tensors())["embedding.word_embeddings.weight"].shape[0]
+    size = MegatronWeights(opened, None).architecture.vocab_size
+    # As after --padded-vocab-size, or an import that --use-checkpoint-args continued.
+    opened.state["args"].make_vocab_size_divisible_by = 1
+    opened.state["args"].vocab_size = None
+    weights = MegatronWeights(opened, None)
+    assert weights.tokenizer is not None and size < rows
+    assert weights.architecture.vocab_size == size
 
 
 def test_existing_output_is_kept_unless_forced(

@@ -55,7 +55,7 @@ def test_running_attempt_shows_progress_speed_and_checkpoint(run: Path) -> None:
     [
         ("echo RUNNING", "running"),
         ("true", "not queued"),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "not queued"),
+        ("echo RUNNING; echo PENDING", "running, pending"),
         ("echo 'error: Unable to contact controller' >&2; exit 1", "unknown, squeue failed"),
     ],
 )

@@ -26,7 +26,7 @@ def test_unfit_gpu_is_reported(
     answers = healthy | {"ecc.errors.uncorrected.volatile.total": ["[N/A]"] * 8} | {query: values}
     monkeypatch.setattr(node, "nvidia_smi", answers.__getitem__)
     monkeypatch.setattr(node, "_xid_problems", lambda: iter(()))
-    problems = list(node.node_problems(tmp_path, 8, 0))
+    problems = list(node.node_problems(tmp_path, 8, 75, 0))
     assert len(problems) >= 1 and problems[0].startswith(expected)
 
 
@@ -38,5 +38,5 @@ def test_fatal_xid_of_the_kernel_log_is_reported(monkeypatch: pytest.MonkeyPatch
 
 
 def test_small_disk_is_reported(tmp_path: Path) -> None:
-    (problem,) = node.node_problems(tmp_path, 0, 10**9)
+    (problem,) = node.node_problems(tmp_path, 0, 75, 10**9)
     assert "1e+09 needed for its checkpoints" in problem

@@ -61,8 +61,11 @@ class Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulation", "num_microbatches"), [(1, 1), (2, 2), (3, 2)], ids=["1", "2", "2-of-3"]
+)
 def test_callback_of_the_page_gives_the_gradient_of_both_losses(
+    accumulation: int,
     num_microbatches: int,
     model: Any,
     ids: Tensor,
@@ -84,7 +87,7 @@ def test_callback_of_the_page_gives_the_gradient_of_both_losses(
     trainer = Trainer(
         model,
         TrainingArguments(
-            str(tmp_path), max_steps=3, gradient_accumulation_steps=num_microbatches,
+            str(tmp_path), max_steps=3, gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=BATCH // num_microbatches, max_grad_norm=0,
             learning_rate=0.0, logging_steps=1, save_strategy="no", report_to=[],
             use_cpu=True, disable_tqdm=True, seed=1, data_seed=1,
@@ -93,6 +96,7 @@ def test_callback_of_the_page_gives_the_gradient_of_both_losses(
         eval_dataset=Rows(ids, mask),
         callbacks=[watched := Watched(let, teacher)],
     )  # fmt: skip
+    watched.trainer = trainer
     trainer.train()
     assert_equal(seen[0], wanted)
     cosines = [row["let_cosine"] for row in trainer.state.log_history if "let_cosine" in row]

@@ -85,6 +85,16 @@ def test_two_forwards_in_one_block_are_refused(model: Any, ids: Tensor, state: T
     assert_equal(run(model, let, ids, state), expected(model, ids, state))
 
 
+def test_two_backwards_in_one_block_are_refused(model: Any, ids: Tensor, state: Tensor) -> None:
+    let = aligned(model)
+    with pytest.raises(LETError, match="second gradient"), let.step(STEP, state):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+    model.zero_grad()
+    assert_equal(run(model, let, ids, state), expected(model, ids, state))
+
+
 def test_nested_blocks_are_refused(model: Any, state: Tensor) -> None:
     let = aligned(model)
     with (

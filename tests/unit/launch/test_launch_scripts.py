@@ -329,9 +329,12 @@ set -euo pipefail
 scontrol() {{ echo "scontrol $1"; }}
 sleep() {{ exit 0; }}
 OUTPUT={output} CHECKPOINTS={output}/checkpoints ATTEMPT={output} LET_STEP_DIR={output}
-RUN=run SLURM_JOB_ID=7 LET_NODE_SHIFT=0 SLURM_RESTART_COUNT={restarts}
+RUN=run SLURM_JOB_ID=7 LET_ATTEMPT=2 LET_NODE_SHIFT=0 SLURM_RESTART_COUNT={restarts}
 finish_attempt {code}
 """
+
+
+OLD, HEAD = "==== attempt 1, job 7, node n1:", "==== attempt 2, job 7, node n1:"
 
 
 def decide(
@@ -347,8 +350,8 @@ def decide(
     (output / "checkpoints").mkdir()
     (output / "exits").mkdir()
     (output / "logs").mkdir()
-    (output / "logs/rank_0005.log").write_text("==== attempt 2\nof rank 5\n")
-    (output / "logs/rank_0003.log").write_text("==== attempt 1\nold\n==== attempt 2\nlast words\n")
+    (output / "logs/rank_0005.log").write_text(f"{HEAD}\nof rank 5\n")
+    (output / "logs/rank_0003.log").write_text(f"{OLD}\nold\n{HEAD}\nlast words\n")
     (output / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(now))
     table = "".join(f"{i}\t7\t{start}\t0\tn1\n" for i, start in enumerate(starts))
     (output / "attempts.tsv").write_text("0\t6\t100\t0\tn1\n" + table)
@@ -424,8 +427,9 @@ ask_slurm scontrol requeue 7
 def test_rank_that_lost_its_peer_is_not_reported_as_cause(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "exits").mkdir()
-    (tmp_path / "logs/rank_0000.log").write_text("RuntimeError: Connection closed by peer [::1]\n")
-    (tmp_path / "logs/rank_0001.log").write_text("==== attempt 1\nCUDA out of memory\n")
+    lost = f"{HEAD}\nRuntimeError: Connection closed by peer [::1]\n"
+    (tmp_path / "logs/rank_0000.log").write_text(lost)
+    (tmp_path / "logs/rank_0001.log").write_text(f"{HEAD}\nCUDA out of memory\n")
     (tmp_path / "exits/0").write_text("1000.1 1 0 n1\n")
     (tmp_path / "exits/1").write_text("1000.9 1 1 n2\n")
     code, shown = end_attempt(tmp_path, 1)
@@ -434,11 +438,53 @@ def test_rank_that_lost_its_peer_is_not_reported_as_cause(tmp_path: Path) -> Non
 
 def test_end_before_any_rank_shows_the_node_logs(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/node_n2.log").write_text("address already in use\n")
+    logs = {"n1": f"{OLD}\nold\n", "n2": f"{OLD}\nold\n{HEAD}\naddress already in use\n",
+            "n3": f"{HEAD}\nof another attempt's node\n"}  # fmt: skip
+    for name, text in logs.items():
+        (tmp_path / f"logs/node_{name}.log").write_text(text)
+    (tmp_path / "nodes.txt").write_text("n1\nn2\n")
     (tmp_path / "attempts.tsv").write_text("1\t7\t0\t0\tn1\n")
     code, shown = end_attempt(tmp_path, 1)
     assert code == 0 and "the step ended with code 1" in shown
     assert "    address already in use" in shown and "requeueing run run at iteration 0" in shown
+    assert "old" not in shown and "another" not in shown
+
+
+@pytest.mark.parametrize(
+    ("rows", "now", "expected"),
+    [
+        # The job's start: attempt, job, iteration.
+        ("1 7 0", 0, "--load /old --lr 1 --ckpt-step=5 --finetune"),
+        ("1 7 0|2 7 0", 0, "--load /old --lr 1 --ckpt-step=5 --finetune"),
+        ("1 7 0|2 7 100", 100, "--lr 1"),
+        # Another job saved them.
+        ("1 6 0|2 6 100|3 7 300", 300, "--load /old --lr 1 --ckpt-step=5 --finetune"),
+        ("1 6 0|2 7 300|3 7 600", 600, "--lr 1"),
+    ],
+)
+def test_start_of_a_run_is_left_out_once_the_job_has_saved(
+    rows: str, now: int, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(now))
+    table = "".join("\t".join(row.split()) + "\t0\tn1\n" for row in rows.split("|"))
+    (tmp_path / "attempts.tsv").write_text(table)
+    script = f"""
+set -euo pipefail
+. {ROOT}/launch/lib/job.sh
+OUTPUT={tmp_path} CHECKPOINTS={tmp_path} RECIPE=r SLURM_JOB_ID=7
+TRAINING_ARGUMENTS=(--load /old --lr 1 --ckpt-step=5 --finetune)
+compose_training ""
+echo "${{TRAINING[@]: -{len(expected.split())}}}"
+echo "${{#TRAINING[@]}}"
+"""
+    result = subprocess.run(["bash", "-c", script], text=True, capture_output=True)
+    shown, count = result.stdout.splitlines()
+    assert shown == expected and int(count) == 10 + len(expected.split())
+
+
+def test_evaluation_only_is_refused(site: Path) -> None:
+    code, shown = launch(SCRIPTS[0], site, "--dry-run", "--", "--skip-train")
+    assert code == 2 and "--skip-train" in shown
 
 
 def test_rerun_request_shifts_the_ranks(tmp_path: Path) -> None:

@@ -152,14 +152,14 @@ def test_sbatch_line_names_run_and_script(tmp_path: Path) -> None:
     sweep.recipes.update({m: ROOT / f"configs/{m}_7b.yaml" for m in ("baseline", "let")})
     for method in ("baseline", "let"):
         (tmp_path / f"pretrain_7b_{method}.sh").touch()
-    lines = {run.name: sbatch_line(run, tmp_path) for run in runs_of(sweep)}
+    lines = {run.name: sbatch_line(run, tmp_path, "mine") for run in runs_of(sweep)}
     assert lines["rkd-seed1234"] == (
-        f"sbatch --job-name=rkd-seed1234 {tmp_path}/pretrain_7b_let.sh --"
+        f"sbatch --job-name=mine-rkd-seed1234 {tmp_path}/pretrain_7b_let.sh --"
         " --seed 1234 --let-method rkd"
     )
     assert "pretrain_7b_baseline.sh" in lines["baseline-seed1234"]
     with pytest.raises(RecipeError, match=r"has no job script pretrain_7b_let\.sh"):
-        sbatch_line(runs_of(sweep)[1], tmp_path / "elsewhere")
+        sbatch_line(runs_of(sweep)[1], tmp_path / "elsewhere", "mine")
 
 
 def test_teachers_are_trained_as_variants_and_given_to_their_students() -> None:

@@ -44,6 +44,8 @@ def run_args(save: Path | None, **values: Any) -> argparse.Namespace:
         "tensor_model_parallel_size": 1,
         "lr": 1e-3,
         "ckpt_step": None,
+        "skip_train": False,
+        "split": "90,10,0",
     }
     return argparse.Namespace(**common | values)
 
@@ -126,6 +128,7 @@ def test_teacher_may_move_to_another_disk(trained: Path) -> None:
         ({"num_layers": 6}, LET, "--num-layers is 4 there and 6 here"),
         ({"hybrid_layer_pattern": "*-*-"}, LET, r"--hybrid-layer-pattern is None there and \*-"),
         ({"seed": 1}, LET, "--seed is 1234 there and 1 here"),
+        ({"split": "99,1,0"}, LET, "--split is 90,10,0 there and 99,1,0 here"),
         ({"reset_attention_mask": True}, LET, "--reset-attention-mask is None there and True here"),
         ({"data_path": ["/other"]}, LET, "--data-path is .* there and .*other.* here"),
         ({}, LETConfig("let", Path("/models/small"), weight=0.2), "--let-weight is 0.1 there"),
@@ -137,6 +140,29 @@ def test_folder_of_another_run_raises_error_naming_flag(
     trained: Path, args: dict[str, Any], config: LETConfig, expected: str
 ) -> None:
     assert_refused(trained, run_args(trained, **args), config, expected)
+
+
+def test_older_run_without_the_split_among_its_settings_continues(trained: Path) -> None:
+    stored = json.loads((trained / RUN).read_text())
+    stored["settings"]["split"] = stored.pop("split")
+    (trained / RUN).write_text(json.dumps(stored))
+    assert_refused(trained, run_args(trained, split="99,1,0"), LET, "--split")
+    claim(run_args(trained), LET)
+
+
+def test_copy_without_its_tracker_is_refused(trained: Path) -> None:
+    (trained / TRACKER).unlink()
+    # A save that was interrupted is no checkpoint.
+    claim(run_args(trained), LET)
+    (trained / "iter_0000005/metadata.json").touch()
+    assert_refused(trained, run_args(trained), LET, f"no {TRACKER}.*write 5")
+
+
+def test_evaluation_only_writes_nothing(trained: Path) -> None:
+    before = contents(trained)
+    claim(run_args(trained, skip_train=True, lr=5e-4), LET)
+    assert contents(trained) == before
+    assert_refused(trained, run_args(trained, skip_train=True, seed=1), LET, "--seed")
 
 
 def test_let_in_folder_of_a_baseline_raises_error(tmp_path: Path) -> None:

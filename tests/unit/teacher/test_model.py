@@ -27,6 +27,7 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaModel,
+    MambaConfig,
     PreTrainedModel,
 )
 
@@ -266,6 +267,18 @@ def test_dtype_of_weights_and_state_follows_config(
     teacher = load(folders[architecture], teacher_dtype=name)
     assert {parameter.dtype for parameter in teacher._model.parameters()} == {dtype}
     assert teacher.hidden_state(tokens).dtype == dtype
+
+
+def test_state_has_the_dtype_of_the_weights_if_the_model_computes_in_another(
+    tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    settings = MambaConfig(
+        vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4, residual_in_fp32=True
+    )
+    folder = tmp_path / "mamba"
+    AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    teacher = load(folder, teacher_dtype="bf16")
+    assert teacher.hidden_state(tokens).dtype == torch.bfloat16
 
 
 def test_bf16_state_is_close_to_fp32_state(folders: dict[str, Path], tokens: torch.Tensor) -> None:
