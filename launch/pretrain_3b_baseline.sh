@@ -15,6 +15,7 @@
 set -euo pipefail
 launch="$(dirname -- "${BASH_SOURCE[0]}")"
 # sbatch runs a copy in its spool folder; Slurm, once it answers, knows the folder of the original.
+[[ -e $launch/lib/job.sh ]] || : "${SLURM_JOB_ID:?start this script in launch/ of the repository}"
 for seconds in 10 20 40 80 150; do
     [[ ! -e $launch/lib/job.sh ]] || break
     launch="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's|.* Command=\(.*\)/pretrain_[^/]*\.sh.*|\1|p')" ||

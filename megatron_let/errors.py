@@ -92,14 +92,18 @@ def refusal_by_another_package(error: Exception) -> LETError | None:
     )
 
 
-def is_of_the_machine(error: Exception) -> bool:
-    """Return whether an error may be gone at the next start: of a network, a device or a disk.
+def may_succeed_on_restart(error: Exception) -> bool:
+    """Return whether an error is of a network, a device or a disk, and may not come again.
 
-    Most of another package's errors about a setting are no RuntimeError, as torch's are.
+    torch raises RuntimeError for these. Megatron itself raises some for settings.
     """
     settings = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
                 PermissionError, NotImplementedError, RecursionError)  # fmt: skip
-    return isinstance(error, OSError | RuntimeError | EOFError) and not isinstance(error, settings)
+    if isinstance(error, settings):
+        return False
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    of_megatron = isinstance(error, RuntimeError) and "megatron" in raised_in
+    return isinstance(error, OSError | RuntimeError | EOFError) and not of_megatron
 
 
 def _write_traceback(text: str) -> Path:

@@ -12,7 +12,7 @@ from megatron_let.compat.device import (
 )
 from megatron_let.errors import (
     LETError,
-    is_of_the_machine,
+    may_succeed_on_restart,
     print_error,
     refusal_by_another_package,
 )
@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> int:
         if refusal is None:
             raise
         print_error(refusal)
-        return MACHINE_ERROR if is_of_the_machine(error) else USAGE_ERROR
+        return MACHINE_ERROR if may_succeed_on_restart(error) else USAGE_ERROR
     return 0
 
 

@@ -57,7 +57,12 @@ _add_training_arguments() {
     for argument in "${TRAINING_ARGUMENTS[@]}"; do
         case "$argument" in
         --load | --load=* | --ckpt-step | --ckpt-step=*) ;;
-        --finetune | --no-load-optim | --no-load-rng) ;;
+        --finetune) ;;
+        # Without them a checkpoint of --no-save-* cannot be loaded.
+        --no-load-optim | --no-load-rng)
+            [[ " ${TRAINING_ARGUMENTS[*]} " != *" ${argument/load/save} "* ]] ||
+                TRAINING+=("$argument")
+            ;;
         *) [[ $before == --load || $before == --ckpt-step ]] || TRAINING+=("$argument") ;;
         esac
         before="$argument"

@@ -83,7 +83,7 @@ class MegatronWeights:
             )
         self.dtype: torch.dtype = embedding.dtype
         rows = int(embedding.shape[0])
-        is_own = own is not None and self.tokenizer is not None and self.tokenizer.samefile(own)
+        is_own = self.tokenizer is not None and self.tokenizer.resolve() == (own and own.resolve())
         vocab_size = _vocab_size(self.args, self.tokenizer, rows, is_own)
         self.architecture = from_megatron(self.args, vocab_size)
         if tokenizer is not None:

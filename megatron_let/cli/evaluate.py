@@ -231,7 +231,7 @@ def _source(given: argparse.Namespace) -> dict[str, str]:
         "num_fewshot": str(given.num_fewshot),
         "limit": str(given.limit or "none"),
         "dtype": given.dtype or "the model's",
-        "device": str(device_of(given.device)),
+        "device": device_of(given.device).type,
         "batch_size": str(given.batch_size or "default"),
         "data": str(given.data.resolve()) if given.data is not None else "hub",
     }

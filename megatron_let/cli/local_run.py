@@ -23,7 +23,7 @@ from megatron_let.files.atomic import write_json
 from megatron_let.files.names import METRICS, TRACKER
 from megatron_let.metrics.read import RunMetrics, load_metrics
 from megatron_let.metrics.sweep import SweepRun
-from megatron_let.run.output_folder import data_folder_id, teacher_id
+from megatron_let.run.output_folder import data_id, teacher_id
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # Where runs/ and launch/ are: the checkout, or the current folder of an installed package.
@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     "pipeline-model-parallel-size", "recompute-", "save", "sequence-parallel", "tensorboard-",
     "tensor-model-parallel-size", "timing-", "use-distributed-optimizer", "wandb-",
 )  # fmt: skip
+_DATA_PATHS = {"data-path", "train-data-path", "valid-data-path", "test-data-path"}
 _POLL_SECONDS = 1.0
 # Recent steps whose median time predicts the time left.
 _RECENT_STEPS = 20
@@ -158,9 +159,10 @@ def plain(value: Any) -> Any:
     # A switch is given by its name only.
     if isinstance(value, bool):
         return "" if value else value
-    for kind in (int, float):
-        with contextlib.suppress(TypeError, ValueError):
-            return kind(value)
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
     return value
 
 
@@ -259,7 +261,11 @@ class Trainer:
         values = {name: _portable(settings[name], folder.absolute()) for name in kept}
         if "let-teacher" in values:
             values["let-teacher"] = teacher_id(settings["let-teacher"])
-        values["DATA"] = data_folder_id(self.environment["DATA"])
+        for name in _DATA_PATHS & values.keys():
+            given = settings[name]
+            words = given if isinstance(given, list) else str(given).split()
+            paths = (str(word).replace("${DATA}", self.environment["DATA"]) for word in words)
+            values[name] = [data_id(path) for path in paths]
         return values | {"TEACHER": teacher_id(self.environment["TEACHER"])}
 
     def _begin(self, folder: Path, run: SweepRun, label: str, progress: Progress) -> None:

@@ -65,10 +65,7 @@ _AT_LEAST_ONE = (
     "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
 )  # fmt: skip
 # Of these only the global batch size has a default in Megatron, from the number of ranks.
-_REQUIRED = (
-    "num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
-    "global_batch_size",
-)  # fmt: skip
+_REQUIRED = ("hidden_size", "num_attention_heads", "seq_length", "global_batch_size")
 # The paper uses a 135M teacher for 1.4B students and a 1.7B teacher for larger ones.
 _LARGE_STUDENT = 2e9
 # Wide enough for the tables in a pipe, where rich assumes 80 columns.
@@ -214,8 +211,9 @@ def megatron_arguments(config: Path, flags: list[str]) -> argparse.Namespace:
     variables = dict.fromkeys(("DATA", "TEACHER", "OUTPUT", "TOKENIZER"), _UNUSED)
     variables = {**os.environ, **variables}
     args = parser.parse_args(recipe_argv(load_recipe(config), parser, flags, variables))
-    for name in _REQUIRED:
-        if getattr(args, name) is None and not args.hybrid_layer_pattern:
+    required = _REQUIRED if args.hybrid_layer_pattern else ("num_layers", *_REQUIRED)
+    for name in required:
+        if getattr(args, name) is None:
             raise LETError(f"{flag(name)} is not set; give it here or in {config}.")
     for name in _AT_LEAST_ONE:
         value = getattr(args, name)
@@ -292,11 +290,14 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     from megatron_let.config.arguments import layer_number
     from megatron_let.planner.estimate import Request
     from megatron_let.planner.sizes import student_size, teacher_size
+    from megatron_let.teacher.model import tapped_layer
 
     _check_shares(options)
     rough = student_size(args, 1, 1)
     _check_method(args)
     teacher = teacher_size(_teacher(rough, args, options))
+    tapped = tapped_layer(args.let_teacher_layer or "last", teacher.num_layers)
+    teacher = dataclasses.replace(teacher, num_layers=tapped)
     # All planned devices are GPUs, on which `auto` is bf16.
     if args.let_teacher_dtype == "fp32":
         teacher = dataclasses.replace(teacher, num_bytes=4)

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import os
 import shlex
 import statistics
 import subprocess
@@ -47,7 +48,9 @@ def state(run: Path) -> str:
         return "done"
     stopping = " (asked to stop)" if (checkpoints / STOP).exists() else ""
     try:
-        query = ["squeue", "--noheader", "--me", f"--name={run.resolve().name}", "--format=%T"]
+        owner = (run / "attempts.tsv").stat().st_uid
+        name = Path(os.path.abspath(run)).name
+        query = ["squeue", "--noheader", f"--user={owner}", f"--name={name}", "--format=%T"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except OSError:
         return f"unknown, no squeue here{stopping}"

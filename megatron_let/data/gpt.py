@@ -84,16 +84,16 @@ def datasets_provider(
         ).build()
         if aligner is not None and train is not None and parallel_state.is_pipeline_first_stage():
             train = TokenAlignedDataset(train, aligner)
-        return train, _same_samples(args, valid), test
+        return train, same_samples(args, valid), test
 
     provider.is_distributed = True  # type: ignore[attr-defined]
     return provider
 
 
-def _same_samples(args: argparse.Namespace, valid: Any) -> Any:
+def same_samples(args: argparse.Namespace, valid: Any) -> Any:
     """Return the validation set, or several, so that each evaluation is of the same samples."""
     if isinstance(valid, list):
-        return [_same_samples(args, one) for one in valid]
+        return [same_samples(args, one) for one in valid]
     if valid is None:
         return None
     if args.full_validation:

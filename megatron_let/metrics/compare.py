@@ -57,6 +57,12 @@ class ComparedRun:
         """Return the value of `--seed`; None if unknown."""
         return (self.settings or {}).get("seed")
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Return whether the run has taken fewer steps than `--train-iters`, if that is known."""
+        wanted = (self.settings or {}).get("train_iters")
+        return wanted is None or self.metrics.last_step < wanted
+
     def seconds(self) -> Curve:
         """Return the training time up to each step, without evaluations and checkpoints.
 
@@ -123,7 +129,8 @@ def _is_of(folder: Path, model: Path) -> bool:
 
     Its path may be relative to the folder, and its checkpoints a link to another disk.
     """
-    if not model.is_absolute() and (folder / model).exists():
+    below = Path(os.path.normpath(folder / model))
+    if not model.is_absolute() and below.is_relative_to(folder) and below.exists():
         return True
     if model.exists():
         linked = Path(os.path.abspath(model)).is_relative_to(os.path.abspath(folder))
@@ -241,6 +248,7 @@ def _variant(name: str, runs: list[ComparedRun], baselines: list[ComparedRun]) -
         has_target=any(_target(partner) is not None for partner in partners),
         num_unfinished=sum(
             figures["steps_to_target"] is figures["difference"] is run.metrics.diverged_at is None
+            and run.is_unfinished
             for run, figures in zip(runs, found, strict=True)
         ),
         # Another seed has the held-out text in another order.
@@ -338,7 +346,7 @@ def _notes(run: ComparedRun, baseline: ComparedRun) -> list[str]:
     if not run.metrics.valid_loss:
         notes.append("never evaluated")
     if run.other_models:
-        notes.append(f"its {_EVALUATION} has no model of it but {', '.join(run.other_models)}")
+        notes.append(f"its {_EVALUATION} lists other models: {', '.join(run.other_models)}")
     if missing := [step for step in range(1, steps) if step not in run.metrics.steps]:
         fate = "their time is interpolated" if missing[0] > 1 else "so its time is unknown"
         notes.append(f"no metrics of {_ranges(missing)}, {fate}")

@@ -122,6 +122,8 @@ class PlacementScheduler:
         self._pipeline, self._aligned, self._report = pipeline, aligned, report
         self._num_together = num_together
         self._costs: Costs | None = None
+        # By the number of microbatches; a simulation of a large pipeline takes seconds.
+        self._fastest: dict[int, Placement] = {}
         self._step = 0
 
     @property
@@ -169,6 +171,7 @@ class PlacementScheduler:
         if timer is not None:
             pipeline = self._sized(num_microbatches)
             self._costs = timer.costs(pipeline, stage)
+            self._fastest.clear()
             self._report(f"LET: {self._describe(pipeline, self._costs)}")
 
     def _sized(self, num_microbatches: int) -> Pipeline:
@@ -183,14 +186,16 @@ class PlacementScheduler:
             return "spread"
         if self.placement == "bubble":
             return "bubble"
-        limit = self.max_prefetch(pipeline.num_microbatches)
-        costs = self._costs
-        return fastest(
-            {
-                name: steady_timeline(name, pipeline, costs, self._aligned, limit).duration
-                for name in FIXED_PLACEMENTS
-            }
-        )
+        number, costs = pipeline.num_microbatches, self._costs
+        if number not in self._fastest:
+            limit = self.max_prefetch(number)
+            self._fastest[number] = fastest(
+                {
+                    name: steady_timeline(name, pipeline, costs, self._aligned, limit).duration
+                    for name in FIXED_PLACEMENTS
+                }
+            )
+        return self._fastest[number]
 
     def _describe(self, pipeline: Pipeline, costs: Costs) -> str:
         placement = self._placement(pipeline)

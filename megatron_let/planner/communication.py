@@ -1,7 +1,8 @@
 """Seconds of communication in one step, from bytes and the data sheet's bandwidths.
 
-Tensor-parallel ranks share a node and use `Gpu.link`, and so do expert-parallel ranks if a node
-holds them all; everything else crosses nodes and uses `Gpu.network`. Latency is not counted.
+Tensor-parallel ranks share a node and use `Gpu.link`, and so do context- and expert-parallel ranks
+if a node holds them all; everything else crosses nodes and uses `Gpu.network`. Latency is not
+counted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def layer_exchange(size: TransformerSize, layout: Layout, seq_length: int, gpu: 
     heads = 2 * size.num_kv_heads * size.head_dim / layout.tp
     context = _BF16 * tokens * heads * (layout.cp - 1)
     experts = expert_exchange(size, layout, tokens, gpu)
-    return tensor / gpu.link + context / gpu.network + experts
+    # Megatron's order of ranks is tp-cp-ep-dp-pp.
+    bandwidth = gpu.link if layout.tp * layout.cp <= _NODE_RANKS else gpu.network
+    return tensor / gpu.link + context / bandwidth + experts
 
 
 def expert_exchange(size: TransformerSize, layout: Layout, tokens: float, gpu: Gpu) -> float:

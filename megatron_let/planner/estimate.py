@@ -77,6 +77,12 @@ class Request:
         return self.gpu.flops * self.efficiency
 
     @property
+    def teacher_flops(self) -> float:
+        """Return the FLOP/s that the teacher's matrix products reach."""
+        is_fp32 = self.teacher is not None and self.teacher.num_bytes == 4
+        return (self.gpu.fp32_flops if is_fp32 else self.gpu.flops) * self.efficiency
+
+    @property
     def teacher_share(self) -> float:
         """Return teacher forward FLOPs over student training FLOPs (3 forwards), per token."""
         if self.teacher is None:
@@ -207,7 +213,8 @@ def stage_costs(request: Request, layout: Layout) -> Costs:
     exchange = layers * layer_exchange(student, layout, seq_length, request.gpu)
     compute = tokens * layers * student.layer_forward_flops(seq_length) / layout.tp / request.flops
     head = tokens * student.logits_forward_flops / layout.tp / request.flops
-    recomputed = {"none": 0.0, "full": 1.0}.get(layout.recompute, layout.recompute_layers / layers)
+    block = min(layout.recompute_layers * layout.num_chunks / layers, 1.0)
+    recomputed = {"none": 0.0, "full": 1.0}.get(layout.recompute, block)
     forward = [compute + exchange] * layout.pp
     backward = [2 * (compute + exchange) + recomputed * (compute + exchange)] * layout.pp
     forward[-1] += head
@@ -228,7 +235,8 @@ def _teacher_seconds(request: Request, layout: Layout) -> float:
     if request.teacher is None:
         return 0.0
     tokens = _samples_of_rank(layout) * request.seq_length
-    return tokens * request.teacher.forward_flops(request.seq_length, logits=False) / request.flops
+    flops = request.teacher.forward_flops(request.seq_length, logits=False)
+    return tokens * flops / request.teacher_flops
 
 
 def _num_together(layout: Layout) -> int:

@@ -30,6 +30,8 @@ def layout_from_args(args: argparse.Namespace, gpus: int) -> Layout:
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, b = args.context_parallel_size, args.micro_batch_size
+    if b is None:
+        raise LETError("--micro-batch-size is not set; give it, or --sweep.")
     dp = gpus // (tp * pp * cp)
     if dp * tp * pp * cp != gpus:
         raise LETError(f"--gpus {gpus} is not a multiple of TP {tp} x PP {pp} x CP {cp}.")

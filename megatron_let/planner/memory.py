@@ -7,6 +7,7 @@ Activations are counted for a RoPE transformer with RMSNorm and an attention tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -32,7 +33,7 @@ class Layout:
         micro_batch_size: b.
         num_microbatches: microbatches per replica and global batch.
         recompute: method of full recomputation; `selective` saves nothing with this attention.
-        recompute_layers: recomputed layers per stage, for `block`.
+        recompute_layers: recomputed layers per chunk for `block`, of one unit for `full`.
         sequence_parallel: Megatron's flag of that name.
         distributed_optimizer: the optimizer's state is sharded over dp and cp.
         ep: ranks over which the routed experts are distributed.
@@ -140,7 +141,8 @@ def activations(size: TransformerSize, layout: Layout, seq_length: int, stage: i
     layers = _layers_of_chunk(size, layout)
     recomputed = _recomputed_layers(size, layout)
     checkpoint = tokens * _BF16 * size.hidden_size // _sequence_split(layout)
-    chunk = recomputed * checkpoint + (layers - recomputed) * tokens * _layer_bytes(size, layout)
+    kept = math.ceil(recomputed / _unit(layout))
+    chunk = kept * checkpoint + (layers - recomputed) * tokens * _layer_bytes(size, layout)
     work = pass_work(size, layout, seq_length, stage)
     messages = _MESSAGES_ON_THEIR_WAY * checkpoint if layout.num_chunks > 1 else 0
     return _chunks_in_flight(layout, stage) * chunk + messages + work
@@ -154,7 +156,9 @@ def pass_work(size: TransformerSize, layout: Layout, seq_length: int, stage: int
     """
     tokens = layout.micro_batch_size * seq_length // layout.cp
     head = tokens * _head_bytes(size, layout) if stage == layout.pp - 1 else 0
-    layer = _layer_bytes(size, layout) if _recomputed_layers(size, layout) else 0
+    # The layers of one unit are recomputed at once.
+    at_once = min(_unit(layout), _recomputed_layers(size, layout))
+    layer = at_once * _layer_bytes(size, layout)
     if size.experts is None:
         work = _layer_backward_bytes(size, layout, tokens)
     else:
@@ -175,6 +179,11 @@ def _recomputed_layers(size: TransformerSize, layout: Layout) -> int:
     layers = _layers_of_chunk(size, layout)
     block = min(layout.recompute_layers, layers)
     return {"none": 0, "full": layers}.get(layout.recompute, block)
+
+
+def _unit(layout: Layout) -> int:
+    """Return the layers that share a checkpoint (`uniform` of Megatron's `recompute_method`)."""
+    return max(1, layout.recompute_layers) if layout.recompute == "full" else 1
 
 
 def _sequence_split(layout: Layout) -> int:

@@ -138,6 +138,7 @@ class Gpu:
     Attributes:
         memory: bytes that the driver offers.
         flops: dense bf16 FLOP/s, from the data sheet.
+        fp32_flops: fp32 FLOP/s without TF32, which neither Megatron nor this package enables.
         link: bytes/s within a node, one way.
         network: bytes/s between nodes, per GPU.
     """
@@ -146,21 +147,29 @@ class Gpu:
     flops: float
     link: float
     network: float
+    fp32_flops: float
 
 
 GPUS = {
-    "a100-40g": Gpu(int(39.4 * 2**30), 312e12, 300e9, 25e9),
-    "a100-80g": Gpu(int(79.1 * 2**30), 312e12, 300e9, 25e9),
-    "h100-80g": Gpu(int(79.1 * 2**30), 989e12, 450e9, 50e9),
-    "h200-141g": Gpu(int(139.8 * 2**30), 989e12, 450e9, 50e9),
+    "a100-40g": Gpu(int(39.4 * 2**30), 312e12, 300e9, 25e9, 19.5e12),
+    "a100-80g": Gpu(int(79.1 * 2**30), 312e12, 300e9, 25e9, 19.5e12),
+    "h100-80g": Gpu(int(79.1 * 2**30), 989e12, 450e9, 50e9, 67e12),
+    "h200-141g": Gpu(int(139.8 * 2**30), 989e12, 450e9, 50e9, 67e12),
 }
 
-# Arguments of students whose parameters and FLOPs the planner does not count.
+# Arguments whose parameters, memory or FLOPs the planner does not count.
 _NOT_COUNTED = (
+    *("use_megatron_fsdp", "use_torch_fsdp2", "grad_reduce_in_bf16", "optimizer_cpu_offload"),
+    *("use_precision_aware_optimizer", "microbatch_group_size_per_vp_stage"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    "let_cross_tokenizer",
     *("multi_latent_attention", "mtp_num_layers", "attention_output_gate"),
     *("hybrid_layer_pattern", "moe_latent_size", "moe_expert_capacity_factor"),
     *("moe_shared_expert_gate", "moe_apply_probs_on_input"),
 )
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # Teachers of the paper and of this repository, to plan without their files.
 TEACHERS = {
@@ -177,7 +186,7 @@ def teacher_size(name: str) -> TransformerSize:
     """Return the sizes of a name in `TEACHERS` or of a Hugging Face folder.
 
     Raises:
-        LETError: it is neither.
+        LETError: it is neither, or a mixture of experts.
     """
     if name.lower() in TEACHERS:
         return TEACHERS[name.lower()]
@@ -190,6 +199,12 @@ def teacher_size(name: str) -> TransformerSize:
 
     config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     config = config.get_text_config()
+    for key in _EXPERT_COUNTS:
+        if (getattr(config, key, None) or 0) > 1:
+            raise LETError(
+                f"The planner does not count the experts of the teacher {name} ({key}"
+                f" {getattr(config, key)}); measure a few steps of the run instead."
+            )
     heads, hidden = config.num_attention_heads, config.hidden_size
     inner = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
     return TransformerSize(
@@ -199,7 +214,7 @@ def teacher_size(name: str) -> TransformerSize:
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        gated=getattr(config, "hidden_act", "") == "silu",
+        gated=getattr(config, "hidden_act", "") == "silu" or "gemma" in config.model_type,
         vocab_size=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
     )
@@ -211,12 +226,14 @@ def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> Transfor
     Raises:
         LETError: the planner does not count this model.
     """
-    for name in _NOT_COUNTED:
-        if value := getattr(args, name):
-            raise LETError(
-                f"The planner does not count the memory and time of {flag(name)} {value}; measure a"
-                " few steps of the run instead."
-            )
+    found = {name: value for name in _NOT_COUNTED if (value := getattr(args, name))}
+    if args.num_distributed_optimizer_instances > 1:
+        found["num_distributed_optimizer_instances"] = args.num_distributed_optimizer_instances
+    for name, value in found.items():
+        raise LETError(
+            f"The planner does not count the memory and time of {flag(name)} {value}; measure a"
+            " few steps of the run instead."
+        )
     heads, hidden = args.num_attention_heads, args.hidden_size
     default = int(4 * hidden * 2 / 3) // 64 * 64 if args.swiglu else 4 * hidden
     ffn_hidden_size = args.ffn_hidden_size or default

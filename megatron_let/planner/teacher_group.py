@@ -42,7 +42,7 @@ def teacher_group(request: Request, layout: Layout, step_seconds: float) -> Teac
         raise LETError("A teacher group needs a teacher; give --let-method let.")
     samples = layout.dp * layout.num_microbatches * layout.micro_batch_size
     flops = request.teacher.forward_flops(request.seq_length, logits=False)
-    busy = samples * request.seq_length * flops / request.flops
+    busy = samples * request.seq_length * flops / request.teacher_flops
     num_ranks = math.ceil(busy / step_seconds / _NODE_RANKS) * _NODE_RANKS
     student_ranks = layout.tp * layout.pp * layout.cp * layout.dp
     return TeacherGroup(

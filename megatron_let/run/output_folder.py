@@ -159,7 +159,7 @@ def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
     values["hybrid_layer_pattern"] = without_stages(values["hybrid_layer_pattern"])
     values["tokenizer_model"] = _tokenizer_id(values["tokenizer_model"])
     for name in ("data_path", "train_data_path"):
-        values[name] = values[name] and [_data_id(item) for item in values[name]]
+        values[name] = values[name] and [data_id(item) for item in values[name]]
     for name in ("data_args_path", "per_split_data_args_path"):
         values[name] = values[name] and _data_list_id(Path(values[name]))
     if config.method == "none":
@@ -172,10 +172,10 @@ def identity(args: argparse.Namespace, config: LETConfig) -> dict[str, Any]:
 def _data_list_id(file: Path) -> str:
     """Return a digest of a file that names data sets, with their content instead of their path."""
     words = re.split(r"([\s\"',]+)", file.read_text())
-    return hashlib.sha256("".join(map(_data_id, words)).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(map(data_id, words)).encode()).hexdigest()[:16]
 
 
-def _data_id(item: str) -> str:
+def data_id(item: str) -> str:
     """Return the name and digest of an indexed data set; a weight of a blend as it is."""
     tokens = Path(f"{item}.bin")
     return _content_id(Path(item).name, [tokens]) if tokens.is_file() else item
@@ -193,13 +193,6 @@ def _content_id(name: str, files: list[Path], ends: bool = False) -> str:
                 stream.seek(max(0, size - _DIGESTED_BYTES))
                 digest.update(stream.read())
     return f"{name}#{digest.hexdigest()[:12]}"
-
-
-def data_folder_id(data: str) -> str:
-    """Return a digest of the indexed data sets in a folder, or of those whose path begins so."""
-    path = Path(data)
-    found = path.glob("*.bin") if path.is_dir() else path.parent.glob(f"{path.name}*.bin")
-    return _content_id("", sorted(found))
 
 
 def teacher_id(teacher: str) -> str:
@@ -342,7 +335,8 @@ def _is_old_path(stored: str, ours: str) -> bool:
 
 def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -> None:
     if not (save / TRACKER).is_file():
-        _check_no_checkpoint(save)
+        if args.ckpt_step is None:
+            _check_no_checkpoint(save)
         return
     loads_it = args.load is not None and Path(args.load).resolve() == save.resolve()
     if loads_it and not args.finetune:
@@ -357,13 +351,16 @@ def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -
 
 def _check_no_checkpoint(save: Path) -> None:
     """Check that a folder without a tracker, as after a partial copy, has no whole checkpoint."""
-    # Megatron writes this file last.
-    found = sorted(path.parent for path in save.glob("iter_*/metadata.json"))
+    # The files that Megatron and DeepSpeed's engine write last.
+    files = (
+        file for name in ("metadata.json", "deepspeed.json") for file in save.glob(f"*/{name}")
+    )
+    found = sorted(m[1] for file in files if (m := re.fullmatch(r"iter_(\d+)", file.parent.name)))
     if found:
         raise LETError(
-            f"The output folder {save} has {found[-1].name} but no {TRACKER}, without which the run"
-            f" would start over; write {int(found[-1].name[5:])} into that file to continue, or"
-            " give another --save."
+            f"The output folder {save} has iter_{found[-1]} but no {TRACKER}, without which the run"
+            f" would start over; write {int(found[-1])} into that file to continue, or give another"
+            " --save."
         )
 
 

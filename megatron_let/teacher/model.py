@@ -245,7 +245,7 @@ class TokenAlignedTeacher(Teacher):
             teacher_length: tokens per row under the teacher's tokenizer.
         """
         self._model, self._teacher, self._teacher_length = teacher._model, teacher, teacher_length
-        self.width, self.num_bytes = teacher.width, teacher.num_bytes
+        self.width, self.num_bytes, self.dtype = teacher.width, teacher.num_bytes, teacher.dtype
 
     def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the states `[b, s, d_T]` of rows `[b, teacher_length + s]`.

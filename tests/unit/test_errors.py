@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_let.errors import (
     LETError,
-    is_of_the_machine,
+    may_succeed_on_restart,
     print_error,
     refusal_by_another_package,
 )
@@ -60,7 +61,15 @@ def test_error_is_printed_once_per_node_at_start_and_once_per_job_if_collective(
     ],
 )
 def test_error_that_may_be_gone_at_the_next_start(error: Exception, expected: bool) -> None:
-    assert is_of_the_machine(error) == expected
+    with pytest.raises(type(error)) as raised:
+        raise error
+    assert may_succeed_on_restart(raised.value) == expected
+
+
+def test_error_that_megatron_raises_for_a_setting_comes_again() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        get_attr_wrapped_model([], "config")
+    assert not may_succeed_on_restart(raised.value)
 
 
 def fail_with(message: str) -> None:

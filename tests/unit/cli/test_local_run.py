@@ -130,7 +130,8 @@ def test_processes_share_the_cores_unless_threads_are_given(
 def begun(tmp_path: Path) -> Path:
     """A folder with the data, a teacher, and the first step of a run with them."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/train.bin").write_bytes(b"tokens")
+    for part in ("train", "valid"):
+        (tmp_path / f"data/{part}_text_document.bin").write_bytes(b"tokens")
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher/config.json").write_text("{}")
     folder = tmp_path / "runs/let/seed-1"
@@ -145,7 +146,9 @@ def trainer_of(folder: Path) -> Trainer:
 
 
 def sweep_run(*flags: str) -> SweepRun:
-    return SweepRun("let", 1, find_recipe(Path("tiny")), ("--seed", "1", "--lr", "0.0010", *flags))
+    return SweepRun(
+        "let", 1, find_recipe(Path("quickstart_let")), ("--seed", "1", "--lr", "0.0010", *flags)
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,9 +162,24 @@ def test_run_continues_with_settings_that_may_change(begun: Path, flags: tuple[s
     trainer_of(begun).check({begun / "runs/let/seed-1": sweep_run(*flags)})
 
 
+def test_settings_of_a_recipe_are_compared_by_value(begun: Path) -> None:
+    def run(weight: str, *flags: str) -> SweepRun:
+        recipe = begun / f"{weight}.yaml"
+        recipe.write_text(f"all:\n  train-iters: 5\n  let-weight: {weight}\n  swiglu: true\n")
+        return SweepRun("let", 1, recipe, flags)
+
+    trainer, folder = trainer_of(begun), begun / "runs/let/seed-1"
+    trainer.record(folder, run("0.1"))
+    for same in (run("0.10"), run("0.2", "--let-weight", "1e-1"), run("0.1", "--swiglu")):
+        trainer.check({folder: same})
+    for other in (run("0.2"), run("0.1", "--let-weight", "0")):
+        with pytest.raises(LETError, match=r"let-weight is 0\.1 there"):
+            trainer.check({folder: other})
+
+
 @pytest.mark.parametrize(
     "flags",
-    [("--lr", "2e-3"), ("--let-loss", "logsum"), ("--train-iters", "9"), ("--let-teacher", "x")],
+    [("--lr", "2e-3"), ("--let-loss", "cosine"), ("--train-iters", "9"), ("--let-teacher", "x")],
 )
 def test_run_of_other_settings_is_refused(begun: Path, flags: tuple[str, ...]) -> None:
     with pytest.raises(LETError, match=f"{flags[0][2:]} is .* there and .* here"):
@@ -172,7 +190,7 @@ def test_run_is_the_same_in_another_place_and_another_with_other_content(begun: 
     moved = begun.rename(begun.with_name(f"{begun.name}-moved"))
     runs = {moved / "runs/let/seed-1": sweep_run()}
     trainer_of(moved).check(runs)
-    for file in ("data/train.bin", "teacher/config.json"):
+    for file in ("data/train_text_document.bin", "teacher/config.json"):
         content = (moved / file).read_bytes()
         (moved / file).write_bytes(content[::-1])
         with pytest.raises(LETError, match="holds another run"):

@@ -257,7 +257,7 @@ def test_dataset_adds_teacher_tokens(small: dict[str, Vocabulary]) -> None:
 
 def test_teachers_states_are_taken_by_index() -> None:
     class Counting:
-        width, num_bytes, _model = 2, 0, None
+        width, num_bytes, dtype, _model = 2, 0, torch.float32, None
 
         def hidden_state(self, tokens: torch.Tensor) -> torch.Tensor:
             return torch.stack((tokens, -tokens), dim=-1).float()

@@ -11,13 +11,26 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from megatron_let.cli import plan
 from megatron_let.config.recipes import find_recipe, load_recipe
 from megatron_let.errors import LETError
-from megatron_let.planner.estimate import Request, aligned_layer, estimate, memory_of_stages
+from megatron_let.planner.estimate import (
+    Request,
+    aligned_layer,
+    estimate,
+    memory_of_stages,
+    stage_costs,
+)
 from megatron_let.planner.layouts import does_not_divide
-from megatron_let.planner.memory import Layout, StageMemory, stage_memory, teacher_state
+from megatron_let.planner.memory import (
+    Layout,
+    StageMemory,
+    activations,
+    stage_memory,
+    teacher_state,
+)
 from megatron_let.planner.sizes import GPUS, TEACHERS, TransformerSize, teacher_size
 from tests.helpers.runs import ROOT, environment
 from tools.benchmark import memory
@@ -319,6 +332,85 @@ def test_recipe_has_the_variables_of_the_environment(
     assert (
         plan.plan_one(["--config", str(recipe), "--gpus", "1", "--gpu", "a100-80g"])[0].layer == 2
     )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num-distributed-optimizer-instances", "4"),
+        ("--decoder-first-pipeline-num-layers", "3"),
+        ("--microbatch-group-size-per-virtual-pipeline-stage", "16"),
+        ("--use-megatron-fsdp",),
+        ("--grad-reduce-in-bf16",),
+        ("--let-cross-tokenizer",),
+    ],
+)
+def test_flag_whose_memory_or_time_is_not_counted_is_refused(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(["--config", "let_7b", "--gpus", "32", "--gpu", "a100-80g", *flags]) == 2
+    # Megatron abbreviates one of the names.
+    named = flags[0].replace("virtual-pipeline", "vp")
+    assert f"does not count the memory and time of {named}" in capsys.readouterr().err
+
+
+def test_teacher_in_fp32_runs_at_the_rate_of_fp32() -> None:
+    bf16 = replace(RUN_7B, teacher=TEACHERS["smollm2-1.7b"])
+    fp32 = replace(RUN_7B, teacher=replace(TEACHERS["smollm2-1.7b"], num_bytes=4))
+    layout = Layout(1, 1, 1, 1, 1, 2, 4)
+    ratio = stage_costs(fp32, layout).teacher / stage_costs(bf16, layout).teacher
+    assert ratio == pytest.approx(312 / 19.5)
+
+
+def test_teacher_ends_at_the_tapped_layer() -> None:
+    argv = ["--config", "let_7b", "--gpus", "32", "--gpu", "a100-80g"]
+    request, _ = plan.plan_one([*argv, "--let-teacher-layer", "middle"])
+    assert request.teacher is not None and request.teacher.num_layers == 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "gated"),
+    [
+        ("llama", {}, True), ("gemma", {"head_dim": 8}, True),
+        ("gpt_neox", {"hidden_act": "gelu"}, False), ("mixtral", {"num_local_experts": 2}, None),
+        ("olmoe", {"num_experts": 4}, None),
+    ],
+)  # fmt: skip
+def test_size_of_a_teachers_mlp(
+    kind: str, settings: dict[str, object], gated: bool | None, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(
+        kind, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **settings
+    ).save_pretrained(tmp_path)
+    if gated is None:
+        with pytest.raises(LETError, match="does not count the experts"):
+            teacher_size(str(tmp_path))
+    else:
+        assert teacher_size(str(tmp_path)).gated == gated
+
+
+def test_layers_of_one_unit_are_recomputed_at_once() -> None:
+    size = replace(SIZE_7B, num_layers=16)
+    one, eight = (
+        Layout(1, 1, 1, 1, 1, 1, 1, "full", recompute_layers) for recompute_layers in (1, 8)
+    )
+    difference = activations(size, eight, 128, 0) - activations(size, one, 128, 0)
+    none, whole = (Layout(1, 1, 1, 1, 1, 1, 1, "none"), Layout(1, 1, 1, 1, 1, 1, 1, "none"))
+    fifteen = replace(size, num_layers=15)
+    layer = activations(size, none, 128, 0) - activations(fifteen, whole, 128, 0)
+    # 2 checkpoints instead of 16, and 8 layers at once instead of 1.
+    assert difference == 7 * layer - 14 * 128 * 2 * size.hidden_size
+
+
+@pytest.mark.parametrize(("per_chunk", "extra"), [(1, 0.5), (2, 1.0), (16, 1.0)])
+def test_recomputed_layers_of_block_are_per_chunk(per_chunk: int, extra: float) -> None:
+    request = replace(RUN_7B, student=replace(SIZE_7B, num_layers=16), teacher=None)
+    # Four stages of two chunks of two layers.
+    none, block = (
+        stage_costs(request, Layout(1, 4, 1, 1, 2, 1, 8, kind, per_chunk))
+        for kind in ("none", "block")
+    )
+    assert block.backward[0] == pytest.approx(none.backward[0] + extra * none.forward[0])
 
 
 def test_two_numbers_of_model_chunks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

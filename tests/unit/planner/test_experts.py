@@ -17,7 +17,7 @@ from megatron_let.planner.sizes import Experts, Gpu, TransformerSize
 EXPERTS = Experts(16, 3, 6, 10)
 SIZE = TransformerSize(4, 8, 12, 4, 2, 2, True, 32, qk_norm=True, experts=EXPERTS)
 LAYOUT = Layout(2, 2, 1, 8, 1, 3, 8, ep=4, etp=1)
-GPU = Gpu(memory=2**34, flops=1e12, link=1e9, network=1e8)
+GPU = Gpu(memory=2**34, flops=1e12, link=1e9, network=1e8, fp32_flops=1e11)
 # Attention, three norms' weights, router and shared expert.
 DENSE = 8 * 2 * 2 * (4 + 2) + 2 * 8 + 2 * 2 + 16 * 8 + 3 * 8 * 10
 ONE_EXPERT = 3 * 8 * 6

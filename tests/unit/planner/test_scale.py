@@ -28,7 +28,7 @@ from tools.benchmark import scale
 
 pytestmark = pytest.mark.medium
 
-GPU = Gpu(memory=2**34, flops=1e12, link=1e9, network=1e8)
+GPU = Gpu(memory=2**34, flops=1e12, link=1e9, network=1e8, fp32_flops=1e11)
 # 8 wide, 4 heads of 2 with 2 groups, 12 MLP units, 4 layers.
 SIZE = TransformerSize(4, 8, 12, 4, 2, 2, True, 32)
 LAYOUT = Layout(tp=2, pp=2, cp=1, dp=4, num_chunks=1, micro_batch_size=3, num_microbatches=8)
@@ -43,8 +43,12 @@ def test_tensor_parallel_layer_moves_four_halves_of_the_activation() -> None:
 
 def test_context_parallel_layer_gathers_keys_and_values() -> None:
     layout = replace(LAYOUT, tp=1, cp=2)
-    # 3 x 5 tokens, 2 x 2 heads of 2, 2 bytes, from one other rank.
-    assert layer_exchange(SIZE, layout, 10, GPU) == pytest.approx(15 * 8 * 2 / 1e8)
+    # 3 x 5 tokens, 2 x 2 heads of 2, 2 bytes, from one other rank of the node.
+    assert layer_exchange(SIZE, layout, 10, GPU) == pytest.approx(15 * 8 * 2 / 1e9)
+    # 16 ranks are on two nodes.
+    layout = replace(LAYOUT, tp=1, cp=16)
+    tokens = 3 * 10 / 16
+    assert layer_exchange(SIZE, layout, 10, GPU) == pytest.approx(15 * tokens * 8 * 2 / 1e8)
 
 
 def test_transfers_carry_this_ranks_share_of_the_sequence() -> None:

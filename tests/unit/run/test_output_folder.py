@@ -150,12 +150,16 @@ def test_older_run_without_the_split_among_its_settings_continues(trained: Path)
     claim(run_args(trained), LET)
 
 
-def test_copy_without_its_tracker_is_refused(trained: Path) -> None:
+@pytest.mark.parametrize("file", ["metadata.json", "deepspeed.json"])
+def test_copy_without_its_tracker_is_refused(file: str, trained: Path) -> None:
     (trained / TRACKER).unlink()
-    # A save that was interrupted is no checkpoint.
+    # An interrupted save left no whole checkpoint.
     claim(run_args(trained), LET)
-    (trained / "iter_0000005/metadata.json").touch()
+    (trained / f"iter_0000005/{file}").touch()
+    (trained / "iter_0000009_old").mkdir()
+    (trained / f"iter_0000009_old/{file}").touch()
     assert_refused(trained, run_args(trained), LET, f"no {TRACKER}.*write 5")
+    claim(run_args(trained, ckpt_step=5), LET)
 
 
 def test_evaluation_only_writes_nothing(trained: Path) -> None:
