@@ -99,11 +99,19 @@ def may_succeed_on_restart(error: Exception) -> bool:
     """
     settings = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
                 PermissionError, NotImplementedError, RecursionError)  # fmt: skip
-    if isinstance(error, settings):
+    if isinstance(error, settings) or not isinstance(error, OSError | RuntimeError | EOFError):
         return False
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-    of_megatron = isinstance(error, RuntimeError) and "megatron" in raised_in
-    return isinstance(error, OSError | RuntimeError | EOFError) and not of_megatron
+    return not (isinstance(error, RuntimeError) and _is_raised_by_megatron(error))
+
+
+def _is_raised_by_megatron(error: Exception) -> bool:
+    """Return whether the error is of a `raise` in Megatron, and not of torch below it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return False
+    module = frames[-1][0].f_globals.get("__name__", "")
+    statement = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return module.startswith("megatron.") and statement.startswith("raise")
 
 
 def _write_traceback(text: str) -> Path:

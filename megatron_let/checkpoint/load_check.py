@@ -72,7 +72,7 @@ def check_loaded(args: argparse.Namespace, tokenizer: Any) -> None:
         LETError: names the flag, its value and the checkpoint's; or the checkpoint is not complete.
     """
     source, resumes = args.load, not (args.finetune or args.no_load_optim)
-    if source is None or not (Path(source) / TRACKER).is_file():
+    if source is None or not _has_checkpoint(source, args.ckpt_step):
         source, resumes = args.pretrained_checkpoint, False
     folder = _folder_to_load(source, args.ckpt_step)
     saved = None if folder is None else open_checkpoint(folder).state.get("args")
@@ -176,13 +176,19 @@ def _check_schedule(args: argparse.Namespace, saved: argparse.Namespace, folder:
     _check_equal(args, saved, names, folder, remedy)
 
 
+def _has_checkpoint(source: str, step: int | None) -> bool:
+    """Return whether Megatron finds one: by the step that is given, or else by the tracker."""
+    name = TRACKER if step is None else checkpoint_name(step)
+    return (Path(source) / name).exists()
+
+
 def _folder_to_load(source: str | None, step: int | None) -> Path | None:
     """Return the checkpoint that Megatron will load; None if there is none that can be checked."""
-    if source is None or not (Path(source) / TRACKER).is_file():
+    if source is None or not _has_checkpoint(source, step):
         return None
-    folder = iteration_folder(Path(source))
-    if step is not None:
-        folder = Path(source) / checkpoint_name(step)
+    folder = (
+        iteration_folder(Path(source)) if step is None else Path(source) / checkpoint_name(step)
+    )
     # Only dist_checkpointing writes FORMAT; torch_dcp has an index of the same name.
     is_other = is_torch_dist(folder) and not (folder / FORMAT).is_file()
     can_check = is_checkpoint(folder) and not is_legacy(folder) and not is_other

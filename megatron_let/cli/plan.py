@@ -290,21 +290,16 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
     from megatron_let.config.arguments import layer_number
     from megatron_let.planner.estimate import Request
     from megatron_let.planner.sizes import student_size, teacher_size
-    from megatron_let.teacher.model import tapped_layer
 
     _check_shares(options)
     rough = student_size(args, 1, 1)
     _check_method(args)
     teacher = teacher_size(_teacher(rough, args, options))
-    tapped = tapped_layer(args.let_teacher_layer or "last", teacher.num_layers)
-    teacher = dataclasses.replace(teacher, num_layers=tapped)
-    # All planned devices are GPUs, on which `auto` is bf16.
-    if args.let_teacher_dtype == "fp32":
-        teacher = dataclasses.replace(teacher, num_bytes=4)
+    has_teacher = METHODS[args.let_method or "none"].learns_from == "states"
     vocab_size = options.vocab_size or args.vocab_size or teacher.vocab_size
     return Request(
         student=student_size(args, vocab_size, args.tensor_model_parallel_size),
-        teacher=teacher if METHODS[args.let_method or "none"].learns_from == "states" else None,
+        teacher=_as_it_runs(teacher, args) if has_teacher else None,
         layer=layer_number(args),
         seq_length=args.seq_length,
         gpu=GPUS[options.gpu],
@@ -312,6 +307,26 @@ def _request(args: argparse.Namespace, options: argparse.Namespace) -> Request:
         max_prefetch=args.let_max_prefetch,
         reserve=options.reserve,
     )
+
+
+def _as_it_runs(teacher: TransformerSize, args: argparse.Namespace) -> TransformerSize:
+    """Return the teacher's layers up to the tapped one, in its precision.
+
+    Raises:
+        LETError: the planner does not count this teacher.
+    """
+    from megatron_let.teacher.model import tapped_layer
+
+    if teacher.experts is not None or args.let_cross_tokenizer:
+        what = "the experts of the teacher" if teacher.experts else "--let-cross-tokenizer"
+        raise LETError(
+            f"The planner does not count the memory and time of {what}; measure a few steps of the"
+            " run instead."
+        )
+    # All planned devices are GPUs, on which `auto` is bf16.
+    num_bytes = 4 if args.let_teacher_dtype == "fp32" else teacher.num_bytes
+    layers = tapped_layer(args.let_teacher_layer or "last", teacher.num_layers)
+    return dataclasses.replace(teacher, num_layers=layers, num_bytes=num_bytes)
 
 
 def _estimate(request: Request, args: argparse.Namespace, options: argparse.Namespace) -> Estimate:

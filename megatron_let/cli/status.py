@@ -49,8 +49,9 @@ def state(run: Path) -> str:
     stopping = " (asked to stop)" if (checkpoints / STOP).exists() else ""
     try:
         owner = (run / "attempts.tsv").stat().st_uid
-        name = Path(os.path.abspath(run)).name
-        query = ["squeue", "--noheader", f"--user={owner}", f"--name={name}", "--format=%T"]
+        # The folder, or LET_RUNS/NAME, may be a link.
+        names = ",".join({Path(os.path.abspath(run)).name, run.resolve().name})
+        query = ["squeue", "--noheader", f"--user={owner}", f"--name={names}", "--format=%T"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except OSError:
         return f"unknown, no squeue here{stopping}"

@@ -59,7 +59,7 @@ class ComparedRun:
 
     @property
     def is_unfinished(self) -> bool:
-        """Return whether the run has taken fewer steps than `--train-iters`, if that is known."""
+        """Return whether the run took fewer steps than `--train-iters`; true if that is unknown."""
         wanted = (self.settings or {}).get("train_iters")
         return wanted is None or self.metrics.last_step < wanted
 
@@ -130,7 +130,8 @@ def _is_of(folder: Path, model: Path) -> bool:
     Its path may be relative to the folder, and its checkpoints a link to another disk.
     """
     below = Path(os.path.normpath(folder / model))
-    if not model.is_absolute() and below.is_relative_to(folder) and below.exists():
+    inside = below.is_relative_to(os.path.normpath(folder))
+    if not model.is_absolute() and inside and below.exists():
         return True
     if model.exists():
         linked = Path(os.path.abspath(model)).is_relative_to(os.path.abspath(folder))
@@ -205,7 +206,7 @@ class Variant:
         figures: spread of each key of `run_figures`; None if no run has the figure.
         notes: reasons why the comparison is incomplete or unfair.
         has_target: whether the baseline has a last held-out loss to reach.
-        num_unfinished: runs that have not reached it and were not evaluated at its step.
+        num_unfinished: unfinished runs that have not reached it nor been evaluated at its step.
         interval: 95 % interval of the mean `difference` over choices of the held-out text.
     """
 

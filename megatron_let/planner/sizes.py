@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_let.config.arguments import flag, padded_vocab_size
 from megatron_let.errors import LETError
@@ -160,10 +161,9 @@ GPUS = {
 # Arguments whose parameters, memory or FLOPs the planner does not count.
 _NOT_COUNTED = (
     *("use_megatron_fsdp", "use_torch_fsdp2", "grad_reduce_in_bf16", "optimizer_cpu_offload"),
-    *("use_precision_aware_optimizer", "microbatch_group_size_per_vp_stage"),
+    "use_precision_aware_optimizer",
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-    "let_cross_tokenizer",
     *("multi_latent_attention", "mtp_num_layers", "attention_output_gate"),
     *("hybrid_layer_pattern", "moe_latent_size", "moe_expert_capacity_factor"),
     *("moe_shared_expert_gate", "moe_apply_probs_on_input"),
@@ -186,7 +186,7 @@ def teacher_size(name: str) -> TransformerSize:
     """Return the sizes of a name in `TEACHERS` or of a Hugging Face folder.
 
     Raises:
-        LETError: it is neither, or a mixture of experts.
+        LETError: it is neither.
     """
     if name.lower() in TEACHERS:
         return TEACHERS[name.lower()]
@@ -199,12 +199,6 @@ def teacher_size(name: str) -> TransformerSize:
 
     config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     config = config.get_text_config()
-    for key in _EXPERT_COUNTS:
-        if (getattr(config, key, None) or 0) > 1:
-            raise LETError(
-                f"The planner does not count the experts of the teacher {name} ({key}"
-                f" {getattr(config, key)}); measure a few steps of the run instead."
-            )
     heads, hidden = config.num_attention_heads, config.hidden_size
     inner = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
     return TransformerSize(
@@ -217,6 +211,21 @@ def teacher_size(name: str) -> TransformerSize:
         gated=getattr(config, "hidden_act", "") == "silu" or "gemma" in config.model_type,
         vocab_size=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
+        experts=_experts_of_config(config),
+    )
+
+
+def _experts_of_config(config: Any) -> Experts | None:
+    """Return the experts in a model's config, as if every layer had them; None if it is dense."""
+    counts = (getattr(config, name, None) for name in _EXPERT_COUNTS)
+    num_experts = next(filter(None, counts), 0)
+    if num_experts < 2 or not getattr(config, "is_moe", True):
+        return None
+    return Experts(
+        num_experts=num_experts,
+        topk=getattr(config, "num_experts_per_tok", None) or 1,
+        ffn_hidden_size=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        shared_ffn_hidden_size=getattr(config, "shared_expert_intermediate_size", None) or 0,
     )
 
 
@@ -229,6 +238,9 @@ def student_size(args: argparse.Namespace, vocab_size: int, tp: int) -> Transfor
     found = {name: value for name in _NOT_COUNTED if (value := getattr(args, name))}
     if args.num_distributed_optimizer_instances > 1:
         found["num_distributed_optimizer_instances"] = args.num_distributed_optimizer_instances
+    group = args.microbatch_group_size_per_vp_stage
+    if group not in (None, args.pipeline_model_parallel_size):
+        found["microbatch_group_size_per_virtual_pipeline_stage"] = group
     for name, value in found.items():
         raise LETError(
             f"The planner does not count the memory and time of {flag(name)} {value}; measure a"

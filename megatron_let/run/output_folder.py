@@ -335,7 +335,8 @@ def _is_old_path(stored: str, ours: str) -> bool:
 
 def _check_not_started_over(save: Path, args: argparse.Namespace, known: bool) -> None:
     if not (save / TRACKER).is_file():
-        if args.ckpt_step is None:
+        loads_it = args.load is not None and Path(args.load).resolve() == save.resolve()
+        if args.ckpt_step is None or args.finetune or not loads_it:
             _check_no_checkpoint(save)
         return
     loads_it = args.load is not None and Path(args.load).resolve() == save.resolve()

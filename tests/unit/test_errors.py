@@ -72,6 +72,14 @@ def test_error_that_megatron_raises_for_a_setting_comes_again() -> None:
     assert not may_succeed_on_restart(raised.value)
 
 
+def test_error_of_a_device_below_megatron_may_be_gone() -> None:
+    # As torch raises it in C++, without a frame of its own.
+    values: dict[str, object] = {"__name__": "megatron.training.training", "torch": torch}
+    with pytest.raises(RuntimeError) as raised:
+        exec(compile("torch.empty(-1)", "/x/megatron/training/training.py", "exec"), values)
+    assert may_succeed_on_restart(raised.value)
+
+
 def fail_with(message: str) -> None:
     raise ValueError(message)
 

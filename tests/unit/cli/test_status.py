@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,15 @@ def test_state_is_unknown_if_squeue_fails(
 ) -> None:
     path = write_program(tmp_path / "squeue", command)
     assert status(run, path)[1]["state"].startswith(state)
+
+
+def test_state_is_that_of_the_owners_jobs_with_the_runs_name(run: Path, tmp_path: Path) -> None:
+    path = write_program(tmp_path / "squeue", 'echo "$@" >&2; exit 1')
+    link = tmp_path.with_name(f"{tmp_path.name}-link")
+    link.symlink_to(run)
+    shown = status(link, path)[1]["state"]
+    assert f"--user={os.getuid()} " in shown
+    assert set(re.search(r"--name=(\S+)", shown)[1].split(",")) == {link.name, run.name}  # type: ignore[index]
 
 
 def test_control_files_change_state(run: Path) -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_let.cli import plan
 from megatron_let.config.recipes import find_recipe, load_recipe
@@ -349,9 +350,19 @@ def test_flag_whose_memory_or_time_is_not_counted_is_refused(
     flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan.main(["--config", "let_7b", "--gpus", "32", "--gpu", "a100-80g", *flags]) == 2
-    # Megatron abbreviates one of the names.
-    named = flags[0].replace("virtual-pipeline", "vp")
-    assert f"does not count the memory and time of {named}" in capsys.readouterr().err
+    assert f"does not count the memory and time of {flags[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--microbatch-group-size-per-virtual-pipeline-stage", "2", "--pp", "2", "--vpp", "2"),
+        ("--let-method", "none", "--let-cross-tokenizer"),
+        ("--let-method", "none", "--let-teacher-layer", "25"),
+    ],
+)
+def test_flag_that_changes_nothing_is_planned(flags: tuple[str, ...]) -> None:
+    plan.plan_one(["--config", "let_7b", "--gpus", "32", "--gpu", "a100-80g", *flags])
 
 
 def test_teacher_in_fp32_runs_at_the_rate_of_fp32() -> None:
@@ -372,21 +383,37 @@ def test_teacher_ends_at_the_tapped_layer() -> None:
     ("kind", "settings", "gated"),
     [
         ("llama", {}, True), ("gemma", {"head_dim": 8}, True),
-        ("gpt_neox", {"hidden_act": "gelu"}, False), ("mixtral", {"num_local_experts": 2}, None),
-        ("olmoe", {"num_experts": 4}, None),
+        ("gpt_neox", {"hidden_act": "gelu"}, False),
     ],
 )  # fmt: skip
-def test_size_of_a_teachers_mlp(
-    kind: str, settings: dict[str, object], gated: bool | None, tmp_path: Path
+def test_mlp_of_a_teacher(
+    kind: str, settings: dict[str, object], gated: bool, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(
         kind, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **settings
     ).save_pretrained(tmp_path)
-    if gated is None:
-        with pytest.raises(LETError, match="does not count the experts"):
-            teacher_size(str(tmp_path))
-    else:
-        assert teacher_size(str(tmp_path)).gated == gated
+    assert teacher_size(str(tmp_path)).gated == gated
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("mixtral", {"num_local_experts": 4}), ("olmoe", {"num_experts": 4}),
+     ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 8})],
+)  # fmt: skip
+def test_teacher_with_experts_has_their_parameters_and_is_not_planned(
+    kind: str, settings: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = AutoConfig.for_model(
+        kind, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        num_key_value_heads=2, head_dim=8, vocab_size=64, num_experts_per_tok=2, **settings,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    exact, planned = sum(p.numel() for p in model.parameters()), teacher_size(str(tmp_path))
+    assert planned.num_params == pytest.approx(exact, rel=0.01)
+    argv = ["--config", "tiny", "--gpus", "1", "--gpu", "a100-80g", "--teacher", str(tmp_path)]
+    assert plan.main(argv) == 2 and "experts of the teacher" in capsys.readouterr().err
 
 
 def test_layers_of_one_unit_are_recomputed_at_once() -> None:

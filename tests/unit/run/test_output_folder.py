@@ -160,6 +160,8 @@ def test_copy_without_its_tracker_is_refused(file: str, trained: Path) -> None:
     (trained / f"iter_0000009_old/{file}").touch()
     assert_refused(trained, run_args(trained), LET, f"no {TRACKER}.*write 5")
     claim(run_args(trained, ckpt_step=5), LET)
+    for other in ({"load": "/elsewhere"}, {"load": None}, {"finetune": True}):
+        assert_refused(trained, run_args(trained, ckpt_step=5, **other), LET, f"no {TRACKER}")
 
 
 def test_evaluation_only_writes_nothing(trained: Path) -> None:
