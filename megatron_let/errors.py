@@ -19,6 +19,18 @@ _TRAINING = ("train", "evaluate_and_print_results")
 _TRAINING_LOOP = os.path.join("megatron", "training", "training.py")
 
 
+# Subclasses of OSError and RuntimeError that a restart does not help.
+_OF_SETTINGS = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    NotImplementedError,
+    RecursionError,
+)
+
+
 class LETError(ValueError):
     """A request that cannot be carried out; the message is one sentence for the user.
 
@@ -97,9 +109,7 @@ def may_succeed_on_restart(error: Exception) -> bool:
 
     torch raises RuntimeError for these. Megatron itself raises some for settings.
     """
-    settings = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-                PermissionError, NotImplementedError, RecursionError)  # fmt: skip
-    if isinstance(error, settings) or not isinstance(error, OSError | RuntimeError | EOFError):
+    if isinstance(error, _OF_SETTINGS) or not isinstance(error, OSError | RuntimeError | EOFError):
         return False
     return not (isinstance(error, RuntimeError) and _is_raised_by_megatron(error))
 

@@ -74,10 +74,10 @@ def test_seeds_of_other_methods_and_missing_ones_change_nothing() -> None:
     pairs = [*STRONG[:2], *WEAK[:2]]
     alone = crossover(pairs, "let")
     assert alone == crossover([*pairs, gain("strong", -1.0, 0.3, 9, method="rkd")], "let")
-    # A line past the middle teacher, in the draws without its seed, would cross elsewhere.
+    # In the draws without the middle teacher's seed, a line past it would cross at 0.55.
     middle = gain("middle", 0.0, 0.3, 0)
     found = crossover([*pairs, middle], "let")
-    assert found.low is not None and found.low > 0 and found.share == 1
+    assert found.low is not None and found.low > 0.74 and found.share == 1
 
 
 def test_loss_that_is_not_finite_leaves_the_others(runs: list[ComparedRun]) -> None:
